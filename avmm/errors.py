@@ -1,0 +1,27 @@
+"""What can go wrong, one type a concern; the text of each is what the user reads."""
+
+from __future__ import annotations
+
+
+class AvmmError(Exception):
+    """The base of every error that avmm raises on purpose."""
+
+
+class ConfigError(AvmmError, ValueError):
+    """What the user asked for cannot be: names the input and what was expected."""
+
+
+class ImageError(ConfigError):
+    """A kernel, initrd or module file cannot be loaded: names the file and the reason."""
+
+
+class GuestMemoryError(AvmmError, IndexError):
+    """A guest-physical range that is not RAM (or not writable) was touched from the host."""
+
+
+class DeviceError(AvmmError):
+    """A device model broke its contract: names the device and the access."""
+
+
+class VcpuError(AvmmError):
+    """A vCPU cannot go on: names the exit, the registers and the instruction's bytes."""

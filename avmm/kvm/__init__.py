@@ -1,0 +1,17 @@
+"""The border to the kernel: nothing above this package sees an ioctl, a number or a struct."""
+
+from avmm.kvm._kvm import lib as constants
+from avmm.kvm.errors import KvmError, KvmUnavailable
+from avmm.kvm.handles import Struct, System, Vcpu, Vm, capabilities, exit_name
+
+__all__ = [
+    "KvmError",
+    "KvmUnavailable",
+    "Struct",
+    "System",
+    "Vcpu",
+    "Vm",
+    "capabilities",
+    "constants",
+    "exit_name",
+]

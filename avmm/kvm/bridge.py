@@ -1,0 +1,69 @@
+"""Python's side of the hand-over (bridge.h) and of the kick (shim.c)."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from avmm.kvm._kvm import ffi, lib
+from avmm.kvm.errors import KvmError
+
+
+class Bridge:
+    """A turn that goes between a vCPU's thread and the task that serves it.
+
+    The thread uses `call` and `leave`, the task the rest. The thread has the first turn.
+    """
+
+    def __init__(self) -> None:
+        self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Readable when the task has been given its turn while it slept."""
+        self._struct = ffi.new("struct avmm_bridge *", {"bell": self.bell})
+
+    def call(self) -> None:
+        """Give the task its turn and wait, without the GIL, until it answers."""
+        lib.avmm_bridge_call(self._struct)
+
+    def leave(self) -> None:
+        """Give the task its turn for good."""
+        lib.avmm_bridge_leave(self._struct)
+
+    def poll(self, may_spin: bool) -> bool:
+        """Has the task its turn? If not, wait until `bell` is readable and call `woken`."""
+        return bool(lib.avmm_bridge_poll(self._struct, may_spin))
+
+    def woken(self) -> None:
+        """The task no longer waits for the bell, whether it rang or not."""
+        lib.avmm_bridge_woken(self._struct)
+
+    def answer(self) -> None:
+        """Give the turn back to the thread."""
+        lib.avmm_bridge_answer(self._struct)
+
+    def answer_and_poll(self, may_spin: bool) -> bool:
+        """`answer`, then `poll`, without taking the GIL in between."""
+        return bool(lib.avmm_bridge_answer_and_poll(self._struct, may_spin))
+
+    def close(self) -> None:
+        """Close the bell; after the thread has left."""
+        os.close(self.bell)
+
+
+def install_kick() -> int:
+    """Claim a free real-time signal for kicks, once a process; returns its number."""
+    number: int = lib.avmm_kick_install()
+    if number < 0:
+        raise KvmError("sigaction", errno.EBUSY, "every real-time signal has a handler already")
+    return number
+
+
+def accept_kicks() -> None:
+    """Let kicks through to the calling thread, whatever signal mask it inherited."""
+    if (answer := lib.avmm_kick_accept()) < 0:
+        raise KvmError("pthread_sigmask", -answer)
+
+
+def kick(thread_id: int) -> None:
+    """Interrupt `KVM_RUN` in the thread (of this process) with that kernel thread id."""
+    if (answer := lib.avmm_kick(thread_id)) < 0:
+        raise KvmError("tgkill", -answer)

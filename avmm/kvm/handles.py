@@ -1,0 +1,329 @@
+"""Handles for the three things KVM has: the system, a VM, a vCPU.
+
+Each owns a file descriptor, is closed explicitly and only once, and turns every failed ioctl
+into a `KvmError`. Structures are cffi's own objects with the fields of <linux/kvm.h>; they are
+typed `Struct` because only the C compiler knows more. Source throughout:
+Documentation/virt/kvm/api.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, TypeAlias
+
+from avmm.kvm._kvm import ffi, lib
+from avmm.kvm.errors import KvmError, too_old, unavailable
+
+Struct: TypeAlias = Any
+"""A C structure (cffi); its fields are those of <linux/kvm.h>."""
+
+REQUIRED: Final = {
+    "KVM_CAP_USER_MEMORY": "2.6.25",
+    "KVM_CAP_IRQCHIP": "2.6.25",
+    "KVM_CAP_PIT2": "2.6.33",
+    "KVM_CAP_IRQFD": "2.6.32",
+    "KVM_CAP_IRQ_ROUTING": "2.6.30",
+    "KVM_CAP_SIGNAL_MSI": "3.5",
+    "KVM_CAP_MP_STATE": "2.6.26",
+    "KVM_CAP_IMMEDIATE_EXIT": "4.13",
+}
+"""What avmm cannot do without, and the Linux that brought it."""
+
+
+def capabilities() -> tuple[str, ...]:
+    """The names of all capabilities that avmm knows."""
+    return tuple(name for name in dir(lib) if name.startswith("KVM_CAP_"))
+
+
+def exit_name(reason: int) -> str:
+    """`"KVM_EXIT_MMIO"` for its number; `"exit reason 99"` where it is unknown."""
+    return _EXIT_NAMES.get(reason, f"exit reason {reason}")
+
+
+_EXIT_NAMES: Final = {
+    getattr(lib, name): name
+    for name in dir(lib)
+    if name.startswith("KVM_EXIT_") and not name.startswith("KVM_EXIT_IO_")
+}
+
+
+class _Handle:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def _ioctl(self, name: str, argument: Struct = ffi.NULL) -> int:
+        answer: int = lib.avmm_ioctl(self.fd, getattr(lib, name), argument)
+        if answer < 0:
+            raise KvmError(name, -answer)
+        return answer
+
+    def _ioctl_value(self, name: str, argument: int = 0) -> int:
+        answer: int = lib.avmm_ioctl_value(self.fd, getattr(lib, name), argument)
+        if answer < 0:
+            raise KvmError(name, -answer)
+        return answer
+
+    def _get(self, name: str, ctype: str) -> Struct:
+        struct = ffi.new(ctype)
+        self._ioctl(name, struct)
+        return struct
+
+    def check(self, capability: str) -> int:
+        """KVM_CHECK_EXTENSION: 0 where the capability is missing, else 1 or its value."""
+        return self._ioctl_value("KVM_CHECK_EXTENSION", getattr(lib, capability))
+
+    def close(self) -> None:
+        """Close the descriptor; idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class System(_Handle):
+    """/dev/kvm. Raises `KvmUnavailable` where it cannot be used, saying why."""
+
+    def __init__(self, path: str = "/dev/kvm") -> None:
+        try:
+            super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            raise unavailable(path, error.errno or errno.EIO) from None
+        try:
+            if (version := self._ioctl_value("KVM_GET_API_VERSION")) != lib.KVM_API_VERSION:
+                raise too_old(f"API version 12 (it has {version})", "2.6.22")
+            for name, since in REQUIRED.items():
+                if not self.check(name):
+                    raise too_old(name, since)
+        except KvmError as error:
+            self.close()
+            if error.errno == errno.ENOTTY:
+                raise unavailable(path, errno.ENODEV) from None
+            raise
+
+    def create_vm(self) -> Vm:
+        """A new, empty VM."""
+        return Vm(self._ioctl_value("KVM_CREATE_VM"), self)
+
+    @property
+    def run_size(self) -> int:
+        """Bytes of a vCPU's `kvm_run` mapping."""
+        return self._ioctl_value("KVM_GET_VCPU_MMAP_SIZE")
+
+    @property
+    def max_vcpus(self) -> int:
+        """The most vCPUs that one VM may have."""
+        return self.check("KVM_CAP_MAX_VCPUS") or self.check("KVM_CAP_NR_VCPUS") or 4
+
+    def supported_cpuid(self) -> Struct:
+        """The CPUID that this host can offer a guest (`struct kvm_cpuid2`)."""
+        room = 64
+        while True:
+            cpuid = ffi.new("struct kvm_cpuid2 *", {"nent": room, "entries": room})
+            try:
+                self._ioctl("KVM_GET_SUPPORTED_CPUID", cpuid)
+            except KvmError as error:
+                if error.errno != errno.E2BIG or room > 4096:
+                    raise
+                room *= 2
+                continue
+            return cpuid
+
+    def msr_indices(self) -> tuple[int, ...]:
+        """The MSRs that make up a vCPU's state on this host."""
+        probe = ffi.new("struct kvm_msr_list *", {"nmsrs": 0, "indices": 0})
+        answer = lib.avmm_ioctl(self.fd, lib.KVM_GET_MSR_INDEX_LIST, probe)
+        if answer < 0 and answer != -errno.E2BIG:
+            raise KvmError("KVM_GET_MSR_INDEX_LIST", -answer)
+        msrs = ffi.new("struct kvm_msr_list *", {"nmsrs": probe.nmsrs, "indices": probe.nmsrs})
+        self._ioctl("KVM_GET_MSR_INDEX_LIST", msrs)
+        return tuple(msrs.indices[0 : msrs.nmsrs])
+
+
+class Vm(_Handle):
+    """One VM: memory slots, interrupt chips, vCPUs."""
+
+    def __init__(self, fd: int, system: System) -> None:
+        super().__init__(fd)
+        self._system = system
+
+    def create_vcpu(self, index: int) -> Vcpu:
+        """The vCPU number `index` (which is its APIC id too)."""
+        return Vcpu(self._ioctl_value("KVM_CREATE_VCPU", index), index, self._system.run_size)
+
+    def set_memory(
+        self, slot: int, gpa: int, view: memoryview, *, readonly: bool = False
+    ) -> None:
+        """Back `gpa` onwards with the memory under `view`, which must outlive the VM."""
+        region = ffi.new("struct kvm_userspace_memory_region *")
+        region.slot = slot
+        region.flags = lib.KVM_MEM_READONLY if readonly else 0
+        region.guest_phys_addr = gpa
+        region.memory_size = view.nbytes
+        region.userspace_addr = int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
+        self._ioctl("KVM_SET_USER_MEMORY_REGION", region)
+
+    def create_irqchip(self, identity_map: int, tss: int) -> None:
+        """PIC, IOAPIC and a LAPIC for each vCPU, in the kernel; before any vCPU.
+
+        `identity_map` (one page) and `tss` (three pages) are guest-physical addresses that
+        Intel hosts without unrestricted-guest need for themselves.
+        """
+        if self.check("KVM_CAP_SET_IDENTITY_MAP_ADDR"):
+            self._ioctl("KVM_SET_IDENTITY_MAP_ADDR", ffi.new("uint64_t *", identity_map))
+        if self.check("KVM_CAP_SET_TSS_ADDR"):
+            self._ioctl_value("KVM_SET_TSS_ADDR", tss)
+        self._ioctl_value("KVM_CREATE_IRQCHIP")
+
+    def create_pit(self) -> None:
+        """The 8254 timer in the kernel, with port 0x61 as guests use it to calibrate."""
+        config = ffi.new("struct kvm_pit_config *", {"flags": lib.KVM_PIT_SPEAKER_DUMMY})
+        self._ioctl("KVM_CREATE_PIT2", config)
+
+    def irqfd(self, fd: int, gsi: int, *, assign: bool = True) -> None:
+        """Let a write to eventfd `fd` raise the interrupt `gsi` (an edge), or stop it."""
+        flags = 0 if assign else lib.KVM_IRQFD_FLAG_DEASSIGN
+        self._ioctl("KVM_IRQFD", ffi.new("struct kvm_irqfd *", {"fd": fd, "gsi": gsi, "flags": flags}))
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        """Drive the interrupt input `gsi`."""
+        self._ioctl("KVM_IRQ_LINE", ffi.new("struct kvm_irq_level *", {"irq": gsi, "level": level}))
+
+    def signal_msi(self, address: int, data: int) -> int:
+        """Deliver a message-signalled interrupt; 0 where the guest's LAPICs dropped it."""
+        message = ffi.new("struct kvm_msi *")
+        message.address_lo, message.address_hi = address & 0xFFFF_FFFF, address >> 32
+        message.data = data
+        return self._ioctl("KVM_SIGNAL_MSI", message)
+
+    def set_routing(
+        self, pins: Iterable[tuple[int, int, int]], messages: Mapping[int, tuple[int, int]]
+    ) -> None:
+        """Replace the table from interrupt numbers (GSIs) to chips and messages.
+
+        `pins` holds (gsi, chip, pin), `messages` GSI → (MSI address, MSI data).
+        """
+        pins = list(pins)
+        total = len(pins) + len(messages)
+        table = ffi.new("struct kvm_irq_routing *", {"nr": total, "entries": total})
+        for entry, (gsi, chip, pin) in zip(table.entries, pins, strict=False):
+            entry.gsi, entry.type = gsi, lib.KVM_IRQ_ROUTING_IRQCHIP
+            entry.u.irqchip.irqchip, entry.u.irqchip.pin = chip, pin
+        for index, (gsi, (address, data)) in enumerate(messages.items(), len(pins)):
+            entry = table.entries[index]
+            entry.gsi, entry.type = gsi, lib.KVM_IRQ_ROUTING_MSI
+            entry.u.msi.address_lo, entry.u.msi.address_hi = address & 0xFFFF_FFFF, address >> 32
+            entry.u.msi.data = data
+        self._ioctl("KVM_SET_GSI_ROUTING", table)
+
+
+class Vcpu(_Handle):
+    """One vCPU. All of it belongs to the thread that runs it, except `kick_flag`."""
+
+    def __init__(self, fd: int, index: int, run_size: int) -> None:
+        super().__init__(fd)
+        self.index = index
+        try:
+            self._mapping = mmap.mmap(fd, run_size)
+        except OSError as error:
+            self.close()
+            raise KvmError("mmap of kvm_run", error.errno or errno.ENOMEM) from None
+        self._buffer = ffi.from_buffer(self._mapping, require_writable=True)
+        self.page: Struct = ffi.cast("struct kvm_run *", self._buffer)
+        """The `struct kvm_run` shared with the kernel."""
+
+        self.mmio_word: Struct = ffi.cast("uint64_t *", self.page.mmio.data)
+        """The data of an MMIO exit as one little-endian number: `mmio_word[0]`."""
+        self._words: dict[int, Struct] = {}
+
+    def io_word(self, offset: int) -> Struct:
+        """The eight bytes at `offset` of `kvm_run` as a number, for PIO exits."""
+        word = self._words.get(offset)
+        if word is None:
+            start = ffi.cast("char *", self._buffer) + offset
+            word = self._words[offset] = ffi.cast("uint64_t *", start)
+        return word
+
+    def io_load(self, offset: int, length: int) -> bytes:
+        """The bytes of a string output."""
+        return self._mapping[offset : offset + length]
+
+    def io_store(self, offset: int, data: bytes | bytearray) -> None:
+        """Answer a string input."""
+        self._mapping[offset : offset + len(data)] = data
+
+    def run(self) -> int:
+        """KVM_RUN without the GIL: 0 after an exit, -EINTR after a kick, else -errno."""
+        answer: int = lib.avmm_run(self.fd)
+        return answer
+
+    def run_raw(self) -> bytes:
+        """KVM_RUN in a C loop until the guest writes to its exit-status port (shim.c): the
+        baseline that avmm measures itself against. Gives the guest's serial output."""
+        output = ffi.new("char[]", 4096)
+        length = lib.avmm_run_raw(self.fd, self.page, output, len(output))
+        if length < 0:
+            raise KvmError("KVM_RUN", errno.EIO, f"unexpected {exit_name(self.page.exit_reason)}")
+        return bytes(ffi.buffer(output, length))
+
+    def regs(self) -> Struct:
+        """KVM_GET_REGS."""
+        return self._get("KVM_GET_REGS", "struct kvm_regs *")
+
+    def set_regs(self, regs: Struct) -> None:
+        """KVM_SET_REGS."""
+        self._ioctl("KVM_SET_REGS", regs)
+
+    def sregs(self) -> Struct:
+        """KVM_GET_SREGS."""
+        return self._get("KVM_GET_SREGS", "struct kvm_sregs *")
+
+    def set_sregs(self, sregs: Struct) -> None:
+        """KVM_SET_SREGS."""
+        self._ioctl("KVM_SET_SREGS", sregs)
+
+    def set_fpu(self, fcw: int, mxcsr: int) -> None:
+        """KVM_SET_FPU: empty x87 and SSE registers with these control words."""
+        self._ioctl("KVM_SET_FPU", ffi.new("struct kvm_fpu *", {"fcw": fcw, "mxcsr": mxcsr}))
+
+    def set_cpuid(self, cpuid: Struct) -> None:
+        """KVM_SET_CPUID2; before the first run."""
+        self._ioctl("KVM_SET_CPUID2", cpuid)
+
+    def lapic(self) -> Struct:
+        """KVM_GET_LAPIC: `regs` holds the local APIC's register page."""
+        return self._get("KVM_GET_LAPIC", "struct kvm_lapic_state *")
+
+    def set_lapic(self, lapic: Struct) -> None:
+        """KVM_SET_LAPIC."""
+        self._ioctl("KVM_SET_LAPIC", lapic)
+
+    def set_msrs(self, values: Mapping[int, int]) -> None:
+        """KVM_SET_MSRS, all or an error that names the MSR at which KVM stopped."""
+        count = len(values)
+        msrs = ffi.new("struct kvm_msrs *", {"nmsrs": count, "entries": count})
+        for entry, (index, value) in zip(msrs.entries, values.items(), strict=False):
+            entry.index, entry.data = index, value
+        done = self._ioctl("KVM_SET_MSRS", msrs)
+        if done < count:
+            raise KvmError("KVM_SET_MSRS", errno.EINVAL, f"MSR {list(values)[done]:#x} refused")
+
+    def tsc_khz(self) -> int:
+        """The guest's TSC frequency in kHz."""
+        return self._ioctl_value("KVM_GET_TSC_KHZ")
+
+    def translate(self, linear: int) -> int | None:
+        """KVM_TRANSLATE: the guest-physical address of `linear`, None where it is unmapped."""
+        translation = ffi.new("struct kvm_translation *", {"linear_address": linear})
+        self._ioctl("KVM_TRANSLATE", translation)
+        return translation.physical_address if translation.valid else None
+
+    def close(self) -> None:
+        """Unmap `kvm_run` and close; idempotent."""
+        if self.fd >= 0 and hasattr(self, "_buffer"):
+            self.page = self.mmio_word = ffi.NULL
+            self._words.clear()
+            ffi.release(self._buffer)
+            self._mapping.close()
+        super().close()

@@ -1,0 +1,146 @@
+/* The C that cffi compiles into avmm.kvm._kvm: ioctls, the kick, the bridge. */
+
+#include <errno.h>
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "bridge.h"
+
+/* Numbers newer than the oldest header that avmm builds with (Linux 5.10). They are part of
+ * the kernel's stable interface; a newer header's own definition wins. */
+#ifndef KVM_CAP_EXIT_HYPERCALL
+#define KVM_CAP_EXIT_HYPERCALL 201
+#endif
+#ifndef KVM_CAP_XSAVE2
+#define KVM_CAP_XSAVE2 208
+#endif
+#ifndef KVM_CAP_DIRTY_LOG_RING_ACQ_REL
+#define KVM_CAP_DIRTY_LOG_RING_ACQ_REL 223
+#endif
+#ifndef KVM_EXIT_AP_RESET_HOLD
+#define KVM_EXIT_AP_RESET_HOLD 32
+#endif
+#ifndef KVM_EXIT_X86_BUS_LOCK
+#define KVM_EXIT_X86_BUS_LOCK 33
+#endif
+#ifndef KVM_EXIT_XEN
+#define KVM_EXIT_XEN 34
+#endif
+#ifndef KVM_EXIT_NOTIFY
+#define KVM_EXIT_NOTIFY 37
+#endif
+#ifndef KVM_EXIT_MEMORY_FAULT
+#define KVM_EXIT_MEMORY_FAULT 39
+#endif
+#ifndef KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+#define KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES (1ULL << 0)
+#endif
+
+/* Names for the nameless parts of the kernel's structures, for cdef.h. */
+#define PART(structure, part) __typeof__(((struct structure *)0)->part)
+typedef PART(kvm_run, hw) avmm_exit_hw;
+typedef PART(kvm_run, fail_entry) avmm_exit_fail_entry;
+typedef PART(kvm_run, ex) avmm_exit_ex;
+typedef PART(kvm_run, io) avmm_exit_io;
+typedef PART(kvm_run, mmio) avmm_exit_mmio;
+typedef PART(kvm_run, internal) avmm_exit_internal;
+typedef PART(kvm_run, emulation_failure) avmm_exit_emulation;
+typedef PART(kvm_run, system_event) avmm_exit_system_event;
+typedef PART(kvm_irq_routing_entry, u) avmm_irq_target;
+
+/* ---- ioctls: the answer, or -errno ---- */
+
+static int avmm_ioctl(int fd, unsigned long request, void *argument)
+{
+    int answer = ioctl(fd, request, argument);
+    return answer < 0 ? -errno : answer;
+}
+
+static int avmm_ioctl_value(int fd, unsigned long request, unsigned long argument)
+{
+    int answer = ioctl(fd, request, argument);
+    return answer < 0 ? -errno : answer;
+}
+
+static int avmm_run(int fd)
+{
+    return ioctl(fd, KVM_RUN, 0) < 0 ? -errno : 0;
+}
+
+/* The baseline of `avmm bench exits`: nothing but KVM_RUN. Reads are answered with zeros,
+ * writes are dropped, serial output is kept, and a write to the exit-status port ends it.
+ * Returns the number of bytes of output, or -1 on any other exit. */
+static int avmm_run_raw(int fd, struct kvm_run *run, char *output, int size)
+{
+    enum { SERIAL = 0x3f8, SERIAL_LSR = 0x3fd, LSR_IDLE = 0x60, EXIT_STATUS = 0xf8 };
+    int length = 0;
+    for (;;) {
+        if (ioctl(fd, KVM_RUN, 0) < 0)
+            return -1;
+        if (run->exit_reason == KVM_EXIT_MMIO) {
+            if (!run->mmio.is_write)
+                memset(run->mmio.data, 0, sizeof run->mmio.data);
+            continue;
+        }
+        if (run->exit_reason != KVM_EXIT_IO)
+            return -1;
+        char *data = (char *)run + run->io.data_offset;
+        if (run->io.direction == KVM_EXIT_IO_IN)
+            memset(data, run->io.port == SERIAL_LSR ? LSR_IDLE : 0, run->io.size * run->io.count);
+        else if (run->io.port == SERIAL && length < size)
+            output[length++] = *data;
+        else if (run->io.port == EXIT_STATUS)
+            return length;
+    }
+}
+
+/* ---- the kick ----
+ *
+ * A signal makes KVM_RUN return only if it is delivered: its handler need not do anything, but
+ * it must be C's (Python's would only run in the main thread) and must not restart the call.
+ * The signal is the highest real-time one that nobody uses: they are few, and libraries that
+ * want one count from the lowest.
+ */
+
+static int kick_signal;
+
+static void kicked(int signal)
+{
+    (void)signal;
+}
+
+/* Once a process. Returns the signal's number, or -1 where none is free. */
+static int avmm_kick_install(void)
+{
+    if (kick_signal)
+        return kick_signal;
+    for (int number = SIGRTMAX; number >= SIGRTMIN; number--) {
+        struct sigaction old, new = { .sa_handler = kicked };
+        sigemptyset(&new.sa_mask);
+        if (sigaction(number, NULL, &old) || old.sa_handler != SIG_DFL)
+            continue;
+        if (!sigaction(number, &new, NULL))
+            return kick_signal = number;
+    }
+    return -1;
+}
+
+/* A thread inherits its creator's mask: let the kick through to this one. */
+static int avmm_kick_accept(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, kick_signal);
+    return -pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+}
+
+static int avmm_kick(int tid)
+{
+    return syscall(SYS_tgkill, getpid(), tid, kick_signal) < 0 ? -errno : 0;
+}

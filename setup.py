@@ -1,0 +1,66 @@
+"""The parts of the build that are C: the border to the kernel and the bundled guests.
+
+Everything else stands in pyproject.toml. A missing compiler or header is said before it is
+missed, with the names of the Debian packages that hold it.
+"""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+PACKAGES = "gcc libc6-dev linux-libc-dev python3-dev"
+
+
+def load(path: Path):
+    """Import a build script by its path: avmm itself cannot be imported yet."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def demand_toolchain() -> None:
+    cc = sysconfig.get_config_var("CC").split()[0]
+    if shutil.which(cc) is None and shutil.which("cc") is None:
+        sys.exit(f"avmm needs a C compiler. On Debian: apt-get install {PACKAGES}")
+    probe = f"#include <Python.h>\n#include <linux/kvm.h>\n"
+    include = sysconfig.get_path("include")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.c"
+        source.write_text(probe)
+        command = [shutil.which(cc) or "cc", "-fsyntax-only", f"-I{include}", str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(
+            f"avmm needs the headers of Python and of Linux's KVM. "
+            f"On Debian: apt-get install {PACKAGES}\n{done.stderr}"
+        )
+
+
+class BuildNative(build_ext):
+    """Compile the extension, then the guests, beside each other in the package."""
+
+    def run(self) -> None:
+        demand_toolchain()
+        super().run()
+        package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        load(ROOT / "avmm/guests/build.py").build(package / "avmm/guests")
+
+    def get_outputs(self) -> list[str]:
+        names = load(ROOT / "avmm/guests/build.py").NAMES
+        folder = Path(self.build_lib) / "avmm/guests"
+        return [*super().get_outputs(), *(str(folder / f"{name}.elf") for name in names)]
+
+
+setup(
+    cffi_modules=["avmm/kvm/build.py:ffibuilder"],
+    cmdclass={"build_ext": BuildNative},
+)
