@@ -1,0 +1,80 @@
+"""Compiles the bundled guests. Needs a C compiler and binutils for x86-64, and nothing else.
+
+The package build calls build(); by hand it is `python build.py OUTDIR`. It stands alone, because
+at build time there is no avmm to import yet.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parent
+NAMES = sorted(main.parent.name for main in SOURCE.glob("*/main.c"))
+
+FLAGS = (
+    *("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"),
+    *("-ffreestanding", "-fno-builtin", "-fno-stack-protector", "-fno-pic", "-fno-pie"),
+    *("-fno-asynchronous-unwind-tables", "-fno-strict-aliasing", "-ffunction-sections"),
+    *("-fdata-sections", "-fcf-protection=none"),
+    # No vector or FPU registers, so that interrupts need not save them; no red zone, which
+    # they would overwrite; plain x86-64, for some hosts interpret ring 0 and know little more.
+    *("-march=x86-64", "-m64", "-mgeneral-regs-only", "-mno-red-zone", "-mcmodel=small"),
+    *("-nostdlib", "-static", "-no-pie"),
+    *("-Wl,--gc-sections", "-Wl,--build-id=none", "-Wl,-z,noexecstack"),
+    *("-Wl,-z,max-page-size=4096",),
+)
+
+
+class BuildError(Exception):
+    """A guest could not be compiled. The message says what to do about it."""
+
+
+def build(out: Path, cc: str = os.environ.get("CC", "cc")) -> list[Path]:
+    """Compile every guest to out/<name>.elf; an image appears there complete or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    return [_compile(name, out, shlex.split(cc)) for name in NAMES]
+
+
+def _compile(name: str, out: Path, cc: list[str]) -> Path:
+    image = out / f"{name}.elf"
+    sources = [
+        file
+        for folder in (SOURCE / "common", SOURCE / name)
+        for file in sorted(folder.iterdir())
+        if file.suffix in (".c", ".S")
+    ]
+    with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as scratch:
+        linked = Path(scratch, image.name)
+        command = [*cc, *FLAGS, f"-I{SOURCE / 'common'}", "-T", str(SOURCE / "common/guest.ld")]
+        command += ["-o", str(linked), *map(str, sources)]
+        try:
+            done = subprocess.run(
+                command, check=False, capture_output=True, text=True, errors="replace"
+            )
+        except OSError as error:
+            raise BuildError(_explain(name, cc, str(error))) from error
+        if done.returncode != 0:
+            raise BuildError(_explain(name, cc, done.stderr.strip()))
+        sys.stderr.write(done.stderr)
+        linked.replace(image)
+    return image
+
+
+def _explain(name: str, cc: list[str], details: str) -> str:
+    return (
+        f"cannot compile the guest {name!r} with {shlex.join(cc)!r}. avmm needs a C compiler for "
+        f"x86-64; on Debian: apt install gcc libc6-dev. What went wrong:\n{details}"
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: build.py OUTDIR")
+    try:
+        for built in build(Path(sys.argv[1])):
+            print(built)
+    except BuildError as failure:
+        sys.exit(str(failure))

@@ -1,0 +1,78 @@
+/*
+ * Single instructions that C cannot say.
+ */
+#pragma once
+
+#include <stdint.h>
+
+static inline void out8(uint16_t port, uint8_t value)
+{
+        asm volatile("outb %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+static inline void out16(uint16_t port, uint16_t value)
+{
+        asm volatile("outw %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+static inline void out32(uint16_t port, uint32_t value)
+{
+        asm volatile("outl %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+static inline uint8_t in8(uint16_t port)
+{
+        uint8_t value;
+
+        asm volatile("inb %1, %0" : "=a"(value) : "Nd"(port) : "memory");
+        return value;
+}
+
+static inline uint16_t in16(uint16_t port)
+{
+        uint16_t value;
+
+        asm volatile("inw %1, %0" : "=a"(value) : "Nd"(port) : "memory");
+        return value;
+}
+
+static inline uint32_t in32(uint16_t port)
+{
+        uint32_t value;
+
+        asm volatile("inl %1, %0" : "=a"(value) : "Nd"(port) : "memory");
+        return value;
+}
+
+/*
+ * Ring 0 and ring 3 may see different counters (a host that interprets ring 0 offsets only that
+ * one), so only differences of readings taken in one ring mean anything.
+ */
+static inline uint64_t tsc(void)
+{
+        uint32_t low, high;
+
+        asm volatile("rdtsc" : "=a"(low), "=d"(high) : : "memory");
+        return (uint64_t)high << 32 | low;
+}
+
+static inline void pause(void)
+{
+        asm volatile("pause" : : : "memory");
+}
+
+static inline void interrupts_off(void)
+{
+        asm volatile("cli" : : : "memory");
+}
+
+static inline void interrupts_on(void)
+{
+        asm volatile("sti" : : : "memory");
+}
+
+/* STI takes effect one instruction late: no interrupt can slip in before HLT and be slept over. */
+static inline void interrupts_on_and_wait(void)
+{
+        asm volatile("sti; hlt" : : : "memory");
+}

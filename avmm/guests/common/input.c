@@ -1,0 +1,81 @@
+/*
+ * A queue between the receive interrupt, which alone moves `head`, and the reader, which alone
+ * moves `tail`. If it is full, what has not been read stays in the UART: the sender is held up,
+ * and not a character is lost. Then the reader fetches the rest, for the interrupt line, which
+ * is edge triggered, is still up and will not ask again.
+ */
+#include "input.h"
+
+#include "cpu.h"
+#include "irq.h"
+#include "trap.h"
+#include "uart.h"
+
+#define IRQ_SERIAL      4
+#define QUEUE           1024            /* a power of two */
+
+static volatile unsigned head, tail;
+static volatile bool left_behind;
+static char queue[QUEUE];
+static bool after_return;
+
+volatile unsigned interrupted;
+
+/* With interrupts off. */
+static void receive(void)
+{
+        while (in8(UART_LSR) & LSR_RECEIVED) {
+                char c;
+
+                left_behind = head - tail == QUEUE;
+                if (left_behind)
+                        return;
+                c = in8(UART_DATA);
+                if (c == CTRL_C)
+                        interrupted++;
+                if (c != '\n' || !after_return)
+                        queue[head++ % QUEUE] = c;
+                after_return = c == '\r';
+        }
+}
+
+static void on_receive(void)
+{
+        in8(UART_IIR);
+        receive();
+        irq_acknowledge(IRQ_SERIAL);
+}
+
+void input_init(void)
+{
+        on_interrupt(VECTOR_IRQ + IRQ_SERIAL, on_receive);
+        irq_enable(IRQ_SERIAL);
+        out8(UART_IER, IER_RECEIVED);
+        interrupts_off();
+        receive();                      /* what came before we listened */
+        interrupts_on();
+}
+
+bool key_pressed(void)
+{
+        return head != tail;
+}
+
+int get_char(void)
+{
+        char c;
+
+        for (;;) {
+                interrupts_off();
+                if (key_pressed())
+                        break;
+                interrupts_on_and_wait();
+        }
+        c = queue[tail++ % QUEUE];
+        if (c == CTRL_C)
+                interrupted--;
+        if (left_behind)
+                receive();
+        interrupts_on();
+        return (unsigned char)c;
+}

@@ -1,0 +1,26 @@
+/*
+ * Strings and numbers, as far as two command lines need them.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+bool same(const char *a, const char *b);
+size_t length(const char *s);
+
+/* Copies what fits, always ends it with a zero. */
+void copy_text(char *to, const char *from, size_t size);
+
+/* Cuts the next word off *rest, in place; NULL if there is none. */
+char *next_word(char **rest);
+
+/* Decimal, or hexadecimal with 0x; false unless all of s is one number of 64 bits. */
+bool parse_number(const char *s, uint64_t *number);
+
+/* The compiler may call these by itself. */
+void *memcpy(void *to, const void *from, size_t size);
+void *memset(void *to, int value, size_t size);
+void *memmove(void *to, const void *from, size_t size);
+int memcmp(const void *a, const void *b, size_t size);
