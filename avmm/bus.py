@@ -1,0 +1,219 @@
+"""An address space: which device answers at a port or an MMIO address.
+
+A guest's access need not fit a device: it may be wider than the device decodes, cross its
+edge into a neighbour or into nothing, or have an odd length (a page-crossing access of eight
+bytes leaves the guest as 3 + 5). Where it fits, it is one call of the device's handler;
+otherwise it is split into naturally aligned accesses of 1, 2, 4 or 8 bytes in ascending order,
+as a PC's bus does. What nobody claims reads all ones and swallows writes, and is reported once
+an address.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections.abc import Awaitable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from avmm.devices.base import Device, ReadAnswer, WriteAnswer
+from avmm.errors import ConfigError, DeviceError
+
+logger = logging.getLogger(__name__)
+
+MASKS: Final = tuple((1 << 8 * size) - 1 for size in range(9))
+"""All ones in so many bytes: index is the number of bytes."""
+_REPORTED_AT_MOST: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A device and where the guest finds it; made by `pio` and `mmio`."""
+
+    device: Device
+    space: str
+    base: int
+    size: int
+    irq: int | None = None
+    offset: int = 0
+
+
+def pio(device: Device, base: int, size: int, *, irq: int | None = None, offset: int = 0) -> Placement:
+    """Place `device` at `size` I/O ports from `base` on, with ISA interrupt `irq` or none.
+
+    The device sees offsets from `offset` on, which tells its several regions apart.
+    """
+    return Placement(device, "pio", base, size, irq, offset)
+
+
+def mmio(
+    device: Device, base: int, size: int, *, irq: int | None = None, offset: int = 0
+) -> Placement:
+    """Place `device` at `size` bytes of guest-physical address space from `base` on.
+
+    See `pio`; the addresses must not be RAM. avmm keeps 0xd0000000-0xdfffffff free for it.
+    """
+    return Placement(device, "mmio", base, size, irq, offset)
+
+
+class _Range:
+    """One device's claim, with what the hot path needs at hand."""
+
+    __slots__ = ("base", "device", "end", "lock", "read", "shift", "width", "write")
+
+    def __init__(self, place: Placement, lock: AbstractContextManager[Any]) -> None:
+        self.device = place.device
+        self.base = place.base
+        self.end = place.base + place.size
+        self.shift = place.base - place.offset
+        self.lock = lock
+        self.read = place.device.read
+        self.write = place.device.write
+        self.width = place.device.max_width
+
+
+class Bus:
+    """One address space of `limit` addresses. `unclaimed` is a level of `logging`, 0: silent."""
+
+    def __init__(self, name: str, limit: int, unclaimed: int = logging.WARNING) -> None:
+        self.name = name
+        self._limit = limit
+        self._unclaimed = unclaimed
+        self._bases: list[int] = []
+        self._ranges: list[_Range] = []
+        self._reported: set[int] = set()
+
+    def add(self, place: Placement, lock: AbstractContextManager[Any]) -> None:
+        """Let the device answer there. Raises `ConfigError` where another one does already."""
+        end = place.base + place.size
+        where = f"{place.device.name} at {self.name} {place.base:#x}-{end - 1:#x}"
+        if place.base < 0 or place.size < 1 or end > self._limit:
+            raise ConfigError(f"{where}: expected a range within 0-{self._limit - 1:#x}")
+        for other in self._ranges:
+            if place.base < other.end and other.base < end:
+                raise ConfigError(
+                    f"{where} overlaps {other.device.name} at {other.base:#x}-{other.end - 1:#x}"
+                )
+        index = bisect_right(self._bases, place.base)
+        self._bases.insert(index, place.base)
+        self._ranges.insert(index, _Range(place, lock))
+
+    def read(self, address: int, size: int) -> ReadAnswer:
+        """What the guest reads, or an awaitable of it; at most `MASKS[size]`."""
+        index = bisect_right(self._bases, address) - 1
+        if index >= 0:
+            there = self._ranges[index]
+            if address + size <= there.end and size <= there.width and not size & (size - 1):
+                with there.lock:
+                    answer = there.read(address - there.shift, size)
+                if answer.__class__ is int:
+                    return answer & MASKS[size]  # type: ignore[operator]
+                return _other_answer(there, address, size, answer)
+        return self._read_parts(address, size)
+
+    def write(self, address: int, size: int, value: int) -> WriteAnswer:
+        """Hand the guest's write to its device; an awaitable is not done until awaited."""
+        index = bisect_right(self._bases, address) - 1
+        if index >= 0:
+            there = self._ranges[index]
+            if address + size <= there.end and size <= there.width and not size & (size - 1):
+                with there.lock:
+                    answer = there.write(address - there.shift, size, value)
+                if answer is None or hasattr(answer, "__await__"):
+                    return answer
+                raise DeviceError(
+                    f"{there.device.name} answered a write at {address:#x} with {answer!r}: "
+                    "expected None or an awaitable"
+                )
+        return self._write_parts(address, size, value)
+
+    def _read_parts(self, address: int, size: int) -> ReadAnswer:
+        parts = self._split(address, size)
+        value = 0
+        for index, (part, length, claimed) in enumerate(parts):
+            answer = self.read(part, length) if claimed else MASKS[length]
+            if not isinstance(answer, int):
+                return self._read_rest(answer, value, address, parts[index:])
+            value |= answer << 8 * (part - address)
+        return value
+
+    async def _read_rest(
+        self, first: Awaitable[int], value: int, address: int, parts: list[tuple[int, int, bool]]
+    ) -> int:
+        value |= await first << 8 * (parts[0][0] - address)
+        for part, length, claimed in parts[1:]:
+            answer = self.read(part, length) if claimed else MASKS[length]
+            value |= (answer if isinstance(answer, int) else await answer) << 8 * (part - address)
+        return value
+
+    def _write_parts(self, address: int, size: int, value: int) -> WriteAnswer:
+        parts = [part for part in self._split(address, size) if part[2]]
+        for index, (part, length, _) in enumerate(parts):
+            answer = self.write(part, length, value >> 8 * (part - address) & MASKS[length])
+            if answer is not None:
+                return self._write_rest(answer, address, value, parts[index + 1 :])
+        return None
+
+    async def _write_rest(
+        self, first: Awaitable[None], address: int, value: int, parts: list[tuple[int, int, bool]]
+    ) -> None:
+        await first
+        for part, length, _ in parts:
+            answer = self.write(part, length, value >> 8 * (part - address) & MASKS[length])
+            if answer is not None:
+                await answer
+
+    def _split(self, address: int, size: int) -> list[tuple[int, int, bool]]:
+        """The parts of an access: (address, size, whether a device claims it)."""
+        parts = []
+        end = address + size
+        while address < end:
+            index = bisect_right(self._bases, address) - 1
+            there = self._ranges[index] if index >= 0 else None
+            if there is not None and address < there.end:
+                stop, width, claimed = min(end, there.end), there.width, True
+            else:
+                following = self._bases[index + 1] if index + 1 < len(self._bases) else end
+                stop, width, claimed = min(end, following), 8, False
+                self._report(address)
+            length = min(width, 8)
+            while address % length or address + length > stop:
+                length //= 2
+            parts.append((address, length, claimed))
+            address += length
+        return parts
+
+    def _report(self, address: int) -> None:
+        """Say once that nobody answers here; bounded, because the guest picks the addresses."""
+        if not self._unclaimed or address in self._reported:
+            return
+        if len(self._reported) < _REPORTED_AT_MOST:
+            self._reported.add(address)
+            logger.log(self._unclaimed, "no device at %s %#x", self.name, address)
+            if len(self._reported) == _REPORTED_AT_MOST:
+                logger.log(self._unclaimed, "no more such %s addresses are reported", self.name)
+
+
+def _other_answer(there: _Range, address: int, size: int, answer: object) -> ReadAnswer:
+    """An answer that is not plainly an `int`: an awaitable, a bool or IntEnum, a mistake."""
+    if isinstance(answer, int):
+        return int(answer) & MASKS[size]
+    if not isinstance(answer, Awaitable):
+        raise _not_a_number(there, address, size, answer)
+    awaitable = answer
+
+    async def value() -> int:
+        result = await awaitable
+        if not isinstance(result, int):
+            raise _not_a_number(there, address, size, result)
+        return int(result) & MASKS[size]
+
+    return value()
+
+
+def _not_a_number(there: _Range, address: int, size: int, answer: object) -> DeviceError:
+    return DeviceError(
+        f"{there.device.name} answered a read of {size} bytes at {address:#x} with {answer!r}: "
+        "expected an int"
+    )

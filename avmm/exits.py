@@ -1,0 +1,189 @@
+"""What each exit asks for, and where its answer goes.
+
+`Exits.serve` is called in the vCPU's thread after `KVM_RUN` has returned with an exit. It
+either has written the answer into `kvm_run` when it returns None, or returns an awaitable that
+will have written it when it is done. The answer takes effect at the next `KVM_RUN`; for what
+that means for saved state see `avmm.loop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from avmm.bus import MASKS, Bus
+from avmm.errors import VcpuError
+from avmm.kvm import Struct, Vcpu, constants, exit_name
+from avmm.outcome import Cause, Outcome
+
+Served = Awaitable[None] | None
+
+_SYSTEM_EVENTS: Final = {
+    constants.KVM_SYSTEM_EVENT_SHUTDOWN: Cause.SHUTDOWN,
+    constants.KVM_SYSTEM_EVENT_RESET: Cause.RESET,
+    constants.KVM_SYSTEM_EVENT_CRASH: Cause.CRASH,
+}
+
+
+class Exits:
+    """Serves the exits of one vCPU: accesses go to the buses, endings to `end`.
+
+    `registers` describes the vCPU's registers and instruction for error messages.
+    """
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        pio: Bus,
+        mmio: Bus,
+        end: Callable[[Outcome], None],
+        registers: Callable[[], str],
+    ) -> None:
+        self._vcpu = vcpu
+        self._page = vcpu.page
+        self._pio = pio
+        self._mmio = mmio
+        self._end = end
+        self._registers = registers
+        self._table: dict[int, Callable[[], Served]] = {
+            constants.KVM_EXIT_IO: self._serve_pio,
+            constants.KVM_EXIT_MMIO: self._serve_mmio,
+            constants.KVM_EXIT_SHUTDOWN: self._serve_shutdown,
+            constants.KVM_EXIT_SYSTEM_EVENT: self._serve_system_event,
+            constants.KVM_EXIT_INTR: _nothing,
+        }
+
+    def serve(self) -> Served:
+        """Serve the exit that `kvm_run` holds. Raises `VcpuError` where it is not servable."""
+        serve = self._table.get(self._page.exit_reason)
+        if serve is None:
+            raise VcpuError(f"vCPU {self._vcpu.index} cannot go on: {self.report()}")
+        return serve()
+
+    def _serve_mmio(self) -> Served:
+        mmio = self._page.mmio
+        length = mmio.len
+        if mmio.is_write:
+            return self._mmio.write(mmio.phys_addr, length, self._vcpu.mmio_word[0] & MASKS[length])
+        answer = self._mmio.read(mmio.phys_addr, length)
+        if not isinstance(answer, int):
+            return _put_later(self._vcpu.mmio_word, answer)
+        self._vcpu.mmio_word[0] = answer
+        return None
+
+    def _serve_pio(self) -> Served:
+        io = self._page.io
+        size = io.size
+        if io.count != 1:
+            strings = self._outs if io.direction == constants.KVM_EXIT_IO_OUT else self._ins
+            return strings(io.port, size, io.data_offset, size * io.count)
+        word = self._vcpu.io_word(io.data_offset)
+        if io.direction == constants.KVM_EXIT_IO_OUT:
+            return self._pio.write(io.port, size, word[0] & MASKS[size])
+        answer = self._pio.read(io.port, size)
+        if not isinstance(answer, int):
+            return _put_later(word, answer)
+        word[0] = answer
+        return None
+
+    def _outs(self, port: int, size: int, offset: int, length: int) -> Served:
+        """`rep outs`: the same port once for each element, in order."""
+        data = self._vcpu.io_load(offset, length)
+        for at in range(0, length, size):
+            pending = self._pio.write(port, size, _number(data, at, size))
+            if pending is not None:
+                return self._outs_rest(port, size, data, at, pending)
+        return None
+
+    async def _outs_rest(
+        self, port: int, size: int, data: bytes, done: int, first: Awaitable[None]
+    ) -> None:
+        await first
+        for at in range(done + size, len(data), size):
+            pending = self._pio.write(port, size, _number(data, at, size))
+            if pending is not None:
+                await pending
+
+    def _ins(self, port: int, size: int, offset: int, length: int) -> Served:
+        """`rep ins`: the kernel asks for up to a page of elements at once."""
+        data = bytearray()
+        while len(data) < length:
+            answer = self._pio.read(port, size)
+            if not isinstance(answer, int):
+                return self._ins_rest(port, size, offset, length, data, answer)
+            data += answer.to_bytes(size, "little")
+        self._vcpu.io_store(offset, data)
+        return None
+
+    async def _ins_rest(
+        self, port: int, size: int, offset: int, length: int, data: bytearray, first: Awaitable[int]
+    ) -> None:
+        data += (await first).to_bytes(size, "little")
+        while len(data) < length:
+            answer = self._pio.read(port, size)
+            data += (answer if isinstance(answer, int) else await answer).to_bytes(size, "little")
+        self._vcpu.io_store(offset, data)
+
+    def _serve_shutdown(self) -> Served:
+        regs = self._vcpu.regs()
+        self._end(Outcome(Cause.TRIPLE_FAULT, detail=f"at rip {regs.rip:#x}"))
+        return None
+
+    def _serve_system_event(self) -> Served:
+        kind = self._page.system_event.type
+        cause = _SYSTEM_EVENTS.get(kind)
+        if cause is None:
+            raise VcpuError(f"vCPU {self._vcpu.index}: system event {kind} at {self.report()}")
+        self._end(Outcome(cause, status=1 if cause is Cause.CRASH else 0))
+        return None
+
+    def report(self) -> str:
+        """`describe`, with registers and the instruction's bytes on lines of their own."""
+        return f"{self.describe()}\n{self._registers()}"
+
+    def describe(self) -> str:
+        """The exit that `kvm_run` holds, in words, for messages."""
+        page, reason = self._page, self._page.exit_reason
+        name = exit_name(reason)
+        if reason == constants.KVM_EXIT_IO:
+            io = page.io
+            way = "out" if io.direction == constants.KVM_EXIT_IO_OUT else "in"
+            times = f", {io.count} times" if io.count != 1 else ""
+            return f"{name}: {way} of {io.size} bytes at port {io.port:#x}{times}"
+        if reason == constants.KVM_EXIT_MMIO:
+            way = "write" if page.mmio.is_write else "read"
+            return f"{name}: {way} of {page.mmio.len} bytes at {page.mmio.phys_addr:#x}"
+        if reason == constants.KVM_EXIT_INTERNAL_ERROR:
+            return f"{name}, {_internal_error(page)}"
+        if reason == constants.KVM_EXIT_FAIL_ENTRY:
+            why = page.fail_entry.hardware_entry_failure_reason
+            return f"{name}: the CPU refused to enter the guest, hardware reason {why:#x}"
+        if reason == constants.KVM_EXIT_UNKNOWN:
+            return f"{name}, hardware exit reason {page.hw.hardware_exit_reason:#x}"
+        return name
+
+
+def _internal_error(page: Struct) -> str:
+    error = page.internal
+    if error.suberror != constants.KVM_INTERNAL_ERROR_EMULATION:
+        data = " ".join(f"{word:#x}" for word in error.data[0 : min(error.ndata, 16)])
+        return f"suberror {error.suberror}, data {data or 'none'}"
+    text = "KVM cannot emulate the instruction"
+    failure = page.emulation_failure
+    has_bytes = constants.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+    if error.ndata >= 3 and failure.flags & has_bytes:
+        code = bytes(failure.insn_bytes[0 : min(failure.insn_size, 15)])
+        text += f" {code.hex(' ')}"
+    return text
+
+
+def _number(data: bytes, at: int, size: int) -> int:
+    return int.from_bytes(data[at : at + size], "little")
+
+
+async def _put_later(word: Struct, answer: Awaitable[int]) -> None:
+    word[0] = await answer
+
+
+def _nothing() -> Served:
+    return None
