@@ -1,0 +1,5 @@
+"""`python -m avmm`."""
+
+from avmm.cli import main
+
+main()

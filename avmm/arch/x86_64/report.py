@@ -1,0 +1,62 @@
+"""A vCPU's registers and the bytes of its instruction, as text for error messages."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from avmm.errors import GuestMemoryError
+from avmm.kvm import KvmError, Struct, Vcpu
+from avmm.memory import PAGE, GuestMemory
+
+_ROWS: Final = (
+    ("rax", "rbx", "rcx", "rdx"),
+    ("rsi", "rdi", "rsp", "rbp"),
+    ("r8", "r9", "r10", "r11"),
+    ("r12", "r13", "r14", "r15"),
+)
+_LONGEST_INSTRUCTION: Final = 15
+
+
+def registers(vcpu: Vcpu, memory: GuestMemory) -> str:
+    """Registers and code; call it only while the vCPU is not inside `KVM_RUN`."""
+    try:
+        regs, sregs = vcpu.regs(), vcpu.sregs()
+    except KvmError as error:
+        return f"  registers unavailable: {error}"
+    lines = [
+        "  " + " ".join(f"{name:>3}={getattr(regs, name):016x}" for name in row) for row in _ROWS
+    ]
+    lines.append(
+        f"  rip={regs.rip:016x} rflags={regs.rflags:08x} cs={sregs.cs.selector:04x} "
+        f"base={sregs.cs.base:x} cpl={sregs.cs.dpl} {_mode(sregs)}"
+    )
+    lines.append(
+        f"  cr0={sregs.cr0:x} cr2={sregs.cr2:x} cr3={sregs.cr3:x} cr4={sregs.cr4:x} "
+        f"efer={sregs.efer:x}"
+    )
+    lines.append(f"  code at rip: {_code(vcpu, memory, sregs.cs.base + regs.rip)}")
+    return "\n".join(lines)
+
+
+def _mode(sregs: Struct) -> str:
+    if not sregs.cr0 & 1:
+        return "real mode"
+    if sregs.cs.l:
+        return "64-bit"
+    return "32-bit" if sregs.cs.db else "16-bit protected"
+
+
+def _code(vcpu: Vcpu, memory: GuestMemory, linear: int) -> str:
+    """Up to one instruction's worth of bytes; they may cross into an unmapped page."""
+    code = b""
+    while len(code) < _LONGEST_INSTRUCTION:
+        here = linear + len(code)
+        length = min(_LONGEST_INSTRUCTION - len(code), PAGE - here % PAGE)
+        try:
+            gpa = vcpu.translate(here)
+            if gpa is None:
+                break
+            code += memory.read(gpa, length)
+        except (KvmError, GuestMemoryError):
+            break
+    return code.hex(" ") or f"none, {linear:#x} is not mapped to guest memory"

@@ -1,0 +1,156 @@
+"""What a machine is to be: plain typed data, from Python or from TOML.
+
+Every value is checked here, before anything is created, so that a mistake is told in terms of
+what the user wrote. What only the host or the image can tell (too many vCPUs for this KVM, an
+image that does not fit) is checked where it shows.
+"""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final, TypedDict
+
+from avmm.boot import FlatOptions, Mode
+from avmm.errors import ConfigError
+from avmm.memory import parse_size
+
+UNCLAIMED: Final = {
+    "ignore": 0,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+"""How loudly accesses that no device claims are reported, by name."""
+_MAX_PORT: Final = 0xFFFF
+
+
+class Settings(TypedDict, total=False):
+    """The settings of a `MachineConfig`, as keyword arguments of `Machine`."""
+
+    kernel: str | PathLike[str] | None
+    initrd: str | PathLike[str] | None
+    modules: Sequence[str | PathLike[str]]
+    cmdline: str
+    memory: int | str
+    cpus: int
+    flat: FlatOptions | str | None
+    debug_exit: int | None
+    unclaimed: str
+    console: str
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """A machine's settings; raises `ConfigError` for a value that cannot be meant."""
+
+    kernel: Path | None = None
+    """The image to boot (ELF, multiboot, flat; may be gzip'ed); None: the bundled shell."""
+    initrd: Path | None = None
+    """Initial RAM disk; the first module of a multiboot image."""
+    modules: tuple[Path, ...] = ()
+    """More modules, where the image's format knows them."""
+    cmdline: str = ""
+    memory: int = 64 << 20
+    """RAM in bytes; may be given as text like "64M"."""
+    cpus: int = 1
+    flat: FlatOptions | None = None
+    """How to enter a raw binary; text "MODE@ADDRESS", like "real@0x7c00"."""
+    debug_exit: int | None = 0xF4
+    """Port of QEMU's isa-debug-exit, or None for no such device."""
+    unclaimed: str = "info"
+    """How accesses that no device claims are reported: one of `UNCLAIMED`."""
+    console: str = "stdio"
+    """Where the `avmm` command connects the console; embedders use `Machine.console`."""
+
+    def __post_init__(self) -> None:
+        # A frozen dataclass whose fields also accept what people write: they are normalised
+        # here, once, so that the rest of the program sees one type each.
+        put = object.__setattr__
+        for name in ("kernel", "initrd"):
+            if (path := getattr(self, name)) is not None:
+                put(self, name, _path(name, path))
+        put(self, "modules", tuple(_path("modules", path) for path in self.modules))
+        put(self, "memory", parse_size(self.memory))
+        if isinstance(self.flat, str):
+            put(self, "flat", _parse_flat(self.flat))
+        if not isinstance(self.cmdline, str):
+            raise ConfigError(f"cmdline {self.cmdline!r}: expected text")
+        if not _is_int(self.cpus) or self.cpus < 1:
+            raise ConfigError(f"cpus {self.cpus!r}: expected 1 or more")
+        if self.debug_exit is not None and not (
+            _is_int(self.debug_exit) and 0 <= self.debug_exit <= _MAX_PORT
+        ):
+            raise ConfigError(f"debug_exit {self.debug_exit!r}: expected a port, 0 to 0xffff")
+        if self.unclaimed not in UNCLAIMED:
+            raise ConfigError(f"unclaimed {self.unclaimed!r}: expected one of {', '.join(UNCLAIMED)}")
+        if not isinstance(self.console, str):
+            raise ConfigError(f"console {self.console!r}: expected text")
+
+    @classmethod
+    def make(cls, **settings: Any) -> MachineConfig:
+        """A config from `Settings`, TOML's or the command's; names an unknown one."""
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; known are {', '.join(known)}")
+        return cls(**settings)
+
+
+def read_toml(path: str | PathLike[str]) -> dict[str, Any]:
+    """The settings in a TOML file, for `MachineConfig.make`.
+
+    Keys are those of the command's options (`debug-exit = 0xf4`); paths are relative to the
+    file. Raises `ConfigError` where the file cannot be read, is no TOML, or has unknown keys.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path}: not UTF-8 text ({error.reason})") from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config {path}: not TOML: {error}") from None
+    known = {field.name.replace("_", "-"): field.name for field in fields(MachineConfig)}
+    settings = {}
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigError(f"config {path}: unknown key {key!r}; known are {', '.join(known)}")
+        settings[known[key]] = value
+    for name in ("kernel", "initrd"):
+        if name in settings:
+            settings[name] = path.parent / _path(name, settings[name])
+    if "modules" in settings:
+        if not isinstance(settings["modules"], list):
+            raise ConfigError(f"config {path}: modules: expected a list of paths")
+        settings["modules"] = [path.parent / _path("modules", p) for p in settings["modules"]]
+    return settings
+
+
+def _parse_flat(text: str) -> FlatOptions:
+    mode, at, address = text.partition("@")
+    try:
+        return FlatOptions(Mode(mode), int(address, 0) if at else 0)
+    except ValueError:
+        modes = ", ".join(mode.value for mode in Mode)
+        raise ConfigError(
+            f"flat {text!r}: expected MODE@ADDRESS with a mode of {modes}, like 'real@0x7c00'"
+        ) from None
+
+
+def _path(name: str, value: object) -> Path:
+    if not isinstance(value, str | PathLike) or not str(value):
+        raise ConfigError(f"{name} {value!r}: expected a path")
+    return Path(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

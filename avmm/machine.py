@@ -1,0 +1,336 @@
+"""Machine: a configuration becomes a running guest. The only place that puts the parts together.
+
+`Parts` is all that exists before anything runs, built from a `MachineConfig` in the one order
+that works and closed in the opposite one. `Machine` runs the parts in a nursery of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    ExitStack,
+    asynccontextmanager,
+)
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Self, Unpack
+
+import trio
+
+from avmm import boot, guests
+from avmm.arch.x86_64 import cpu, layout, report
+from avmm.bus import Bus, Placement, pio
+from avmm.config import UNCLAIMED, MachineConfig, Settings
+from avmm.devices.base import Device, InterruptLine
+from avmm.devices.cmos import Cmos
+from avmm.devices.exit import DebugExit, ExitStatus
+from avmm.devices.i8042 import I8042
+from avmm.devices.pci import PciConfig
+from avmm.devices.post import DebugConsole, PostCode
+from avmm.devices.serial import ConsoleStream, Serial
+from avmm.errors import AvmmError, ConfigError
+from avmm.exits import Exits
+from avmm.irq import Interrupts, Line
+from avmm.kvm import System, Vcpu, Vm
+from avmm.loop import VcpuLoop, Wakeup
+from avmm.memory import HOLE_END, GuestMemory
+from avmm.migration import Coordinator
+from avmm.outcome import Cause, Outcome
+
+logger = logging.getLogger(__name__)
+
+SERIAL_PORT: Final = 0x3F8
+SERIAL_IRQ: Final = 4
+EXIT_STATUS_PORT: Final = 0xF8
+"""Where a guest of avmm's own writes the status that the run is to end with."""
+_GPA_LIMIT: Final = 1 << 52
+_PORTS: Final = 1 << 16
+
+
+class _Host:
+    """What one device gets; see `avmm.devices.base.Host`."""
+
+    def __init__(self, memory: GuestMemory, interrupt: InterruptLine | None) -> None:
+        self.memory = memory
+        self.interrupt = interrupt
+        self.lock: AbstractContextManager[Any] = threading.Lock()
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def nursery(self) -> trio.Nursery:
+        if self._nursery is None:
+            raise AvmmError("the machine does not run yet: it has no nursery")
+        return self._nursery
+
+    def start(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+
+    def wakeup(self) -> Wakeup:
+        return Wakeup()
+
+
+class Parts:
+    """A machine that does not run yet: VM, memory with the guest loaded, devices, vCPUs.
+
+    `end` is called, in a vCPU's thread, when the guest ends the run. Raises `ConfigError` and
+    `KvmError`, and leaves nothing behind then.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        devices: Sequence[Placement] = (),
+        end: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> None:
+        self._end = end
+        with ExitStack() as stack:
+            self.system = System()
+            stack.callback(self.system.close)
+            if config.cpus > self.system.max_vcpus:
+                raise ConfigError(
+                    f"cpus {config.cpus}: this host's KVM allows 1 to {self.system.max_vcpus}"
+                )
+            self.memory = GuestMemory(config.memory)
+            stack.callback(self.memory.close)
+            entry = boot.load(
+                self.memory,
+                config.kernel or guests.path("shell"),
+                cmdline=config.cmdline,
+                initrd=config.initrd,
+                modules=config.modules,
+                cpus=config.cpus,
+                flat=config.flat,
+            )
+            self.vm = self._create_vm(stack)
+            self.interrupts = Interrupts(self.vm)
+            stack.callback(self.interrupts.close)
+            self.pio = Bus("port", _PORTS, UNCLAIMED[config.unclaimed])
+            self.mmio = Bus("address", _GPA_LIMIT, UNCLAIMED[config.unclaimed])
+            self.hosts: dict[Device, _Host] = {}
+            self.serial = Serial()
+            for place in (*self._standard_devices(config), *devices):
+                self._place(place)
+            self.vcpus = [self._create_vcpu(stack, i) for i in range(config.cpus)]
+            for vcpu in self.vcpus:
+                cpu.set_up(self.system, vcpu, config.cpus, entry if vcpu.index == 0 else None)
+            self._stack = stack.pop_all()
+
+    def _create_vm(self, stack: ExitStack) -> Vm:
+        vm = self.system.create_vm()
+        stack.callback(vm.close)
+        vm.create_irqchip(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
+        vm.create_pit()
+        for slot, (region, view) in enumerate(self.memory.addresses()):
+            vm.set_memory(slot, region.gpa, view, readonly=region.readonly)
+        return vm
+
+    def _create_vcpu(self, stack: ExitStack, index: int) -> Vcpu:
+        vcpu = self.vm.create_vcpu(index)
+        stack.callback(vcpu.close)
+        return vcpu
+
+    def _standard_devices(self, config: MachineConfig) -> list[Placement]:
+        """What a guest finds on every PC and may not be able to do without."""
+        keyboard = I8042(lambda: self._end(Outcome(Cause.RESET)))
+        high = sum(region.size for region in self.memory.ram if region.gpa >= HOLE_END)
+        cmos = Cmos(
+            low_memory=config.memory - high, high_memory=high, cpus=config.cpus
+        )
+        places = [
+            pio(self.serial, SERIAL_PORT, 8, irq=SERIAL_IRQ),
+            pio(cmos, 0x70, 2),
+            pio(keyboard, 0x60, 1, offset=0),
+            pio(keyboard, 0x64, 1, offset=4),
+            pio(PostCode(), 0x80, 1),
+            pio(DebugConsole(), 0xE9, 1),
+            pio(PciConfig(), 0xCF8, 8),
+            pio(ExitStatus(self._end_with), EXIT_STATUS_PORT, 4),
+        ]
+        if config.debug_exit is not None:
+            width = min(4, _PORTS - config.debug_exit)
+            places.append(pio(DebugExit(self._end_with), config.debug_exit, width))
+        return places
+
+    def _end_with(self, status: int) -> None:
+        self._end(Outcome(Cause.EXIT, status))
+
+    def _place(self, place: Placement) -> None:
+        device = place.device
+        bus = self.pio if place.space == "pio" else self.mmio
+        host = self.hosts.get(device)
+        if host is None:
+            line = None if place.irq is None else self.interrupts.line(place.irq, device.name)
+            host = self.hosts[device] = _Host(self.memory, line)
+            device.attach(host)
+        elif place.irq is not None:
+            raise ConfigError(f"{device.name}: its interrupt belongs to its first region")
+        if place.space == "mmio":
+            for region in self.memory.regions:
+                if place.base < region.end and region.gpa < place.base + place.size:
+                    raise ConfigError(
+                        f"{device.name} at address {place.base:#x} overlaps guest memory at "
+                        f"{region.gpa:#x}-{region.end - 1:#x}"
+                    )
+        bus.add(place, host.lock)
+
+    def exits(self, vcpu: Vcpu) -> Exits:
+        """What serves the exits of `vcpu`."""
+        return Exits(
+            vcpu, self.pio, self.mmio, self._end, partial(report.registers, vcpu, self.memory)
+        )
+
+    def close(self) -> None:
+        """Give everything back to the host; idempotent, after all that ran has ended."""
+        self._stack.close()
+
+
+class Machine:
+    """A guest that runs while its `async with` block does.
+
+        async with avmm.Machine(kernel="vmlinux", memory="64M", cpus=2) as vm:
+            await vm.console.send_all(b"hello\\n")
+            print(await vm.wait())
+
+    Settings are those of `MachineConfig`; without `kernel` it runs the bundled shell.
+    `devices` are the user's own, placed by `avmm.pio` and `avmm.mmio`.
+
+    Entering it raises `ConfigError` for what cannot be, `KvmError` where KVM fails. A device's
+    exception, and a vCPU that cannot go on (`VcpuError`), cancel the block and are raised from
+    it. Leaving it, however, ends the guest and leaves no thread, descriptor or mapping behind.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig | None = None,
+        *,
+        devices: Sequence[Placement] = (),
+        **settings: Unpack[Settings],
+    ) -> None:
+        if config is not None and settings:
+            raise ConfigError("expected either a MachineConfig or settings, not both")
+        self.config = config or MachineConfig.make(**settings)
+        self._devices = tuple(devices)
+        self._outcomes: list[Outcome] = []
+        self._ended = trio.Event()
+        self._loops: list[VcpuLoop] = []
+        self._coordinator = Coordinator(self._loops)
+        self._parts: Parts | None = None
+        self._manager: AbstractAsyncContextManager[None] | None = None
+
+    # -- what its user sees ---------------------------------------------------------------
+
+    @property
+    def console(self) -> ConsoleStream:
+        """The guest's serial console as a trio stream."""
+        return self._running.serial.stream
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest RAM, as the guest has it right now."""
+        return self._running.memory
+
+    @property
+    def tsc_khz(self) -> int:
+        """The frequency of the guest's time stamp counter, in kHz."""
+        return self._running.vcpus[0].tsc_khz()
+
+    async def wait(self) -> Outcome:
+        """Wait until the guest has ended, and say how. May be called again, and by many."""
+        await self._ended.wait()
+        return self._outcomes[0]
+
+    def stop(self, status: int = 0) -> None:
+        """End the guest from outside, paused or not; `wait` tells when that is done."""
+        self._end(Outcome(Cause.STOPPED, status))
+        for loop in self._loops:
+            loop.resume()
+
+    def paused(self) -> AbstractAsyncContextManager[None]:
+        """`async with vm.paused():` no vCPU runs inside; see `avmm.migration.Coordinator`."""
+        return self._coordinator.paused()
+
+    def message_interrupt(self, address: int, data: int) -> Line:
+        """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread."""
+        return self._running.interrupts.message(address, data)
+
+    # -- its life -------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._manager is not None:
+            raise AvmmError("a Machine runs once: make a new one")
+        self._manager = self._life()
+        await self._manager.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        assert self._manager is not None
+        try:
+            return await self._manager.__aexit__(kind, error, traceback)
+        except BaseExceptionGroup as group:
+            # That there are nurseries in here is our business: one failure is that failure.
+            only = _only(group)
+            if only is None:
+                raise
+            if only is error:
+                return False
+            raise only from only.__cause__
+
+    @asynccontextmanager
+    async def _life(self) -> AsyncIterator[None]:
+        parts = Parts(self.config, self._devices, self._end)
+        self._parts = parts
+        try:
+            self._loops.extend(VcpuLoop(vcpu, parts.exits(vcpu)) for vcpu in parts.vcpus)
+            async with trio.open_nursery() as nursery:
+                for device, host in parts.hosts.items():
+                    host.start(nursery)
+                    if type(device).run is not Device.run:
+                        nursery.start_soon(device.run, name=f"{device.name}.run")
+                nursery.start_soon(self._run_vcpus, parts)
+                try:
+                    yield
+                finally:
+                    nursery.cancel_scope.cancel()
+        finally:
+            parts.close()
+
+    async def _run_vcpus(self, parts: Parts) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                for loop in self._loops:
+                    nursery.start_soon(loop.run, name=f"vCPU {loop.index}")
+        finally:
+            parts.serial.finish()
+        logger.debug("guest ended: %s", self._outcomes[0])
+        self._ended.set()
+
+    def _end(self, outcome: Outcome) -> None:
+        """Any thread. The first outcome counts; a list's append is atomic."""
+        self._outcomes.append(outcome)
+        for loop in self._loops:
+            loop.stop()
+
+    @property
+    def _running(self) -> Parts:
+        if self._parts is None:
+            raise AvmmError("the machine does not exist yet: use it inside its `async with`")
+        return self._parts
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    """The one exception in a group of groups, None where there are several."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        if len(error.exceptions) != 1:
+            return None
+        error = error.exceptions[0]
+    return error
