@@ -1,0 +1,1 @@
+"""Measurements, each against a baseline that is taken in turn in the same run."""

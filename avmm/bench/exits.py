@@ -1,0 +1,134 @@
+"""What an exit costs: avmm's ways to serve one, against a loop in C that does nothing else.
+
+The bundled guest `exits` measures itself with the TSC, so the figures hold nothing of the
+start. In each round every way is measured once, the C loop first; what is reported are medians
+over the rounds, and the ratio is the median of the rounds' own ratios, because on a busy
+machine rounds differ by more than ways do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+import trio
+
+from avmm import guests
+from avmm.bus import Placement, mmio, pio
+from avmm.config import MachineConfig
+from avmm.devices.base import Device
+from avmm.errors import AvmmError
+from avmm.machine import Machine, Parts
+
+PORT: Final = 0xE0
+ADDRESS: Final = 0xD000_0000
+
+
+class AtOnce(Device):
+    """Answers in the vCPU's thread."""
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        return None
+
+
+class InTask(Device):
+    """Answers in a trio task, without waiting for anything there."""
+
+    async def write(self, offset: int, size: int, value: int) -> None:
+        return None
+
+
+class Awaiting(Device):
+    """Answers in a trio task after one round of trio's scheduler."""
+
+    async def write(self, offset: int, size: int, value: int) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+WAYS: Final[dict[str, Callable[[], Device]]] = {
+    "at once": AtOnce,
+    "in a task": InTask,
+    "awaiting": Awaiting,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case: microseconds an exit, by avmm and by the C loop, and their ratio."""
+
+    case: str
+    us: float
+    raw_us: float
+    ratio: float
+
+
+async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list[Row]:
+    """All cases, `count` exits in each of `rounds` rounds; `progress` is called at each step.
+
+    Cancelling it ends the guest that runs. The C loop's rounds block the program.
+    """
+    rows = []
+    for kind in ("pio", "mmio"):
+        for ring in (0, 3):
+            raw: list[float] = []
+            ours: dict[str, list[float]] = {way: [] for way in WAYS}
+            for _ in range(rounds):
+                raw.append(_raw(_config(kind, ring, count)))
+                progress()
+                for way, device in WAYS.items():
+                    ours[way].append(await _served(_config(kind, ring, count), kind, device()))
+                    progress()
+            for way, times in ours.items():
+                ratio = median(us / base for us, base in zip(times, raw, strict=True))
+                rows.append(Row(f"{kind} ring{ring} {way}", median(times), median(raw), ratio))
+    return rows
+
+
+def steps(rounds: int) -> int:
+    """How often `measure` calls `progress`."""
+    return 4 * rounds * (1 + len(WAYS))
+
+
+def _config(kind: str, ring: int, count: int) -> MachineConfig:
+    words = f"kind={kind} op=write width=1 port={PORT:#x} addr={ADDRESS:#x} ring={ring}"
+    cmdline = f"{words} count={count} warmup={count // 10}"
+    return MachineConfig(kernel=guests.path("exits"), cmdline=cmdline, memory=16 << 20)
+
+
+def _raw(config: MachineConfig) -> float:
+    parts = Parts(config)
+    try:
+        return _microseconds(parts.vcpus[0].run_raw(), parts.vcpus[0].tsc_khz())
+    finally:
+        parts.close()
+
+
+async def _served(config: MachineConfig, kind: str, device: Device) -> float:
+    output = b""
+    async with Machine(config, devices=[_place(kind, device)]) as vm:
+        async for data in vm.console:
+            output += data
+        khz = vm.tsc_khz
+    return _microseconds(output, khz)
+
+
+def _place(kind: str, device: Device) -> Placement:
+    return pio(device, PORT, 1) if kind == "pio" else mmio(device, ADDRESS, 4096)
+
+
+def _microseconds(output: bytes, khz: int) -> float:
+    """An exit's time from the guest's result line."""
+    match = re.search(rb"exits .*\bcount=(\d+) .*\bcycles=(\d+)", output)
+    if match is None:
+        raise AvmmError(f"the guest 'exits' gave no result but {output!r}")
+    return int(match[2]) / int(match[1]) / khz * 1000
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """The rows for people."""
+    yield f"{'case':24} {'µs':>8} {'raw µs':>8} {'× raw':>7}"
+    for row in rows:
+        yield f"{row.case:24} {row.us:8.1f} {row.raw_us:8.1f} {row.ratio:7.2f}"

@@ -1,0 +1,65 @@
+"""The `avmm` command: one small file a subcommand, imported only when it is called.
+
+Exit statuses: what the guest ended with; 2 for input that cannot be (as click has it); 1 for a
+failure while running.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import Any
+
+import click
+
+COMMANDS = {
+    "run": "Run a guest; without IMAGE the bundled shell.",
+    "doctor": "Tell what this host's KVM offers and what avmm makes of it.",
+    "bench": "Measure, always as a ratio to a baseline in the same run.",
+}
+
+
+class Commands(click.Group):
+    """Finds `avmm.cli.<name>.command` on demand, so that no command pays for another."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"avmm.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="avmm")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="warning",
+    show_default=True,
+    help="What avmm says on standard error while it runs.",
+)
+def cli(log_level: str) -> None:
+    """Run small KVM guests."""
+    logging.basicConfig(format="avmm: %(message)s", level=log_level.upper(), stream=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The command's entry point; does not return."""
+    from avmm.errors import AvmmError, ConfigError  # noqa: PLC0415 - keep --help light
+
+    try:
+        return cli.main(arguments, prog_name="avmm")
+    except ConfigError as error:
+        click.echo(f"avmm: {error}", err=True)
+        sys.exit(2)
+    except AvmmError as error:
+        click.echo("\n".join(["avmm: " + str(error), *getattr(error, "__notes__", ())]), err=True)
+        sys.exit(1)

@@ -1,0 +1,226 @@
+"""Where the command connects the guest's console: stdio, pty, unix:PATH or file:PATH."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from avmm.cli import terminal
+from avmm.cli.hostfd import HostFd
+from avmm.errors import ConfigError
+from avmm.machine import Machine
+
+END_OF_INPUT: Final = b"\x04"
+"""Ctrl-D: what a terminal sends for the end of input, and so do we when a pipe ends."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parsed `--console`."""
+
+    kind: str
+    path: str = ""
+
+
+def parse(text: str) -> Target:
+    """Raises `ConfigError` for what is no console target."""
+    kind, colon, path = text.partition(":")
+    if text in ("stdio", "pty"):
+        return Target(text)
+    if kind in ("unix", "file") and colon and path:
+        return Target(kind, path)
+    raise ConfigError(f"console {text!r}: expected stdio, pty, unix:PATH or file:PATH")
+
+
+async def connect(target: Target, vm: Machine) -> None:
+    """Connect the guest's console, until the guest has ended and its output is delivered."""
+    await _KINDS[target.kind](target, vm)
+
+
+async def _stdio(target: Target, vm: Machine) -> None:
+    stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
+    interactive = os.isatty(stdin)
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(HostFd(stdin, os.O_RDONLY)))
+        sink = stack.enter_context(closing(HostFd(stdout, os.O_WRONLY)))
+        if interactive:
+            stack.enter_context(terminal.raw(stdin))
+        async with trio.open_nursery() as nursery:
+            if interactive:
+                nursery.start_soon(_type, source, sink, vm)
+            else:
+                nursery.start_soon(_pipe, source, vm)
+            try:
+                await _output(vm, sink.write)
+            except BrokenPipeError:
+                vm.stop(status=128 + signal.SIGPIPE)  # as `avmm run | head` has to end
+            nursery.cancel_scope.cancel()
+
+
+async def _output(vm: Machine, write: Callable[[bytes], Awaitable[None]]) -> None:
+    """Everything that the guest prints, until it has ended."""
+    async for data in vm.console:
+        await write(bytes(data))
+
+
+async def _pipe(source: HostFd, vm: Machine) -> None:
+    """Input that is no terminal: as it is, then the end of input."""
+    with suppress(trio.BrokenResourceError):
+        while data := await source.read():
+            await vm.console.send_all(data)
+        await vm.console.send_all(END_OF_INPUT)
+
+
+async def _type(source: HostFd, sink: HostFd, vm: Machine) -> None:
+    """Input from a person, who may also talk to avmm itself.
+
+    What is typed goes through a channel, so that a guest which reads nothing does not keep the
+    escape from working.
+    """
+    escape = terminal.Escape()
+    send, receive = trio.open_memory_channel[bytes](256)
+    async with trio.open_nursery() as nursery, AsyncExitStack() as pause:
+        nursery.start_soon(_forward, receive, vm)
+        is_paused = False
+        while typed := await source.read():
+            for part in escape.feed(typed):
+                if isinstance(part, bytes):
+                    with suppress(trio.WouldBlock):  # 256 keystrokes that nobody has read
+                        send.send_nowait(part)
+                elif part is terminal.Command.HELP:
+                    await sink.write(terminal.HELP.encode())
+                elif part is terminal.Command.QUIT:
+                    vm.stop()
+                elif is_paused:
+                    await pause.aclose()
+                    is_paused = False
+                    await sink.write(b"\r\navmm: running\r\n")
+                else:
+                    await pause.enter_async_context(vm.paused())
+                    is_paused = True
+                    await sink.write(b"\r\navmm: paused, Ctrl-A p lets the guest run on\r\n")
+        vm.stop(status=129)  # the terminal hung up
+
+
+async def _forward(typed: trio.MemoryReceiveChannel[bytes], vm: Machine) -> None:
+    with suppress(trio.BrokenResourceError):
+        async for data in typed:
+            await vm.console.send_all(data)
+
+
+async def _pty(target: Target, vm: Machine) -> None:
+    # Our own descriptor of the far end stays open: without it, the near end would give an
+    # error whenever nobody is connected.
+    near, far = os.openpty()
+    try:
+        with terminal.raw(far), closing(HostFd(near, os.O_RDWR)) as host:
+            print(f"avmm: the console is {os.ttyname(far)}", file=sys.stderr, flush=True)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_from_pty, host, vm)
+                await _output(vm, host.write)
+                nursery.cancel_scope.cancel()
+    finally:
+        os.close(near)
+        os.close(far)
+
+
+async def _from_pty(host: HostFd, vm: Machine) -> None:
+    with suppress(trio.BrokenResourceError):
+        while data := await host.read():
+            await vm.console.send_all(data)
+
+
+async def _file(target: Target, vm: Machine) -> None:
+    try:
+        file = Path(target.path).open("wb", buffering=0)  # noqa: ASYNC230 - opened once
+    except OSError as error:
+        raise ConfigError(f"console file {target.path}: {error.strerror}") from None
+    with file, closing(HostFd(file.fileno(), os.O_WRONLY)) as sink:
+        await _output(vm, sink.write)
+
+
+async def _unix(target: Target, vm: Machine) -> None:
+    """One client at a time; what the guest prints meanwhile waits in the port's buffer."""
+    listener = _listen(target.path)
+    try:
+        while (connection := await _next_client(listener, vm)) is not None:
+            await _serve_client(trio.SocketStream(connection), vm)
+    finally:
+        listener.close()
+        with suppress(FileNotFoundError):
+            Path(target.path).unlink()
+
+
+async def _next_client(
+    listener: trio.socket.SocketType, vm: Machine
+) -> trio.socket.SocketType | None:
+    """Whoever connects next; None once the guest has ended."""
+    connection = None
+    async with trio.open_nursery() as nursery:
+
+        async def give_up() -> None:
+            await vm.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(give_up)
+        connection, _ = await listener.accept()
+        nursery.cancel_scope.cancel()
+    return connection
+
+
+async def _serve_client(client: trio.SocketStream, vm: Machine) -> None:
+    """Until the client leaves, or the guest has ended and its last output is sent."""
+    async with client, trio.open_nursery() as nursery:
+
+        async def listen() -> None:
+            with suppress(trio.BrokenResourceError):
+                async for data in client:
+                    await vm.console.send_all(data)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(listen)
+        with suppress(trio.BrokenResourceError):
+            await _output(vm, client.send_all)
+        nursery.cancel_scope.cancel()
+
+
+def _listen(path: str) -> trio.socket.SocketType:
+    """A socket that only its user may connect to; takes the place of one that nobody serves."""
+    try:
+        if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
+            Path(path).unlink()
+    except FileNotFoundError:
+        pass
+    listener = trio.socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
+    try:
+        listener._sock.bind(path)
+    except OSError as error:
+        raise ConfigError(f"console socket {path}: {error.strerror}") from None
+    finally:
+        os.umask(before)
+    listener.listen(1)
+    return listener
+
+
+def _served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
+
+
+_KINDS: Final[dict[str, Callable[[Target, Machine], Awaitable[None]]]] = {
+    "stdio": _stdio,
+    "pty": _pty,
+    "unix": _unix,
+    "file": _file,
+}

@@ -1,0 +1,109 @@
+"""`avmm run`: a guest with its console."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import trio
+
+from avmm.cli import console
+from avmm.config import UNCLAIMED, MachineConfig, read_toml
+from avmm.machine import Machine
+from avmm.outcome import Cause, Outcome
+
+
+class Port(click.ParamType[int | None]):
+    """An I/O port, or "none"."""
+
+    name = "port"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        if value == "none":
+            return -1
+        try:
+            return int(str(value), 0)
+        except ValueError:
+            self.fail(f"{value!r} is no port: expected a number like 0xf4, or 'none'", param, ctx)
+
+
+_LAST_OUTPUT_SECONDS: Final = 1.0
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("image", required=False, type=PATH)
+@click.option("--initrd", type=PATH, help="Initial RAM disk, or the first module.")
+@click.option("--module", "modules", type=PATH, multiple=True, help="Another module; repeatable.")
+@click.option("--cmdline", metavar="TEXT", help="The guest's command line.")
+@click.option("--memory", metavar="SIZE", help="RAM, like 64M or 2G.  [default: 64M]")
+@click.option("--cpus", type=int, metavar="N", help="Number of vCPUs.  [default: 1]")
+@click.option(
+    "--console",
+    "console_target",
+    metavar="TARGET",
+    help="stdio, pty, unix:PATH or file:PATH.  [default: stdio]",
+)
+@click.option(
+    "--debug-exit",
+    type=Port(),
+    help="Port that ends the run with status (value << 1 | 1), or none.  [default: 0xf4]",
+)
+@click.option("--flat", metavar="MODE@ADDRESS", help="Run IMAGE as it is, like real@0x7c00.")
+@click.option(
+    "--unclaimed",
+    type=click.Choice(list(UNCLAIMED)),
+    help="Level at which accesses that no device claims are reported.  [default: info]",
+)
+@click.option("--config", type=PATH, metavar="FILE", help="Settings from TOML; options win.")
+def command(
+    image: Path | None,
+    modules: tuple[Path, ...],
+    console_target: str | None,
+    debug_exit: int | None,
+    config: Path | None,
+    **options: Any,
+) -> None:
+    """Run IMAGE (ELF, PVH, multiboot; may be gzip'ed), or the bundled shell without one.
+
+    The command ends with the status that the guest ends with. On a terminal, Ctrl-A is the
+    escape: Ctrl-A h lists what follows it.
+    """
+    settings = read_toml(config) if config is not None else {}
+    options |= {"kernel": image, "console": console_target, "modules": modules or None}
+    settings |= {name: value for name, value in options.items() if value is not None}
+    if debug_exit is not None:
+        settings["debug_exit"] = None if debug_exit == -1 else debug_exit
+    machine_config = MachineConfig.make(**settings)
+    target = console.parse(machine_config.console)
+    outcome = trio.run(_run, machine_config, target)
+    if outcome.cause is not Cause.EXIT and outcome.cause is not Cause.STOPPED:
+        click.echo(f"avmm: the guest ended: {outcome}", err=True)
+    sys.exit(outcome.status & 0xFF)
+
+
+async def _run(config: MachineConfig, target: console.Target) -> Outcome:
+    async with Machine(config) as vm:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, vm, nursery.cancel_scope)
+            # Returns by itself when the guest has ended and the last of its output is out.
+            await console.connect(target, vm)
+            nursery.cancel_scope.cancel()
+        return await vm.wait()
+
+
+async def _stop_on_signal(vm: Machine, scope: trio.CancelScope) -> None:
+    """SIGTERM and SIGHUP end the guest, so that the terminal is put back on the way out.
+
+    Output that nobody takes within a second is given up then.
+    """
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
+        async for number in signals:
+            vm.stop(status=128 + number)
+            await trio.sleep(_LAST_OUTPUT_SECONDS)
+            scope.cancel()
