@@ -1,0 +1,52 @@
+"""What all tests share: the demand for KVM, and the proof that nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from avmm.kvm import KvmUnavailable, System
+
+
+@pytest.fixture(scope="session")
+def kvm() -> None:
+    """Skips, with the reason, where there is no KVM; fails there if AVMM_REQUIRE_KVM=1."""
+    try:
+        System().close()
+    except KvmUnavailable as error:
+        if os.environ.get("AVMM_REQUIRE_KVM") == "1":
+            pytest.fail(f"AVMM_REQUIRE_KVM=1, but: {error}")
+        pytest.skip(str(error))
+
+
+def resources() -> tuple[set[str], set[str], set[str]]:
+    """This process's descriptors, threads, and mappings that belong to guests."""
+    gc.collect()
+    fds = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            fds.add(f"{entry.name} -> {entry.readlink()}")
+        except FileNotFoundError:
+            continue
+    threads = {f"{thread.name} {thread.ident}" for thread in threading.enumerate()}
+    maps = {
+        line
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "avmm-ram" in line or "kvm-vcpu" in line
+    }
+    return fds, threads, maps
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """No descriptor, thread or guest mapping outlives the test."""
+    before = resources()
+    yield
+    after = resources()
+    for kind, old, new in zip(("descriptors", "threads", "mappings"), before, after, strict=True):
+        assert not new - old, f"{kind} left behind"
