@@ -1,7 +1,8 @@
 """The `avmm` command: one small file a subcommand, imported only when it is called.
 
-Exit statuses: what the guest ended with; 2 for input that cannot be (as click has it); 1 for a
-failure while running.
+Exit statuses: what the guest ended with; 2 for input that cannot be (as click has it);
+`FAILED` where avmm or a vCPU fails while it runs. That is not 1, which a debug exit gives for
+success.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from typing import Any
+from typing import Any, Final
 
 import click
 
-COMMANDS = {
+FAILED: Final = 125
+COMMANDS: Final = {
     "run": "Run a guest; without IMAGE the bundled shell.",
     "doctor": "Tell what this host's KVM offers and what avmm makes of it.",
     "bench": "Measure, always as a ratio to a baseline in the same run.",
@@ -62,4 +64,4 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(2)
     except AvmmError as error:
         click.echo("\n".join(["avmm: " + str(error), *getattr(error, "__notes__", ())]), err=True)
-        sys.exit(1)
+        sys.exit(FAILED)

@@ -1,0 +1,17 @@
+"""Embed a guest: talk to it over its console, wait for its end."""
+
+import trio
+
+import avmm
+
+
+async def main() -> None:
+    async with avmm.Machine(memory="64M") as vm:
+        await vm.console.send_all(b"echo hello from inside\rmem\rexit 3\r")
+        async for output in vm.console:
+            print(output.decode(), end="")
+        outcome = await vm.wait()
+    print(outcome)
+
+
+trio.run(main)
