@@ -1,0 +1,105 @@
+"""The MP table: how a guest without ACPI learns of its CPUs and where interrupts go.
+
+Intel MultiProcessor Specification 1.4 (order number 242016-006), sections 4.1 to 4.3. The
+machine described is the one that KVM's in-kernel interrupt controllers make: one IOAPIC of 24
+pins and interrupt line *n* on pin *n* for all of them, which is KVM's default routing
+(arch/x86/kvm/irq.c, `default_routing`). A PC has IRQ 0 on pin 2, and QEMU re-routes KVM for
+that; whoever re-routes here must change this table too.
+
+ISA has 16 lines only; the entries go on to 23 all the same, as Firecracker's do, because a
+guest finds the pin of a virtio-mmio device's IRQ in no other way.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from avmm.arch.x86_64 import layout
+from avmm.errors import ConfigError
+
+MAX_CPUS: Final = 254
+"""APIC IDs are 8 bits, 255 means all of them, and the IOAPIC needs one of its own."""
+IRQ_PINS: Final = 24
+"""The pins of KVM's IOAPIC."""
+
+_SPEC_REVISION: Final = 4  # 1.4
+_PROCESSOR, _BUS, _IOAPIC, _INTERRUPT, _LOCAL_INTERRUPT = range(5)
+_ENABLED, _BSP = 1, 2
+_LAPIC_VERSION: Final = 0x14
+_IOAPIC_VERSION: Final = 0x11
+_SIGNATURE: Final = 0x600
+"""Table 4-4: a family 6 processor; guests read CPUID instead."""
+_FEATURES: Final = 1 << 9 | 1 << 0
+"""Table 4-6: it has an APIC and an FPU."""
+_ISA_BUS: Final = 0
+_INT, _NMI, _EXTINT = 0, 1, 3
+"""Table 4-10; the flags after the type are 0: polarity and trigger conform to the bus."""
+_ALL_LAPICS: Final = 0xFF
+
+
+def _checksummed(data: bytearray, at: int) -> bytes:
+    """Set the byte `at` so that all bytes add up to 0 modulo 256."""
+    data[at] = 0
+    data[at] = -sum(data) & 0xFF
+    return bytes(data)
+
+
+def _entries(cpus: int) -> list[bytes]:
+    """The base table's entries; section 4.3 wants them in ascending order of type."""
+    ioapic_id = cpus  # the first APIC ID that no CPU has
+    entries = [
+        struct.pack(
+            "<BBBBII8x",
+            _PROCESSOR,
+            apic_id,
+            _LAPIC_VERSION,
+            _ENABLED | (_BSP if apic_id == 0 else 0),
+            _SIGNATURE,
+            _FEATURES,
+        )
+        for apic_id in range(cpus)
+    ]
+    entries.append(struct.pack("<BB6s", _BUS, _ISA_BUS, b"ISA   "))
+    entries.append(
+        struct.pack("<BBBBI", _IOAPIC, ioapic_id, _IOAPIC_VERSION, _ENABLED, layout.IOAPIC)
+    )
+    entries += [
+        struct.pack("<BBHBBBB", _INTERRUPT, _INT, 0, _ISA_BUS, irq, ioapic_id, irq)
+        for irq in range(IRQ_PINS)
+    ]
+    # The two wires of KVM's LAPIC at reset: the 8259 on LINT0 of the BSP (virtual wire mode),
+    # NMI on LINT1 of all.
+    entries += [
+        struct.pack("<BBHBBBB", _LOCAL_INTERRUPT, _EXTINT, 0, _ISA_BUS, 0, 0, 0),
+        struct.pack("<BBHBBBB", _LOCAL_INTERRUPT, _NMI, 0, _ISA_BUS, 0, _ALL_LAPICS, 1),
+    ]
+    return entries
+
+
+def mp_table(cpus: int, base: int = layout.MP_FLOATING_POINTER) -> bytes:
+    """The floating pointer structure for `base` (16-byte aligned), the table right behind it.
+
+    Raises `ConfigError` where an MP table cannot tell of that many CPUs.
+    """
+    if not 1 <= cpus <= MAX_CPUS:
+        raise ConfigError(f"{cpus} CPUs: expected 1 to {MAX_CPUS}")
+    pointer = struct.pack("<4sIBBBB4x", b"_MP_", base + 16, 1, _SPEC_REVISION, 0, 0)
+    entries = _entries(cpus)
+    body = b"".join(entries)
+    header = struct.pack(
+        "<4sHBB8s12sIHHIHBx",
+        b"PCMP",
+        44 + len(body),
+        _SPEC_REVISION,
+        0,  # checksum
+        b"AVMM    ",
+        b"avmm        ",
+        0,  # no OEM table
+        0,
+        len(entries),
+        layout.LAPIC,
+        0,  # no extended entries: length and checksum 0
+        0,
+    )
+    return _checksummed(bytearray(pointer), 10) + _checksummed(bytearray(header + body), 7)

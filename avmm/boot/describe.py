@@ -1,0 +1,54 @@
+"""What a file that cannot be booted looks like: the part of an error that helps.
+
+Only the beginning is looked at, and nothing is decided by it but words.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Final
+
+HEAD: Final = 0x8000
+"""How much of the file `describe` wants to see."""
+
+_MULTIBOOT2: Final = b"\xd6\x50\x52\xe8"
+_TEXT: Final = frozenset(string.printable.encode()) | frozenset(range(0x80, 0x100))
+
+_MAGICS: Final[tuple[tuple[int, bytes, str], ...]] = (
+    (0, b"#!", "a shell script or other text to be interpreted"),
+    (0, b"\x7fELF", "a damaged ELF"),
+    (0x202, b"HdrS", "a bzImage: not supported yet; expected the vmlinux it was made of"),
+    (0x38, b"ARM\x64", "a Linux kernel Image for aarch64"),
+    (0x30, b"RISCV", "a Linux kernel Image for RISC-V"),
+    (0, b"MZ", "an EFI or Windows program"),
+    (0, b"\x1f\x8b", "gzip"),
+    (0, b"\xfd7zXZ\0", "compressed with xz: decompress it first"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd: decompress it first"),
+    (0, b"BZh", "compressed with bzip2: decompress it first"),
+    (0, b"\x04\x22\x4d\x18", "compressed with lz4: decompress it first"),
+    (0, b"\x02\x21\x4c\x18", "compressed with lz4: decompress it first"),
+    (0, b"\x89LZO", "compressed with lzop: decompress it first"),
+    (0, b"\x5d\0\0", "compressed with lzma: decompress it first"),
+    (0, b"070701", "a cpio archive, as an initrd is, not a kernel"),
+    (0, b"070702", "a cpio archive, as an initrd is, not a kernel"),
+    (257, b"ustar", "a tar archive"),
+    (0, b"PK\3\4", "a zip archive"),
+    (0, b"QFI\xfb", "a qcow2 disk image"),
+    (0, b"\x27\x05\x19\x56", "a U-Boot uImage"),
+    (0x438, b"\x53\xef", "an ext2/3/4 file system"),
+    (510, b"\x55\xaa", "a boot sector or disk image"),
+)
+
+
+def describe(head: bytes) -> str:
+    """What a file with this beginning looks like, to be read after "looks like"."""
+    for offset, magic, text in _MAGICS:
+        if head[offset : offset + len(magic)] == magic:
+            return text
+    if _MULTIBOOT2 in (head[at : at + 4] for at in range(0, len(head), 8)):
+        return "a multiboot 2 kernel: not supported, multiboot 1 is"
+    if not any(head[:512]):
+        return "nothing: its beginning is all zeros"
+    if all(byte in _TEXT for byte in head[:512]):
+        return "text"
+    return f"nothing known: it starts with {head[:8].hex(' ')}"

@@ -1,0 +1,40 @@
+"""Entering a guest in long mode by a contract of our own, for ELF and flat images.
+
+No standard says what a 64-bit image that is entered directly finds. Ours finds this:
+
+- long mode as `Mode.LONG` has it, on the GDT and page tables of `arch.x86_64.tables`;
+- RDI: the physical address of an `hvm_start_info` as PVH has it (`startinfo`): command line,
+  memory map, initrd and modules;
+- RSP: as at the entry of a function (System V ABI: RSP + 8 is a multiple of 16), on a stack of
+  7 KiB; the return address there is 0;
+- all other registers 0, RSI among them, which Linux's own 64-bit protocol would use.
+
+So the entry point may be a C function: `void start(const struct hvm_start_info *info)`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from avmm.arch.x86_64 import layout, tables
+from avmm.boot.assembly import Assembly
+from avmm.boot.entry import Entry, Mode
+from avmm.boot.startinfo import write_start_info
+
+_RETURN_ADDRESS_SIZE: Final = 8
+
+
+def claim(assembly: Assembly) -> None:
+    """Take the ranges of all that the contract promises."""
+    assembly.claim_own(layout.GDT, layout.GDT_ROOM, "GDT")
+    assembly.claim_own(layout.PAGE_TABLES, layout.PAGE_TABLES_SIZE, "page tables")
+    assembly.claim_own(layout.STACK, layout.STACK_TOP - layout.STACK, "first stack")
+    assembly.claim_boot_info()
+
+
+def enter(assembly: Assembly, ip: int) -> Entry:
+    """Write what was claimed and load the modules; the image must be in place already."""
+    start_info = write_start_info(assembly)
+    tables.write_long_mode_tables(assembly.memory)
+    rsp = layout.STACK_TOP - _RETURN_ADDRESS_SIZE
+    return Entry(Mode.LONG, ip, {"rdi": start_info, "rsp": rsp})
