@@ -1,0 +1,309 @@
+"""The command as people use it: in pipes, on a terminal, with things that cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+from support.assembler import assemble
+
+from avmm import guests
+
+pytestmark = pytest.mark.usefixtures("kvm")
+
+AVMM = [sys.executable, "-m", "avmm"]
+PROMPT = "avmm> "
+
+
+def avmm(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*AVMM, *arguments], input=given, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+def test_a_pipe_talks_to_the_guest_and_gets_its_status() -> None:
+    done = avmm("run", given="echo hi\nexit 3\n")
+    assert done.returncode == 3
+    assert "\nhi\n" in done.stdout.replace("\r", "")
+
+
+def test_the_end_of_a_pipe_is_the_end_of_the_guests_input() -> None:
+    done = avmm("run", given="echo last words\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\nlast words\n" in done.stdout.replace("\r", "")
+
+
+def test_nothing_of_a_long_pipe_is_lost_either_way() -> None:
+    lines = [f"echo line {number} of many" for number in range(300)]
+    done = avmm("run", given="\n".join([*lines, "exit 0\n"]))
+    said = [line for line in done.stdout.replace("\r", "").splitlines() if line.startswith("line")]
+    assert said == [line.removeprefix("echo ") for line in lines]
+
+
+def test_input_may_be_a_file_and_output_too(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("echo from a file\nexit 5\n")
+    with (tmp_path / "in").open() as source, (tmp_path / "out").open("w") as sink:
+        done = subprocess.run([*AVMM, "run"], stdin=source, stdout=sink, timeout=30, check=False)
+    assert done.returncode == 5
+    assert "\nfrom a file" in (tmp_path / "out").read_text().replace("\r", "")
+
+
+def test_a_reader_that_goes_away_ends_it() -> None:
+    process = subprocess.Popen(
+        [*AVMM, "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"count 1000000\n")
+    process.stdin.flush()
+    process.stdout.read(100)
+    process.stdout.close()
+    assert process.wait(timeout=20) == 128 + signal.SIGPIPE
+    process.stdin.close()
+    assert process.stderr is not None
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+def test_a_console_in_a_file_has_all_that_the_guest_printed(tmp_path: Path) -> None:
+    out = tmp_path / "console"
+    exits = [str(guests.path("exits")), "--cmdline", "count=3"]
+    done = avmm("run", *exits, "--console", f"file:{out}")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "exits kind=pio" in out.read_text()
+
+
+@pytest.fixture
+def terminal() -> Iterator[pexpect.spawn]:
+    child = pexpect.spawn(AVMM[0], [*AVMM[1:], "run"], timeout=20, encoding="utf-8", echo=True)
+    yield child
+    child.close(force=True)
+
+
+def test_a_person_converses_with_the_guest(terminal: pexpect.spawn) -> None:
+    terminal.expect_exact(PROMPT)
+    terminal.send("ecko\b\b\bcho hello\r")
+    terminal.expect_exact("hello\r\n" + PROMPT)
+    terminal.send("exit 7\r")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 7
+
+
+def test_the_escape_gives_help_pauses_and_quits(terminal: pexpect.spawn) -> None:
+    terminal.expect_exact(PROMPT)
+    terminal.send("\x01h")
+    terminal.expect_exact("Ctrl-A x")
+    terminal.send("\x01p")
+    terminal.expect_exact("paused")
+    terminal.send("echo later\r")
+    terminal.send("\x01p")
+    terminal.expect_exact("running")
+    terminal.expect_exact("later\r\n" + PROMPT)
+    terminal.send("\x01x")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+
+
+@pytest.mark.parametrize("end", ["exit", "quit", "SIGTERM", "SIGINT", "crash", "paused"])
+def test_the_terminal_is_put_back_whatever_happens(end: str) -> None:
+    """The shell that started avmm has the terminal's settings back, and says so."""
+    near, far = os.openpty()
+    before = termios.tcgetattr(far)
+    child = subprocess.Popen([*AVMM, "run"], stdin=far, stdout=far, stderr=far)
+    try:
+        _read_until(near, PROMPT)
+        assert termios.tcgetattr(far)[3] != before[3]
+        if end == "exit":
+            os.write(near, b"exit 0\r")
+        elif end == "quit":
+            os.write(near, b"\x01x")
+        elif end == "crash":
+            os.write(near, b"crash\r")
+        elif end == "paused":
+            os.write(near, b"\x01p")
+            _read_until(near, "paused")
+            child.send_signal(signal.SIGTERM)
+        else:
+            child.send_signal(getattr(signal, end))
+        child.wait(timeout=20)
+        assert termios.tcgetattr(far) == before
+    finally:
+        child.kill()
+        child.wait()
+        os.close(near)
+        os.close(far)
+
+
+def _read_until(fd: int, text: str) -> None:
+    said = ""
+    while text not in said:
+        said += os.read(fd, 4096).decode()
+
+
+def test_a_console_on_a_unix_socket_serves_one_client_after_another(tmp_path: Path) -> None:
+    path = tmp_path / "console"
+    process = subprocess.Popen([*AVMM, "run", "--console", f"unix:{path}"])
+    try:
+        with _connect(path) as client:
+            _converse(client, PROMPT, "echo one\r", "one\r\n" + PROMPT)
+        assert path.stat().st_mode & 0o077 == 0
+        with _connect(path) as client:
+            _converse(client, "", "echo two\r", "two\r\n" + PROMPT)
+            client.sendall(b"exit 4\r")
+            assert process.wait(timeout=20) == 4
+        assert not path.exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _connect(path: Path) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(20)
+    while True:
+        try:
+            client.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            os.sched_yield()
+            continue
+        return client
+
+
+def _converse(client: socket.socket, before: str, say: str, after: str) -> None:
+    heard = ""
+    while before not in heard:
+        heard += client.recv(4096).decode()
+    client.sendall(say.encode())
+    heard = ""
+    while after not in heard:
+        heard += client.recv(4096).decode()
+
+
+def test_a_console_on_a_pty(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*AVMM, "run", "--console", "pty"], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        path = process.stderr.readline().split()[-1]
+        fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+        _read_until(fd, PROMPT)
+        os.write(fd, b"exit 6\r")
+        assert process.wait(timeout=20) == 6
+        os.close(fd)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_a_toml_file_holds_the_same_settings(tmp_path: Path) -> None:
+    (tmp_path / "guest.bin").write_bytes(assemble("mov al, 4; out 0x55, al; hlt", 16, 0x8000))
+    (tmp_path / "guest.toml").write_text(
+        'kernel = "guest.bin"\nflat = "real@0x8000"\nmemory = "4M"\ndebug-exit = 0x55\n'
+    )
+    assert avmm("run", "--config", str(tmp_path / "guest.toml")).returncode == 4 << 1 | 1
+
+
+def test_options_win_over_the_toml_file(tmp_path: Path) -> None:
+    (tmp_path / "guest.toml").write_text('memory = "32M"\n')
+    done = avmm("run", "--config", str(tmp_path / "guest.toml"), "--memory", "16M", given="exit\n")
+    assert "16 MiB of memory" in done.stdout
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("#!/bin/sh\necho hello\n")
+    (tmp_path / "bad.toml").write_text("memory =")
+    (tmp_path / "unknown.toml").write_text("memroy = '64M'\n")
+    (tmp_path / "real.bin").write_bytes(b"\xf4" * 8192)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/missing"], "No such file"),
+        (["{}/empty"], "empty"),
+        (["{}/text"], "looks like"),
+        (["{}"], "directory"),
+        (["--initrd", "{}/missing"], "No such file"),
+        (["--memory", "0"], "memory of 0 bytes: expected a positive multiple"),
+        (["--memory", "lots"], "'lots' is no size"),
+        (["--memory", "900T"], "this host has"),
+        (["--memory", "1M", "--flat", "real@0xff000", "{}/real.bin"], "real.bin"),
+        (["--cpus", "0"], "cpus 0"),
+        (["--cpus", "5000"], "cpus 5000"),
+        (["--cpus", "two"], "'two' is not a valid integer"),
+        (["--console", "printer"], "console 'printer': expected stdio, pty"),
+        (["--console", "file:{}/no/such"], "no/such"),
+        (["--debug-exit", "x"], "'x' is no port"),
+        (["--debug-exit", "0x3f8"], "overlaps Serial"),
+        (["--debug-exit", "0x10000"], "expected a port"),
+        (["--flat", "real@0"], "flat: expected a kernel"),
+        (["--flat", "real", "{}/real.bin"], "flat 'real': expected MODE@ADDRESS"),
+        (["--flat", "fast@0", "{}/real.bin"], "flat 'fast@0'"),
+        (["--unclaimed", "loud"], "'loud' is not one of"),
+        (["--config", "{}/missing.toml"], "No such file"),
+        (["--config", "{}/bad.toml"], "not TOML"),
+        (["--config", "{}/unknown.toml"], "unknown key 'memroy'"),
+        (["--nonsense"], "No such option"),
+    ],
+)
+def test_what_cannot_be_is_said_and_ends_with_2(
+    files: Path, arguments: list[str], message: str
+) -> None:
+    done = avmm("run", *(argument.format(files) for argument in arguments))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_vcpu_that_cannot_go_on_is_reported_and_ends_with_125(tmp_path: Path) -> None:
+    (tmp_path / "bad").write_bytes(assemble(f"mov eax, {0xC800_0000}; jmp eax", 32, 0x100000))
+    done = avmm("run", "--flat", "protected@0x100000", str(tmp_path / "bad"))
+    assert done.returncode == 125
+    assert "KVM_EXIT_INTERNAL_ERROR" in done.stderr
+    assert "rip=00000000c8000000" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_guest_that_resets_is_reported(tmp_path: Path) -> None:
+    done = avmm("run", given="crash\n")
+    assert (done.returncode, done.stderr[:37]) == (0, "avmm: the guest ended: triple fault, ")
+
+
+def test_doctor_speaks_to_people_and_to_programs() -> None:
+    done = avmm("doctor")
+    assert done.returncode == 0
+    assert "avmm works on this host." in done.stdout
+    report = json.loads(avmm("doctor", "--json").stdout)
+    assert report["capabilities"]["KVM_CAP_IMMEDIATE_EXIT"] == 1
+    assert report["guest_ran"] and not report["problems"]
+
+
+def test_bench_exits_gives_a_ratio_for_each_case() -> None:
+    done = avmm("bench", "exits", "--json", "--count", "50", "--rounds", "1")
+    rows = json.loads(done.stdout)
+    assert len({row["case"] for row in rows}) == len(rows) == 12
+    for row in rows:
+        assert set(row) == {"case", "us", "raw_us", "ratio"}
+        assert row["ratio"] == pytest.approx(row["us"] / row["raw_us"])
+
+
+def test_help_and_version() -> None:
+    assert "Run small KVM guests" in avmm("--help").stdout
+    assert "--console" in avmm("run", "--help").stdout
+    assert avmm("--version").stdout.startswith("avmm, version ")

@@ -1,0 +1,86 @@
+"""What avmm costs a process: to import it, to run a guest, to run a thousand of them."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import trio
+from conftest import resources
+
+import avmm
+from avmm import guests
+
+PROMPT = b"avmm> "
+
+IMPORT = """
+import time, trio
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before, start = resident(), time.process_time()
+import avmm
+print((time.process_time() - start) * 1000, (resident() - before) / 2**20)
+"""
+
+
+def test_importing_avmm_is_cheap() -> None:
+    """At most 40 ms and 8 MiB more than trio; CPU time, the best of five, for busy machines."""
+    costs = []
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True)
+        costs.append(tuple(map(float, done.stdout.split())))
+    assert min(cost[0] for cost in costs) <= 40
+    assert min(cost[1] for cost in costs) <= 8
+
+
+def test_importing_avmm_imports_nothing_that_only_some_need() -> None:
+    code = "import avmm, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    loaded = done.stdout.decode().split()
+    for name in ("click", "elftools", "tomllib", "cffi", "avmm.cli", "avmm.bench"):
+        assert name not in loaded
+
+
+RUN = """
+import trio, avmm
+def private():
+    lines = open("/proc/self/status").read().splitlines()
+    return sum(int(l.split()[1]) for l in lines if l.startswith(("RssAnon", "RssFile"))) / 1024
+async def main():
+    before = private()
+    async with avmm.Machine() as vm:
+        said = b""
+        while not said.endswith(b"avmm> "):
+            said += await vm.console.receive_some()
+        print(private() - before)
+trio.run(main)
+"""
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_running_guest_costs_at_most_12_mib_beside_its_memory() -> None:
+    """Guest pages are shared memory and not counted here."""
+    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, check=True)
+    assert float(done.stdout) <= 12
+
+
+@pytest.mark.usefixtures("kvm")
+@pytest.mark.timeout(300)
+async def test_a_thousand_machines_leave_nothing_behind() -> None:
+    async def cycle() -> None:
+        async with avmm.Machine(
+            kernel=guests.path("exits"), cmdline="count=1", memory="4M", cpus=2
+        ) as vm:
+            await vm.wait()
+
+    for _ in range(20):
+        await cycle()
+    before = resources()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(1000):
+        await cycle()
+    assert resources() == before
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most
+    assert grown < 4096, f"{grown} KiB more at the peak"
