@@ -31,7 +31,7 @@ def demand_toolchain() -> None:
     cc = sysconfig.get_config_var("CC").split()[0]
     if shutil.which(cc) is None and shutil.which("cc") is None:
         sys.exit(f"avmm needs a C compiler. On Debian: apt-get install {PACKAGES}")
-    probe = f"#include <Python.h>\n#include <linux/kvm.h>\n"
+    probe = "#include <Python.h>\n#include <linux/kvm.h>\n"
     include = sysconfig.get_path("include")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.c"

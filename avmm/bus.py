@@ -39,7 +39,9 @@ class Placement:
     offset: int = 0
 
 
-def pio(device: Device, base: int, size: int, *, irq: int | None = None, offset: int = 0) -> Placement:
+def pio(
+    device: Device, base: int, size: int, *, irq: int | None = None, offset: int = 0
+) -> Placement:
     """Place `device` at `size` I/O ports from `base` on, with ISA interrupt `irq` or none.
 
     The device sees offsets from `offset` on, which tells its several regions apart.
@@ -108,7 +110,7 @@ class Bus:
                 with there.lock:
                     answer = there.read(address - there.shift, size)
                 if answer.__class__ is int:
-                    return answer & MASKS[size]  # type: ignore[operator]
+                    return answer & MASKS[size]
                 return _other_answer(there, address, size, answer)
         return self._read_parts(address, size)
 

@@ -8,7 +8,6 @@ image that does not fit) is checked where it shows.
 from __future__ import annotations
 
 import logging
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -79,6 +78,10 @@ class MachineConfig:
         put(self, "memory", parse_size(self.memory))
         if isinstance(self.flat, str):
             put(self, "flat", _parse_flat(self.flat))
+        if self.flat is not None and self.kernel is None:
+            raise ConfigError(
+                "flat: expected a kernel to run so; the bundled shell is no flat one"
+            )
         if not isinstance(self.cmdline, str):
             raise ConfigError(f"cmdline {self.cmdline!r}: expected text")
         if not _is_int(self.cpus) or self.cpus < 1:
@@ -88,7 +91,9 @@ class MachineConfig:
         ):
             raise ConfigError(f"debug_exit {self.debug_exit!r}: expected a port, 0 to 0xffff")
         if self.unclaimed not in UNCLAIMED:
-            raise ConfigError(f"unclaimed {self.unclaimed!r}: expected one of {', '.join(UNCLAIMED)}")
+            raise ConfigError(
+                f"unclaimed {self.unclaimed!r}: expected one of {', '.join(UNCLAIMED)}"
+            )
         if not isinstance(self.console, str):
             raise ConfigError(f"console {self.console!r}: expected text")
 
@@ -108,6 +113,8 @@ def read_toml(path: str | PathLike[str]) -> dict[str, Any]:
     Keys are those of the command's options (`debug-exit = 0xf4`); paths are relative to the
     file. Raises `ConfigError` where the file cannot be read, is no TOML, or has unknown keys.
     """
+    import tomllib  # noqa: PLC0415 - only needed here, and slow to import
+
     path = Path(path)
     try:
         text = path.read_bytes().decode()
@@ -136,9 +143,9 @@ def read_toml(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def _parse_flat(text: str) -> FlatOptions:
-    mode, at, address = text.partition("@")
+    mode, _, address = text.partition("@")
     try:
-        return FlatOptions(Mode(mode), int(address, 0) if at else 0)
+        return FlatOptions(Mode(mode), int(address, 0))
     except ValueError:
         modes = ", ".join(mode.value for mode in Mode)
         raise ConfigError(

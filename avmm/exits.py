@@ -18,6 +18,7 @@ from avmm.outcome import Cause, Outcome
 
 Served = Awaitable[None] | None
 
+_OUT: Final = constants.KVM_EXIT_IO_OUT
 _SYSTEM_EVENTS: Final = {
     constants.KVM_SYSTEM_EVENT_SHUTDOWN: Cause.SHUTDOWN,
     constants.KVM_SYSTEM_EVENT_RESET: Cause.RESET,
@@ -53,38 +54,42 @@ class Exits:
             constants.KVM_EXIT_INTR: _nothing,
         }
 
-    def serve(self) -> Served:
+    def serve(self, reason: int) -> Served:
         """Serve the exit that `kvm_run` holds. Raises `VcpuError` where it is not servable."""
-        serve = self._table.get(self._page.exit_reason)
+        serve = self._table.get(reason)
         if serve is None:
             raise VcpuError(f"vCPU {self._vcpu.index} cannot go on: {self.report()}")
         return serve()
 
     def _serve_mmio(self) -> Served:
-        mmio = self._page.mmio
-        length = mmio.len
-        if mmio.is_write:
-            return self._mmio.write(mmio.phys_addr, length, self._vcpu.mmio_word[0] & MASKS[length])
-        answer = self._mmio.read(mmio.phys_addr, length)
+        address, data, length, is_write = self._vcpu.mmio()
+        if is_write:
+            return self._mmio.write(address, length, data & MASKS[length])
+        answer = self._mmio.read(address, length)
         if not isinstance(answer, int):
-            return _put_later(self._vcpu.mmio_word, answer)
-        self._vcpu.mmio_word[0] = answer
+            return self._answer_mmio(answer)
+        self._vcpu.answer_mmio(answer)
         return None
 
+    async def _answer_mmio(self, answer: Awaitable[int]) -> None:
+        self._vcpu.answer_mmio(await answer)
+
     def _serve_pio(self) -> Served:
-        io = self._page.io
-        size = io.size
-        if io.count != 1:
-            strings = self._outs if io.direction == constants.KVM_EXIT_IO_OUT else self._ins
-            return strings(io.port, size, io.data_offset, size * io.count)
-        word = self._vcpu.io_word(io.data_offset)
-        if io.direction == constants.KVM_EXIT_IO_OUT:
-            return self._pio.write(io.port, size, word[0] & MASKS[size])
-        answer = self._pio.read(io.port, size)
+        direction, size, port, count, offset = self._vcpu.io()
+        if count != 1:
+            strings = self._outs if direction == _OUT else self._ins
+            return strings(port, size, offset, size * count)
+        if direction == _OUT:
+            data = self._vcpu.io_load(offset, size)
+            return self._pio.write(port, size, int.from_bytes(data, "little"))
+        answer = self._pio.read(port, size)
         if not isinstance(answer, int):
-            return _put_later(word, answer)
-        word[0] = answer
+            return self._answer_pio(size, offset, answer)
+        self._vcpu.io_store(offset, answer.to_bytes(size, "little"))
         return None
+
+    async def _answer_pio(self, size: int, offset: int, answer: Awaitable[int]) -> None:
+        self._vcpu.io_store(offset, (await answer).to_bytes(size, "little"))
 
     def _outs(self, port: int, size: int, offset: int, length: int) -> Served:
         """`rep outs`: the same port once for each element, in order."""
@@ -116,7 +121,13 @@ class Exits:
         return None
 
     async def _ins_rest(
-        self, port: int, size: int, offset: int, length: int, data: bytearray, first: Awaitable[int]
+        self,
+        port: int,
+        size: int,
+        offset: int,
+        length: int,
+        data: bytearray,
+        first: Awaitable[int],
     ) -> None:
         data += (await first).to_bytes(size, "little")
         while len(data) < length:
@@ -179,10 +190,6 @@ def _internal_error(page: Struct) -> str:
 
 def _number(data: bytes, at: int, size: int) -> int:
     return int.from_bytes(data[at : at + size], "little")
-
-
-async def _put_later(word: Struct, answer: Awaitable[int]) -> None:
-    word[0] = await answer
 
 
 def _nothing() -> Served:

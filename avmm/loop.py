@@ -154,7 +154,7 @@ class VcpuLoop:
             with self._kicking:
                 self._thread_id = threading.get_native_id()
             self._run()
-        except BaseException as error:  # noqa: BLE001 - the task raises it where it belongs
+        except BaseException as error:
             self._error = error
         finally:
             with self._kicking:
@@ -166,8 +166,8 @@ class VcpuLoop:
         run, serve, page = self._vcpu.run, self._exits.serve, self._vcpu.page
         while True:
             status = run()
-            if status == 0:
-                pending = serve()
+            if status >= 0:
+                pending = serve(status)
                 if pending is not None:
                     self._hand_over(pending)
                 continue
@@ -189,8 +189,8 @@ class VcpuLoop:
             if status == -errno.EINTR:
                 page.immediate_exit = 0
                 return
-            if status == 0:
-                pending = self._exits.serve()
+            if status >= 0:
+                pending = self._exits.serve(status)
                 if pending is not None:
                     self._hand_over(pending)
             elif status != -errno.EAGAIN:

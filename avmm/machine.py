@@ -21,7 +21,7 @@ from typing import Any, Final, Self, Unpack
 
 import trio
 
-from avmm import boot, guests
+from avmm import guests
 from avmm.arch.x86_64 import cpu, layout, report
 from avmm.bus import Bus, Placement, pio
 from avmm.config import UNCLAIMED, MachineConfig, Settings
@@ -86,6 +86,9 @@ class Parts:
         devices: Sequence[Placement] = (),
         end: Callable[[Outcome], None] = lambda outcome: None,
     ) -> None:
+        # Reading images is most of what there is to import, and only needed from here on.
+        from avmm.boot.formats import load  # noqa: PLC0415
+
         self._end = end
         with ExitStack() as stack:
             self.system = System()
@@ -96,7 +99,7 @@ class Parts:
                 )
             self.memory = GuestMemory(config.memory)
             stack.callback(self.memory.close)
-            entry = boot.load(
+            entry = load(
                 self.memory,
                 config.kernel or guests.path("shell"),
                 cmdline=config.cmdline,
@@ -137,9 +140,7 @@ class Parts:
         """What a guest finds on every PC and may not be able to do without."""
         keyboard = I8042(lambda: self._end(Outcome(Cause.RESET)))
         high = sum(region.size for region in self.memory.ram if region.gpa >= HOLE_END)
-        cmos = Cmos(
-            low_memory=config.memory - high, high_memory=high, cpus=config.cpus
-        )
+        cmos = Cmos(low_memory=config.memory - high, high_memory=high, cpus=config.cpus)
         places = [
             pio(self.serial, SERIAL_PORT, 8, irq=SERIAL_IRQ),
             pio(cmos, 0x70, 2),

@@ -65,14 +65,12 @@ class GuestMemory:
     """
 
     def __init__(self, size: int | str) -> None:
-        asked, size = size, parse_size(size)
+        size = parse_size(size)
         host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if size <= 0 or size % PAGE:
-            raise ConfigError(f"memory {asked!r}: expected a positive multiple of {PAGE} bytes")
+            raise ConfigError(f"memory of {size} bytes: expected a positive multiple of {PAGE}")
         if size > host:
-            raise ConfigError(
-                f"memory {asked!r} is {size >> 20} MiB; this host has {host >> 20} MiB in all"
-            )
+            raise ConfigError(f"memory of {size >> 20} MiB: this host has {host >> 20} MiB in all")
         self.size = size
         self.fd = os.memfd_create("avmm-ram", os.MFD_CLOEXEC)
         try:
@@ -135,7 +133,7 @@ class GuestMemory:
         if length >= 0:
             for region, view in zip(self._regions, self._views, strict=True):
                 start = gpa - region.gpa
-                if 0 <= start and start + length <= region.size:
+                if start >= 0 and start + length <= region.size:
                     return view[start : start + length]
         raise GuestMemoryError(f"{length} bytes at {gpa:#x} are not within guest memory")
 

@@ -55,9 +55,7 @@ def test_a_shell_on_the_interrupt_driven_serial_port(linux: Path, tmp_path: Path
     initrd.write_bytes(with_file((linux / "rdkl.cpio").read_bytes(), "shell", init))
     command = [*AVMM[1:], str(linux / "vmlinux.gz"), "--initrd", str(initrd), "--memory", "32M"]
     cmdline = f"{CMDLINE} quiet rdinit=/shell"
-    child = pexpect.spawn(
-        AVMM[0], [*command, "--cmdline", cmdline], timeout=60, encoding="utf-8"
-    )
+    child = pexpect.spawn(AVMM[0], [*command, "--cmdline", cmdline], timeout=60, encoding="utf-8")
     try:
         child.expect_exact("# ")
         child.send("echo $((6 * 7))\r")

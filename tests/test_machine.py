@@ -57,7 +57,9 @@ async def test_the_debug_exit_may_be_elsewhere_or_nowhere(tmp_path: Path) -> Non
     code = "mov al, 5; out 0xf4, al; mov al, 1; out 0x55, al; hlt"
     async with machine(tmp_path, code, debug_exit=0x55) as vm:
         assert (await vm.wait()).status == 3
-    async with machine(tmp_path, "mov al, 5; out 0xf4, al;" + EXIT.format(9), debug_exit=None) as vm:
+    async with machine(
+        tmp_path, "mov al, 5; out 0xf4, al;" + EXIT.format(9), debug_exit=None
+    ) as vm:
         assert (await vm.wait()).status == 9
 
 

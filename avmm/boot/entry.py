@@ -28,3 +28,11 @@ class Entry:
     mode: Mode
     ip: int
     registers: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatOptions:
+    """How a flat binary is to be run: in which mode, and where it is loaded and entered."""
+
+    mode: Mode
+    address: int

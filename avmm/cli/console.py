@@ -123,35 +123,38 @@ async def _pty(target: Target, vm: Machine) -> None:
     # error whenever nobody is connected.
     near, far = os.openpty()
     try:
-        with terminal.raw(far), closing(HostFd(near, os.O_RDWR)) as host:
-            print(f"avmm: the console is {os.ttyname(far)}", file=sys.stderr, flush=True)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_from_pty, host, vm)
-                await _output(vm, host.write)
-                nursery.cancel_scope.cancel()
+        async with trio.lowlevel.FdStream(near) as host:
+            with terminal.raw(far):
+                print(f"avmm: the console is {os.ttyname(far)}", file=sys.stderr, flush=True)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_from_pty, host, vm)
+                    await _output(vm, host.send_all)
+                    nursery.cancel_scope.cancel()
     finally:
-        os.close(near)
         os.close(far)
 
 
-async def _from_pty(host: HostFd, vm: Machine) -> None:
+async def _from_pty(host: trio.lowlevel.FdStream, vm: Machine) -> None:
     with suppress(trio.BrokenResourceError):
-        while data := await host.read():
+        async for data in host:
             await vm.console.send_all(data)
 
 
 async def _file(target: Target, vm: Machine) -> None:
     try:
-        file = Path(target.path).open("wb", buffering=0)  # noqa: ASYNC230 - opened once
+        fd = os.open(target.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise ConfigError(f"console file {target.path}: {error.strerror}") from None
-    with file, closing(HostFd(file.fileno(), os.O_WRONLY)) as sink:
-        await _output(vm, sink.write)
+    try:
+        with closing(HostFd(fd, os.O_WRONLY)) as sink:
+            await _output(vm, sink.write)
+    finally:
+        os.close(fd)
 
 
 async def _unix(target: Target, vm: Machine) -> None:
     """One client at a time; what the guest prints meanwhile waits in the port's buffer."""
-    listener = _listen(target.path)
+    listener = await _listen(target.path)
     try:
         while (connection := await _next_client(listener, vm)) is not None:
             await _serve_client(trio.SocketStream(connection), vm)
@@ -194,17 +197,15 @@ async def _serve_client(client: trio.SocketStream, vm: Machine) -> None:
         nursery.cancel_scope.cancel()
 
 
-def _listen(path: str) -> trio.socket.SocketType:
+async def _listen(path: str) -> trio.socket.SocketType:
     """A socket that only its user may connect to; takes the place of one that nobody serves."""
-    try:
+    with suppress(FileNotFoundError):
         if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
             Path(path).unlink()
-    except FileNotFoundError:
-        pass
     listener = trio.socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
     try:
-        listener._sock.bind(path)
+        await listener.bind(path)
     except OSError as error:
         raise ConfigError(f"console socket {path}: {error.strerror}") from None
     finally:

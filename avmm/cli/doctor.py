@@ -127,7 +127,9 @@ def _modules() -> list[str]:
 
 
 def _print(report: Report) -> None:
-    click.echo(f"kernel         {report.kernel}, modules {', '.join(report.modules) or 'built in'}")
+    click.echo(
+        f"kernel         {report.kernel}, modules {', '.join(report.modules) or 'built in'}"
+    )
     if report.usable:
         click.echo(f"/dev/kvm       works; up to {report.max_vcpus} vCPUs, {report.msrs} MSRs")
         click.echo("capabilities")

@@ -122,7 +122,9 @@ class Device:
         nothing. Cancelling it leaves the device as `resume` can set it going again.
         """
         if type(self).run is not Device.run:
-            raise DeviceError(f"{self.name} runs a task and cannot be quiesced: it lacks quiesce()")
+            raise DeviceError(
+                f"{self.name} runs a task and cannot be quiesced: it lacks quiesce()"
+            )
 
     async def resume(self) -> None:
         """Go on after `quiesce`; does nothing where the device is not quiesced."""

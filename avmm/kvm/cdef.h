@@ -239,7 +239,7 @@ struct kvm_run {
 
 int avmm_ioctl(int fd, unsigned long request, void *argument);
 int avmm_ioctl_value(int fd, unsigned long request, unsigned long argument);
-int avmm_run(int fd);
+int avmm_run(int fd, struct kvm_run *run);
 int avmm_run_raw(int fd, struct kvm_run *run, char *output, int size);
 
 int avmm_kick_install(void);

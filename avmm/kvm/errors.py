@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import grp
 import os
+from pathlib import Path
 
 from avmm.errors import AvmmError
 
@@ -67,8 +67,7 @@ def too_old(missing: str, since: str) -> KvmUnavailable:
 
 def _who_may(path: str) -> str:
     try:
-        gid = os.stat(path).st_gid
-        group = grp.getgrgid(gid).gr_name
+        group = Path(path).group()
     except (OSError, KeyError):
         return "ask this machine's administrator"
     if group == "root":

@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from avmm.kvm._kvm import ffi, lib
@@ -48,6 +50,27 @@ _EXIT_NAMES: Final = {
     for name in dir(lib)
     if name.startswith("KVM_EXIT_") and not name.startswith("KVM_EXIT_IO_")
 }
+
+
+IO_FIELDS: Final = ("direction", "size", "port", "count", "data_offset")
+MMIO_FIELDS: Final = ("phys_addr", "data", "len", "is_write")
+
+
+def _unpacker(
+    mapping: mmap.mmap, exit_: str, names: tuple[str, ...]
+) -> Callable[[], tuple[int, ...]]:
+    """Reads these fields of `kvm_run`'s part for an exit, where the compiler put them."""
+    fields = dict(ffi.typeof(f"avmm_exit_{exit_}").fields)
+    pattern, end = "=", 0
+    for name in names:
+        field, size = fields[name], ffi.sizeof(fields[name].type)
+        pattern += f"{field.offset - end}x{_CODES[size]}"
+        end = field.offset + size
+    base: int = ffi.offsetof("struct kvm_run", exit_)
+    return partial(struct.Struct(pattern).unpack_from, mapping, base)
+
+
+_CODES: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 class _Handle:
@@ -152,9 +175,7 @@ class Vm(_Handle):
         """The vCPU number `index` (which is its APIC id too)."""
         return Vcpu(self._ioctl_value("KVM_CREATE_VCPU", index), index, self._system.run_size)
 
-    def set_memory(
-        self, slot: int, gpa: int, view: memoryview, *, readonly: bool = False
-    ) -> None:
+    def set_memory(self, slot: int, gpa: int, view: memoryview, *, readonly: bool = False) -> None:
         """Back `gpa` onwards with the memory under `view`, which must outlive the VM."""
         region = ffi.new("struct kvm_userspace_memory_region *")
         region.slot = slot
@@ -184,11 +205,15 @@ class Vm(_Handle):
     def irqfd(self, fd: int, gsi: int, *, assign: bool = True) -> None:
         """Let a write to eventfd `fd` raise the interrupt `gsi` (an edge), or stop it."""
         flags = 0 if assign else lib.KVM_IRQFD_FLAG_DEASSIGN
-        self._ioctl("KVM_IRQFD", ffi.new("struct kvm_irqfd *", {"fd": fd, "gsi": gsi, "flags": flags}))
+        self._ioctl(
+            "KVM_IRQFD", ffi.new("struct kvm_irqfd *", {"fd": fd, "gsi": gsi, "flags": flags})
+        )
 
     def irq_line(self, gsi: int, level: bool) -> None:
         """Drive the interrupt input `gsi`."""
-        self._ioctl("KVM_IRQ_LINE", ffi.new("struct kvm_irq_level *", {"irq": gsi, "level": level}))
+        self._ioctl(
+            "KVM_IRQ_LINE", ffi.new("struct kvm_irq_level *", {"irq": gsi, "level": level})
+        )
 
     def signal_msi(self, address: int, data: int) -> int:
         """Deliver a message-signalled interrupt; 0 where the guest's LAPICs dropped it."""
@@ -233,30 +258,27 @@ class Vcpu(_Handle):
         self.page: Struct = ffi.cast("struct kvm_run *", self._buffer)
         """The `struct kvm_run` shared with the kernel."""
 
-        self.mmio_word: Struct = ffi.cast("uint64_t *", self.page.mmio.data)
-        """The data of an MMIO exit as one little-endian number: `mmio_word[0]`."""
-        self._words: dict[int, Struct] = {}
+        self.run: Callable[[], int] = partial(lib.avmm_run, fd, self.page)
+        """KVM_RUN without the GIL: the exit reason, -EINTR after a kick, else -errno."""
+        # Called once an exit: one call that unpacks a whole exit costs what a single field of
+        # a cffi structure does.
+        self.io: Callable[[], tuple[int, ...]] = _unpacker(self._mapping, "io", IO_FIELDS)
+        """The PIO exit in `kvm_run`: its `IO_FIELDS`."""
+        self.mmio: Callable[[], tuple[int, ...]] = _unpacker(self._mapping, "mmio", MMIO_FIELDS)
+        """The MMIO exit in `kvm_run`: its `MMIO_FIELDS`, the data as a number."""
+        self._mmio_data = ffi.cast("uint64_t *", self.page.mmio.data)
 
-    def io_word(self, offset: int) -> Struct:
-        """The eight bytes at `offset` of `kvm_run` as a number, for PIO exits."""
-        word = self._words.get(offset)
-        if word is None:
-            start = ffi.cast("char *", self._buffer) + offset
-            word = self._words[offset] = ffi.cast("uint64_t *", start)
-        return word
+    def answer_mmio(self, value: int) -> None:
+        """What the guest's MMIO read gets."""
+        self._mmio_data[0] = value
 
     def io_load(self, offset: int, length: int) -> bytes:
-        """The bytes of a string output."""
+        """The bytes of an output, `offset` being the exit's `data_offset`."""
         return self._mapping[offset : offset + length]
 
     def io_store(self, offset: int, data: bytes | bytearray) -> None:
-        """Answer a string input."""
+        """What the guest's input gets."""
         self._mapping[offset : offset + len(data)] = data
-
-    def run(self) -> int:
-        """KVM_RUN without the GIL: 0 after an exit, -EINTR after a kick, else -errno."""
-        answer: int = lib.avmm_run(self.fd)
-        return answer
 
     def run_raw(self) -> bytes:
         """KVM_RUN in a C loop until the guest writes to its exit-status port (shim.c): the
@@ -322,8 +344,7 @@ class Vcpu(_Handle):
     def close(self) -> None:
         """Unmap `kvm_run` and close; idempotent."""
         if self.fd >= 0 and hasattr(self, "_buffer"):
-            self.page = self.mmio_word = ffi.NULL
-            self._words.clear()
+            self.page = self._mmio_data = ffi.NULL
             ffi.release(self._buffer)
             self._mapping.close()
         super().close()

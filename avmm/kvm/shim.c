@@ -68,9 +68,10 @@ static int avmm_ioctl_value(int fd, unsigned long request, unsigned long argumen
     return answer < 0 ? -errno : answer;
 }
 
-static int avmm_run(int fd)
+/* The exit reason, or -errno. */
+static int avmm_run(int fd, struct kvm_run *run)
 {
-    return ioctl(fd, KVM_RUN, 0) < 0 ? -errno : 0;
+    return ioctl(fd, KVM_RUN, 0) < 0 ? -errno : (int)run->exit_reason;
 }
 
 /* The baseline of `avmm bench exits`: nothing but KVM_RUN. Reads are answered with zeros,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from avmm.arch.x86_64 import layout, tables
-from avmm.boot import Mode, load
+from avmm.boot import Mode
+from avmm.boot.formats import load
 from avmm.errors import ImageError
 from avmm.memory import GuestMemory
 

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from avmm.boot import Entry, load
+from avmm.boot import Entry
+from avmm.boot.formats import load
 from avmm.errors import ConfigError, ImageError
 from avmm.memory import GuestMemory
 

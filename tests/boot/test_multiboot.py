@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from avmm.boot import Mode, load
+from avmm.boot import Mode
+from avmm.boot.formats import load
 from avmm.errors import ConfigError, ImageError
 from avmm.memory import GuestMemory
 

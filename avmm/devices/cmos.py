@@ -1,0 +1,272 @@
+"""The real-time clock and CMOS memory of a PC: a Motorola MC146818 at 0x70 and 0x71.
+
+The time is the host's (UTC) plus an offset, which is what setting the clock changes: so a guest
+that was saved and restored reads the right time at once. Registers are worked out when they are
+read; no timer runs. While the guest holds the clock (register B's SET, or the divider in reset)
+they are plain bytes, and become a new offset when it lets go.
+
+**No interrupts.** The alarm registers are stored, nothing more, and the interrupt enables of
+register B cannot be set: they read back 0, so that a guest which looks knows. Guests have better
+timers, and a periodic one in Python would be a poor one. The flags UF and PF of register C do
+come, for guests that poll them; AF does not.
+
+**Update in progress.** UIP is a function of the clock and so cannot stay set. The chip promises
+244 us after UIP was read 0 before the time changes, which is too short where every access is an
+exit of 10 us and more. So UIP is set for as long as the chip's whole update takes, 244 + 1984 us
+(MC146818A data sheet, table 5), but all of it before the change: a guest that read 0 has 2 ms.
+
+The bytes from 0x10 on follow QEMU (hw/i386/pc.c, `pc_cmos_init`) and SeaBIOS (src/hw/rtc.h).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final
+
+from avmm.devices.base import Device
+from avmm.errors import ConfigError, DeviceError
+
+PORTS: Final = 2
+SIZE: Final = 128
+
+SECONDS: Final = 0x00
+MINUTES: Final = 0x02
+HOURS: Final = 0x04
+WEEKDAY: Final = 0x06
+DAY: Final = 0x07
+MONTH: Final = 0x08
+YEAR: Final = 0x09
+REG_A: Final = 0x0A
+REG_B: Final = 0x0B
+REG_C: Final = 0x0C
+REG_D: Final = 0x0D
+CENTURY: Final = 0x32
+_CENTURY_PS2: Final = 0x37  # where PS/2s have it; QEMU answers there, too
+_TIME: Final = frozenset({SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY})
+
+A_UIP: Final = 0x80
+B_SET: Final = 0x80
+B_ENABLES: Final = 0x78  # PIE, AIE, UIE, SQWE
+B_BINARY: Final = 0x04
+B_24H: Final = 0x02
+C_PF: Final = 0x40
+C_UF: Final = 0x10
+D_VALID: Final = 0x80
+HOUR_PM: Final = 0x80
+
+_SECOND: Final = 1_000_000_000
+_UPDATE: Final = 244_000 + 1_984_000
+_DAY: Final = 86_400
+_OFFSET_LIMIT: Final = 1_000_000 * 365 * _DAY * _SECOND
+
+_KIB: Final = 1 << 10
+_MIB: Final = 1 << 20
+
+
+class Cmos(Device):
+    """The clock, and what firmware finds out about the machine.
+
+    `low_memory` and `high_memory` are the bytes of RAM below and above 4 GiB, `clock` gives the
+    time in nanoseconds since 1970 (UTC).
+    """
+
+    max_width: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        *,
+        low_memory: int,
+        high_memory: int = 0,
+        cpus: int = 1,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        if not 0 <= low_memory <= 1 << 32 or not 0 <= high_memory < 1 << 40:
+            raise ConfigError(
+                f"Cmos: {low_memory} and {high_memory} bytes of RAM, expected at most 4 GiB below "
+                "4 GiB and less than 1 TiB above"
+            )
+        if not 1 <= cpus <= 256:
+            raise ConfigError(f"Cmos: {cpus} CPUs, expected 1 to 256")
+        self._clock = clock
+        self._index = 0
+        self._offset = 0
+        self._data = bytearray(SIZE)
+        self._data[REG_A] = 0x26  # 32.768 kHz, periodic rate 1024 Hz
+        self._data[REG_B] = B_24H
+        self._data[REG_D] = D_VALID
+        self._describe(low_memory, high_memory, cpus)
+        self._flags_read = self._now()
+
+    def _describe(self, low: int, high: int, cpus: int) -> None:
+        """The sizes that BIOSes kept here, each cut to what its field can hold."""
+        self._data[0x14] = 0x02  # equipment: a floating-point unit, no floppy, no mouse
+        base = min(low // _KIB, 640)
+        extended = min(max(0, low - _MIB) // _KIB, 0xFFFF)
+        above_16m = min(max(0, low - 16 * _MIB) // (64 * _KIB), 0xFFFF)
+        for index, value, size in (
+            (0x15, base, 2),
+            (0x17, extended, 2),
+            (0x30, extended, 2),
+            (0x34, above_16m, 2),
+            (0x5B, high // (64 * _KIB), 3),
+            (0x5F, cpus - 1, 1),
+        ):
+            self._data[index : index + size] = value.to_bytes(size, "little")
+
+    def read(self, offset: int, size: int) -> int:
+        if offset == 0:
+            return 0xFF  # the index cannot be read back (QEMU: the same)
+        index = self._index
+        if index == REG_A:
+            return self._data[REG_A] | (A_UIP if self._updating() else 0)
+        if index == REG_C:
+            return self._flags()
+        if index in _TIME:
+            self._refresh()
+        return self._data[index]
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        index = self._index
+        if offset == 0:
+            value &= 0x7F  # bit 7 masks NMIs, of which there are none
+            self._index = CENTURY if value == _CENTURY_PS2 else value
+        elif index in (REG_A, REG_B):
+            self._control(index, value)
+        elif index in _TIME:
+            self._refresh()
+            self._data[index] = value
+            self._set()
+        elif index not in (REG_C, REG_D):
+            self._data[index] = value
+
+    def _control(self, index: int, value: int) -> None:
+        """Registers A and B: what they change may stop the clock, or start it again."""
+        self._refresh()
+        was_running = self._running()
+        if index == REG_A:
+            # Out of the divider's reset, the first update comes half a second later (data
+            # sheet, "Register A"): the guest writes the time of the next second just then.
+            self._data[REG_A] = value & ~A_UIP
+            fraction = _SECOND // 2
+        else:
+            self._data[REG_B] = value & ~B_ENABLES
+            fraction = self._now() % _SECOND
+        if not was_running:
+            self._set(fraction)
+
+    # The time.
+
+    def _now(self) -> int:
+        return self._clock() + self._offset
+
+    def _running(self) -> bool:
+        # Divider codes above 2 (32.768 kHz) hold it in reset or ask for a test mode.
+        return not self._data[REG_B] & B_SET and (self._data[REG_A] & 0x70) <= 0x20
+
+    def _updating(self) -> bool:
+        return self._running() and self._now() % _SECOND >= _SECOND - _UPDATE
+
+    def _flags(self) -> int:
+        """Register C: whether a second or a period has ended since it was read last."""
+        since, now = self._flags_read, self._now()
+        self._flags_read = now
+        if not self._running():
+            return 0
+        flags = C_UF if now // _SECOND != since // _SECOND else 0
+        rate = self._data[REG_A] & 0x0F
+        if rate:
+            # Table "periodic interrupt rate": codes 1 and 2 are 8 and 9 for a 32 kHz crystal.
+            period = (_SECOND << (rate + 6 if rate < 3 else rate - 1)) >> 15
+            flags |= C_PF if now // period != since // period else 0
+        return flags
+
+    def _refresh(self) -> None:
+        """Write the time into the registers, where the clock runs."""
+        if not self._running():
+            return
+        now = time.gmtime(self._now() // _SECOND)
+        hour = now.tm_hour
+        if not self._data[REG_B] & B_24H:
+            hour = hour % 12 or 12
+        century, year = divmod(now.tm_year, 100)
+        for index, value in (
+            (SECONDS, min(now.tm_sec, 59)),
+            (MINUTES, now.tm_min),
+            (HOURS, hour),
+            (WEEKDAY, (now.tm_wday + 1) % 7 + 1),  # Sunday is 1
+            (DAY, now.tm_mday),
+            (MONTH, now.tm_mon),
+            (YEAR, year),
+            (CENTURY, century % 100),
+        ):
+            self._data[index] = self._encode(value)
+        if not self._data[REG_B] & B_24H and now.tm_hour >= 12:
+            self._data[HOURS] |= HOUR_PM
+
+    def _set(self, fraction: int | None = None) -> None:
+        """Take the registers for the time, where the clock runs; keeps the fraction of a second
+        unless another is given. What is no date (32 January) counts on, as in QEMU."""
+        if not self._running():
+            return
+        if fraction is None:
+            fraction = self._now() % _SECOND
+        hour = self._decode(HOURS, 0x7F)
+        if not self._data[REG_B] & B_24H:
+            hour = hour % 12 + (12 if self._data[HOURS] & HOUR_PM else 0)
+        days = _days(
+            self._decode(CENTURY) * 100 + self._decode(YEAR),
+            self._decode(MONTH),
+            self._decode(DAY),
+        )
+        minutes = hour * 60 + self._decode(MINUTES)
+        seconds = days * _DAY + minutes * 60 + self._decode(SECONDS)
+        self._offset = seconds * _SECOND + fraction - self._clock()
+        self._flags_read = self._now()
+
+    def _encode(self, value: int) -> int:
+        return value if self._data[REG_B] & B_BINARY else value // 10 << 4 | value % 10
+
+    def _decode(self, index: int, mask: int = 0xFF) -> int:
+        value = self._data[index] & mask
+        return value if self._data[REG_B] & B_BINARY else (value >> 4) * 10 + (value & 0x0F)
+
+    # State.
+
+    def save(self) -> Mapping[str, Any]:
+        return {"index": self._index, "offset": self._offset, "data": bytes(self._data)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        match state:
+            case {"index": int(index), "offset": int(offset), "data": bytes(data)} if (
+                len(state) == 3
+                and 0 <= index < SIZE
+                and abs(offset) < _OFFSET_LIMIT
+                and len(data) == SIZE
+            ):
+                pass
+            case _:
+                raise DeviceError(
+                    f"{self.name}: expected a state of an index, an offset and {SIZE} bytes"
+                )
+        if data[REG_A] & A_UIP or data[REG_B] & B_ENABLES or data[REG_C]:
+            raise DeviceError(
+                f"{self.name} is never in this state: registers A, B, C are "
+                f"{data[REG_A]:#x}, {data[REG_B]:#x}, {data[REG_C]:#x}"
+            )
+        self._index, self._offset, self._data = int(index), int(offset), bytearray(data)
+        self._flags_read = self._now()
+
+
+def _days(year: int, month: int, day: int) -> int:
+    """Days from 1970-01-01 to a date of the Gregorian calendar; month and day may overflow.
+
+    Howard Hinnant, "chrono-compatible low-level date algorithms", `days_from_civil`. Not
+    `datetime`, which refuses years above 9999: a guest may well write them.
+    """
+    year += (month - 1) // 12
+    month = (month - 1) % 12 + 1
+    year -= month <= 2
+    era, of_era = divmod(year, 400)
+    of_year = (153 * ((month + 9) % 12) + 2) // 5
+    return era * 146_097 + of_era * 365 + of_era // 4 - of_era // 100 + of_year + day - 719_469

@@ -1,0 +1,52 @@
+"""Ports by which a guest ends the run and says how it went.
+
+For test guests and unikernels: no ACPI, no triple fault, one instruction. Both devices hand the
+status to a callback, in the vCPU's thread, and do nothing else: what ending means is the
+machine's business, and a guest that goes on writing until it is stopped calls it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from avmm.devices.base import Device
+from avmm.errors import DeviceError
+
+
+class _ExitPort(Device):
+    max_width: ClassVar[int] = 4
+
+    def __init__(self, on_exit: Callable[[int], None]) -> None:
+        self._on_exit = on_exit
+
+    def read(self, offset: int, size: int) -> int:
+        """0, as QEMU's `debug_exit_read`: guests tell by it that the device is there."""
+        return 0
+
+    def save(self) -> Mapping[str, Any]:
+        """Nothing: there is no state, and `load` takes no other."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        if state != {}:
+            raise DeviceError(f"{self.name} has no state, so this is not one of its states")
+
+
+class DebugExit(_ExitPort):
+    """QEMU's isa-debug-exit (hw/misc/debugexit.c; there at 0x501, by convention at 0xf4).
+
+    Writing `v` ends the run with the status ``(v << 1) | 1``: always odd, so that a guest's own
+    status is never taken for a success of the machine monitor. The status is not cut to the
+    eight bits that a process can return.
+    """
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._on_exit(value << 1 | 1)
+
+
+class ExitStatus(_ExitPort):
+    """avmm's own: writing `v`, up to 32 bits wide, ends the run with just the status `v`."""
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._on_exit(value)

@@ -1,0 +1,170 @@
+"""A keyboard controller without a keyboard: 0x60 and 0x64, mostly for the reset line.
+
+PCs reset by it (command 0xfe), guests look for it early, and a guest that waits for an answer
+which never comes waits long: Linux half a second each time (drivers/input/serio/i8042.c). So
+the controller's own commands are all answered at once, with what a controller says whose
+keyboard and mouse sockets are empty. Commands to a keyboard or a mouse are taken and never
+answered. No interrupts: all that could cause one is the answer to a command, and drivers poll
+for that.
+
+Linux's probe, and how it ends: the command byte can be read twice alike; the loop through
+the mouse port (0xd3) comes back, but not marked as from the mouse, and the test of the mouse
+port (0xa9) gives an error: "no mouse port", without waiting. The keyboard driver then asks a
+keyboard that does not answer, in a work queue of its own.
+
+Sources: IBM PS/2 Hardware Interface Technical Reference, "Keyboard and Auxiliary Device
+Controller"; QEMU's hw/input/pckbd.c; Firecracker's and kvmtool's i8042, which do about as much
+but acknowledge whatever is sent to the keyboard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final
+
+from avmm.devices.base import Device
+from avmm.errors import DeviceError
+
+DATA: Final = 0
+"""Offset of port 0x60."""
+COMMAND: Final = 4
+"""Offset of port 0x64; reads give the status."""
+
+# Status bits.
+STATUS_OUTPUT_FULL: Final = 0x01
+STATUS_SYSTEM: Final = 0x04  # the self-test was passed
+STATUS_COMMAND: Final = 0x08  # the last write was to 0x64
+STATUS_UNLOCKED: Final = 0x10
+
+# Bits of the command byte.
+MODE_KEYBOARD_OFF: Final = 0x10
+MODE_MOUSE_OFF: Final = 0x20
+_MODE_AT_START: Final = 0x65  # translation, mouse off, system flag, keyboard interrupt
+
+# Bits of the output port.
+OUT_NO_RESET: Final = 0x01
+OUT_A20: Final = 0x02
+_OUT_AT_START: Final = 0xCF  # QEMU's
+
+# Commands; the rest is listed where it is served.
+READ_MODE: Final = 0x20
+WRITE_MODE: Final = 0x60
+WRITE_OUT: Final = 0xD1
+_TAKES_A_BYTE: Final = frozenset({WRITE_MODE, WRITE_OUT, 0xD2, 0xD3, 0xD4})
+
+_ANSWERS: Final = {
+    0xA9: 0x01,  # mouse port: its clock line is stuck low, there is nothing to test
+    0xAA: 0x55,  # self-test passed
+    0xAB: 0x00,  # keyboard port works
+    0xC0: 0x80,  # input port: keyboard not locked
+}
+# Command -> the bits of the command byte that it sets and clears.
+_MODES: Final = {
+    0xA7: (MODE_MOUSE_OFF, 0),
+    0xA8: (0, MODE_MOUSE_OFF),
+    0xAD: (MODE_KEYBOARD_OFF, 0),
+    0xAE: (0, MODE_KEYBOARD_OFF),
+}
+
+
+class I8042(Device):
+    """The controller. `on_reset` is called, in the vCPU's thread, when the guest pulls the
+    processor's reset line; everything goes on until the machine acts on it.
+
+    A20 is remembered and read back; it masks nothing, as on every processor since Haswell.
+    """
+
+    max_width: ClassVar[int] = 1
+
+    def __init__(self, on_reset: Callable[[], None]) -> None:
+        self._on_reset = on_reset
+        self._mode = _MODE_AT_START
+        self._out = _OUT_AT_START
+        self._status = STATUS_SYSTEM | STATUS_UNLOCKED
+        self._answer = 0
+        """What 0x60 reads; a new answer replaces one that was not fetched, so that a driver
+        which gave up on one does not take it for the next."""
+        self._pending = 0
+        """The command that waits for its byte, or 0."""
+
+    def read(self, offset: int, size: int) -> int:
+        if offset == COMMAND:
+            return self._status
+        if offset == DATA:
+            self._status &= ~STATUS_OUTPUT_FULL
+            return self._answer
+        return 0xFF
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if offset == COMMAND:
+            self._status |= STATUS_COMMAND
+            self._command(value)
+        elif offset == DATA:
+            self._status &= ~STATUS_COMMAND
+            command, self._pending = self._pending, 0
+            self._take(command, value)
+
+    def _command(self, command: int) -> None:
+        self._pending = command if command in _TAKES_A_BYTE else 0
+        if command in _ANSWERS:
+            self._say(_ANSWERS[command])
+        elif command in _MODES:
+            on, off = _MODES[command]
+            self._mode = (self._mode | on) & ~off
+        elif command == READ_MODE:
+            self._say(self._mode)
+        elif command == 0xD0:
+            self._say(self._out)
+        elif command in (0xDD, 0xDF):  # A20 off, on
+            self._write_out(self._out & ~OUT_A20 | (command & OUT_A20))
+        elif command >= 0xF0 and not command & OUT_NO_RESET:  # pulse output port bits low
+            self._on_reset()
+
+    def _take(self, command: int, value: int) -> None:
+        """A byte at 0x60: for `command`, or where that is 0 for the keyboard there is not."""
+        if command == WRITE_MODE:
+            self._mode = value
+        elif command == WRITE_OUT:
+            self._write_out(value)
+        elif command in (0xD2, 0xD3):  # as if it came from the keyboard, from the mouse
+            self._say(value)
+
+    def _write_out(self, value: int) -> None:
+        # The line is not left pulled: the reset that it causes sets it high again.
+        self._out = value | OUT_NO_RESET
+        if not value & OUT_NO_RESET:
+            self._on_reset()
+
+    def _say(self, value: int) -> None:
+        self._answer = value
+        self._status |= STATUS_OUTPUT_FULL
+
+    def save(self) -> Mapping[str, Any]:
+        return {
+            "mode": self._mode,
+            "out": self._out,
+            "status": self._status,
+            "answer": self._answer,
+            "pending": self._pending,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        match state:
+            case {
+                "mode": int(mode),
+                "out": int(out),
+                "status": int(status),
+                "answer": int(answer),
+                "pending": int(pending),
+            } if len(state) == 5 and all(0 <= n <= 0xFF for n in state.values()):
+                pass
+            case _:
+                raise DeviceError(f"{self.name}: expected a state of five bytes")
+        possible = STATUS_SYSTEM | STATUS_UNLOCKED | STATUS_COMMAND | STATUS_OUTPUT_FULL
+        if status & ~possible or not out & OUT_NO_RESET or pending not in _TAKES_A_BYTE | {0}:
+            raise DeviceError(
+                f"{self.name} is never in this state: status {status:#x}, output port {out:#x}, "
+                f"waiting for the byte of command {pending:#x}"
+            )
+        self._mode, self._out, self._status = int(mode), int(out), int(status)
+        self._answer, self._pending = int(answer), int(pending)

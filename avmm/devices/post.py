@@ -1,0 +1,100 @@
+"""Ports that only tell something: POST codes at 0x80 and Bochs' debug console at 0xe9.
+
+Both go to `logging`, from the vCPU's thread: they are for debugging, and their order relative
+to what else the guest does is the point. A guest decides what it writes, so what is kept and
+what reaches a log is bounded and free of control characters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+from avmm.devices.base import Device
+from avmm.errors import DeviceError
+
+_post_logger = logging.getLogger("avmm.post")
+_console_logger = logging.getLogger("avmm.debugcon")
+
+LINE_LIMIT: Final = 1024
+"""The longest line of the debug console, in bytes; longer ones are cut into parts."""
+
+_NEWLINE: Final = 0x0A
+
+
+class PostCode(Device):
+    """The port where firmware says how far it got, and Linux writes to lose a microsecond."""
+
+    max_width: ClassVar[int] = 1
+
+    def __init__(self) -> None:
+        self.code = 0
+        """The code written last."""
+
+    def read(self, offset: int, size: int) -> int:
+        """The code: the port is a latch (on a PC an unused page register of the DMA)."""
+        return self.code
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        # Repeats are delays, not progress: Linux's io_delay writes the same code for ever.
+        if value != self.code:
+            self.code = value
+            _post_logger.debug("POST code %#04x", value)
+
+    def save(self) -> Mapping[str, Any]:
+        return {"code": self.code}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        match state:
+            case {"code": int(code)} if len(state) == 1 and 0 <= code <= 0xFF:
+                self.code = int(code)
+            case _:
+                raise DeviceError(f"{self.name}: expected a state of one code from 0 to 255")
+
+
+class DebugConsole(Device):
+    """Bochs' and QEMU's debugcon: bytes written become lines of the logger `avmm.debugcon`.
+
+    It reads 0xe9, by which a guest knows that it is there (Bochs, iodev/unmapped.cc).
+    """
+
+    max_width: ClassVar[int] = 1
+
+    def __init__(self) -> None:
+        self._line = bytearray()
+
+    def read(self, offset: int, size: int) -> int:
+        return 0xE9
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if value == _NEWLINE:
+            self._log()
+        else:
+            self._line.append(value)
+            if len(self._line) >= LINE_LIMIT:
+                self._log()
+
+    def finish(self) -> None:
+        """The guest has ended: log the line that it began, if any."""
+        if self._line:
+            self._log()
+
+    def _log(self) -> None:
+        text = self._line.rstrip(b"\r").decode("utf-8", "backslashreplace")
+        self._line.clear()
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
+        _console_logger.info("%s", text)
+
+    def save(self) -> Mapping[str, Any]:
+        return {"line": bytes(self._line)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        match state:
+            case {"line": bytes(line)} if len(state) == 1 and len(line) < LINE_LIMIT:
+                self._line = bytearray(line)
+            case _:
+                raise DeviceError(
+                    f"{self.name}: expected a state of one line of less than {LINE_LIMIT} bytes"
+                )
