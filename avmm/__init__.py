@@ -4,7 +4,7 @@ from avmm.boot import FlatOptions, Mode
 from avmm.bus import Placement, mmio, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
-from avmm.devices.serial import ConsoleStream
+from avmm.devices.console import ConsoleStream
 from avmm.errors import (
     AvmmError,
     ConfigError,

@@ -27,11 +27,12 @@ from avmm.bus import Bus, Placement, pio
 from avmm.config import UNCLAIMED, MachineConfig, Settings
 from avmm.devices.base import Device, InterruptLine
 from avmm.devices.cmos import Cmos
+from avmm.devices.console import ConsoleStream
 from avmm.devices.exit import DebugExit, ExitStatus
 from avmm.devices.i8042 import I8042
 from avmm.devices.pci import PciConfig
 from avmm.devices.post import DebugConsole, PostCode
-from avmm.devices.serial import ConsoleStream, Serial
+from avmm.devices.serial import Serial
 from avmm.errors import AvmmError, ConfigError
 from avmm.exits import Exits
 from avmm.irq import Interrupts, Line
@@ -310,7 +311,8 @@ class Machine:
                 for loop in self._loops:
                     nursery.start_soon(loop.run, name=f"vCPU {loop.index}")
         finally:
-            parts.serial.finish()
+            for device in parts.hosts:
+                device.finish()
         logger.debug("guest ended: %s", self._outcomes[0])
         self._ended.set()
 

@@ -115,6 +115,9 @@ class Device:
     async def run(self) -> None:
         """The device's background task, in the machine's nursery, cancelled when it ends."""
 
+    def finish(self) -> None:
+        """The guest has ended, however: nothing reads or writes the device any more."""
+
     async def quiesce(self) -> None:
         """Finish what is in flight, then touch no guest memory and raise no interrupt.
 

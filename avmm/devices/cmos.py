@@ -25,7 +25,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
 from avmm.devices.base import Device
-from avmm.errors import ConfigError, DeviceError
+from avmm.devices.state import Fields
+from avmm.errors import ConfigError
 
 PORTS: Final = 2
 SIZE: Final = 128
@@ -237,24 +238,15 @@ class Cmos(Device):
         return {"index": self._index, "offset": self._offset, "data": bytes(self._data)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        match state:
-            case {"index": int(index), "offset": int(offset), "data": bytes(data)} if (
-                len(state) == 3
-                and 0 <= index < SIZE
-                and abs(offset) < _OFFSET_LIMIT
-                and len(data) == SIZE
-            ):
-                pass
-            case _:
-                raise DeviceError(
-                    f"{self.name}: expected a state of an index, an offset and {SIZE} bytes"
-                )
+        fields = Fields(self.name, state, self.save())
+        index = fields.number("index", SIZE - 1)
+        offset = fields.number("offset", _OFFSET_LIMIT, least=-_OFFSET_LIMIT)
+        data = fields.data("data", SIZE, least=SIZE)
         if data[REG_A] & A_UIP or data[REG_B] & B_ENABLES or data[REG_C]:
-            raise DeviceError(
-                f"{self.name} is never in this state: registers A, B, C are "
-                f"{data[REG_A]:#x}, {data[REG_B]:#x}, {data[REG_C]:#x}"
+            raise fields.refusal(
+                f"registers A, B, C are {data[REG_A]:#x}, {data[REG_B]:#x}, {data[REG_C]:#x}"
             )
-        self._index, self._offset, self._data = int(index), int(offset), bytearray(data)
+        self._index, self._offset, self._data = index, offset, bytearray(data)
         self._flags_read = self._now()
 
 

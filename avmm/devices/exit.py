@@ -7,14 +7,13 @@ machine's business, and a guest that goes on writing until it is stopped calls i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
-from avmm.devices.base import Device
-from avmm.errors import DeviceError
+from avmm.devices.state import Stateless
 
 
-class _ExitPort(Device):
+class _ExitPort(Stateless):
     max_width: ClassVar[int] = 4
 
     def __init__(self, on_exit: Callable[[int], None]) -> None:
@@ -23,14 +22,6 @@ class _ExitPort(Device):
     def read(self, offset: int, size: int) -> int:
         """0, as QEMU's `debug_exit_read`: guests tell by it that the device is there."""
         return 0
-
-    def save(self) -> Mapping[str, Any]:
-        """Nothing: there is no state, and `load` takes no other."""
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        if state != {}:
-            raise DeviceError(f"{self.name} has no state, so this is not one of its states")
 
 
 class DebugExit(_ExitPort):

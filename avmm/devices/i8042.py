@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
 from avmm.devices.base import Device
-from avmm.errors import DeviceError
+from avmm.devices.state import Fields
 
 DATA: Final = 0
 """Offset of port 0x60."""
@@ -149,22 +149,15 @@ class I8042(Device):
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        match state:
-            case {
-                "mode": int(mode),
-                "out": int(out),
-                "status": int(status),
-                "answer": int(answer),
-                "pending": int(pending),
-            } if len(state) == 5 and all(0 <= n <= 0xFF for n in state.values()):
-                pass
-            case _:
-                raise DeviceError(f"{self.name}: expected a state of five bytes")
+        fields = Fields(self.name, state, self.save())
+        status, out = fields.number("status", 0xFF), fields.number("out", 0xFF)
+        mode, answer = fields.number("mode", 0xFF), fields.number("answer", 0xFF)
+        pending = fields.number("pending", 0xFF)
         possible = STATUS_SYSTEM | STATUS_UNLOCKED | STATUS_COMMAND | STATUS_OUTPUT_FULL
         if status & ~possible or not out & OUT_NO_RESET or pending not in _TAKES_A_BYTE | {0}:
-            raise DeviceError(
-                f"{self.name} is never in this state: status {status:#x}, output port {out:#x}, "
-                f"waiting for the byte of command {pending:#x}"
+            raise fields.refusal(
+                f"status {status:#x}, output port {out:#x}, waiting for the byte of command "
+                f"{pending:#x}"
             )
-        self._mode, self._out, self._status = int(mode), int(out), int(status)
-        self._answer, self._pending = int(answer), int(pending)
+        self._mode, self._out, self._status = mode, out, status
+        self._answer, self._pending = answer, pending

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from avmm.devices.base import Device
-from avmm.errors import DeviceError
+from avmm.devices.state import Fields
 
 _post_logger = logging.getLogger("avmm.post")
 _console_logger = logging.getLogger("avmm.debugcon")
@@ -46,11 +46,7 @@ class PostCode(Device):
         return {"code": self.code}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        match state:
-            case {"code": int(code)} if len(state) == 1 and 0 <= code <= 0xFF:
-                self.code = int(code)
-            case _:
-                raise DeviceError(f"{self.name}: expected a state of one code from 0 to 255")
+        self.code = Fields(self.name, state, ("code",)).number("code", 0xFF)
 
 
 class DebugConsole(Device):
@@ -91,10 +87,5 @@ class DebugConsole(Device):
         return {"line": bytes(self._line)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        match state:
-            case {"line": bytes(line)} if len(state) == 1 and len(line) < LINE_LIMIT:
-                self._line = bytearray(line)
-            case _:
-                raise DeviceError(
-                    f"{self.name}: expected a state of one line of less than {LINE_LIMIT} bytes"
-                )
+        fields = Fields(self.name, state, ("line",))
+        self._line = bytearray(fields.data("line", LINE_LIMIT - 1))

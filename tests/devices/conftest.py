@@ -137,5 +137,4 @@ def cpu() -> Callable[..., Cpu]:
 
 @pytest.fixture
 def clock() -> Clock:
-    # Named as pytest-trio looks for clocks by type, not by name.
     return Clock()

@@ -275,7 +275,7 @@ def word(port, index, size=2):
         ((4 * GIB, 1023 * GIB), 640, 0xFFFF, 65280, 1023 * 1024 * 16),
     ],
 )
-def test_memory_sizes(cpu, sizes, base, extended, above, huge):  # noqa: PLR0917
+def test_memory_sizes(cpu, sizes, base, extended, above, huge):
     port = cpu(Cmos(low_memory=sizes[0], high_memory=sizes[1]))
     assert word(port, 0x15) == base
     assert word(port, 0x17) == word(port, 0x30) == extended

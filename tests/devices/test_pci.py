@@ -49,63 +49,27 @@ class Linux:
         return self.inp(0xCF8, 1) == 0 == self.inp(0xCFA, 1)
 
 
-def test_linux_finds_the_mechanism_and_no_bus(cpu):
+def test_linux_gives_up_at_once(cpu):
     linux = Linux(cpu(PciConfig()))
-    assert linux.check_type1() == (True, False)
-    assert linux.accesses > 1000
-
-
-def test_without_latch_linux_gives_up_at_once(cpu):
-    linux = Linux(cpu(PciConfig(latch=False)))
     assert linux.check_type1() == (False, False)
     assert not linux.check_type2()
-    assert linux.accesses <= 10
+    assert linux.accesses == 9
 
 
-def test_the_latch_reads_back_in_parts(cpu):
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_all_ports_read_all_ones_whatever_is_written(cpu, size):
     port = cpu(PciConfig())
-    port.out(0, 0x80123456, 4)
-    assert port.inp(0, 4) == 0x80123456
-    assert [port.inp(n) for n in range(4)] == [0x56, 0x34, 0x12, 0x80]
-    assert port.inp(2, 2) == 0x8012
+    for offset in range(0, 8, size):
+        port.out(offset, 0x80123456 & (1 << 8 * size) - 1, size)
+    for offset in range(0, 8, size):
+        assert port.inp(offset, size) == (1 << 8 * size) - 1
 
 
-@pytest.mark.parametrize(("offset", "size"), [(0, 1), (1, 1), (3, 1), (0, 2), (2, 2)])
-def test_narrow_writes_do_not_set_it(cpu, offset, size):
-    port = cpu(PciConfig())
-    port.out(0, 0x80123456, 4)
-    port.out(offset, 0, size)
-    assert port.inp(0, 4) == 0x80123456
-
-
-@pytest.mark.parametrize("latch", [True, False])
-def test_configuration_space_is_empty(cpu, latch):
-    port = cpu(PciConfig(latch=latch))
-    for address in (0x80000000, 0x80FFFFFC, 0):
-        port.out(0, address, 4)
-        port.out(4, 0x12345678, 4)
-        port.out(5, 0x12)
-        assert port.inp(4, 4) == 0xFFFFFFFF
-        assert port.inp(6, 2) == 0xFFFF
-        assert port.inp(5) == 0xFF
-        if latch:
-            assert port.inp(0, 4) == address
-
-
-def test_state():
+def test_there_is_no_state():
     device = PciConfig()
     device.write(0, 4, 0x80001234)
-    other = PciConfig()
-    other.load(device.save())
-    assert other.read(0, 4) == 0x80001234
-    for wrong in (
-        {},
-        {"address": 1 << 32},
-        {"address": -1},
-        {"address": b""},
-        None,
-        {"address": 0, "x": 0},
-    ):
+    assert device.save() == {}
+    device.load({})
+    for wrong in ({"address": 0}, None, [], 0):
         with pytest.raises(DeviceError, match="PciConfig"):
-            other.load(wrong)
-    assert other.read(0, 4) == 0x80001234
+            device.load(wrong)

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from avmm.devices.serial import FIFO_SIZE, MCR_LOOP, Uart
+from avmm.devices.uart import FIFO_SIZE, MCR_LOOP, Uart
 
 OUTPUT, INPUT, STALL = 24, 12, 10.0
 IER, FCR, LCR, MCR, LSR, MSR = 1, 2, 3, 4, 5, 6

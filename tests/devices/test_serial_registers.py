@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from avmm.devices.serial import FIFO_SIZE, Serial
+from avmm.devices.serial import Serial
+from avmm.devices.uart import FIFO_SIZE
 from avmm.errors import ConfigError, DeviceError
 
 RBR = THR = 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from avmm.devices.serial import FIFO_SIZE, Serial
+from avmm.devices.serial import Serial
+from avmm.devices.uart import FIFO_SIZE
 from avmm.errors import DeviceError
 
 IER, MCR, LSR = 1, 4, 5
@@ -112,18 +114,58 @@ async def test_loaded_while_quiesced_the_line_moves_at_resume(cpu):
     assert other.line.level
 
 
-async def test_load_wakes_a_reader(cpu, nursery):
+async def test_load_wakes_reader_and_sender(cpu):
     port = cpu(Serial())
     port.puts(b"moved")
-    other = cpu(Serial())
+    other = cpu(Serial(input_size=8))
+    other.out(MCR, 0)
 
     async def read():
         assert await other.device.stream.receive_some() == b"moved"
-        nursery.cancel_scope.cancel()
 
-    nursery.start_soon(read)
-    await wait_all_tasks_blocked()
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            nursery.start_soon(other.device.stream.send_all, b"12345678" + b"9")
+            await wait_all_tasks_blocked()
+            other.device.load(port.device.save())
+    assert other.gets() == b"9", "what a state replaces is gone"
+
+
+async def test_a_loaded_full_port_is_watched(cpu, autojump_clock, nursery):
+    port = cpu(Serial(output_size=4))
+    port.out(IER, 2)
+    port.puts(b"abcd")
+    other = cpu(Serial(output_size=4, stall=1.0, clock=autojump_clock.current_time))
+    nursery.start_soon(other.device.run)
     other.device.load(port.device.save())
+    await trio.sleep(0.9)
+    assert not other.line.level
+    await trio.sleep(0.2)
+    assert other.line.level
+    nursery.cancel_scope.cancel()
+
+
+async def test_of_a_stall_that_was_loaded_only_the_end_is_reported(cpu, clock, caplog):
+    port = cpu(Serial(output_size=4, stall=1.0, clock=clock))
+    port.puts(b"abcd")
+    clock.now += 1
+    port.inp(LSR)
+    port.puts(b"lost there")
+    other = cpu(Serial(output_size=4, stall=1.0, clock=clock))
+    other.device.load(port.device.save())
+    other.puts(b"here")
+    await other.device.stream.receive_some()
+    assert len(caplog.records) == 1
+    assert "; 4 bytes" in caplog.text
+    assert other.device.lost == 14
+
+
+def test_a_state_with_everything_staged_is_as_good(cpu):
+    port = cpu(Serial())
+    port.device.load({**port.device.save(), "ier": 1, "staging": b"all of it"})
+    assert port.line.level
+    assert port.gets() == b"all of it"
 
 
 WRONG = [

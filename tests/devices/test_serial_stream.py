@@ -9,7 +9,8 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from avmm.devices.serial import FIFO_SIZE, Serial
+from avmm.devices.serial import Serial
+from avmm.devices.uart import FIFO_SIZE
 
 IER, MCR, LSR = 1, 4, 5
 RDI, THRI = 1, 2
@@ -252,7 +253,7 @@ async def test_a_closed_console_never_holds_the_guest_up(cpu, clock):
 
 
 async def test_a_write_without_room_waits_for_the_reader(cpu, nursery, clock):
-    port = cpu(Serial(output_size=4, clock=clock))
+    port = cpu(Serial(output_size=4, stall=3600, clock=clock))
     stream = port.device.stream
     port.puts(b"abcd" + b"." * FIFO_SIZE)
     answer = port.try_out(0, ord("!"))
@@ -274,7 +275,7 @@ async def test_a_write_without_room_waits_for_the_reader(cpu, nursery, clock):
 
 
 async def test_several_vcpus_wait_for_room_at_once(cpu, nursery, clock):
-    port = cpu(Serial(output_size=1, clock=clock))
+    port = cpu(Serial(output_size=1, stall=3600, clock=clock))
     port.puts(bytes(1 + FIFO_SIZE))
     for byte in b"xyz":
 
@@ -291,7 +292,7 @@ async def test_several_vcpus_wait_for_room_at_once(cpu, nursery, clock):
 
 
 async def test_a_waiting_write_ends_when_the_console_is_closed(cpu, nursery, clock):
-    port = cpu(Serial(output_size=1, clock=clock))
+    port = cpu(Serial(output_size=1, stall=3600, clock=clock))
     port.puts(bytes(1 + FIFO_SIZE))
     answer = port.try_out(0, 1)
     written = trio.Event()

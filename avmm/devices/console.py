@@ -1,0 +1,99 @@
+"""The host's end of a serial port, as trio sees it: a stream.
+
+`ConsoleStream` is the outer half of `avmm.devices.serial.Serial`, whose private methods it calls:
+they take the lock and move the bytes, the stream waits where there was nothing to move.
+"""
+
+from __future__ import annotations
+
+import operator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import trio
+
+if TYPE_CHECKING:
+    from avmm.devices.serial import Serial
+
+
+class _OneTask:
+    """Detects a second task in the same half of the stream (as trio's own streams do it)."""
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+        self._held = False
+
+    def __enter__(self) -> None:
+        if self._held:
+            raise trio.BusyResourceError(f"another task is {self._doing} this console")
+        self._held = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._held = False
+
+
+class ConsoleStream(trio.abc.Stream):
+    """The host's end of a serial port: what the guest writes is received, and the reverse.
+
+    One task may receive and one may send at a time; others get `trio.BusyResourceError`. After
+    the guest has ended, what is buffered can still be received, and then comes the end
+    (``b""``); sending raises `trio.BrokenResourceError`. After `aclose` every method raises
+    `trio.ClosedResourceError`, and the guest's output goes nowhere (counted in `Serial.lost`);
+    input that was accepted still reaches the guest.
+    """
+
+    accepted: int
+    """How many bytes of the data of the last `send_all` were accepted; see there."""
+
+    def __init__(self, serial: Serial) -> None:
+        self._serial = serial
+        self._sending = _OneTask("sending to")
+        self._receiving = _OneTask("receiving from")
+        self.accepted = 0
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send `data` to the guest; returns when all of it is accepted for delivery.
+
+        Accepted bytes reach the guest, in order, as soon as it wants them. If this is cancelled
+        or raises, the first `accepted` bytes of `data` were accepted, and no others:
+        ``send_all(data[stream.accepted:])`` goes on where it stopped.
+        """
+        serial = self._serial
+        with self._sending, memoryview(data).cast("B") as view:
+            self.accepted = 0
+            await trio.lowlevel.checkpoint()
+            while True:
+                self.accepted += serial._feed(view[self.accepted :])
+                if self.accepted == len(view):
+                    return
+                await serial._room.wait()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until at least one byte would be accepted at once. Cancelling changes nothing."""
+        with self._sending:
+            await trio.lowlevel.checkpoint()
+            while not self._serial._has_room():
+                await self._serial._room.wait()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Wait for output of the guest: at least one byte, at most `max_bytes`, or b"" at its
+        end. Cancelling loses nothing."""
+        if max_bytes is not None:
+            max_bytes = operator.index(max_bytes)
+            if max_bytes < 1:
+                raise ValueError("max_bytes must be at least 1")
+        with self._receiving:
+            await trio.lowlevel.checkpoint()
+            while (data := self._serial._take(max_bytes)) is None:
+                await self._serial._output.wait()
+            return data
+
+    async def aclose(self) -> None:
+        """Close this end at once, even if cancelled; does nothing the second time."""
+        self._serial._close()
+        await trio.lowlevel.checkpoint()

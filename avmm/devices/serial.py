@@ -1,0 +1,232 @@
+"""A serial port: the device that joins the chip, the bus and whoever waits on either side.
+
+What the registers do is `avmm.devices.uart`, what the host sees is `avmm.devices.console`.
+
+**Safety.** The `Uart` is only touched with `host.lock` held: by the vCPUs' accesses, and by the
+stream in the few lines that move bytes. Whoever finds nothing to do leaves a flag under that
+lock and waits for a wake-up; so a byte costs a wake-up only where somebody waits for it.
+
+**Waiting.** A guest that writes although the chip has no room waits, with its vCPU, in an
+awaitable, until somebody reads or the port is stalled. The guest's own accesses look at the
+stall clock; `Serial.run` looks for guests that sleep, and logs what is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import trio
+
+from avmm.devices.base import Device, Host, Wakeup, WriteAnswer
+from avmm.devices.console import ConsoleStream
+from avmm.devices.uart import Uart
+from avmm.errors import ConfigError
+
+logger = logging.getLogger("avmm.serial")
+
+
+class Serial(Device):
+    """A serial port: place it at 8 ports and an interrupt; talk to the guest by `stream`.
+
+    `output_size` and `input_size` bound what is buffered in each direction, `stall` is how long
+    (seconds) the guest is made to wait for a reader of its output; see `avmm.devices.uart`.
+    `clock` is for tests.
+
+    Quiesced, it takes no input (`send_all` waits) and raises no interrupt; output can still be
+    read. What is read after `save` is in the saved state as well: whoever moves a guest
+    elsewhere decides which side's reader counts.
+    """
+
+    max_width: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        *,
+        output_size: int = 64 * 1024,
+        input_size: int = 4096,
+        stall: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name, size in (("output_size", output_size), ("input_size", input_size)):
+            if type(size) is not int or size < 1:
+                raise ConfigError(f"Serial: {name} is {size!r}, expected a number of bytes")
+        if not 0 <= stall < math.inf:
+            raise ConfigError(f"Serial: stall is {stall!r}, expected a number of seconds")
+        self._uart = Uart(output_size, input_size, stall, clock)
+        self._finished = False
+        self._closed = False
+        self._reader_waits = False
+        self._sender_waits = False
+        self._stall_reported = False
+        # vCPUs whose byte waits for room. Only trio makes room, so no thread ever wakes them.
+        self._writers = trio.lowlevel.ParkingLot()
+        self._output: Wakeup
+        self._room: Wakeup
+        self._full: Wakeup
+        self.stream = ConsoleStream(self)
+        """The host's end of the cable."""
+
+    @property
+    def lost(self) -> int:
+        """How many bytes the guest wrote that nobody read in time."""
+        return self._uart.lost
+
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        self._output, self._room, self._full = host.wakeup(), host.wakeup(), host.wakeup()
+        self._uart.on_full = self._full.set
+        if host.interrupt is not None:
+            self._uart.drive = host.interrupt.set
+
+    def read(self, offset: int, size: int) -> int:
+        value = self._uart.read(offset)
+        if self._sender_waits:
+            self._wake_sender()
+        return value
+
+    def write(self, offset: int, size: int, value: int) -> WriteAnswer:
+        if not self._uart.write(offset, value):
+            return self._send_later(value)
+        if self._reader_waits:
+            self._wake_reader()
+        if self._sender_waits:
+            self._wake_sender()
+        return None
+
+    async def _send_later(self, value: int) -> None:
+        """The rest of a THR write that found no room; takes at most `stall` seconds."""
+        while True:
+            with self.host.lock:
+                if self._uart.transmit(value):
+                    self._wake_reader()
+                    return
+                wait = self._uart.stall_in()
+            with trio.move_on_after(max(0, wait)):
+                await self._writers.park()
+
+    async def run(self) -> None:
+        """Watch the stall clock for guests that sleep until THRE, and report stalls.
+
+        Logging is done here and in `receive_some`, not where a vCPU finds the port stalled: a
+        log that blocks must not block the guest.
+        """
+        while True:
+            await self._full.wait()
+            wait = self._stall_in()
+            while wait < math.inf:
+                await trio.sleep(max(0, wait))
+                wait = self._stall_in()
+            if self._uart.stalled:
+                self._report_stall()
+
+    async def quiesce(self) -> None:
+        with self.host.lock:
+            self._uart.hold()
+
+    async def resume(self) -> None:
+        with self.host.lock:
+            if self._uart.held:
+                self._uart.release()
+            self._wake_sender()
+
+    def save(self) -> Mapping[str, Any]:
+        with self.host.lock:
+            return self._uart.save()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        with self.host.lock:
+            self._uart.load(state)
+            self._stall_reported = self._uart.stalled  # by whom it happened to
+            self._wake_reader()
+            self._wake_sender()
+        self._writers.unpark_all()
+
+    def finish(self) -> None:
+        """The guest has ended (called in trio): output ends after what is buffered, and nobody
+        takes input any more."""
+        with self.host.lock:
+            self._finished = True
+            self._output.set()
+            self._room.set()
+
+    # Called with the lock held.
+
+    def _wake_reader(self) -> None:
+        if self._reader_waits and self._uart.output:
+            self._reader_waits = False
+            self._output.set()
+
+    def _wake_sender(self) -> None:
+        if self._sender_waits and self._uart.room:
+            self._sender_waits = False
+            self._room.set()
+
+    # Called in trio, by `run` and the stream.
+
+    def _stall_in(self) -> float:
+        with self.host.lock:
+            self._uart.check_stall()
+            return self._uart.stall_in()
+
+    def _report_stall(self) -> None:
+        if not self._stall_reported:
+            self._stall_reported = True
+            logger.warning(
+                "%s: nobody has read the guest's output for %g s: what it writes from now on "
+                "is lost, until somebody does",
+                self.name,
+                self._uart.stall,
+            )
+
+    def _take(self, most: int | None) -> bytes | None:
+        """Output for the reader, b"" at its end, None where it has to wait."""
+        uart = self._uart
+        with self.host.lock:
+            if self._closed:
+                raise trio.ClosedResourceError("this end of the console was closed")
+            was_stalled = uart.stalled
+            data = uart.take(most)
+            over = was_stalled and not uart.stalled
+            lost = uart.lost - uart.lost_before
+            self._reader_waits = not data
+            finished = self._finished
+        if over:
+            self._report_stall()
+            self._stall_reported = False
+            logger.warning("%s: output is read again; %d bytes were lost", self.name, lost)
+        if data:
+            self._writers.unpark_all()
+        return data if data or finished else None
+
+    def _feed(self, data: memoryview) -> int:
+        """Input from the sender: how much was accepted; raises where none ever will be."""
+        with self.host.lock:
+            self._check_sendable()
+            count = self._uart.feed(data)
+            self._sender_waits = count < len(data)
+            return count
+
+    def _has_room(self) -> bool:
+        with self.host.lock:
+            self._check_sendable()
+            self._sender_waits = not self._uart.room
+            return not self._sender_waits
+
+    def _check_sendable(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this end of the console was closed")
+        if self._finished:
+            raise trio.BrokenResourceError("the guest has ended")
+
+    def _close(self) -> None:
+        with self.host.lock:
+            if not self._closed:
+                self._closed = True
+                self._uart.discard()
+                self._output.set()
+                self._room.set()
+        self._writers.unpark_all()
