@@ -247,8 +247,8 @@ class VcpuLoop:
             try:
                 await trio.lowlevel.wait_readable(self._bridge.bell)
             finally:
-                self._bridge.woken()
-            mine = self._bridge.poll(True)
+                mine = self._bridge.woken()
+            mine = mine or self._bridge.poll(True)
         return self._work
 
     async def _wind_up(self) -> None:

@@ -5,10 +5,12 @@
  * they exchange (Python objects, the kvm_run page) needs no lock.
  *
  * Sleeping and waking costs five times what an exit costs, so each side first polls for a
- * moment, without the GIL. It polls only where that has paid off lately, as the kernel's
- * halt_poll_ns does: a poll that ended in sleep switches polling off, and it stays off for as
- * many further waits as polls have failed in a row, doubling. On a machine whose cores are
- * busy, polls fail, so both sides go to sleep at once.
+ * moment, without the GIL, yielding to whatever else wants the core (the other side, if the
+ * scheduler has put both on one). As the kernel's halt_poll_ns, it does so only while its waits are
+ * short on the average: it measures every wait, whether polled or slept, from its begin to the
+ * moment at which the other side gave the turn. Where a handler waits for something, or where
+ * the machine has more to run than cores, waits are long and both sides sleep at once. A poll
+ * that fails costs no more than the sleep that follows it.
  *
  * No wake-up is lost: the sleeper first says that it sleeps, then looks at `turn` once more;
  * the waker first writes `turn`, then looks whether somebody sleeps (all sequentially
@@ -17,23 +19,24 @@
  */
 
 #include <linux/futex.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <time.h>
 
-#define POLL_NS 60000      /* longest poll; a ring-3 exit takes 30 to 60 us on a nested KVM */
-#define SHORT_NS 500000    /* a wait after which polling is tried again: the other side's waking
-                              up is part of it, and goes away when neither side sleeps */
-#define MAX_PENALTY 1023   /* waits without polling after polls kept failing */
+#define POLL_NS 120000         /* longest poll, and longest average wait at which to poll */
+#define SAMPLE_MAX (8 * POLL_NS)   /* one long wait must not count for ever */
 
 enum { TURN_VCPU = 0, TURN_TASK = 1 };
 
 struct poller {
-    uint32_t active;    /* poll at the next wait */
-    uint32_t rest;      /* short waits to sit out before polling again */
-    uint32_t penalty;   /* grows with each failed poll, cleared by one that paid off */
     int64_t since;      /* when this wait began */
+    int64_t average;    /* of the last waits, in ns */
 };
+
+/* Turns given to tasks that no task has taken yet, in all of the process. While a task polls,
+ * its event loop stands still: it stops when another vCPU wants to be served. */
+static _Atomic int tasks_wanted;
 
 struct avmm_bridge {
     _Atomic uint32_t turn;
@@ -50,36 +53,30 @@ static int64_t now_ns(void)
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-static int poll_turn(struct avmm_bridge *b, struct poller *p, uint32_t mine, int may_spin)
+static void waited(struct avmm_bridge *b, struct poller *p)
 {
-    if (atomic_load(&b->turn) == mine)
-        return 1;
-    p->since = now_ns();
-    if (!p->active || !may_spin)
-        return 0;
-    for (int64_t end = p->since + POLL_NS; now_ns() < end;)
-        for (int i = 0; i < 32; i++) {
-            if (atomic_load_explicit(&b->turn, memory_order_acquire) == mine) {
-                p->penalty = 0;
-                return 1;
-            }
-            __builtin_ia32_pause();
-        }
-    p->active = 0;
-    p->penalty = p->penalty < MAX_PENALTY ? p->penalty * 2 + 1 : MAX_PENALTY;
-    p->rest = p->penalty;
-    return 0;
+    int64_t sample = atomic_load(&b->turned) - p->since;
+    if (sample < 0)
+        sample = 0;             /* the turn came before we began to wait for it */
+    if (sample > SAMPLE_MAX)
+        sample = SAMPLE_MAX;
+    p->average += (sample - p->average) / 4;
 }
 
-/* After a sleep: polling may pay off if the turn came soon after the wait began. */
-static void slept(struct avmm_bridge *b, struct poller *p)
+static int poll_turn(struct avmm_bridge *b, struct poller *p, uint32_t mine, int may_spin)
 {
-    if (p->active || atomic_load(&b->turned) - p->since > SHORT_NS)
-        return;
-    if (p->rest)
-        p->rest--;
-    else
-        p->active = 1;
+    int64_t end = p->since = now_ns();
+    if (may_spin && p->average < POLL_NS)
+        end += POLL_NS;
+    while (atomic_load(&b->turn) != mine) {
+        if (now_ns() >= end || (mine == TURN_TASK && atomic_load(&tasks_wanted) > 0))
+            return 0;
+        sched_yield();
+    }
+    waited(b, p);
+    if (mine == TURN_TASK)
+        atomic_fetch_sub(&tasks_wanted, 1);
+    return 1;
 }
 
 /* vCPU's thread: give the task its turn, for good: the thread ends. */
@@ -87,6 +84,7 @@ static void avmm_bridge_leave(struct avmm_bridge *b)
 {
     atomic_store(&b->turned, now_ns());
     atomic_store(&b->turn, TURN_TASK);
+    atomic_fetch_add(&tasks_wanted, 1);
     if (atomic_load(&b->task_sleeps)) {
         uint64_t one = 1;
         /* cannot fail: the counter is far from full, and the bell is closed only after us */
@@ -105,7 +103,21 @@ static void avmm_bridge_call(struct avmm_bridge *b)
     while (atomic_load(&b->turn) != TURN_VCPU)      /* EINTR (a kick) and EAGAIN: look again */
         syscall(SYS_futex, &b->turn, FUTEX_WAIT_PRIVATE, TURN_TASK, NULL, NULL, 0);
     atomic_store(&b->vcpu_sleeps, 0);
-    slept(b, &b->vcpu);
+    waited(b, &b->vcpu);
+}
+
+/* Task: we no longer wait for the bell, whether it rang or not. Is it our turn? */
+static int avmm_bridge_woken(struct avmm_bridge *b)
+{
+    uint64_t count;
+    atomic_store(&b->task_sleeps, 0);
+    ssize_t ignored = read(b->bell, &count, sizeof count);      /* EAGAIN: it did not ring */
+    (void)ignored;
+    if (atomic_load(&b->turn) != TURN_TASK)
+        return 0;
+    waited(b, &b->task);
+    atomic_fetch_sub(&tasks_wanted, 1);
+    return 1;
 }
 
 /* Task: is it our turn? Polls first where that pays off. After 0 the task must wait for the
@@ -115,19 +127,7 @@ static int avmm_bridge_poll(struct avmm_bridge *b, int may_spin)
     if (poll_turn(b, &b->task, TURN_TASK, may_spin))
         return 1;
     atomic_store(&b->task_sleeps, 1);
-    if (atomic_load(&b->turn) != TURN_TASK)
-        return 0;
-    atomic_store(&b->task_sleeps, 0);
-    return 1;
-}
-
-static void avmm_bridge_woken(struct avmm_bridge *b)
-{
-    uint64_t count;
-    atomic_store(&b->task_sleeps, 0);
-    ssize_t ignored = read(b->bell, &count, sizeof count);      /* EAGAIN: it did not ring */
-    (void)ignored;
-    slept(b, &b->task);
+    return atomic_load(&b->turn) == TURN_TASK ? avmm_bridge_woken(b) : 0;
 }
 
 /* Task: give the turn back. */

@@ -32,9 +32,9 @@ class Bridge:
         """Has the task its turn? If not, wait until `bell` is readable and call `woken`."""
         return bool(lib.avmm_bridge_poll(self._struct, may_spin))
 
-    def woken(self) -> None:
-        """The task no longer waits for the bell, whether it rang or not."""
-        lib.avmm_bridge_woken(self._struct)
+    def woken(self) -> bool:
+        """The task no longer waits for the bell, whether it rang or not; has it its turn?"""
+        return bool(lib.avmm_bridge_woken(self._struct))
 
     def answer(self) -> None:
         """Give the turn back to the thread."""

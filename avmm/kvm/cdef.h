@@ -249,7 +249,7 @@ int avmm_kick(int tid);
 struct avmm_bridge { int bell; ...; };
 void avmm_bridge_call(struct avmm_bridge *bridge);
 int avmm_bridge_poll(struct avmm_bridge *bridge, int may_spin);
-void avmm_bridge_woken(struct avmm_bridge *bridge);
+int avmm_bridge_woken(struct avmm_bridge *bridge);
 void avmm_bridge_answer(struct avmm_bridge *bridge);
 int avmm_bridge_answer_and_poll(struct avmm_bridge *bridge, int may_spin);
 void avmm_bridge_leave(struct avmm_bridge *bridge);
