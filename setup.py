@@ -4,6 +4,7 @@ Everything else stands in pyproject.toml. A missing compiler or header is said b
 missed, with the names of the Debian packages that hold it.
 """
 
+import compileall
 import importlib.util
 import shutil
 import subprocess
@@ -53,6 +54,9 @@ class BuildNative(build_ext):
         super().run()
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
         load(ROOT / "avmm/guests/build.py").build(package / "avmm/guests")
+        if self.editable_mode:
+            # pip compiles what it copies, but not what it only points to.
+            compileall.compile_dir(ROOT / "avmm", quiet=1)
 
     def get_outputs(self) -> list[str]:
         names = load(ROOT / "avmm/guests/build.py").NAMES

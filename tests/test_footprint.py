@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import resources
@@ -24,11 +26,16 @@ print((time.process_time() - start) * 1000, (resident() - before) / 2**20)
 """
 
 
-def test_importing_avmm_is_cheap() -> None:
+def test_importing_avmm_is_cheap(tmp_path: Path) -> None:
     """At most 40 ms and 8 MiB more than trio; CPU time, the best of five, for busy machines."""
+    # With bytecode, as an installed package has it, whatever this environment says.
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     costs = []
-    for _ in range(5):
-        done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True)
+    for _ in range(6):
+        done = subprocess.run(
+            [sys.executable, "-c", IMPORT], capture_output=True, check=True, env=environment
+        )
         costs.append(tuple(map(float, done.stdout.split())))
     assert min(cost[0] for cost in costs) <= 40
     assert min(cost[1] for cost in costs) <= 8
