@@ -41,6 +41,7 @@ static _Atomic int tasks_wanted;
 struct avmm_bridge {
     _Atomic uint32_t turn;
     _Atomic uint32_t task_sleeps, vcpu_sleeps;
+    _Atomic uint32_t wanted;    /* counted in tasks_wanted */
     _Atomic int64_t turned;     /* when the turn last changed hands */
     struct poller task, vcpu;
     int bell;
@@ -53,7 +54,8 @@ static int64_t now_ns(void)
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-static void waited(struct avmm_bridge *b, struct poller *p)
+/* The side whose waits `p` measures has its turn. */
+static void took_turn(struct avmm_bridge *b, struct poller *p)
 {
     int64_t sample = atomic_load(&b->turned) - p->since;
     if (sample < 0)
@@ -61,6 +63,15 @@ static void waited(struct avmm_bridge *b, struct poller *p)
     if (sample > SAMPLE_MAX)
         sample = SAMPLE_MAX;
     p->average += (sample - p->average) / 4;
+    if (p == &b->task && atomic_exchange(&b->wanted, 0))
+        atomic_fetch_sub(&tasks_wanted, 1);
+}
+
+/* Does another vCPU wait for its task? Loads in this order never take ours for another's. */
+static int others_wanted(struct avmm_bridge *b)
+{
+    int all = atomic_load(&tasks_wanted);
+    return all > (int)atomic_load(&b->wanted);
 }
 
 static int poll_turn(struct avmm_bridge *b, struct poller *p, uint32_t mine, int may_spin)
@@ -69,13 +80,11 @@ static int poll_turn(struct avmm_bridge *b, struct poller *p, uint32_t mine, int
     if (may_spin && p->average < POLL_NS)
         end += POLL_NS;
     while (atomic_load(&b->turn) != mine) {
-        if (now_ns() >= end || (mine == TURN_TASK && atomic_load(&tasks_wanted) > 0))
+        if (now_ns() >= end || (mine == TURN_TASK && others_wanted(b)))
             return 0;
         sched_yield();
     }
-    waited(b, p);
-    if (mine == TURN_TASK)
-        atomic_fetch_sub(&tasks_wanted, 1);
+    took_turn(b, p);
     return 1;
 }
 
@@ -83,8 +92,9 @@ static int poll_turn(struct avmm_bridge *b, struct poller *p, uint32_t mine, int
 static void avmm_bridge_leave(struct avmm_bridge *b)
 {
     atomic_store(&b->turned, now_ns());
-    atomic_store(&b->turn, TURN_TASK);
+    atomic_store(&b->wanted, 1);
     atomic_fetch_add(&tasks_wanted, 1);
+    atomic_store(&b->turn, TURN_TASK);
     if (atomic_load(&b->task_sleeps)) {
         uint64_t one = 1;
         /* cannot fail: the counter is far from full, and the bell is closed only after us */
@@ -103,7 +113,7 @@ static void avmm_bridge_call(struct avmm_bridge *b)
     while (atomic_load(&b->turn) != TURN_VCPU)      /* EINTR (a kick) and EAGAIN: look again */
         syscall(SYS_futex, &b->turn, FUTEX_WAIT_PRIVATE, TURN_TASK, NULL, NULL, 0);
     atomic_store(&b->vcpu_sleeps, 0);
-    waited(b, &b->vcpu);
+    took_turn(b, &b->vcpu);
 }
 
 /* Task: we no longer wait for the bell, whether it rang or not. Is it our turn? */
@@ -115,8 +125,7 @@ static int avmm_bridge_woken(struct avmm_bridge *b)
     (void)ignored;
     if (atomic_load(&b->turn) != TURN_TASK)
         return 0;
-    waited(b, &b->task);
-    atomic_fetch_sub(&tasks_wanted, 1);
+    took_turn(b, &b->task);
     return 1;
 }
 
