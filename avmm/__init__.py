@@ -1,7 +1,8 @@
 """avmm: an async, event-driven micro-VMM. Small KVM guests inside a trio program."""
 
 from avmm.boot import FlatOptions, Mode
-from avmm.bus import Placement, mmio, pio
+from avmm.bus import Placement, mmio, msr, pio
+from avmm.calls import Call
 from avmm.config import MachineConfig
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
@@ -11,6 +12,9 @@ from avmm.errors import (
     DeviceError,
     GuestMemoryError,
     ImageError,
+    MsrFault,
+    PauseTimeout,
+    StateError,
     VcpuError,
 )
 from avmm.kvm import KvmError, KvmUnavailable
@@ -20,6 +24,7 @@ from avmm.outcome import Cause, Outcome
 
 __all__ = [
     "AvmmError",
+    "Call",
     "Cause",
     "ConfigError",
     "ConsoleStream",
@@ -36,10 +41,14 @@ __all__ = [
     "Machine",
     "MachineConfig",
     "Mode",
+    "MsrFault",
     "Outcome",
+    "PauseTimeout",
     "Placement",
+    "StateError",
     "VcpuError",
     "Wakeup",
     "mmio",
+    "msr",
     "pio",
 ]

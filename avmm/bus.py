@@ -59,16 +59,26 @@ def mmio(
     return Placement(device, "mmio", base, size, irq, offset)
 
 
+def msr(device: Device, first: int, count: int = 1) -> Placement:
+    """Let `device` stand for `count` MSRs from number `first` on.
+
+    Each has 8 bytes of the device's offsets, so MSR `first + n` is read as `read(8 * n, 8)`.
+    A handler that raises `avmm.MsrFault` gives the guest a #GP. KVM keeps to itself those that
+    it must (x2APIC's, 0x800-0x8ff), and takes at most 16 ranges.
+    """
+    return Placement(device, "msr", first, count)
+
+
 class _Range:
     """One device's claim, with what the hot path needs at hand."""
 
     __slots__ = ("base", "device", "end", "lock", "read", "shift", "width", "write")
 
-    def __init__(self, place: Placement, lock: AbstractContextManager[Any]) -> None:
+    def __init__(self, place: Placement, lock: AbstractContextManager[Any], unit: int) -> None:
         self.device = place.device
-        self.base = place.base
-        self.end = place.base + place.size
-        self.shift = place.base - place.offset
+        self.base = place.base * unit
+        self.end = self.base + place.size * unit
+        self.shift = self.base - place.offset
         self.lock = lock
         self.read = place.device.read
         self.write = place.device.write
@@ -76,9 +86,15 @@ class _Range:
 
 
 class Bus:
-    """One address space of `limit` addresses. `unclaimed` is a level of `logging`, 0: silent."""
+    """One address space of `limit` addresses. `unclaimed` is a level of `logging`, 0: silent.
 
-    def __init__(self, name: str, limit: int, unclaimed: int = logging.WARNING) -> None:
+    An address holds `unit` bytes; `read` and `write` count in bytes.
+    """
+
+    def __init__(
+        self, name: str, limit: int, unclaimed: int = logging.WARNING, unit: int = 1
+    ) -> None:
+        self._unit = unit
         self.name = name
         self._limit = limit
         self._unclaimed = unclaimed
@@ -92,14 +108,14 @@ class Bus:
         where = f"{place.device.name} at {self.name} {place.base:#x}-{end - 1:#x}"
         if place.base < 0 or place.size < 1 or end > self._limit:
             raise ConfigError(f"{where}: expected a range within 0-{self._limit - 1:#x}")
+        claim = _Range(place, lock, self._unit)
         for other in self._ranges:
-            if place.base < other.end and other.base < end:
-                raise ConfigError(
-                    f"{where} overlaps {other.device.name} at {other.base:#x}-{other.end - 1:#x}"
-                )
-        index = bisect_right(self._bases, place.base)
-        self._bases.insert(index, place.base)
-        self._ranges.insert(index, _Range(place, lock))
+            if claim.base < other.end and other.base < claim.end:
+                first, last = other.base // self._unit, other.end // self._unit - 1
+                raise ConfigError(f"{where} overlaps {other.device.name} at {first:#x}-{last:#x}")
+        index = bisect_right(self._bases, claim.base)
+        self._bases.insert(index, claim.base)
+        self._ranges.insert(index, claim)
 
     def read(self, address: int, size: int) -> ReadAnswer:
         """What the guest reads, or an awaitable of it; at most `MASKS[size]`."""
@@ -111,7 +127,7 @@ class Bus:
                     answer = there.read(address - there.shift, size)
                 if answer.__class__ is int:
                     return answer & MASKS[size]
-                return _other_answer(there, address, size, answer)
+                return _other_answer(there, address // self._unit, size, answer)
         return self._read_parts(address, size)
 
     def write(self, address: int, size: int, value: int) -> WriteAnswer:
@@ -124,11 +140,16 @@ class Bus:
                     answer = there.write(address - there.shift, size, value)
                 if answer is None or hasattr(answer, "__await__"):
                     return answer
-                raise DeviceError(
-                    f"{there.device.name} answered a write at {address:#x} with {answer!r}: "
-                    "expected None or an awaitable"
-                )
+                where = f"{there.device.name} answered a write at {address // self._unit:#x}"
+                raise DeviceError(f"{where} with {answer!r}: expected None or an awaitable")
         return self._write_parts(address, size, value)
+
+    def owner(self, address: int) -> str:
+        """The name of the device that answers there, for messages."""
+        index = bisect_right(self._bases, address) - 1
+        if index >= 0 and address < self._ranges[index].end:
+            return self._ranges[index].device.name
+        return "no device"
 
     def _read_parts(self, address: int, size: int) -> ReadAnswer:
         parts = self._split(address, size)
@@ -192,7 +213,7 @@ class Bus:
             return
         if len(self._reported) < _REPORTED_AT_MOST:
             self._reported.add(address)
-            logger.log(self._unclaimed, "no device at %s %#x", self.name, address)
+            logger.log(self._unclaimed, "no device at %s %#x", self.name, address // self._unit)
             if len(self._reported) == _REPORTED_AT_MOST:
                 logger.log(self._unclaimed, "no more such %s addresses are reported", self.name)
 

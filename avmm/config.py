@@ -74,10 +74,14 @@ class MachineConfig:
         for name in ("kernel", "initrd"):
             if (path := getattr(self, name)) is not None:
                 put(self, name, _path(name, path))
+        if not isinstance(self.modules, list | tuple):
+            raise ConfigError(f"modules {self.modules!r}: expected a list of paths")
         put(self, "modules", tuple(_path("modules", path) for path in self.modules))
         put(self, "memory", parse_size(self.memory))
         if isinstance(self.flat, str):
             put(self, "flat", _parse_flat(self.flat))
+        if self.flat is not None and not isinstance(self.flat, FlatOptions):
+            raise ConfigError(f"flat {self.flat!r}: expected text like 'real@0x7c00'")
         if self.flat is not None and self.kernel is None:
             raise ConfigError(
                 "flat: expected a kernel to run so; the bundled shell is no flat one"
@@ -90,7 +94,7 @@ class MachineConfig:
             _is_int(self.debug_exit) and 0 <= self.debug_exit <= _MAX_PORT
         ):
             raise ConfigError(f"debug_exit {self.debug_exit!r}: expected a port, 0 to 0xffff")
-        if self.unclaimed not in UNCLAIMED:
+        if not isinstance(self.unclaimed, str) or self.unclaimed not in UNCLAIMED:
             raise ConfigError(
                 f"unclaimed {self.unclaimed!r}: expected one of {', '.join(UNCLAIMED)}"
             )
@@ -124,7 +128,7 @@ def read_toml(path: str | PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"config {path}: not UTF-8 text ({error.reason})") from None
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"config {path}: not TOML: {error}") from None
     known = {field.name.replace("_", "-"): field.name for field in fields(MachineConfig)}
     settings = {}

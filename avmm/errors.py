@@ -25,3 +25,15 @@ class DeviceError(AvmmError):
 
 class VcpuError(AvmmError):
     """A vCPU cannot go on: names the exit, the registers and the instruction's bytes."""
+
+
+class PauseTimeout(AvmmError, TimeoutError):
+    """A machine did not come to a standstill in time: names what it waited for."""
+
+
+class MsrFault(AvmmError):
+    """Raised by a device that stands for MSRs: the guest gets a general protection fault."""
+
+
+class StateError(AvmmError, ValueError):
+    """A saved state cannot be loaded: it is none, or this host lacks what it needs."""

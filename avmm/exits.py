@@ -9,10 +9,13 @@ that means for saved state see `avmm.loop`.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 from avmm.bus import MASKS, Bus
-from avmm.errors import VcpuError
+from avmm.calls import KINDS, CallHandler
+from avmm.calls import serve as serve_call
+from avmm.errors import MsrFault, VcpuError
 from avmm.kvm import Struct, Vcpu, constants, exit_name
 from avmm.outcome import Cause, Outcome
 
@@ -37,18 +40,24 @@ class Exits:
         vcpu: Vcpu,
         pio: Bus,
         mmio: Bus,
+        msrs: Bus,
         end: Callable[[Outcome], None],
         registers: Callable[[], str],
+        calls: CallHandler | None = None,
     ) -> None:
         self._vcpu = vcpu
         self._page = vcpu.page
         self._pio = pio
         self._mmio = mmio
+        self._msrs = msrs
         self._end = end
         self._registers = registers
         self._table: dict[int, Callable[[], Served]] = {
             constants.KVM_EXIT_IO: self._serve_pio,
             constants.KVM_EXIT_MMIO: self._serve_mmio,
+            constants.KVM_EXIT_X86_RDMSR: self._serve_rdmsr,
+            constants.KVM_EXIT_X86_WRMSR: self._serve_wrmsr,
+            **{reason: partial(serve_call, self._page, reason, calls) for reason in KINDS},
             constants.KVM_EXIT_SHUTDOWN: self._serve_shutdown,
             constants.KVM_EXIT_SYSTEM_EVENT: self._serve_system_event,
             constants.KVM_EXIT_INTR: _nothing,
@@ -135,6 +144,41 @@ class Exits:
             data += (answer if isinstance(answer, int) else await answer).to_bytes(size, "little")
         self._vcpu.io_store(offset, data)
 
+    def _serve_rdmsr(self) -> Served:
+        msr = self._page.msr
+        msr.error = 0
+        try:
+            answer = self._msrs.read(8 * msr.index, 8)
+        except MsrFault:
+            msr.error = 1
+            return None
+        if not isinstance(answer, int):
+            return self._answer_msr(answer)
+        msr.data = answer
+        return None
+
+    async def _answer_msr(self, answer: Awaitable[int]) -> None:
+        try:
+            self._page.msr.data = await answer
+        except MsrFault:
+            self._page.msr.error = 1
+
+    def _serve_wrmsr(self) -> Served:
+        msr = self._page.msr
+        msr.error = 0
+        try:
+            pending = self._msrs.write(8 * msr.index, 8, msr.data)
+        except MsrFault:
+            msr.error = 1
+            return None
+        return None if pending is None else self._finish_wrmsr(pending)
+
+    async def _finish_wrmsr(self, pending: Awaitable[None]) -> None:
+        try:
+            await pending
+        except MsrFault:
+            self._page.msr.error = 1
+
     def _serve_shutdown(self) -> Served:
         regs = self._vcpu.regs()
         self._end(Outcome(Cause.TRIPLE_FAULT, detail=f"at rip {regs.rip:#x}"))
@@ -152,6 +196,17 @@ class Exits:
         """`describe`, with registers and the instruction's bytes on lines of their own."""
         return f"{self.describe()}\n{self._registers()}"
 
+    def owner(self) -> str:
+        """The access that `kvm_run` holds and the device that is to answer it, in words."""
+        reason = self._page.exit_reason
+        if reason == constants.KVM_EXIT_IO:
+            return f"{self._pio.owner(self._page.io.port)} at {self.describe()}"
+        if reason == constants.KVM_EXIT_MMIO:
+            return f"{self._mmio.owner(self._page.mmio.phys_addr)} at {self.describe()}"
+        if reason in (constants.KVM_EXIT_X86_RDMSR, constants.KVM_EXIT_X86_WRMSR):
+            return f"{self._msrs.owner(8 * self._page.msr.index)} at {self.describe()}"
+        return f"the handler of calls at {self.describe()}"
+
     def describe(self) -> str:
         """The exit that `kvm_run` holds, in words, for messages."""
         page, reason = self._page, self._page.exit_reason
@@ -164,6 +219,8 @@ class Exits:
         if reason == constants.KVM_EXIT_MMIO:
             way = "write" if page.mmio.is_write else "read"
             return f"{name}: {way} of {page.mmio.len} bytes at {page.mmio.phys_addr:#x}"
+        if reason in (constants.KVM_EXIT_X86_RDMSR, constants.KVM_EXIT_X86_WRMSR):
+            return f"{name}: MSR {page.msr.index:#x}"
         if reason == constants.KVM_EXIT_INTERNAL_ERROR:
             return f"{name}, {_internal_error(page)}"
         if reason == constants.KVM_EXIT_FAIL_ENTRY:

@@ -25,23 +25,21 @@ send the kick (a signal with a C handler that does nothing). The thread clears `
 it when it looks, or `immediate_exit` is set at its next `KVM_RUN`, or the signal interrupts
 the one that runs.
 
-**Parking.** `KVM_RUN` first finishes the exit that was served last, and only then looks at
-`immediate_exit`; finishing may exit again (the second half of a page-crossing access). So a
-vCPU that is to pause goes round the same loop with `immediate_exit` set, serving what exits,
-until `KVM_RUN` answers -EINTR: only then is nothing pending in the kernel, and it parks. To
-park is to hand the task one more awaitable, which ends when the vCPU is resumed.
+**Parking.** A vCPU that is to pause first lets the kernel finish what the last exit left
+pending (`avmm.completion` says why, and how: `drain`). Then it parks: it hands the task one more
+awaitable, which ends when the vCPU is resumed.
 """
 
 from __future__ import annotations
 
 import errno
-import inspect
 import threading
 import time
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from avmm.completion import CompletionPolicy, drain
 from avmm.errors import VcpuError
 from avmm.kvm import KvmError
 from avmm.kvm.bridge import Bridge, accept_kicks, install_kick, kick
@@ -52,8 +50,6 @@ if TYPE_CHECKING:
     from avmm.exits import Exits
     from avmm.kvm import Vcpu
 
-DRAIN_LIMIT: Final = 10_000
-"""Exits that one drain may serve before it is given up; a `rep ins` of 64 KiB needs 65."""
 _YIELD_SECONDS: Final = 0.001
 """How long handlers that never really wait may keep the other tasks of the program waiting."""
 
@@ -99,15 +95,18 @@ class Wakeup:
 class VcpuLoop:
     """Runs one vCPU until it is stopped, fails, or its task is cancelled."""
 
-    def __init__(self, vcpu: Vcpu, exits: Exits) -> None:
+    def __init__(self, vcpu: Vcpu, exits: Exits, policy: CompletionPolicy) -> None:
         self.index = vcpu.index
         self._vcpu = vcpu
         self._exits = exits
+        self._policy = policy
+        self._handed_over: float | None = None
         self._bridge = Bridge()
         self._work: Awaitable[None] | None = None
         self._error: BaseException | None = None
         self._stopping = False
         self._pausing = False
+        self._ended = False
         self._parked = trio.Event()
         self._resumed = trio.Event()
         # Guards the thread id alone, for the moment of a kick: a signal must not be sent to a
@@ -128,11 +127,27 @@ class VcpuLoop:
         self._pausing = True
         self._kick()
 
+    def waits_for(self) -> str:
+        """What keeps the vCPU from parking, for a person; from trio."""
+        since = self._handed_over
+        if since is None:
+            return f"vCPU {self.index} has not left the guest"
+        waiting = time.monotonic() - since
+        return f"vCPU {self.index} waits for {self._exits.owner()}, since {waiting:.1f} s"
+
+    @property
+    def is_parked(self) -> bool:
+        """Has the vCPU parked after the last `pause`, or ended?"""
+        return self._parked.is_set()
+
     async def parked(self) -> None:
         """Wait until the vCPU has parked after `pause`, or has ended.
 
         Cancelling the wait leaves the request standing until `resume`.
         """
+        # Nearly always it parks at once: to be there is cheaper than to sleep and be woken.
+        if self._handed_over is None and not self._parked.is_set():
+            self._bridge.linger()
         await self._parked.wait()
 
     def resume(self) -> None:
@@ -159,7 +174,7 @@ class VcpuLoop:
         finally:
             with self._kicking:
                 self._thread_id = 0
-            self._work = None
+            self._ended = True
             self._bridge.leave()
 
     def _run(self) -> None:
@@ -170,39 +185,29 @@ class VcpuLoop:
                 pending = serve(status)
                 if pending is not None:
                     self._hand_over(pending)
-                continue
-            if status not in (-errno.EINTR, -errno.EAGAIN):
+                if not (self._pausing or self._stopping):
+                    continue
+            elif status not in (-errno.EINTR, -errno.EAGAIN):
                 raise KvmError("KVM_RUN", -status)
             page.immediate_exit = 0
             if self._pausing and not self._stopping:
-                self._drain()
+                if status < 0 or self._policy.needs(status, page.flags):
+                    drain(self._vcpu, self._serve_draining, self._policy)
+                page.immediate_exit = 0
                 self._hand_over(self._park())
             if self._stopping:
                 return
 
-    def _drain(self) -> None:
-        """Let the kernel finish what it has pending; see "Parking" at the top."""
-        page = self._vcpu.page
-        for _ in range(DRAIN_LIMIT):
-            page.immediate_exit = 1
-            status = self._vcpu.run()
-            if status == -errno.EINTR:
-                page.immediate_exit = 0
-                return
-            if status >= 0:
-                pending = self._exits.serve(status)
-                if pending is not None:
-                    self._hand_over(pending)
-            elif status != -errno.EAGAIN:
-                raise KvmError("KVM_RUN", -status)
-        raise VcpuError(
-            f"vCPU {self.index} was not drained after {DRAIN_LIMIT} exits; "
-            f"the last one was {self._exits.report()}"
-        )
+    def _serve_draining(self, reason: int) -> None:
+        pending = self._exits.serve(reason)
+        if pending is not None:
+            self._hand_over(pending)
 
     def _hand_over(self, work: Awaitable[None]) -> None:
         self._work = work
+        self._handed_over = time.monotonic()
         self._bridge.call()
+        self._handed_over = None
 
     # -- the task ------------------------------------------------------------------------
 
@@ -222,10 +227,13 @@ class VcpuLoop:
             self._annotate(error)
             raise
         finally:
-            await self._wind_up()
-            thread.join()
-            self._parked.set()
-            self._bridge.close()
+            try:
+                await self._wind_up()
+            finally:
+                thread.join()
+                self._bridge.poll(False)  # the last turn is taken, whoever saw the end first
+                self._parked.set()
+                self._bridge.close()
         if self._error is not None:
             if isinstance(self._error, Exception):
                 self._annotate(self._error)
@@ -249,17 +257,31 @@ class VcpuLoop:
             finally:
                 mine = self._bridge.woken()
             mine = mine or self._bridge.poll(True)
-        return self._work
+        work, self._work = self._work, None
+        return work
 
     async def _wind_up(self) -> None:
-        """Stop the thread and answer it until it has left, whoever has the turn now."""
+        """Stop the thread and answer it until it has ended, whoever has the turn now.
+
+        What it still wants awaited is begun and cancelled, as trio does with tasks that are
+        started in a cancelled nursery. Raises the first failure of that, after the end.
+        """
         self.stop()
         self._resumed.set()
+        failure = None
         with trio.CancelScope(shield=True):
-            while (work := await self._next(self._bridge.poll(False))) is not None:
-                if inspect.iscoroutine(work):
-                    work.close()
+            while not self._ended:
+                work = await self._next(self._bridge.poll(False))
+                if work is not None:
+                    try:
+                        with trio.CancelScope() as scope:
+                            scope.cancel()
+                            await work
+                    except Exception as error:
+                        failure = failure or error
                 self._bridge.answer()
+        if failure is not None:
+            raise failure
 
     async def _park(self) -> None:
         self._parked.set()

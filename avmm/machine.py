@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -23,7 +23,10 @@ import trio
 
 from avmm import guests
 from avmm.arch.x86_64 import cpu, layout, report
+from avmm.arch.x86_64 import state as cpu_state
 from avmm.bus import Bus, Placement, pio
+from avmm.calls import CallHandler
+from avmm.completion import CompletionPolicy
 from avmm.config import UNCLAIMED, MachineConfig, Settings
 from avmm.devices.base import Device, InterruptLine
 from avmm.devices.cmos import Cmos
@@ -33,10 +36,10 @@ from avmm.devices.i8042 import I8042
 from avmm.devices.pci import PciConfig
 from avmm.devices.post import DebugConsole, PostCode
 from avmm.devices.serial import Serial
-from avmm.errors import AvmmError, ConfigError
+from avmm.errors import AvmmError, ConfigError, GuestMemoryError, StateError
 from avmm.exits import Exits
 from avmm.irq import Interrupts, Line
-from avmm.kvm import System, Vcpu, Vm
+from avmm.kvm import System, Vcpu, Vm, constants
 from avmm.loop import VcpuLoop, Wakeup
 from avmm.memory import HOLE_END, GuestMemory
 from avmm.migration import Coordinator
@@ -48,8 +51,10 @@ SERIAL_PORT: Final = 0x3F8
 SERIAL_IRQ: Final = 4
 EXIT_STATUS_PORT: Final = 0xF8
 """Where a guest of avmm's own writes the status that the run is to end with."""
+STATE_VERSION: Final = 1
 _GPA_LIMIT: Final = 1 << 52
 _PORTS: Final = 1 << 16
+_MSRS: Final = 1 << 32
 
 
 class _Host:
@@ -86,6 +91,8 @@ class Parts:
         config: MachineConfig,
         devices: Sequence[Placement] = (),
         end: Callable[[Outcome], None] = lambda outcome: None,
+        calls: CallHandler | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         # Reading images is most of what there is to import, and only needed from here on.
         from avmm.boot.formats import load  # noqa: PLC0415
@@ -100,27 +107,40 @@ class Parts:
                 )
             self.memory = GuestMemory(config.memory)
             stack.callback(self.memory.close)
-            entry = load(
-                self.memory,
-                config.kernel or guests.path("shell"),
-                cmdline=config.cmdline,
-                initrd=config.initrd,
-                modules=config.modules,
-                cpus=config.cpus,
-                flat=config.flat,
-            )
+            entry = None
+            if state is None:
+                entry = load(
+                    self.memory,
+                    config.kernel or guests.path("shell"),
+                    cmdline=config.cmdline,
+                    initrd=config.initrd,
+                    modules=config.modules,
+                    cpus=config.cpus,
+                    flat=config.flat,
+                )
             self.vm = self._create_vm(stack)
+            self.policy = CompletionPolicy()
             self.interrupts = Interrupts(self.vm)
             stack.callback(self.interrupts.close)
             self.pio = Bus("port", _PORTS, UNCLAIMED[config.unclaimed])
             self.mmio = Bus("address", _GPA_LIMIT, UNCLAIMED[config.unclaimed])
             self.hosts: dict[Device, _Host] = {}
             self.serial = Serial()
+            self.msrs = Bus("MSR", _MSRS, UNCLAIMED[config.unclaimed], unit=8)
+            self._calls = calls
             for place in (*self._standard_devices(config), *devices):
                 self._place(place)
+            # Asked for only where somebody answers: without, nothing leaves the guest for it.
+            if filtered := [(p.base, p.size) for p in devices if p.space == "msr"]:
+                self.vm.filter_msrs(filtered)
+            if calls is not None and self.vm.check("KVM_CAP_EXIT_HYPERCALL"):
+                self.vm.enable("KVM_CAP_EXIT_HYPERCALL", 1 << constants.KVM_HC_MAP_GPA_RANGE)
             self.vcpus = [self._create_vcpu(stack, i) for i in range(config.cpus)]
-            for vcpu in self.vcpus:
-                cpu.set_up(self.system, vcpu, config.cpus, entry if vcpu.index == 0 else None)
+            if state is None:
+                for vcpu in self.vcpus:
+                    cpu.set_up(self.system, vcpu, config.cpus, entry if vcpu.index == 0 else None)
+            else:
+                self._load(state)
             self._stack = stack.pop_all()
 
     def _create_vm(self, stack: ExitStack) -> Vm:
@@ -162,7 +182,7 @@ class Parts:
 
     def _place(self, place: Placement) -> None:
         device = place.device
-        bus = self.pio if place.space == "pio" else self.mmio
+        bus = {"pio": self.pio, "mmio": self.mmio, "msr": self.msrs}[place.space]
         host = self.hosts.get(device)
         if host is None:
             line = None if place.irq is None else self.interrupts.line(place.irq, device.name)
@@ -179,11 +199,48 @@ class Parts:
                     )
         bus.add(place, host.lock)
 
+    def save(self) -> dict[str, Any]:
+        """All state, as plain data, of a machine that stands still."""
+        return {
+            "version": STATE_VERSION,
+            "memory_size": self.memory.size,
+            "vcpus": [cpu_state.save_vcpu(self.system, vcpu) for vcpu in self.vcpus],
+            "vm": cpu_state.save_vm(self.vm),
+            "devices": [[device.name, dict(device.save())] for device in self.hosts],
+            "memory": [[gpa, data] for gpa, data in self.memory.contents()],
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Take over what `save` gave. Raises `StateError` where it is not of such a machine."""
+        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+            raise StateError(f"no state of a machine in version {STATE_VERSION}")
+        if state.get("memory_size") != self.memory.size:
+            raise StateError(
+                f"the state has {state.get('memory_size')} bytes of memory, the machine "
+                f"{self.memory.size}"
+            )
+        names = [device.name for device in self.hosts]
+        saved = _pairs("devices", state.get("devices"), str)
+        if [name for name, _ in saved] != names:
+            raise StateError(f"the state is of devices {[n for n, _ in saved]}, not {names}")
+        vcpus = state.get("vcpus")
+        if not isinstance(vcpus, list) or len(vcpus) != len(self.vcpus):
+            raise StateError(f"the state is not of {len(self.vcpus)} vCPUs")
+        for gpa, data in _pairs("memory", state.get("memory"), int):
+            try:
+                self.memory.write(gpa, data)
+            except (GuestMemoryError, TypeError) as error:
+                raise StateError(f"the state's memory does not fit: {error}") from None
+        for device, (_, device_state) in zip(self.hosts, saved, strict=True):
+            device.load(device_state)
+        cpu_state.load_vm(self.vm, state.get("vm", {}))
+        for vcpu, vcpu_state in zip(self.vcpus, vcpus, strict=True):
+            cpu_state.load_vcpu(self.system, vcpu, vcpu_state)
+
     def exits(self, vcpu: Vcpu) -> Exits:
         """What serves the exits of `vcpu`."""
-        return Exits(
-            vcpu, self.pio, self.mmio, self._end, partial(report.registers, vcpu, self.memory)
-        )
+        registers = partial(report.registers, vcpu, self.memory)
+        return Exits(vcpu, self.pio, self.mmio, self.msrs, self._end, registers, self._calls)
 
     def close(self) -> None:
         """Give everything back to the host; idempotent, after all that ran has ended."""
@@ -198,7 +255,9 @@ class Machine:
             print(await vm.wait())
 
     Settings are those of `MachineConfig`; without `kernel` it runs the bundled shell.
-    `devices` are the user's own, placed by `avmm.pio` and `avmm.mmio`.
+    `devices` are the user's own, placed by `avmm.pio`, `avmm.mmio` and `avmm.msr`; `calls`
+    answers the guest's hypercalls. With a `state` that `save` gave of a machine like this one,
+    it goes on from there instead of booting.
 
     Entering it raises `ConfigError` for what cannot be, `KvmError` where KVM fails. A device's
     exception, and a vCPU that cannot go on (`VcpuError`), cancel the block and are raised from
@@ -210,16 +269,21 @@ class Machine:
         config: MachineConfig | None = None,
         *,
         devices: Sequence[Placement] = (),
+        calls: CallHandler | None = None,
+        state: Mapping[str, Any] | None = None,
         **settings: Unpack[Settings],
     ) -> None:
         if config is not None and settings:
             raise ConfigError("expected either a MachineConfig or settings, not both")
         self.config = config or MachineConfig.make(**settings)
         self._devices = tuple(devices)
+        self._calls = calls
+        self._state = state
         self._outcomes: list[Outcome] = []
         self._ended = trio.Event()
         self._loops: list[VcpuLoop] = []
-        self._coordinator = Coordinator(self._loops)
+        self._quiescable: list[Device] = []
+        self._coordinator = Coordinator(self._loops, self._quiescable)
         self._parts: Parts | None = None
         self._manager: AbstractAsyncContextManager[None] | None = None
 
@@ -251,9 +315,21 @@ class Machine:
         for loop in self._loops:
             loop.resume()
 
-    def paused(self) -> AbstractAsyncContextManager[None]:
-        """`async with vm.paused():` no vCPU runs inside; see `avmm.migration.Coordinator`."""
-        return self._coordinator.paused()
+    def paused(self, deadline: float | None = None) -> AbstractAsyncContextManager[None]:
+        """`async with vm.paused():` the machine stands still inside, drained and quiesced.
+
+        `deadline` is in seconds; see `avmm.migration.Coordinator.paused`.
+        """
+        return self._coordinator.paused(deadline)
+
+    def save(self) -> dict[str, Any]:
+        """The whole state, as plain data; only inside `paused`, else `AvmmError`.
+
+        Raises `DeviceError` where a device cannot be saved. RAM is copied into it.
+        """
+        if not self._coordinator.is_paused:
+            raise AvmmError("a running machine cannot be saved: save it inside `vm.paused()`")
+        return self._running.save()
 
     def message_interrupt(self, address: int, data: int) -> Line:
         """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread."""
@@ -288,10 +364,20 @@ class Machine:
 
     @asynccontextmanager
     async def _life(self) -> AsyncIterator[None]:
-        parts = Parts(self.config, self._devices, self._end)
+        parts = Parts(self.config, self._devices, self._end, self._calls, self._state)
+        self._state = None
         self._parts = parts
         try:
-            self._loops.extend(VcpuLoop(vcpu, parts.exits(vcpu)) for vcpu in parts.vcpus)
+            # A device without a task of its own has nothing that goes on by itself.
+            active = (Device.run, Device.quiesce)
+            self._quiescable.extend(
+                device
+                for device in parts.hosts
+                if (type(device).run, type(device).quiesce) != active
+            )
+            self._loops.extend(
+                VcpuLoop(vcpu, parts.exits(vcpu), parts.policy) for vcpu in parts.vcpus
+            )
             async with trio.open_nursery() as nursery:
                 for device, host in parts.hosts.items():
                     host.start(nursery)
@@ -327,6 +413,16 @@ class Machine:
         if self._parts is None:
             raise AvmmError("the machine does not exist yet: use it inside its `async with`")
         return self._parts
+
+
+def _pairs(key: str, value: object, kind: type) -> list[tuple[Any, Any]]:
+    """A list of pairs out of a hostile state."""
+    if not isinstance(value, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and type(pair[0]) is kind
+        for pair in value
+    ):
+        raise StateError(f"the state's {key} are no list of pairs")
+    return [(first, second) for first, second in value]
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException | None:

@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,7 +28,7 @@ HOLE_END: Final = 0x1_0000_0000
 """First GPA after the hole: RAM that did not fit below goes on here."""
 
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"\s*(\d+)\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,20})\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(size: int | str) -> int:
@@ -106,7 +107,7 @@ class GuestMemory:
         Call it before the memory is given to a VM.
         """
         size = -(-len(data) // PAGE) * PAGE
-        if gpa % PAGE or not data:
+        if gpa < 0 or gpa % PAGE or not data:
             raise ConfigError(f"read-only region at {gpa:#x}: expected a page-aligned, filled one")
         for other in self._regions:
             if gpa < other.end and other.gpa < gpa + size:
@@ -148,6 +149,24 @@ class GuestMemory:
             raise GuestMemoryError(f"{len(data)} bytes at {gpa:#x} are read-only")
         view[:] = data
 
+    def contents(self) -> Iterator[tuple[int, bytes]]:
+        """What RAM holds, as (GPA, bytes) runs; what was never touched, and is zero, is left out.
+
+        Only meaningful while nothing writes it.
+        """
+        for region in self.ram:
+            at = region.offset
+            while True:
+                try:
+                    start = os.lseek(self.fd, at, os.SEEK_DATA)
+                except OSError:  # ENXIO: only a hole from here on
+                    break
+                if start >= region.offset + region.size:
+                    break
+                at = min(os.lseek(self.fd, start, os.SEEK_HOLE), region.offset + region.size)
+                gpa = region.gpa + start - region.offset
+                yield gpa, self.read(gpa, at - start)
+
     def addresses(self) -> list[tuple[Region, memoryview]]:
         """Each region with the mapping that backs it, for the VM's memory slots."""
         return list(zip(self._regions, self._views, strict=True))
@@ -161,14 +180,21 @@ class GuestMemory:
             view.release()
         self._views = []
         self._regions = []
-        for mapping in self._maps:
-            try:
-                mapping.close()
-            except BufferError:
-                warnings.warn(
-                    "a view of guest memory outlives its machine and keeps the memory mapped",
-                    ResourceWarning,
-                    stacklevel=2,
-                )
-        self._maps = []
         os.close(self.fd)
+        outlived = [mapping for mapping in self._maps if not _closed(mapping)]
+        self._maps = []
+        if outlived:
+            warnings.warn(
+                "a view of guest memory outlives its machine and keeps the memory mapped",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+
+def _closed(mapping: mmap.mmap) -> bool:
+    """Unmap it, unless somebody still holds a view of it."""
+    try:
+        mapping.close()
+    except BufferError:
+        return False
+    return True

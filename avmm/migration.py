@@ -1,46 +1,144 @@
-"""The coordinator: pauses every vCPU of a machine, and lets them run on.
+"""The coordinator: brings a machine to a standstill in which its state can be read.
 
-Pausing is asked of all vCPUs at once and awaited after that, so they drain side by side. What
-a vCPU does to drain is told in `avmm.loop`.
+    async with vm.paused(deadline=2.0):
+        state = vm.save()
+
+In this order, each step for all before the next begins:
+
+1. Every vCPU is asked to pause, all at once, and then awaited, so that they drain side by side.
+   Each serves what it has in hand and lets the kernel finish it (`avmm.completion`).
+2. The devices are quiesced: what is in flight finishes, and after it nothing writes guest
+   memory or raises an interrupt. Not earlier: draining vCPUs still call devices.
+3. Coalesced rings are emptied: they hold writes of the guest that no exit has shown. Their
+   devices take them although they are quiesced; such a handler answers at once and starts
+   nothing.
+
+Whatever ends it, leaving the block or a failure, timeout or cancellation at any point, the
+same is undone in reverse, and the guest runs on as if nothing had been asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Protocol
 
 import trio
 
-if TYPE_CHECKING:
-    from avmm.loop import VcpuLoop
+from avmm.errors import PauseTimeout
+
+
+class PausableVcpu(Protocol):
+    """What the coordinator needs of a vCPU; `avmm.loop.VcpuLoop` is one."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    async def parked(self) -> None: ...
+    @property
+    def is_parked(self) -> bool: ...
+    def waits_for(self) -> str: ...
+
+
+class QuiescableDevice(Protocol):
+    """What it needs of a device; `avmm.devices.base.Device` is one."""
+
+    @property
+    def name(self) -> str: ...
+    async def quiesce(self) -> None: ...
+    async def resume(self) -> None: ...
 
 
 class Coordinator:
-    """Pauses the vCPUs of one machine for whoever asks; pauses count."""
+    """Pauses one machine for whoever asks, from trio; pauses count.
 
-    def __init__(self, loops: Sequence[VcpuLoop]) -> None:
-        self._loops = loops
+    `vcpus` and `devices` may still be filled after this is made, not after the first pause.
+    """
+
+    def __init__(
+        self,
+        vcpus: Sequence[PausableVcpu],
+        devices: Collection[QuiescableDevice],
+        flush: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._vcpus = vcpus
+        self._devices = devices
+        self._flush = flush
         self._holders = 0
+        self._standstill: AsyncExitStack | None = None
+        # Held while the machine is on its way to a standstill or back. Whoever else asks
+        # meanwhile waits, within its own deadline; no vCPU and no device ever takes it.
+        self._moving = trio.Lock()
+        self._waiting_for = ""
+
+    @property
+    def is_paused(self) -> bool:
+        """Does the machine stand still now?"""
+        return self._standstill is not None
 
     @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """No vCPU runs inside the block, and none has an unfinished exit.
+    async def paused(self, deadline: float | None = None) -> AsyncIterator[None]:
+        """The machine stands still inside the block.
 
-        Pauses nest and overlap: the guest runs on when the last one is left, however it is
-        left. Cancelling it while it waits for the vCPUs lets them run on as well.
+        Pauses nest and overlap: the guest runs on when the last one is left. Raises
+        `PauseTimeout` where it does not stand still within `deadline` seconds, saying what it
+        waited for, and what a device's `quiesce` raises. Cancelling is a checkpoint's, at any
+        moment on the way there; after any of these the guest runs on.
         """
-        self._holders += 1
+        self._waiting_for = ""
+        with trio.move_on_after(float("inf") if deadline is None else deadline) as scope:
+            await self._hold()
+        if scope.cancelled_caught:
+            raise PauseTimeout(
+                f"the pause was given up after {deadline} s: "
+                f"{self._waiting_for or 'another pause has not come to its end'}"
+            )
         try:
-            if self._holders == 1:
-                for loop in self._loops:
-                    loop.pause()
-            for loop in self._loops:
-                await loop.parked()
-            await trio.lowlevel.checkpoint()
             yield
         finally:
+            with trio.CancelScope(shield=True):
+                await self._release()
+
+    async def _hold(self) -> None:
+        try:
+            self._moving.acquire_nowait()  # no round of the scheduler before the first kick
+        except trio.WouldBlock:
+            await self._moving.acquire()
+        try:
+            if self._standstill is None:
+                self._standstill = await self._stand_still()
+            self._holders += 1
+        finally:
+            self._moving.release()
+
+    async def _release(self) -> None:
+        async with self._moving:
             self._holders -= 1
-            if not self._holders:
-                for loop in self._loops:
-                    loop.resume()
+            if not self._holders and self._standstill is not None:
+                standstill, self._standstill = self._standstill, None
+                await standstill.aclose()
+
+    def _resume_vcpus(self) -> None:
+        for vcpu in self._vcpus:
+            vcpu.resume()
+
+    async def _stand_still(self) -> AsyncExitStack:
+        """All steps; gives what undoes them, and undoes them itself where it fails."""
+        undo = AsyncExitStack()
+        try:
+            undo.callback(self._resume_vcpus)
+            for vcpu in self._vcpus:
+                vcpu.pause()
+            for vcpu in self._vcpus:
+                await vcpu.parked()
+            for device in self._devices:
+                undo.push_async_callback(device.resume)
+                self._waiting_for = f"{device.name} has not finished what it has in flight"
+                await device.quiesce()
+            self._flush()
+        except BaseException:
+            late = [vcpu.waits_for() for vcpu in self._vcpus if not vcpu.is_parked]
+            self._waiting_for = "; ".join(late) or self._waiting_for
+            with trio.CancelScope(shield=True):
+                await undo.aclose()
+            raise
+        return undo

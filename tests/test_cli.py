@@ -307,3 +307,22 @@ def test_help_and_version() -> None:
     assert "Run small KVM guests" in avmm("--help").stdout
     assert "--console" in avmm("run", "--help").stdout
     assert avmm("--version").stdout.startswith("avmm, version ")
+
+
+def test_doctor_shows_what_an_uncompleted_exit_costs_and_that_the_drain_is_right() -> None:
+    findings = {
+        row["access"]: row for row in json.loads(avmm("doctor", "--completion", "--json").stdout)
+    }
+    assert all(row["drained"] == "right" for row in findings.values())
+    assert "repeated: port read" in findings["in al, imm8"]["uncompleted"]
+    assert "lost: MMIO write" in findings["MMIO write across a page"]["uncompleted"]
+    assert findings["MMIO read across a page"]["exits_until_drained"] == 2
+    assert "drained      right" in avmm("doctor", "--completion").stdout
+
+
+def test_bench_pause_gives_a_ratio_for_each_number_of_vcpus() -> None:
+    done = avmm("bench", "pause", "--json", "--count", "10", "--rounds", "1")
+    rows = json.loads(done.stdout)
+    assert [row["case"] for row in rows] == ["1 vCPU", "2 vCPUs", "4 vCPUs", "16 vCPUs"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["us"] / row["raw_us"])

@@ -64,8 +64,10 @@ async def converse():
 async def test_a_pause_between_two_words_loses_no_byte() -> None:
     async with avmm.Machine(memory="16M") as vm:
         await vm.console.send_all(b"echo one ")
-        async with vm.paused():
-            await vm.console.send_all(b"two\rexit 0\r")
+        async with trio.open_nursery() as nursery, vm.paused():
+            # A quiesced console takes nothing: sending waits until the guest runs on.
+            nursery.start_soon(vm.console.send_all, b"two\rexit 0\r")
+            await trio.testing.wait_all_tasks_blocked()
         said = b"".join([bytes(data) async for data in vm.console])
     assert b"\r\none two\r\n" in said
 

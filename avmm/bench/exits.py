@@ -9,14 +9,14 @@ machine rounds differ by more than ways do.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from statistics import median
 from typing import Final
 
 import trio
 
 from avmm import guests
+from avmm.bench.row import Row
 from avmm.bus import Placement, mmio, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device
@@ -53,16 +53,6 @@ WAYS: Final[dict[str, Callable[[], Device]]] = {
     "in a task": InTask,
     "awaiting": Awaiting,
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One case: microseconds an exit, by avmm and by the C loop, and their ratio."""
-
-    case: str
-    us: float
-    raw_us: float
-    ratio: float
 
 
 async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list[Row]:
@@ -125,10 +115,3 @@ def _microseconds(output: bytes, khz: int) -> float:
     if match is None:
         raise AvmmError(f"the guest 'exits' gave no result but {output!r}")
     return int(match[2]) / int(match[1]) / khz * 1000
-
-
-def table(rows: list[Row]) -> Iterator[str]:
-    """The rows for people."""
-    yield f"{'case':24} {'µs':>8} {'raw µs':>8} {'× raw':>7}"
-    for row in rows:
-        yield f"{row.case:24} {row.us:8.1f} {row.raw_us:8.1f} {row.ratio:7.2f}"

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 
 import click
 import trio
 
 from avmm.bench import exits as bench_exits
+from avmm.bench import pause as bench_pause
+from avmm.bench.row import Row
+
+Measure = Callable[[int, int, Callable[[], None]], Awaitable[list[Row]]]
+
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="A list of objects: case, us, raw_us, ratio."
+)
+ROUNDS = click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 
 
 @click.group()
@@ -18,19 +28,30 @@ def command() -> None:
 
 
 @command.command()
-@click.option(
-    "--json", "as_json", is_flag=True, help="A list of objects: case, us, raw_us, ratio."
-)
+@JSON
+@ROUNDS
 @click.option("--count", type=click.IntRange(10), default=10_000, show_default=True, help="Exits.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 def exits(as_json: bool, count: int, rounds: int) -> None:
     """What an exit costs, as a ratio to a loop around KVM_RUN in C."""
+    _run(bench_exits.measure, bench_exits.steps(rounds), as_json, count, rounds)
+
+
+@command.command()
+@JSON
+@ROUNDS
+@click.option("--count", type=click.IntRange(10), default=200, show_default=True, help="Pauses.")
+def pause(as_json: bool, count: int, rounds: int) -> None:
+    """What a pause costs until all vCPUs are parked, as a ratio to a kick in C."""
+    _run(bench_pause.measure, bench_pause.steps(rounds), as_json, count, rounds)
+
+
+def _run(measure: Measure, steps: int, as_json: bool, count: int, rounds: int) -> None:
     # The bar goes to standard error, and only to a terminal: the result can be piped.
-    with click.progressbar(
-        length=bench_exits.steps(rounds), label="measuring", file=sys.stderr
-    ) as bar:
-        rows = trio.run(bench_exits.measure, count, rounds, lambda: bar.update(1))
+    with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
+        rows = trio.run(measure, count, rounds, lambda: bar.update(1))
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
-    else:
-        click.echo("\n".join(bench_exits.table(rows)))
+        return
+    click.echo(f"{'case':24} {'µs':>8} {'raw µs':>8} {'× raw':>7}")
+    for row in rows:
+        click.echo(f"{row.case:24} {row.us:8.1f} {row.raw_us:8.1f} {row.ratio:7.2f}")

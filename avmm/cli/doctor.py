@@ -14,6 +14,7 @@ import click
 import trio
 
 from avmm import guests
+from avmm.cli import completion_report
 from avmm.errors import AvmmError
 from avmm.kvm import KvmUnavailable, System, capabilities
 from avmm.kvm.handles import REQUIRED
@@ -57,11 +58,20 @@ class Report:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def command(as_json: bool) -> None:
+@click.option(
+    "--completion",
+    is_flag=True,
+    help="Show by experiment what is lost or repeated when state is saved before an exit is "
+    "completed, and that it is right after a drain.",
+)
+def command(as_json: bool, completion: bool) -> None:
     """Tell what this host's KVM offers and what avmm makes of it.
 
     Ends with status 1 where avmm cannot work here.
     """
+    if completion:
+        _completion(as_json)
+        return
     report = examine()
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
@@ -120,6 +130,27 @@ async def _try_guest(report: Report) -> None:
 
 _LOOP_INSTRUCTIONS: Final = 6
 """Instructions in one turn of the guest's counting loop (guests/exits/spin.c)."""
+
+
+def _completion(as_json: bool) -> None:
+    async def examine_in_trio() -> list[completion_report.Finding]:
+        return completion_report.examine()
+
+    findings = trio.run(examine_in_trio)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    for finding in () if as_json else findings:
+        click.echo(click.style(finding.access, bold=True))
+        if finding.error:
+            click.echo(f"  this host cannot run it: {finding.error}")
+            continue
+        flag = ", flagged NEEDS_COMPLETION" if finding.flagged else ""
+        click.echo(f"  first exit   {finding.exit}{flag}")
+        click.echo(f"  uncompleted  {finding.uncompleted}")
+        click.echo(
+            f"  drained      {finding.drained} (exits served: {finding.exits_until_drained})"
+        )
+    sys.exit(0 if all(finding.right or finding.error for finding in findings) else 1)
 
 
 def _modules() -> list[str]:

@@ -36,6 +36,10 @@ class Bridge:
         """The task no longer waits for the bell, whether it rang or not; has it its turn?"""
         return bool(lib.avmm_bridge_woken(self._struct))
 
+    def linger(self) -> None:
+        """Block, without the GIL, until the task's turn comes, or for 0.2 ms."""
+        lib.avmm_bridge_linger(self._struct)
+
     def answer(self) -> None:
         """Give the turn back to the thread."""
         lib.avmm_bridge_answer(self._struct)

@@ -45,10 +45,11 @@ def exit_name(reason: int) -> str:
     return _EXIT_NAMES.get(reason, f"exit reason {reason}")
 
 
+_NO_REASONS: Final = {"KVM_EXIT_IO_IN", "KVM_EXIT_IO_OUT", "KVM_EXIT_XEN_HCALL"}
 _EXIT_NAMES: Final = {
     getattr(lib, name): name
     for name in dir(lib)
-    if name.startswith("KVM_EXIT_") and not name.startswith("KVM_EXIT_IO_")
+    if name.startswith("KVM_EXIT_") and name not in _NO_REASONS
 }
 
 
@@ -73,6 +74,19 @@ def _unpacker(
 _CODES: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
+_STATE: Final = {
+    "regs": ("KVM_GET_REGS", "KVM_SET_REGS", "struct kvm_regs"),
+    "sregs": ("KVM_GET_SREGS", "KVM_SET_SREGS", "struct kvm_sregs"),
+    "xcrs": ("KVM_GET_XCRS", "KVM_SET_XCRS", "struct kvm_xcrs"),
+    "debugregs": ("KVM_GET_DEBUGREGS", "KVM_SET_DEBUGREGS", "struct kvm_debugregs"),
+    "lapic": ("KVM_GET_LAPIC", "KVM_SET_LAPIC", "struct kvm_lapic_state"),
+    "mp_state": ("KVM_GET_MP_STATE", "KVM_SET_MP_STATE", "struct kvm_mp_state"),
+    "events": ("KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", "struct kvm_vcpu_events"),
+    "pit": ("KVM_GET_PIT2", "KVM_SET_PIT2", "struct kvm_pit_state2"),
+}
+"""The parts of a vCPU's and a VM's state that are one structure: (get, set, structure)."""
+
+
 class _Handle:
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -93,6 +107,20 @@ class _Handle:
         struct = ffi.new(ctype)
         self._ioctl(name, struct)
         return struct
+
+    def state(self, part: str) -> bytes:
+        """A part of the state (`VCPU_STATE`, `VM_STATE`), as the kernel's structure has it."""
+        get, _, ctype = _STATE[part]
+        return bytes(ffi.buffer(self._get(get, f"{ctype} *")))
+
+    def set_state(self, part: str, data: bytes) -> None:
+        """Set what `state` gave. Raises `ValueError` where the structure has another size."""
+        _, set_, ctype = _STATE[part]
+        if len(data) != ffi.sizeof(ctype):
+            raise ValueError(f"{part}: {len(data)} bytes, expected {ffi.sizeof(ctype)}")
+        struct_ = ffi.new(f"{ctype} *")
+        ffi.buffer(struct_)[:] = data
+        self._ioctl(set_, struct_)
 
     def check(self, capability: str) -> int:
         """KVM_CHECK_EXTENSION: 0 where the capability is missing, else 1 or its value."""
@@ -222,6 +250,51 @@ class Vm(_Handle):
         message.data = data
         return self._ioctl("KVM_SIGNAL_MSI", message)
 
+    def irqchip(self, chip: int) -> bytes:
+        """KVM_GET_IRQCHIP: the state of a PIC or of the IOAPIC."""
+        state = ffi.new("struct kvm_irqchip *", {"chip_id": chip})
+        self._ioctl("KVM_GET_IRQCHIP", state)
+        return bytes(ffi.buffer(state))
+
+    def set_irqchip(self, data: bytes) -> None:
+        """KVM_SET_IRQCHIP; which chip it is stands in the data. `ValueError` for a wrong size."""
+        state = ffi.new("struct kvm_irqchip *")
+        if len(data) != ffi.sizeof("struct kvm_irqchip"):
+            raise ValueError(f"irqchip: {len(data)} bytes, expected {ffi.sizeof(state[0])}")
+        ffi.buffer(state)[:] = data
+        self._ioctl("KVM_SET_IRQCHIP", state)
+
+    def clock(self) -> int:
+        """KVM_GET_CLOCK: the guest's kvmclock in ns."""
+        value: int = self._get("KVM_GET_CLOCK", "struct kvm_clock_data *").clock
+        return value
+
+    def set_clock(self, value: int) -> None:
+        """KVM_SET_CLOCK: let the guest's kvmclock go on from there."""
+        self._ioctl("KVM_SET_CLOCK", ffi.new("struct kvm_clock_data *", {"clock": value}))
+
+    def enable(self, capability: str, argument: int) -> None:
+        """KVM_ENABLE_CAP with one argument."""
+        enable = ffi.new("struct kvm_enable_cap *", {"cap": getattr(lib, capability)})
+        enable.args[0] = argument
+        self._ioctl("KVM_ENABLE_CAP", enable)
+
+    def filter_msrs(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """KVM_X86_SET_MSR_FILTER: accesses to these (first, count) leave the guest, all other
+        MSRs stay KVM's. At most 16 ranges; `KvmError` beyond."""
+        ranges = list(ranges)
+        filter_ = ffi.new("struct kvm_msr_filter *", {"flags": lib.KVM_MSR_FILTER_DEFAULT_ALLOW})
+        if len(ranges) > lib.KVM_MSR_FILTER_MAX_RANGES:
+            raise KvmError("KVM_X86_SET_MSR_FILTER", errno.E2BIG, "at most 16 ranges of MSRs")
+        bitmaps = []  # a clear bit denies the MSR; kept alive until the ioctl has copied them
+        for entry, (first, count) in zip(filter_.ranges, ranges, strict=False):
+            bitmap = ffi.new("uint8_t[]", (count + 7) // 8)
+            bitmaps.append(bitmap)
+            entry.flags = lib.KVM_MSR_FILTER_READ | lib.KVM_MSR_FILTER_WRITE
+            entry.base, entry.nmsrs, entry.bitmap = first, count, bitmap
+        self.enable("KVM_CAP_X86_USER_SPACE_MSR", lib.KVM_MSR_EXIT_REASON_FILTER)
+        self._ioctl("KVM_X86_SET_MSR_FILTER", filter_)
+
     def set_routing(
         self, pins: Iterable[tuple[int, int, int]], messages: Mapping[int, tuple[int, int]]
     ) -> None:
@@ -289,6 +362,14 @@ class Vcpu(_Handle):
             raise KvmError("KVM_RUN", errno.EIO, f"unexpected {exit_name(self.page.exit_reason)}")
         return bytes(ffi.buffer(output, length))
 
+    def kick_raw(self, rounds: int) -> list[int]:
+        """Nanoseconds from a kick to `KVM_RUN`'s return, in C alone (shim.c): the baseline that
+        pauses are measured against. The guest must be one that never exits by itself."""
+        times = ffi.new("int64_t[]", rounds)
+        if (answer := lib.avmm_kick_raw(self.fd, self.page, rounds, times)) < 0:
+            raise KvmError("KVM_RUN", -answer)
+        return list(times)
+
     def regs(self) -> Struct:
         """KVM_GET_REGS."""
         return self._get("KVM_GET_REGS", "struct kvm_regs *")
@@ -330,6 +411,62 @@ class Vcpu(_Handle):
         done = self._ioctl("KVM_SET_MSRS", msrs)
         if done < count:
             raise KvmError("KVM_SET_MSRS", errno.EINVAL, f"MSR {list(values)[done]:#x} refused")
+
+    def msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """KVM_GET_MSRS, all or an error that names the MSR at which KVM stopped."""
+        indices = list(indices)
+        count = len(indices)
+        msrs = ffi.new("struct kvm_msrs *", {"nmsrs": count, "entries": count})
+        for entry, index in zip(msrs.entries, indices, strict=False):
+            entry.index = index
+        done = self._ioctl("KVM_GET_MSRS", msrs)
+        if done < count:
+            raise KvmError("KVM_GET_MSRS", errno.EINVAL, f"MSR {indices[done]:#x} refused")
+        return {msrs.entries[at].index: msrs.entries[at].data for at in range(count)}
+
+    def xsave(self, size: int) -> bytes:
+        """The FPU and vector registers: KVM_GET_XSAVE2, `size` by KVM_CAP_XSAVE2, or
+        KVM_GET_XSAVE where that is 0."""
+        area = ffi.new("uint8_t[]", size or 4096)
+        self._ioctl("KVM_GET_XSAVE2" if size else "KVM_GET_XSAVE", area)
+        return bytes(ffi.buffer(area))
+
+    def set_xsave(self, data: bytes) -> None:
+        """KVM_SET_XSAVE; `data` must be as long as this host's KVM has it."""
+        self._ioctl("KVM_SET_XSAVE", ffi.from_buffer("uint8_t[]", data))
+
+    def cpuid(self) -> list[tuple[int, ...]]:
+        """KVM_GET_CPUID2: (function, index, flags, eax, ebx, ecx, edx) of each leaf."""
+        room = 256
+        cpuid = ffi.new("struct kvm_cpuid2 *", {"nent": room, "entries": room})
+        self._ioctl("KVM_GET_CPUID2", cpuid)
+        entries = (cpuid.entries[at] for at in range(cpuid.nent))
+        return [(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in entries]
+
+    def set_cpuid_leaves(self, leaves: list[tuple[int, ...]]) -> None:
+        """KVM_SET_CPUID2 with what `cpuid` gave; before the first run."""
+        count = len(leaves)
+        cpuid = ffi.new("struct kvm_cpuid2 *", {"nent": count, "entries": count})
+        for at, leaf in enumerate(leaves):
+            entry = cpuid.entries[at]
+            entry.function, entry.index, entry.flags = leaf[:3]
+            entry.eax, entry.ebx, entry.ecx, entry.edx = leaf[3:]
+        self._ioctl("KVM_SET_CPUID2", cpuid)
+
+    def clock_paused(self) -> bool:
+        """KVM_KVMCLOCK_CTRL: tell the guest's watchdogs that it stood still; False where the
+        guest has no kvmclock."""
+        try:
+            self._ioctl_value("KVM_KVMCLOCK_CTRL")
+        except KvmError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return True
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ."""
+        self._ioctl_value("KVM_SET_TSC_KHZ", khz)
 
     def tsc_khz(self) -> int:
         """The guest's TSC frequency in kHz."""

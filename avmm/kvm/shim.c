@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <linux/kvm.h>
+#include <linux/kvm_para.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stddef.h>
@@ -22,6 +23,12 @@
 #endif
 #ifndef KVM_CAP_DIRTY_LOG_RING_ACQ_REL
 #define KVM_CAP_DIRTY_LOG_RING_ACQ_REL 223
+#endif
+#ifndef KVM_HC_MAP_GPA_RANGE
+#define KVM_HC_MAP_GPA_RANGE 12
+#endif
+#ifndef KVM_GET_XSAVE2
+#define KVM_GET_XSAVE2 _IOR(KVMIO, 0xcf, struct kvm_xsave)
 #endif
 #ifndef KVM_EXIT_AP_RESET_HOLD
 #define KVM_EXIT_AP_RESET_HOLD 32
@@ -52,6 +59,13 @@ typedef PART(kvm_run, mmio) avmm_exit_mmio;
 typedef PART(kvm_run, internal) avmm_exit_internal;
 typedef PART(kvm_run, emulation_failure) avmm_exit_emulation;
 typedef PART(kvm_run, system_event) avmm_exit_system_event;
+typedef PART(kvm_run, msr) avmm_exit_msr;
+typedef PART(kvm_run, hypercall) avmm_exit_hypercall;
+typedef PART(kvm_run, osi) avmm_exit_osi;
+typedef PART(kvm_run, papr_hcall) avmm_exit_papr_hcall;
+typedef PART(kvm_run, epr) avmm_exit_epr;
+typedef PART(kvm_xen_exit, u) avmm_xen_union;
+typedef PART(kvm_xen_exit, u.hcall) avmm_xen_hcall;
 typedef PART(kvm_irq_routing_entry, u) avmm_irq_target;
 
 /* ---- ioctls: the answer, or -errno ---- */
@@ -144,4 +158,60 @@ static int avmm_kick_accept(void)
 static int avmm_kick(int tid)
 {
     return syscall(SYS_tgkill, getpid(), tid, kick_signal) < 0 ? -errno : 0;
+}
+
+/* The baseline of `avmm bench pause`: a vCPU in a C thread is kicked, and that is all. `times`
+ * gets, for each of `rounds` kicks, the ns from asking for it to KVM_RUN's return, as both the
+ * flag and the signal are given. Returns 0, or -errno where KVM_RUN fails otherwise. */
+
+struct raw_kick {
+    int fd;
+    struct kvm_run *run;
+    _Atomic int tid, entered, returned, go_on, error;
+};
+
+static void *raw_kick_thread(void *argument)
+{
+    struct raw_kick *k = argument;
+    avmm_kick_accept();
+    atomic_store(&k->tid, (int)syscall(SYS_gettid));
+    for (int round = 1;; round++) {
+        atomic_store(&k->entered, round);
+        if (ioctl(k->fd, KVM_RUN, 0) == 0 || errno != EINTR) {
+            atomic_store(&k->error, errno ? errno : EIO);
+            atomic_store(&k->returned, round);
+            return NULL;
+        }
+        k->run->immediate_exit = 0;
+        atomic_store(&k->returned, round);
+        int go;
+        while ((go = atomic_load(&k->go_on)) == round - 1)
+            sched_yield();
+        if (go < 0)
+            return NULL;
+    }
+}
+
+static int avmm_kick_raw(int fd, struct kvm_run *run, int rounds, int64_t *times)
+{
+    struct raw_kick k = { .fd = fd, .run = run };
+    pthread_t thread;
+    int error = pthread_create(&thread, NULL, raw_kick_thread, &k);
+    if (error)
+        return -error;
+    for (int round = 1; round <= rounds && !atomic_load(&k.error); round++) {
+        while (atomic_load(&k.entered) != round)
+            sched_yield();
+        struct timespec into_the_guest = { .tv_nsec = 200000 };
+        nanosleep(&into_the_guest, NULL);
+        int64_t start = now_ns();
+        run->immediate_exit = 1;
+        avmm_kick(atomic_load(&k.tid));
+        while (atomic_load(&k.returned) != round)
+            sched_yield();
+        times[round - 1] = now_ns() - start;
+        atomic_store(&k.go_on, round == rounds ? -1 : round);
+    }
+    pthread_join(thread, NULL);
+    return -atomic_load(&k.error);
 }

@@ -6,13 +6,16 @@
 #include "smp.h"
 
 #include "boot.h"
+#include "console.h"
 #include "cpu.h"
+#include "finish.h"
 #include "input.h"
 #include "lapic.h"
 #include "layout.h"
 #include "text.h"
 #include "trap.h"
 
+#define NO_CPU          3
 #define PATIENCE        (1ull << 33)    /* TSC cycles: some seconds, for the host may be busy */
 
 extern const char trampoline[], trampoline_end[];
@@ -51,4 +54,14 @@ bool start_cpu(int cpu, void (*main)(int cpu))
         if (starting)
                 lapic_send_init(id);    /* or it might come up later, as a CPU that it is not */
         return !starting;
+}
+
+void start_cpus(int count, void (*main)(int cpu))
+{
+        for (int cpu = 1; cpu < count; cpu++) {
+                if (!start_cpu(cpu, main)) {
+                        print("error: cpu %u does not start\n", cpu);
+                        finish(NO_CPU);
+                }
+        }
 }

@@ -3,11 +3,8 @@
 #include "boot.h"
 #include "console.h"
 #include "cpu.h"
-#include "finish.h"
 #include "lapic.h"
 #include "smp.h"
-
-#define NO_CPU  3
 
 static volatile bool go;
 
@@ -36,12 +33,7 @@ void spin(const struct options *options)
         read_mp_table();
         for (int cpu = 0; cpu < boot.cpu_count; cpu++)
                 *counter(cpu) = 0;
-        for (int cpu = 1; cpu < boot.cpu_count; cpu++) {
-                if (!start_cpu(cpu, count_for_ever)) {
-                        print("error: cpu %u does not start\n", cpu);
-                        finish(NO_CPU);
-                }
-        }
+        start_cpus(boot.cpu_count, count_for_ever);
 
         begin = tsc();
         go = true;

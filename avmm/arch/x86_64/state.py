@@ -1,0 +1,189 @@
+"""The state of an x86-64 vCPU and of its VM: read whole, and written in the order that works.
+
+Only a drained vCPU has a state that can be read (`avmm.completion`), and only when its devices
+are quiesced is the VM's the whole truth.
+
+**Reading.** MP_STATE comes first: reading it lets KVM settle pending INIT and SIPI, which changes
+the LAPIC and the registers. VCPU_EVENTS comes last: what other reads settle shows up there.
+
+**Writing**, into a fresh VM, because CPUID cannot be changed once a vCPU has run (Linux 5.16):
+
+1. CPUID: which registers, MSRs and XSAVE components exist follows from it.
+2. TSC frequency: before any MSR that counts in it.
+3. MP_STATE.
+4. REGS, then SREGS. SREGS sets the APIC base, so it precedes the LAPIC; REGS clears a pending
+   exception, so it precedes VCPU_EVENTS.
+5. XSAVE, XCRS, DEBUGREGS.
+6. LAPIC: its timer mode must be there before the deadline is written to an MSR.
+7. MSRs, the TSC before the TSC deadline, which is compared with it. A deadline that reads 0 in
+   a timer that is in deadline mode has just fired or was never set; written as 0 it would
+   disarm a timer whose interrupt is still on its way, so the TSC's value is written, which
+   makes it fire at once: a spurious tick is harmless, a lost one stops a guest.
+8. VCPU_EVENTS: pending exceptions, interrupts and NMIs, after all that would clear them.
+9. KVMCLOCK_CTRL, so that the guest's watchdogs know that it stood still.
+
+The VM's own state: PICs, IOAPIC, PIT and kvmclock. They are written before the vCPUs': an
+interrupt that an IOAPIC raises on being set must find LAPICs that are set after it.
+
+A saved state is plain data (numbers, bytes, lists, dicts). Loading treats it as hostile: its
+shape is checked here, the values by the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from avmm.errors import StateError
+from avmm.kvm import KvmError, System, Vcpu, Vm, constants
+
+VERSION: Final = 1
+_TSC, _TSC_DEADLINE = 0x10, 0x6E0
+_LVT_TIMER = 0x320
+_TIMER_MODE, _MODE_DEADLINE = 3 << 17, 2 << 17
+_CHIPS: Final = (
+    constants.KVM_IRQCHIP_PIC_MASTER,
+    constants.KVM_IRQCHIP_PIC_SLAVE,
+    constants.KVM_IRQCHIP_IOAPIC,
+)
+_VCPU_KEYS: Final = {
+    "version": int,
+    "tsc_khz": int,
+    "cpuid": list,
+    "msrs": list,
+    "xsave": bytes,
+    "mp_state": bytes,
+    "regs": bytes,
+    "sregs": bytes,
+    "xcrs": bytes,
+    "debugregs": bytes,
+    "lapic": bytes,
+    "events": bytes,
+}
+_VM_KEYS: Final = {"version": int, "irqchips": list, "pit": bytes, "clock": int}
+_TSC_TOLERANCE: Final = 250e-6
+"""As much may TSC frequencies differ and still count as one (KVM's own default)."""
+_U32, _U64 = 1 << 32, 1 << 64
+
+
+def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
+    """The state of a drained vCPU. Raises `KvmError` where KVM does not give all of it."""
+    state: dict[str, Any] = {"version": VERSION, "mp_state": vcpu.state("mp_state")}
+    for part in ("regs", "sregs"):
+        state[part] = vcpu.state(part)
+    state["xsave"] = vcpu.xsave(system.check("KVM_CAP_XSAVE2"))
+    for part in ("xcrs", "debugregs", "lapic"):
+        state[part] = vcpu.state(part)
+    state["cpuid"] = [list(leaf) for leaf in vcpu.cpuid()]
+    state["tsc_khz"] = vcpu.tsc_khz()
+    msrs = vcpu.msrs(system.msr_indices())
+    if _in_deadline_mode(state["lapic"]) and msrs.get(_TSC_DEADLINE) == 0:
+        msrs[_TSC_DEADLINE] = msrs[_TSC]
+    state["msrs"] = [[index, value] for index, value in msrs.items()]
+    state["events"] = vcpu.state("events")
+    return state
+
+
+def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
+    """Give a fresh vCPU the state that `save_vcpu` gave, here or on another host.
+
+    Raises `StateError` where it is no such state, or where this host lacks what it needs.
+    """
+    _check_shape("vCPU", state, _VCPU_KEYS)
+    leaves = [_numbers("cpuid", leaf, 7, _U32) for leaf in state["cpuid"]]
+    msrs = {msr[0]: msr[1] for msr in (_numbers("msrs", pair, 2, _U64) for pair in state["msrs"])}
+    missing = [f"{index:#x}" for index in msrs if index not in system.msr_indices()]
+    if missing:
+        raise StateError(f"this host's KVM lacks MSRs that the state holds: {', '.join(missing)}")
+    here = system.check("KVM_CAP_XSAVE2") or len(vcpu.xsave(0))
+    if len(state["xsave"]) != here:
+        raise StateError(
+            f"the state's XSAVE area has {len(state['xsave'])} bytes, this host's {here}: "
+            "its CPU has other vector registers"
+        )
+    try:
+        vcpu.set_cpuid_leaves(leaves)
+        _set_frequency(system, vcpu, state["tsc_khz"])
+        for part in ("mp_state", "regs", "sregs"):
+            vcpu.set_state(part, state[part])
+        vcpu.set_xsave(state["xsave"])
+        for part in ("xcrs", "debugregs", "lapic"):
+            vcpu.set_state(part, state[part])
+        # The deadline last, of which the TSC is the measure.
+        vcpu.set_msrs({i: v for i, v in msrs.items() if i != _TSC_DEADLINE})
+        if _TSC_DEADLINE in msrs:
+            vcpu.set_msrs({_TSC_DEADLINE: msrs[_TSC_DEADLINE]})
+        vcpu.set_state("events", state["events"])
+        vcpu.clock_paused()
+    except (KvmError, ValueError) as error:
+        raise StateError(
+            f"this host's KVM refuses the state of vCPU {vcpu.index}: {error}"
+        ) from error
+
+
+def save_vm(vm: Vm) -> dict[str, Any]:
+    """PICs, IOAPIC, PIT and kvmclock, with all vCPUs parked and devices quiesced."""
+    return {
+        "version": VERSION,
+        "irqchips": [vm.irqchip(chip) for chip in _CHIPS],
+        "pit": vm.state("pit"),
+        "clock": vm.clock(),
+    }
+
+
+def load_vm(vm: Vm, state: Mapping[str, Any]) -> None:
+    """Give a fresh VM the state that `save_vm` gave; before its vCPUs get theirs.
+
+    Raises `StateError` as `load_vcpu` does.
+    """
+    _check_shape("VM", state, _VM_KEYS)
+    if len(state["irqchips"]) != len(_CHIPS):
+        raise StateError(f"expected {len(_CHIPS)} interrupt chips, found {len(state['irqchips'])}")
+    _numbers("clock", [state["clock"]], 1, _U64)
+    try:
+        for chip in state["irqchips"]:
+            vm.set_irqchip(bytes(chip))
+        vm.set_state("pit", state["pit"])
+        vm.set_clock(state["clock"])
+    except (KvmError, ValueError, TypeError) as error:
+        raise StateError(f"this host's KVM refuses the state of the VM: {error}") from error
+
+
+def _set_frequency(system: System, vcpu: Vcpu, khz: int) -> None:
+    here = vcpu.tsc_khz()
+    if khz == here:
+        return
+    if system.check("KVM_CAP_TSC_CONTROL"):
+        vcpu.set_tsc_khz(khz)
+    elif abs(khz - here) > here * _TSC_TOLERANCE:
+        raise StateError(
+            f"the guest's TSC runs at {khz} kHz, this host's at {here}, and its KVM cannot scale "
+            "it (KVM_CAP_TSC_CONTROL)"
+        )
+
+
+def _in_deadline_mode(lapic: bytes) -> bool:
+    timer = int.from_bytes(lapic[_LVT_TIMER : _LVT_TIMER + 4], "little")
+    return timer & _TIMER_MODE == _MODE_DEADLINE
+
+
+def _check_shape(what: str, state: object, keys: Mapping[str, type]) -> None:
+    if not isinstance(state, Mapping):
+        raise StateError(f"no state of a {what}: {type(state).__name__}, expected a mapping")
+    if state.get("version") != VERSION:
+        raise StateError(
+            f"the {what}'s state has version {state.get('version')!r}, expected {VERSION}"
+        )
+    for key, kind in keys.items():
+        if type(state.get(key)) is not kind:
+            raise StateError(f"the {what}'s state has no {key} of type {kind.__name__}")
+
+
+def _numbers(key: str, values: object, count: int, limit: int) -> tuple[int, ...]:
+    if (
+        not isinstance(values, list | tuple)
+        or len(values) != count
+        or not all(type(value) is int and 0 <= value < limit for value in values)
+    ):
+        raise StateError(f"{key}: expected {count} numbers below {limit:#x}")
+    return tuple(values)

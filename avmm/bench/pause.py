@@ -1,0 +1,83 @@
+"""What a pause costs: from asking for it to all vCPUs parked, against a kick in C.
+
+The guest `exits kind=spin` counts for ever on all its CPUs, so every vCPU is in the guest, or
+waits for a core, when it is asked. In each round the C kick is measured first; medians over the
+rounds are reported, and the ratio is the median of the rounds' own ratios.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Final
+
+import trio
+
+from avmm import guests
+from avmm.bench.row import Row
+from avmm.config import MachineConfig
+from avmm.kvm.bridge import install_kick
+from avmm.machine import Machine, Parts
+
+CPUS: Final = (1, 2, 4, 16)
+_FOR_EVER: Final = b"\xf3\x90\xeb\xfc"
+"""`1: pause; jmp 1b`"""
+_GUEST_SECONDS: Final = 0.0005
+"""How long the guest runs between two pauses: long enough that all vCPUs are in it again."""
+
+
+async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list[Row]:
+    """All cases, `count` pauses in each of `rounds` rounds; `progress` is called at each step.
+
+    The C kicks block the program; cancelling takes effect between them.
+    """
+    rows = []
+    for cpus in CPUS:
+        raw, ours = [], []
+        for _ in range(rounds):
+            raw.append(_raw(count))
+            progress()
+            ours.append(await _pauses(cpus, count))
+            progress()
+        ratio = median(us / base for us, base in zip(ours, raw, strict=True))
+        rows.append(Row(f"{cpus} vCPU" + "s" * (cpus > 1), median(ours), median(raw), ratio))
+    return rows
+
+
+def steps(rounds: int) -> int:
+    """How often `measure` calls `progress`."""
+    return 2 * len(CPUS) * rounds
+
+
+def _config(cpus: int) -> MachineConfig:
+    kernel = guests.path("exits")
+    return MachineConfig(kernel=kernel, cmdline="kind=spin count=0", memory=16 << 20, cpus=cpus)
+
+
+def _raw(count: int) -> float:
+    install_kick()
+    with tempfile.NamedTemporaryFile() as image:
+        image.write(_FOR_EVER)
+        image.flush()
+        parts = Parts(MachineConfig.make(kernel=image.name, flat="long@0x100000", memory="16M"))
+    try:
+        return median(parts.vcpus[0].kick_raw(count)) / 1000
+    finally:
+        parts.close()
+
+
+async def _pauses(cpus: int, count: int) -> float:
+    times = []
+    async with Machine(_config(cpus)) as vm:
+        counters = vm.memory.view(0x9000, 64 * cpus)
+        while not all(counters[64 * cpu] for cpu in range(cpus)):
+            await trio.lowlevel.checkpoint()
+        counters.release()
+        for _ in range(count):
+            await trio.sleep(_GUEST_SECONDS)
+            start = time.perf_counter()
+            async with vm.paused():
+                times.append(time.perf_counter() - start)
+    return median(times) * 1e6

@@ -1,0 +1,118 @@
+"""Calls of a guest to whoever runs it: KVM, Xen, PAPR and OSI hypercalls, and PowerPC's EPR.
+
+They differ in where the number, the arguments and the result lie; a machine's one handler of
+calls sees them all as a `Call` and answers a number. Sources: api.rst, "5. The kvm_run
+structure"; the numbers of KVM's own are in Documentation/virt/kvm/x86/hypercalls.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from avmm.errors import DeviceError
+from avmm.kvm import Struct, constants
+
+_U64: Final = (1 << 64) - 1
+_KVM_ENOSYS: Final = 1000
+_H_FUNCTION: Final = -2
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A guest's call. `kind` is "kvm", "xen", "papr", "osi" or "epr"."""
+
+    kind: str
+    number: int
+    args: tuple[int, ...]
+    longmode: bool = True
+
+
+CallHandler: TypeAlias = Callable[[Call], int | Awaitable[int]]
+"""Answers a call, at once or with an awaitable; a negative number is an error to the guest."""
+
+
+@dataclass(frozen=True)
+class CallKind:
+    """How one kind of call is read from `kvm_run`, answered, and refused by default."""
+
+    read: Callable[[Struct], Call]
+    answer: Callable[[Struct, int], None]
+    refusal: int
+
+
+def _read_kvm(page: Struct) -> Call:
+    call = page.hypercall
+    return Call("kvm", call.nr, tuple(call.args), bool(call.longmode))
+
+
+def _answer_kvm(page: Struct, value: int) -> None:
+    page.hypercall.ret = value
+
+
+def _read_xen(page: Struct) -> Call:
+    if page.xen.type != constants.KVM_EXIT_XEN_HCALL:
+        raise DeviceError(f"unknown Xen exit of type {page.xen.type}")
+    call = page.xen.u.hcall
+    return Call("xen", call.input, tuple(call.params), bool(call.longmode))
+
+
+def _answer_xen(page: Struct, value: int) -> None:
+    page.xen.u.hcall.result = value
+
+
+def _read_papr(page: Struct) -> Call:
+    return Call("papr", page.papr_hcall.nr, tuple(page.papr_hcall.args))
+
+
+def _answer_papr(page: Struct, value: int) -> None:
+    page.papr_hcall.ret = value
+
+
+def _read_osi(page: Struct) -> Call:
+    gprs = tuple(page.osi.gprs)
+    return Call("osi", gprs[5], gprs)
+
+
+def _answer_osi(page: Struct, value: int) -> None:
+    page.osi.gprs[3] = value
+
+
+def _read_epr(page: Struct) -> Call:
+    return Call("epr", 0, ())
+
+
+def _answer_epr(page: Struct, value: int) -> None:
+    page.epr.epr = value & 0xFFFF_FFFF
+
+
+KINDS: Final = {
+    constants.KVM_EXIT_HYPERCALL: CallKind(_read_kvm, _answer_kvm, -_KVM_ENOSYS),
+    constants.KVM_EXIT_XEN: CallKind(_read_xen, _answer_xen, -errno.ENOSYS),
+    constants.KVM_EXIT_PAPR_HCALL: CallKind(_read_papr, _answer_papr, _H_FUNCTION),
+    constants.KVM_EXIT_OSI: CallKind(_read_osi, _answer_osi, -1),
+    constants.KVM_EXIT_EPR: CallKind(_read_epr, _answer_epr, 0),
+}
+"""By exit reason."""
+
+
+def serve(page: Struct, reason: int, handler: CallHandler | None) -> Awaitable[None] | None:
+    """Answer the call in `kvm_run`, at once or by the awaitable that is returned."""
+    kind = KINDS[reason]
+    call = kind.read(page)
+    answer = kind.refusal if handler is None else handler(call)
+    if isinstance(answer, int):
+        kind.answer(page, answer & _U64)
+        return None
+    if not isinstance(answer, Awaitable):
+        raise DeviceError(f"the handler of calls answered {call} with {answer!r}: expected an int")
+    return _later(page, kind, call, answer)
+
+
+async def _later(page: Struct, kind: CallKind, call: Call, answer: Awaitable[int]) -> None:
+    value = await answer
+    if not isinstance(value, int):
+        raise DeviceError(f"the handler of calls answered {call} with {value!r}: expected an int")
+    kind.answer(page, value & _U64)

@@ -1,0 +1,214 @@
+"""`avmm doctor --completion`: what an uncompleted exit costs on this host, by experiment.
+
+For each shape of access, a guest of one instruction runs three times on this host's KVM:
+through to its end; saved at the exit, uncompleted, and run on in a fresh VM; saved after a drain,
+and run on in a fresh VM. What its device saw and what the guest got tell what was lost and what
+was repeated.
+"""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+from avmm.arch.x86_64 import layout
+from avmm.bus import Placement, mmio, msr, pio
+from avmm.completion import NEEDS_COMPLETION, drain
+from avmm.config import MachineConfig
+from avmm.devices.base import Device
+from avmm.errors import AvmmError, DeviceError
+from avmm.kvm import KvmError, exit_name
+from avmm.machine import Parts
+from avmm.outcome import Outcome
+
+_PORT, _MSR, _WINDOW = 0xE0, 0x4D56_0000, layout.MMIO
+_ORIGIN: Final = 0x10_0000
+_BORDER: Final = _WINDOW + 0x1000
+_FINISH: Final = bytes.fromhex("66baf800 ef f4")
+"""`mov dx, 0xf8; out dx, eax; hlt`: the guest says what it got and ends."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One instruction, its machine code, and the registers that it starts with."""
+
+    name: str
+    code: bytes
+    registers: Mapping[str, int] = field(default_factory=dict)
+
+
+def _shape(name: str, code: str, **registers: int) -> Shape:
+    return Shape(name, bytes.fromhex(code), registers)
+
+
+SHAPES: Final = (
+    _shape("in al, imm8", f"e4 {_PORT:02x}"),
+    _shape("out imm8, al", f"e6 {_PORT:02x}", rax=0x51),
+    _shape("rep insb, 4 times", "f3 6c", rdi=0x20_0000, rcx=4, rdx=_PORT),
+    _shape("rep outsb, 4 times", "f3 6e", rsi=_ORIGIN, rcx=4, rdx=_PORT),
+    _shape("rep outsb from MMIO", "f3 6e", rsi=_WINDOW, rcx=3, rdx=_PORT),
+    _shape("MMIO read", "8b 03", rbx=_WINDOW),
+    _shape("MMIO write", "89 03", rbx=_WINDOW, rax=0x51525354),
+    _shape("MMIO read across a page", "48 8b 03", rbx=_BORDER - 3),
+    _shape("MMIO write across a page", "48 89 03", rbx=_BORDER - 3, rax=0x5152535455565758),
+    _shape("inc dword [mmio]", "ff 03", rbx=_WINDOW),
+    _shape("rdmsr", "0f 32", rcx=_MSR),
+    _shape("wrmsr", "0f 30", rcx=_MSR, rax=0x51, rdx=0),
+)
+
+
+@dataclass
+class Finding:
+    """What became of one shape; `error` where this host cannot run it."""
+
+    access: str
+    exit: str = ""
+    flagged: bool = False
+    exits_until_drained: int = 0
+    uncompleted: str = ""
+    drained: str = ""
+    error: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Was it right when drained?"""
+        return self.drained == "right"
+
+
+class _Witness(Device):
+    """Logs accesses; each read gives something else, so that a repeated one shows."""
+
+    def __init__(self, kind: str, log: list[str]) -> None:
+        self._kind = kind
+        self._log = log
+
+    def read(self, offset: int, size: int) -> int:
+        self._log.append(f"{self._kind} read of {size} at {offset:#x}")
+        return 0x11 * len(self._log)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._log.append(f"{self._kind} write of {value:#x} ({size}) at {offset:#x}")
+
+    def save(self) -> Mapping[str, Any]:
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        if state:
+            raise DeviceError("a witness has no state")
+
+
+class _Guest:
+    """One shape in one VM; the log goes on over several of them."""
+
+    def __init__(
+        self, shape: Shape, log: list[str], state: Mapping[str, Any] | None = None
+    ) -> None:
+        self._log = log
+        self.ended = False
+        places: list[Placement] = [
+            pio(_Witness("port", log), _PORT, 1),
+            mmio(_Witness("MMIO", log), _WINDOW, 0x2000),
+        ]
+        if "msr" in shape.name:
+            places.append(msr(_Witness("MSR", log), _MSR))
+        with tempfile.NamedTemporaryFile() as image:
+            image.write(shape.code + _FINISH)
+            image.flush()
+            config = MachineConfig.make(
+                kernel=image.name, flat=f"long@{_ORIGIN:#x}", memory="4M", unclaimed="ignore"
+            )
+            self.parts = Parts(config, places, self._end, state=state)
+        self.vcpu = self.parts.vcpus[0]
+        self.exits = self.parts.exits(self.vcpu)
+        if state is None:
+            regs = self.vcpu.regs()
+            for name, value in shape.registers.items():
+                setattr(regs, name, value)
+            self.vcpu.set_regs(regs)
+
+    def _end(self, outcome: Outcome) -> None:
+        self._log.append(f"the guest got {outcome.status:#x}")
+        self.ended = True
+
+    def step(self) -> int:
+        """To the next exit, which is served: its reason."""
+        status = self.vcpu.run()
+        if status < 0 and status != -errno.EINTR:
+            raise KvmError("KVM_RUN", -status)
+        if status >= 0:
+            self.serve(status)
+        return status
+
+    def serve(self, reason: int) -> None:
+        if self.exits.serve(reason) is not None:
+            raise AvmmError("a witness answers at once")
+
+    def finish(self) -> None:
+        while not self.ended:
+            self.step()
+
+
+def examine() -> list[Finding]:
+    """All shapes on this host; needs a running trio loop, blocks it for about a second."""
+    return [_examine(shape) for shape in SHAPES]
+
+
+def _examine(shape: Shape) -> Finding:
+    finding = Finding(shape.name)
+    try:
+        expected: list[str] = []
+        _with(shape, expected, None, _Guest.finish)
+        for how in ("uncompleted", "drained"):
+            log: list[str] = []
+            state = _with(shape, log, None, partial(_until_saved, how=how, finding=finding))
+            _with(shape, log, state, _Guest.finish)
+            setattr(finding, how, _difference(expected, log))
+    except AvmmError as error:
+        finding.error = str(error).splitlines()[0]
+    return finding
+
+
+def _with(shape: Shape, log: list[str], state: Any, play: Callable[[_Guest], Any]) -> Any:
+    guest = _Guest(shape, log, state)
+    try:
+        return play(guest)
+    finally:
+        guest.parts.close()
+
+
+def _until_saved(guest: _Guest, how: str, finding: Finding) -> dict[str, Any]:
+    reason = guest.step()
+    finding.exit = exit_name(reason)
+    finding.flagged = bool(guest.vcpu.page.flags & NEEDS_COMPLETION)
+    if how == "drained":
+        served = 0
+
+        def serve(reason: int) -> None:
+            nonlocal served
+            served += 1
+            guest.serve(reason)
+
+        drain(guest.vcpu, serve, guest.parts.policy)
+        finding.exits_until_drained = 1 + served
+    return guest.parts.save()
+
+
+def _difference(expected: list[str], log: list[str]) -> str:
+    """What is missing and what is too many, in words; "right" where neither is."""
+    if log == expected:
+        return "right"
+    lost, extra = Counter(expected) - Counter(log), Counter(log) - Counter(expected)
+    words = [f"lost: {_times(what, n)}" for what, n in lost.items()]
+    for what, n in extra.items():
+        word = "repeated" if what in expected else "instead"
+        words.append(f"{word}: {_times(what, n)}")
+    return "; ".join(words) or "out of order"
+
+
+def _times(what: str, times: int) -> str:
+    return f"{what}, {times} times" if times > 1 else what

@@ -1,0 +1,217 @@
+"""Which exits need completion: the policy, as data and as the reasons for it.
+
+`KVM_RUN` may return with an instruction half done: the access has been handed to user space,
+and only the next `KVM_RUN` writes a loaded value to its register, moves RIP past an `out`, or
+hands over the second half of a page-crossing store. What is pending is in no state that user
+space can read, so state that is saved before is wrong. Documentation/virt/kvm/api.rst names
+the exits for which user space must assume this (`DOCUMENTED` below).
+
+**What the list thread said.** In January 2025 Sean Christopherson proposed ("[PATCH 0/5] KVM:
+Add a kvm_run flag to signal need for completion") that the kernel say so itself: bit 15 of
+`kvm_run.flags`, set on each exit that must be completed, announced by a capability. User space
+would then re-enter if and only if the flag is set, and need no list of exit types again. Marc
+Zyngier objected for arm64: there the PC still points at the load or store when it exits, so
+the guest's state is consistent by itself, and a restored guest simply makes the access again.
+Christopherson answered that making it again is just as wrong: the device has acted on the
+store already, and a load may have side effects. Both are right in what they say: on arm64
+nothing of the guest's own state is torn, yet an uncompleted save repeats the store as well as
+the load for the device. So avmm completes on arm64, too. Chao Gao noted that the flag must only
+be set by `KVM_RUN` itself, because user space reads it nowhere else.
+
+**Why the capability is not believed by its number.** The series was not merged, and the number
+that it proposed, 239, is `KVM_CAP_ARM_WRITABLE_IMP_ID_REGS` in mainline. A kernel that answers
+1 for it says nothing about completion. The flag decides only
+
+- where the user configured the capability's number and this kernel announces it, or
+- where the kernel has proved itself: it set the bit on an exit that must carry it, and left it
+  clear on one that must not.
+
+Either way it is held to that: an exit that must carry the bit and does not, or the reverse,
+shows a kernel that does something else with bit 15. It is named in the log, and from then on
+the documented list decides.
+
+**What is unknown is completed.** An exit type that avmm does not know is treated as one that
+needs it: completing without need costs 5 µs, the reverse corrupts a guest.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Final, Protocol
+
+from avmm.errors import VcpuError
+from avmm.kvm import KvmError, constants, exit_name
+
+logger = logging.getLogger(__name__)
+
+NEEDS_COMPLETION: Final = 1 << 15
+"""`KVM_RUN_NEEDS_COMPLETION`: the proposed bit of `kvm_run.flags`."""
+
+DOCUMENTED: Final = frozenset(
+    {
+        constants.KVM_EXIT_IO,
+        constants.KVM_EXIT_MMIO,
+        constants.KVM_EXIT_OSI,
+        constants.KVM_EXIT_PAPR_HCALL,
+        constants.KVM_EXIT_XEN,
+        constants.KVM_EXIT_EPR,
+        constants.KVM_EXIT_X86_RDMSR,
+        constants.KVM_EXIT_X86_WRMSR,
+        constants.KVM_EXIT_HYPERCALL,
+    }
+)
+"""The exits that api.rst lists ("operations are complete only after user space has re-entered
+the kernel with KVM_RUN")."""
+
+COMPLETE: Final = frozenset(
+    {
+        constants.KVM_EXIT_UNKNOWN,
+        constants.KVM_EXIT_EXCEPTION,
+        constants.KVM_EXIT_DEBUG,
+        constants.KVM_EXIT_HLT,
+        constants.KVM_EXIT_IRQ_WINDOW_OPEN,
+        constants.KVM_EXIT_SHUTDOWN,
+        constants.KVM_EXIT_FAIL_ENTRY,
+        constants.KVM_EXIT_INTR,
+        constants.KVM_EXIT_NMI,
+        constants.KVM_EXIT_INTERNAL_ERROR,
+        constants.KVM_EXIT_WATCHDOG,
+        constants.KVM_EXIT_SYSTEM_EVENT,
+        constants.KVM_EXIT_DIRTY_RING_FULL,
+    }
+)
+"""The exits that leave nothing pending: the vCPU is as its registers say."""
+
+
+DRAIN_LIMIT: Final = 10_000
+"""Exits that one drain may serve. The longest instruction, a `rep ins` that KVM cuts into
+pages, is interrupted between its batches, so real guests need a handful."""
+
+
+class Mode(Enum):
+    """How a machine decides; the command's and config's names."""
+
+    AUTO = "auto"
+    """By the flag where it is announced or proved, else by the documented list."""
+    LIST = "list"
+    """By the documented list; the flag is not looked at."""
+    ALWAYS = "always"
+    """Every exit is completed."""
+
+
+class CompletionPolicy:
+    """Decides for the exits of one VM; shared by its vCPUs' threads.
+
+    `capability` is the number that the user configured for NEEDS_COMPLETION, and `announced`
+    whether this kernel answers for it. Sharing needs no lock: the two facts that it learns
+    only ever go from unknown to known, and whoever sees them late decides by the list.
+    """
+
+    def __init__(
+        self,
+        mode: Mode = Mode.AUTO,
+        *,
+        capability: int | None = None,
+        announced: bool = False,
+    ) -> None:
+        self.mode = mode
+        self._capability = capability
+        self._configured = capability is not None and announced
+        self._seen_set = False
+        self._seen_clear = False
+        self.lie = ""
+        """What the kernel did against the proposal, once it did."""
+
+    @property
+    def by_flag(self) -> bool:
+        """Does the kernel's flag decide, as of now?"""
+        if self.mode is not Mode.AUTO or self.lie:
+            return False
+        return self._configured or (self._seen_set and self._seen_clear)
+
+    def needs(self, reason: int, flags: int) -> bool:
+        """Must the exit with this reason and `kvm_run.flags` be completed by `KVM_RUN`?
+
+        Also learns from it what the flag means here.
+        """
+        flagged = bool(flags & NEEDS_COMPLETION)
+        self._learn(reason, flagged)
+        if self.mode is Mode.ALWAYS:
+            return True
+        if self.by_flag:
+            return flagged
+        return reason not in COMPLETE
+
+    def _learn(self, reason: int, flagged: bool) -> None:
+        if reason in DOCUMENTED:
+            self._seen_set |= flagged
+            if not flagged and (self._configured or self._seen_set):
+                self._lied(reason, "clear where it must be set")
+        elif reason in COMPLETE:
+            self._seen_clear |= not flagged
+            if flagged:
+                self._lied(reason, "set where it must be clear")
+
+    def _lied(self, reason: int, how: str) -> None:
+        if self.lie or self.mode is not Mode.AUTO:
+            return
+        number = "" if self._capability is None else f" (capability {self._capability})"
+        self.lie = f"KVM_RUN_NEEDS_COMPLETION{number} is {how}, at {exit_name(reason)}"
+        if self._configured or self._seen_set:
+            logger.warning("%s: not believed, the documented list decides", self.lie)
+
+    def describe(self) -> str:
+        """The policy in force, for people."""
+        if self.mode is not Mode.AUTO:
+            return "every exit" if self.mode is Mode.ALWAYS else "the documented list"
+        if self.lie:
+            return f"the documented list ({self.lie})"
+        if self._configured:
+            return f"the kernel's flag (capability {self._capability})"
+        return "the kernel's flag (proved)" if self.by_flag else "the documented list"
+
+
+class DrainableVcpu(Protocol):
+    """What the drain needs of a vCPU; `avmm.kvm.Vcpu` is one."""
+
+    index: int
+    page: Any
+    run: Callable[[], int]
+
+
+def drain(vcpu: DrainableVcpu, serve: Callable[[int], None], policy: CompletionPolicy) -> None:
+    """Let the kernel finish all that `vcpu` has pending. On the vCPU's own thread.
+
+    `serve` serves an exit by its reason and has written the answer when it returns. One
+    re-entry is not enough: finishing one exit may bring the next (the second half of a
+    page-crossing access, the store of a read-modify-write, the next element of a string), and
+    that must be served and finished, too. Only -EINTR from a `KVM_RUN` that was entered with
+    `immediate_exit` set says that nothing is pending, or an exit that needs no completion.
+
+    It stays on one thread because KVM keeps what is pending with the task that ran the vCPU;
+    CVE-2026-31588 is what came of a second `KVM_RUN` from another one.
+
+    Raises `VcpuError` for a guest that still exits after `DRAIN_LIMIT` exits, `KvmError` where
+    `KVM_RUN` fails, and what `serve` raises.
+    """
+    for _ in range(DRAIN_LIMIT):
+        vcpu.page.immediate_exit = 1
+        status = vcpu.run()
+        if status == -errno.EINTR:
+            policy.needs(constants.KVM_EXIT_INTR, vcpu.page.flags)
+            return
+        if status == -errno.EAGAIN:  # an application processor that waits for its SIPI
+            continue
+        if status < 0:
+            raise KvmError("KVM_RUN", -status)
+        flags = vcpu.page.flags
+        serve(status)
+        if not policy.needs(status, flags):
+            return
+    raise VcpuError(
+        f"vCPU {vcpu.index} was not drained after {DRAIN_LIMIT} exits; the last one was "
+        f"{exit_name(status)}"
+    )

@@ -1,0 +1,225 @@
+"""Pauses the torture guest at one exit after the other, and moves it to a new process there.
+
+Run as a program: `python -m support.torture --cpus 2 --every 1 [--drain none|single] ...`. Each
+guest lives in a process of its own (forked before anything runs), so that what is loaded is
+loaded into a new VM of a new process. Says `ok N` where all N moved guests saw and did exactly
+what an uninterrupted one does, else what the first difference is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+
+import avmm
+import avmm.loop
+from avmm import guests
+
+MSR = 0x4D56_0000
+PORTS, WINDOW = 0x200, 0xD000_0000
+
+
+class Recorder(avmm.Device):
+    """A CPU's window: what is read depends on all accesses before; every access is logged.
+
+    Access number `stop` asks for a pause while it is being served; every third one is answered
+    by an awaitable, so that pauses find vCPUs that wait for a task, too.
+    """
+
+    def __init__(self, name: str, shared: Accesses) -> None:
+        self._name = name
+        self.shared = shared
+        self.log: list[list[int]] = []
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def read(self, offset: int, size: int) -> int | Awaitable[int]:
+        value = self._next(0, offset, size, 0)
+        later = self.shared.step(self)
+        return value if later is None else self._answer(value, later)
+
+    def write(self, offset: int, size: int, value: int) -> Awaitable[None] | None:
+        self._next(1, offset, size, value)
+        return self.shared.step(self)
+
+    async def _answer(self, value: int, later: Awaitable[None]) -> int:
+        await later
+        return value
+
+    def _next(self, way: int, offset: int, size: int, value: int) -> int:
+        if way == 0:
+            value = (len(self.log) * 0x9E37_79B9_7F4A_7C15 + offset + 1) & ((1 << 8 * size) - 1)
+        self.log.append([way, offset, size, value])
+        return value
+
+    def save(self) -> Mapping[str, Any]:
+        return {"log": [list(entry) for entry in self.log]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.log = [list(entry) for entry in state["log"]]
+
+
+class Accesses:
+    """Counts the accesses of all windows, and asks for the pause at number `stop`."""
+
+    def __init__(self, stop: int | None) -> None:
+        self.stop = stop
+        self.count = 0
+        self.wanted = trio.Event()
+        self.asked = trio.Event()
+
+    def step(self, device: Recorder) -> Awaitable[None] | None:
+        number = self.count
+        self.count += 1
+        if number == self.stop:
+            return self._until_asked()
+        return trio.lowlevel.checkpoint() if number % 3 == 0 else None
+
+    async def _until_asked(self) -> None:
+        """Answer only when the pause has been asked for: this very exit is caught by it."""
+        self.wanted.set()
+        await self.asked.wait()
+
+
+def machine(options: argparse.Namespace, stop: int | None, state: Any = None) -> Any:
+    """The guest, its windows (ports, MMIO and MSR of each CPU) and their shared counter."""
+    shared = Accesses(stop)
+    windows, places = [], []
+    for cpu in range(options.cpus):
+        ports, memory, msr = (Recorder(f"{n}{cpu}", shared) for n in ("ports", "mmio", "msr"))
+        windows += [ports, memory, msr]
+        places += [
+            avmm.pio(ports, PORTS + 0x20 * cpu, 32),
+            avmm.mmio(memory, WINDOW + 0x10000 * cpu, 0x10000),
+            avmm.msr(msr, MSR + cpu),
+        ]
+    words = f"cpus={options.cpus} loops={options.loops} msr={MSR:#x} long={options.long}"
+    vm = avmm.Machine(
+        kernel=guests.path("torture"),
+        cmdline=words,
+        memory="16M",
+        cpus=options.cpus,
+        devices=places,
+        state=state,
+    )
+    return vm, windows, shared
+
+
+Result = tuple[str, list[list[list[int]]]]
+
+
+async def run(options: argparse.Namespace, state: Any = None) -> Result:
+    """To the end: what the guest says, and the logs of its windows."""
+    vm, windows, _ = machine(options, None, state)
+    async with vm:
+        said = b"".join([bytes(data) async for data in vm.console])
+        outcome = await vm.wait()
+    if outcome.status or outcome.cause is not avmm.Cause.EXIT:
+        return f"ended by {outcome}: {said!r}", []
+    return said.decode(), [window.log for window in windows]
+
+
+async def run_until(options: argparse.Namespace, stop: int) -> Any:
+    """Pause while access number `stop` is being served: (the state, what was said so far)."""
+    vm, _, shared = machine(options, stop)
+    async with vm:
+        await shared.wanted.wait()
+        async with trio.open_nursery() as nursery:
+            states: list[Any] = []
+
+            async def pause() -> None:
+                async with vm.paused(deadline=20):
+                    states.append(vm.save())
+
+            nursery.start_soon(pause)
+            while not all(loop._pausing for loop in vm._loops):
+                await trio.lowlevel.checkpoint()
+            shared.asked.set()
+    return states[0]
+
+
+def in_new_process(work: Callable[[], Any]) -> Any:
+    """What `work` gives, computed in a forked process; an exception is one here as well."""
+    near, far = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(near)
+            with open(far, "w") as pipe:  # noqa: PTH123 - a descriptor
+                pipe.write(repr(work()))
+            status = 0
+        except BaseException:  # the process ends here, whatever it was
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(far)
+    with open(near) as pipe:  # noqa: PTH123 - a descriptor
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise RuntimeError("a guest's process failed")
+    return ast.literal_eval(text)
+
+
+def no_drain(vcpu: Any, serve: Any, policy: Any) -> None:
+    """The planted bug: state is read as it is at the exit."""
+
+
+def single_reentry(vcpu: Any, serve: Any, policy: Any) -> None:
+    """The planted bug: one `KVM_RUN`, and what it brings is served but not finished."""
+    vcpu.page.immediate_exit = 1
+    status = vcpu.run()
+    if status >= 0:
+        serve(status)
+    assert status >= 0 or status == -errno.EINTR
+
+
+DRAINS = {"none": no_drain, "single": single_reentry}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cpus", type=int, default=1)
+    parser.add_argument("--loops", type=int, default=1)
+    parser.add_argument("--long", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--drain", choices=DRAINS)
+    options = parser.parse_args()
+    if options.drain:
+        avmm.loop.drain = DRAINS[options.drain]  # type: ignore[assignment]
+    said, logs = in_new_process(lambda: trio.run(run, options))
+    if not logs:
+        sys.exit(f"the uninterrupted guest {said}")
+    total = sum(map(len, logs))
+    moved = 0
+    for stop in range(options.first, total, options.every):
+        state = in_new_process(lambda stop=stop: trio.run(run_until, options, stop))
+        again, their_logs = in_new_process(lambda state=state: trio.run(run, options, state))
+        if not said.endswith(again):
+            sys.exit(f"moved at access {stop}, the guest said {again!r}, expected {said!r}")
+        for number, (theirs, ours) in enumerate(zip(their_logs, logs, strict=True)):
+            for at, (their, our) in enumerate(zip(theirs, ours, strict=False)):
+                if their != our:
+                    sys.exit(f"moved at access {stop}: window {number}, {at}: {their}, not {our}")
+            if len(theirs) != len(ours):
+                sys.exit(f"moved at access {stop}: window {number}: {len(theirs)} accesses")
+        moved += 1
+    print("ok", moved)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Pausing real machines: at any moment, with handlers that take their time, many times over."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import trio
+from support.guest import machine
+
+import avmm
+from avmm import Device, guests
+
+pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
+
+PORT, ADDRESS = 0x300, 0xD000_0000
+COUNTING = "xor eax, eax; mov dx, 0x300; 1: out dx, eax; inc eax; jmp 1b"
+
+
+class Recorder(Device):
+    """Keeps what it is written; answers when `go_on` is set."""
+
+    def __init__(self, *, slow: bool = False) -> None:
+        self.seen: list[int] = []
+        self.asked, self.go_on = trio.Event(), trio.Event()
+        if not slow:
+            self.go_on.set()
+
+    def write(self, offset: int, size: int, value: int) -> avmm.devices.base.WriteAnswer:
+        self.seen.append(value)
+        return None if self.go_on.is_set() else self._later()
+
+    async def _later(self) -> None:
+        self.asked.set()
+        await self.go_on.wait()
+
+    async def more(self) -> None:
+        count = len(self.seen)
+        while len(self.seen) == count:
+            await trio.lowlevel.checkpoint()
+
+    @property
+    def complete(self) -> bool:
+        return self.seen == list(range(len(self.seen)))
+
+
+async def test_a_pause_without_deadline_waits_for_a_slow_handler(tmp_path: Path) -> None:
+    device = Recorder(slow=True)
+    async with machine(tmp_path, COUNTING, devices=[avmm.pio(device, PORT, 4)]) as vm:
+        await device.asked.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep, 3)
+            nursery.start_soon(_after(3, device.go_on.set))
+            start = trio.current_time()
+            async with vm.paused():
+                assert trio.current_time() - start >= 2.5
+                assert device.seen == [0]
+        await device.more()
+    assert device.complete
+
+
+def _after(seconds: float, then: object) -> object:
+    async def task() -> None:
+        await trio.sleep(seconds)
+        then()  # type: ignore[operator]
+
+    return task
+
+
+async def test_a_pause_with_a_deadline_fails_by_name_and_harms_nothing(tmp_path: Path) -> None:
+    device = Recorder(slow=True)
+    async with machine(tmp_path, COUNTING, devices=[avmm.pio(device, PORT, 4)], cpus=2) as vm:
+        await device.asked.wait()
+        with pytest.raises(avmm.PauseTimeout) as caught:
+            async with vm.paused(deadline=0.3):
+                pytest.fail("the handler has not answered")
+        assert "given up after 0.3 s" in str(caught.value)
+        assert "vCPU 0 waits for Recorder at KVM_EXIT_IO: out of 4 bytes" in str(caught.value)
+        assert f"port {PORT:#x}, since 0." in str(caught.value)
+        device.go_on.set()
+        await device.more()
+        async with vm.paused(deadline=20):
+            pass
+        await device.more()
+    assert device.complete
+
+
+class Busy(Recorder):
+    """Has a task, and something in flight that does not finish."""
+
+    async def run(self) -> None:
+        await trio.sleep_forever()
+
+    async def quiesce(self) -> None:
+        await trio.sleep_forever()
+
+
+async def test_a_device_that_does_not_quiesce_fails_the_pause_by_name(tmp_path: Path) -> None:
+    device = Busy()
+    async with machine(tmp_path, COUNTING, devices=[avmm.pio(device, PORT, 4)]) as vm:
+        with pytest.raises(avmm.PauseTimeout, match="Busy has not finished what it has in flight"):
+            async with vm.paused(deadline=0.2):
+                pytest.fail("it has not quiesced")
+        await device.more()
+    assert device.complete
+
+
+class Unpausable(Recorder):
+    async def run(self) -> None:
+        await trio.sleep_forever()
+
+
+async def test_a_device_that_cannot_quiesce_says_so_and_the_guest_runs_on(tmp_path: Path) -> None:
+    device = Unpausable()
+    async with machine(tmp_path, COUNTING, devices=[avmm.pio(device, PORT, 4)]) as vm:
+        with pytest.raises(
+            avmm.DeviceError, match="Unpausable runs a task and cannot be quiesced"
+        ):
+            async with vm.paused():
+                pytest.fail("it cannot be quiesced")
+        await device.more()
+    assert device.complete
+
+
+async def test_cancelling_a_pause_at_any_moment_lets_the_guest_run_on(tmp_path: Path) -> None:
+    device = Recorder()
+    async with machine(tmp_path, COUNTING, devices=[avmm.pio(device, PORT, 4)], cpus=2) as vm:
+        for microseconds in range(0, 3000, 25):
+            with trio.move_on_after(microseconds / 1e6):
+                async with vm.paused():
+                    await trio.sleep(0.0005)
+            await device.more()
+    assert device.complete
+
+
+async def test_only_a_paused_machine_is_saved(tmp_path: Path) -> None:
+    async with machine(tmp_path, COUNTING) as vm:
+        with pytest.raises(avmm.AvmmError, match=r"save it inside `vm.paused\(\)`"):
+            vm.save()
+
+
+async def pauses(count: int) -> None:
+    """So many pauses at random moments of four vCPUs under load: each comes, none sticks."""
+    moments = random.Random(count)
+    config = {"kernel": guests.path("exits"), "cmdline": "kind=spin count=0", "memory": "16M"}
+    async with avmm.Machine(cpus=4, **config) as vm:
+        counters = vm.memory.view(0x9000, 64 * 4)
+        while not all(counters[64 * cpu] for cpu in range(4)):
+            await trio.lowlevel.checkpoint()
+        for number in range(count):
+            if number % 8 == 0:
+                await trio.sleep(moments.random() * 0.001)
+            async with vm.paused(deadline=30):
+                if number % 16 == 0:
+                    before = bytes(counters)
+                    await trio.lowlevel.checkpoint()
+                    assert bytes(counters) == before
+        after = bytes(counters)
+        for cpu in range(4):
+            word = slice(64 * cpu, 64 * cpu + 8)
+            while bytes(counters[word]) == after[word]:
+                await trio.lowlevel.checkpoint()
+        counters.release()
+
+
+async def test_two_thousand_pauses_of_four_vcpus() -> None:
+    await pauses(2_000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+async def test_a_hundred_thousand_pauses_of_four_vcpus() -> None:
+    await pauses(100_000)

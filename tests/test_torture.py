@@ -1,0 +1,73 @@
+"""Nothing lost, nothing twice: the torture guest, moved to a new process at its exits.
+
+What is moved and compared is told in `support/torture.py`. The default suite samples the exits,
+the slow one takes every single one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("kvm")
+
+SINGLE_REENTRY_FAILS_FROM = 115
+"""Just before the first access of which one re-entry is not enough (an access in fragments)."""
+
+
+def torture(*options: str, timeout: int = 55) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "support.torture", *options],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpus", "every", "first"), [(1, 9, 2), (2, 31, 3), (3, 53, 11), (4, 97, 5)]
+)
+@pytest.mark.timeout(180)
+def test_a_guest_moved_at_an_exit_is_as_if_it_had_not_been(
+    cpus: int, every: int, first: int
+) -> None:
+    done = torture(
+        *("--cpus", str(cpus), "--every", str(every), "--first", str(first)), timeout=170
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[1]) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4])
+def test_at_every_single_exit(cpus: int) -> None:
+    done = torture("--cpus", str(cpus), timeout=2390)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[1]) > 300 * cpus
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_with_strings_longer_than_one_exit() -> None:
+    done = torture("--long", "1", "--every", "101", timeout=590)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.timeout(120)
+def test_it_fails_without_a_drain() -> None:
+    done = torture("--drain", "none", timeout=110)
+    assert done.returncode == 1
+    assert "moved at access" in done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_it_fails_with_a_single_reentry() -> None:
+    done = torture("--drain", "single", "--first", str(SINGLE_REENTRY_FAILS_FROM), timeout=110)
+    assert done.returncode == 1
+    assert "moved at access" in done.stderr
