@@ -231,11 +231,15 @@ class Parts:
                 self.memory.write(gpa, data)
             except (GuestMemoryError, TypeError) as error:
                 raise StateError(f"the state's memory does not fit: {error}") from None
-        for device, (_, device_state) in zip(self.hosts, saved, strict=True):
-            device.load(device_state)
         cpu_state.load_vm(self.vm, state.get("vm", {}))
         for vcpu, vcpu_state in zip(self.vcpus, vcpus, strict=True):
             cpu_state.load_vcpu(self.system, vcpu, vcpu_state)
+        # Devices last. An edge that one raised just before the save may still have been on its
+        # way through a work queue of the kernel's (irqfd), in no state that could be read. So a
+        # device that has cause to interrupt does so again when it is loaded; interrupt chips
+        # that were loaded after it would forget that.
+        for device, (_, device_state) in zip(self.hosts, saved, strict=True):
+            device.load(device_state)
 
     def exits(self, vcpu: Vcpu) -> Exits:
         """What serves the exits of `vcpu`."""

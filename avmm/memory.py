@@ -140,14 +140,15 @@ class GuestMemory:
 
     def read(self, gpa: int, length: int) -> bytes:
         """A copy of the `length` bytes at `gpa`; raises as `view` does."""
-        return bytes(self.view(gpa, length))
+        with self.view(gpa, length) as view:
+            return bytes(view)
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` to `gpa`; raises as `view` does, and where the region is read-only."""
-        view = self.view(gpa, len(data))
-        if view.readonly:
-            raise GuestMemoryError(f"{len(data)} bytes at {gpa:#x} are read-only")
-        view[:] = data
+        with self.view(gpa, len(data)) as view:
+            if view.readonly:
+                raise GuestMemoryError(f"{len(data)} bytes at {gpa:#x} are read-only")
+            view[:] = data
 
     def contents(self) -> Iterator[tuple[int, bytes]]:
         """What RAM holds, as (GPA, bytes) runs; what was never touched, and is zero, is left out.

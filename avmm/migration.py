@@ -9,9 +9,9 @@ In this order, each step for all before the next begins:
    Each serves what it has in hand and lets the kernel finish it (`avmm.completion`).
 2. The devices are quiesced: what is in flight finishes, and after it nothing writes guest
    memory or raises an interrupt. Not earlier: draining vCPUs still call devices.
-3. Coalesced rings are emptied: they hold writes of the guest that no exit has shown. Their
-   devices take them although they are quiesced; such a handler answers at once and starts
-   nothing.
+
+A ring of coalesced writes, which no exit has shown, would be emptied between the two; avmm asks
+KVM for none, so there is none to empty.
 
 Whatever ends it, leaving the block or a failure, timeout or cancellation at any point, the
 same is undone in reverse, and the guest runs on as if nothing had been asked.
@@ -19,7 +19,7 @@ same is undone in reverse, and the guest runs on as if nothing had been asked.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol
 
@@ -58,11 +58,9 @@ class Coordinator:
         self,
         vcpus: Sequence[PausableVcpu],
         devices: Collection[QuiescableDevice],
-        flush: Callable[[], None] = lambda: None,
     ) -> None:
         self._vcpus = vcpus
         self._devices = devices
-        self._flush = flush
         self._holders = 0
         self._standstill: AsyncExitStack | None = None
         # Held while the machine is on its way to a standstill or back. Whoever else asks
@@ -134,7 +132,6 @@ class Coordinator:
                 undo.push_async_callback(device.resume)
                 self._waiting_for = f"{device.name} has not finished what it has in flight"
                 await device.quiesce()
-            self._flush()
         except BaseException:
             late = [vcpu.waits_for() for vcpu in self._vcpus if not vcpu.is_parked]
             self._waiting_for = "; ".join(late) or self._waiting_for

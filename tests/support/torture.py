@@ -15,7 +15,6 @@ import os
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -84,7 +83,10 @@ class Accesses:
         self.count += 1
         if number == self.stop:
             return self._until_asked()
-        return trio.lowlevel.checkpoint() if number % 3 == 0 else None
+        return self._a_round() if number % 3 == 0 else None
+
+    async def _a_round(self) -> None:
+        await trio.lowlevel.checkpoint()
 
     async def _until_asked(self) -> None:
         """Answer only when the pause has been asked for: this very exit is caught by it."""

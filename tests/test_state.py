@@ -1,0 +1,139 @@
+"""State read from one machine and loaded into another: whole, in order, and never believed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from support.guest import EXIT, machine
+
+import avmm
+from avmm.arch.x86_64 import state as cpu_state
+from avmm.kvm import System, Vcpu
+
+pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
+
+PROMPT = b"avmm> "
+
+
+async def prompt(vm: avmm.Machine) -> bytes:
+    said = b""
+    while not said.endswith(PROMPT):
+        said += await vm.console.receive_some()
+    return said
+
+
+async def test_a_loaded_machine_goes_on_with_timers_cpus_and_half_typed_lines() -> None:
+    async with avmm.Machine(memory="16M", cpus=2) as vm:
+        await prompt(vm)
+        await vm.console.send_all(b"cpus\r")
+        await prompt(vm)
+        await vm.console.send_all(b"echo hel")
+        async with vm.paused(deadline=20):
+            state = vm.save()
+    async with avmm.Machine(memory="16M", cpus=2, state=state) as vm:
+        await vm.console.send_all(b"lo\rcpus\rcount 3\rburn 1 1\rexit 5\r")
+        said = b"".join([bytes(data) async for data in vm.console])
+        assert (await vm.wait()).status == 5
+    assert b"\r\nhello\r\n" in said
+    assert said.count(b"answers an interrupt") == 2
+    # One second of the guest's timer interrupt: it ticks on after the load.
+    assert b"burn" in said
+
+
+REGISTERS = """
+    mov rax, 0x1111111111111111; mov rbx, 0x2222222222222222; mov r15, 0x3333333333333333
+    mov rcx, cr4; or rcx, 0x600; mov cr4, rcx
+    mov rdx, 0x4444444444444444; mov [0x200000], rdx; movups xmm3, [0x200000]
+    std; stc
+    1: inc r14; jmp 1b
+"""
+
+
+async def test_registers_survive_to_the_bit(tmp_path: Path) -> None:
+    async with machine(tmp_path, REGISTERS) as vm:
+        while vm.memory.read(0x200000, 8) == bytes(8):
+            await trio.lowlevel.checkpoint()
+        async with vm.paused():
+            state = vm.save()
+    system = System()
+    kvm = system.create_vm()
+    kvm.create_irqchip(0xFFFB_C000, 0xFFFB_D000)
+    kvm.create_pit()
+    vcpu = kvm.create_vcpu(0)
+    try:
+        cpu_state.load_vm(kvm, state["vm"])
+        cpu_state.load_vcpu(system, vcpu, state["vcpus"][0])
+        again = cpu_state.save_vcpu(system, vcpu)
+        assert cpu_state.save_vm(kvm)["irqchips"] == state["vm"]["irqchips"]
+    finally:
+        vcpu.close()
+        kvm.close()
+        system.close()
+    moving = {0x10, 0x6E0}  # the TSC runs on; its deadline follows it
+    was = {index: value for index, value in state["vcpus"][0]["msrs"] if index not in moving}
+    now = {index: value for index, value in again["msrs"] if index not in moving}
+    assert now == was
+    for part in ("regs", "sregs", "xsave", "xcrs", "debugregs", "mp_state", "cpuid", "events"):
+        assert again[part] == state["vcpus"][0][part], part
+
+
+@pytest.fixture
+async def saved(tmp_path: Path) -> dict[str, Any]:
+    async with machine(tmp_path, "1: pause; jmp 1b", cpus=2) as vm, vm.paused():
+        return vm.save()
+
+
+Spoil = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s.update(version=99), "no state of a machine in version"),
+        (lambda s: s.update(memory_size=1), "has 1 bytes of memory"),
+        (lambda s: s.update(vcpus=s["vcpus"][:1]), "not of 2 vCPUs"),
+        (lambda s: s["devices"].pop(), "the state is of devices"),
+        (lambda s: s.update(devices=5), "no list of pairs"),
+        (lambda s: s.update(memory=[[1 << 60, b"x"]]), "memory does not fit"),
+        (lambda s: s.update(memory=[[-4096, b"x"]]), "memory does not fit"),
+        (lambda s: s.update(memory=[[0, "text"]]), "memory does not fit"),
+        (lambda s: s["vm"].update(version=2), "the VM's state has version 2"),
+        (lambda s: s["vm"].pop("pit"), "the VM's state has no pit"),
+        (lambda s: s["vm"].update(pit=b"short"), "5 bytes, expected"),
+        (lambda s: s["vm"].update(clock=-1), "clock: expected"),
+        (lambda s: s["vm"]["irqchips"].pop(), "expected 3 interrupt chips"),
+        (lambda s: s["vm"].update(irqchips=[b"", b"", b""]), "irqchip: 0 bytes"),
+        (lambda s: s["vcpus"][1].pop("lapic"), "the vCPU's state has no lapic"),
+        (lambda s: s["vcpus"][1].update(regs=b"x"), "regs: 1 bytes, expected 144"),
+        (lambda s: s["vcpus"][1].update(xsave=b"x" * 64), "XSAVE area has 64 bytes"),
+        (lambda s: s["vcpus"][1].update(cpuid=[[1, 2]]), "cpuid: expected 7 numbers"),
+        (lambda s: s["vcpus"][1].update(msrs=[[1 << 70, 0]]), "msrs: expected 2 numbers"),
+        (lambda s: s["vcpus"][1].update(msrs=[[0x12345678, 0]]), "lacks MSRs .*0x12345678"),
+        (lambda s: s["vcpus"][1].update(tsc_khz=1), "cannot scale it|refuses"),
+    ],
+)
+async def test_what_is_no_state_of_this_machine_is_refused(
+    saved: dict[str, Any], tmp_path: Path, spoil: Spoil, message: str
+) -> None:
+    state = copy.deepcopy(saved)
+    spoil(state)
+    with pytest.raises(avmm.StateError, match=message):
+        async with machine(tmp_path, EXIT.format(0), cpus=2, state=state):
+            pytest.fail("it was loaded")
+
+
+async def test_an_msr_that_kvm_does_not_take_is_named(
+    saved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Vcpu, values: dict[int, int]) -> None:
+        raise avmm.KvmError("KVM_SET_MSRS", 22, f"MSR {next(iter(values)):#x} refused")
+
+    monkeypatch.setattr(Vcpu, "set_msrs", refuse)
+    with pytest.raises(avmm.StateError, match=r"refuses the state of vCPU 0: .*MSR 0x.* refused"):
+        async with machine(tmp_path, EXIT.format(0), cpus=2, state=saved):
+            pytest.fail("it was loaded")
