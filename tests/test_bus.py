@@ -14,7 +14,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avmm.bus import MASKS, Bus, Placement, mmio, pio
+from avmm.bus import MASKS, Bus, Placement, mmio, msr, pio
 from avmm.devices.base import Device
 from avmm.errors import ConfigError, DeviceError
 
@@ -156,7 +156,7 @@ def test_the_right_one_of_many_devices_answers_in_whichever_order_they_came() ->
 
 
 class Colour(IntEnum):
-    RED = 3
+    RED = 0x103
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,8 @@ class Colour(IntEnum):
         (1 << 64, 8, 0),
         (True, 1, 1),
         (False, 1, 0),
-        (Colour.RED, 2, 3),
+        (Colour.RED, 2, 0x103),
+        (Colour.RED, 1, 3),
     ],
 )
 async def test_answers_become_numbers_of_the_asked_size(
@@ -490,7 +491,7 @@ def test_an_unclaimed_address_is_reported_once(
 
 
 def test_unclaimed_addresses_may_be_kept_silent(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(1, "avmm.bus")
+    caplog.set_level(0)
     bus(unclaimed=0).read(0xABC, 1)
     assert not caplog.records
 
@@ -544,6 +545,42 @@ def test_a_range_outside_of_the_address_space_is_refused_by_name(base: int, size
 def test_a_device_may_have_the_whole_address_space() -> None:
     there = bus(pio(Answers(5), 0, 1 << 16))
     assert there.read(0, 1) == there.read(0xFFFF, 1) == 5
+
+
+# -- an address of eight bytes: MSRs -------------------------------------------------------
+
+
+def msrs(*places: Placement, unclaimed: int = 0) -> Bus:
+    made = Bus("MSR", 1 << 32, unclaimed, unit=8)
+    for place in places:
+        made.add(place, nullcontext())
+    return made
+
+
+def test_an_msr_has_eight_bytes_of_the_device() -> None:
+    device = Store()
+    there = msrs(msr(device, 0x10, 2))
+    there.read(8 * 0x10, 8)
+    there.read(8 * 0x11, 8)
+    assert device.calls == [(0, 8), (8, 8)]
+    assert there.read(8 * 0x12, 8) == MASKS[8]
+    assert there.read(8 * 0x10 - 8, 8) == MASKS[8]
+
+
+def test_msrs_that_overlap_are_named_by_their_numbers() -> None:
+    there = msrs(msr(Store(), 0x10, 4))
+    there.add(msr(Store(), 0x14), nullcontext())
+    with pytest.raises(ConfigError) as caught:
+        there.add(msr(Other(), 0x13), nullcontext())
+    assert str(caught.value) == "Other at MSR 0x13-0x13 overlaps Store at 0x10-0x13"
+
+
+def test_messages_about_msrs_show_their_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    there = msrs(msr(Answers("x"), 0x10), unclaimed=logging.WARNING)
+    there.read(8 * 0x20, 8)
+    assert caplog.messages == ["no device at MSR 0x20"]
+    with pytest.raises(DeviceError, match="at 0x10 with"):
+        there.read(8 * 0x10, 8)
 
 
 # -- all together --------------------------------------------------------------------------

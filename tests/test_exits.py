@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import trio
 
-from avmm.bus import Bus, mmio, pio
+from avmm.bus import Bus, mmio, msr, pio
 from avmm.devices.base import Device
-from avmm.errors import DeviceError, VcpuError
+from avmm.errors import DeviceError, MsrFault, VcpuError
 from avmm.exits import Exits
 from avmm.kvm import Vcpu, constants
 from avmm.outcome import Cause, Outcome
 
-PORT, ADDRESS, NOBODY = 0x100, 0xD000_0000, 0x500
+PORT, ADDRESS, MSR, NOBODY = 0x100, 0xD000_0000, 0xC001_0000, 0x500
 DATA = 4096
 """Where in `kvm_run` port data lies: on a page of its own, as KVM has it."""
 NOISE = b"\xee" * 8
@@ -85,6 +85,30 @@ class Store(Device):
         return value
 
 
+class Msrs(Device):
+    """Two MSRs, of which the second is always a fault; answers late if so told."""
+
+    def __init__(self) -> None:
+        self.value = 0x1122_3344_5566_7788
+        self.late = False
+
+    def read(self, offset: int, size: int) -> Any:
+        return self._later(offset, self.value) if self.late else self._answer(offset, self.value)
+
+    def write(self, offset: int, size: int, value: int) -> Any:
+        self.value = value
+        return self._later(offset, None) if self.late else self._answer(offset, None)
+
+    def _answer(self, offset: int, value: int | None) -> int | None:
+        if offset >= 8:
+            raise MsrFault
+        return value
+
+    async def _later(self, offset: int, value: int | None) -> int | None:
+        await trio.lowlevel.checkpoint()
+        return self._answer(offset, value)
+
+
 class Board:
     """A vCPU, a device at a port and one at an address, and what the guest's end was."""
 
@@ -93,14 +117,24 @@ class Board:
         self.page = self.vcpu.page
         self.fifo, self.store = Fifo(), Store()
         self.ends: list[Outcome] = []
-        ports, addresses = Bus("port", 1 << 16, 0), Bus("address", 1 << 52, 0)
-        ports.add(pio(self.fifo, PORT, 4), nullcontext())
-        addresses.add(mmio(self.store, ADDRESS, 8), nullcontext())
-        self.exits = Exits(self.vcpu, ports, addresses, self.ends.append, lambda: "  rax=7")
+        self.msrs = Msrs()
+        self.ports, self.addresses = Bus("port", 1 << 16, 0), Bus("address", 1 << 52, 0)
+        numbers = Bus("MSR", 1 << 32, 0, unit=8)
+        self.ports.add(pio(self.fifo, PORT, 4), nullcontext())
+        self.addresses.add(mmio(self.store, ADDRESS, 8), nullcontext())
+        numbers.add(msr(self.msrs, MSR, 2), nullcontext())
+        self.exits = Exits(
+            self.vcpu,
+            pio=self.ports,
+            mmio=self.addresses,
+            msrs=numbers,
+            end=self.ends.append,
+            registers=lambda: "  rax=7",
+        )
 
     def exit(self, reason: int) -> Any:
         self.page.exit_reason = reason
-        return self.exits.serve()
+        return self.exits.serve(reason)
 
     def io(self, direction: int, size: int, count: int = 1, port: int = PORT) -> Any:
         io = self.page.io
@@ -126,6 +160,16 @@ class Board:
         mmio.phys_addr, mmio.len, mmio.is_write = address, len(data), 1
         mmio.data = (data + NOISE)[:8]
         return self.exit(constants.KVM_EXIT_MMIO)
+
+    def rdmsr(self, index: int) -> Any:
+        msr = self.page.msr
+        msr.index, msr.error, msr.data = index, 1, 0xEEEE
+        return self.exit(constants.KVM_EXIT_X86_RDMSR)
+
+    def wrmsr(self, index: int, value: int) -> Any:
+        msr = self.page.msr
+        msr.index, msr.error, msr.data = index, 1, value
+        return self.exit(constants.KVM_EXIT_X86_WRMSR)
 
     def read(self, length: int) -> bytes:
         """What the guest gets from a port."""
@@ -156,7 +200,7 @@ def test_an_out_hands_over_so_many_bytes(board: Board, size: int) -> None:
 def test_an_in_is_answered_with_so_many_bytes(board: Board, size: int) -> None:
     board.fifo.given = 0xA4A3A2A1
     assert board.inp(size) is None
-    assert board.read(size) == b"\xa1\xa2\xa3\xa4"[:size]
+    assert board.read(8) == b"\xa1\xa2\xa3\xa4"[:size] + NOISE[size:]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -166,7 +210,7 @@ async def test_a_late_in_is_answered_when_it_has_been_awaited(board: Board, size
     pending = board.inp(size)
     assert board.read(size) == NOISE[:size]
     await pending
-    assert board.read(size) == b"\xa1\xa2\xa3\xa4"[:size]
+    assert board.read(8) == b"\xa1\xa2\xa3\xa4"[:size] + NOISE[size:]
 
 
 async def test_a_late_out_is_done_when_it_has_been_awaited(board: Board) -> None:
@@ -187,7 +231,7 @@ def test_nobodys_port_reads_all_ones(board: Board, size: int) -> None:
 def test_port_data_is_where_kvm_says(board: Board) -> None:
     board.inp(1)
     board.page.io.data_offset = DATA + 64
-    board.exits.serve()
+    board.exits.serve(constants.KVM_EXIT_IO)
     assert (board.read(1), board.vcpu.io_load(DATA + 64, 1)) == (b"\0", b"\1")
 
 
@@ -290,6 +334,32 @@ def test_the_address_may_be_any_of_64_bits(board: Board) -> None:
     assert board.loaded(4) == b"\xff" * 4
 
 
+# -- MSRs ----------------------------------------------------------------------------------
+
+
+async def finish(pending: Any) -> None:
+    if pending is not None:
+        await pending
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_an_msr_is_read_and_written(board: Board, late: bool) -> None:
+    board.msrs.late = late
+    await finish(board.rdmsr(MSR))
+    assert (board.page.msr.data, board.page.msr.error) == (0x1122_3344_5566_7788, 0)
+    await finish(board.wrmsr(MSR, (1 << 64) - 7))
+    assert (board.msrs.value, board.page.msr.error) == ((1 << 64) - 7, 0)
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_fault_of_an_msr_is_the_guests(board: Board, late: bool) -> None:
+    board.msrs.late = late
+    await finish(board.rdmsr(MSR + 1))
+    assert board.page.msr.error == 1
+    await finish(board.wrmsr(MSR + 1, 7))
+    assert board.page.msr.error == 1
+
+
 # -- endings -------------------------------------------------------------------------------
 
 
@@ -328,7 +398,7 @@ def test_an_interrupted_run_asks_for_nothing(board: Board) -> None:
     ("reason", "name"),
     [
         (constants.KVM_EXIT_HLT, "KVM_EXIT_HLT"),
-        (constants.KVM_EXIT_HYPERCALL, "KVM_EXIT_HYPERCALL"),
+        (constants.KVM_EXIT_DEBUG, "KVM_EXIT_DEBUG"),
         (9999, "exit reason 9999"),
     ],
 )
@@ -410,12 +480,22 @@ def test_accesses_are_described_for_messages(board: Board) -> None:
     assert board.exits.describe() == "KVM_EXIT_MMIO: read of 5 bytes at 0xd0000000"
     board.mmio_write(b"abc")
     assert board.exits.describe() == "KVM_EXIT_MMIO: write of 3 bytes at 0xd0000000"
+    board.rdmsr(MSR)
+    assert board.exits.describe() == "KVM_EXIT_X86_RDMSR: MSR 0xc0010000"
+
+
+def test_who_has_an_access_in_hand_is_said(board: Board) -> None:
+    board.out(b"a", 1)
+    assert board.exits.owner() == "Fifo at KVM_EXIT_IO: out of 1 bytes at port 0x100"
+    board.mmio_read(1)
+    assert board.exits.owner() == "Store at KVM_EXIT_MMIO: read of 1 bytes at 0xd0000000"
+    board.mmio_read(1, ADDRESS + 8)
+    assert board.exits.owner().startswith("no device at ")
+    board.rdmsr(MSR + 1)
+    assert board.exits.owner() == "Msrs at KVM_EXIT_X86_RDMSR: MSR 0xc0010001"
 
 
 def test_a_devices_mistake_passes_as_it_is(board: Board) -> None:
-    board.store.read = lambda offset, size: None  # type: ignore[method-assign]
-    fresh = Bus("address", 1 << 52, 0)
-    fresh.add(mmio(board.store, ADDRESS, 8), nullcontext())
-    board.exits = Exits(board.vcpu, fresh, fresh, board.ends.append, str)
-    with pytest.raises(DeviceError, match="Store answered a read of 1 bytes"):
-        board.mmio_read(1)
+    board.addresses.add(mmio(Device(), ADDRESS + 8, 8), nullcontext())
+    with pytest.raises(DeviceError, match="Device cannot be read"):
+        board.mmio_read(1, ADDRESS + 8)

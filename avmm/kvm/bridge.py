@@ -54,10 +54,10 @@ class Bridge:
 
 
 def install_kick() -> int:
-    """Claim a free real-time signal for kicks, once a process; returns its number."""
+    """Claim a signal that nobody handles for kicks, once a process; returns its number."""
     number: int = lib.avmm_kick_install()
     if number < 0:
-        raise KvmError("sigaction", errno.EBUSY, "every real-time signal has a handler already")
+        raise KvmError("sigaction", errno.EBUSY, "SIGSTKFLT, SIGPWR, SIGUSR1 and SIGUSR2 all have handlers already")
     return number
 
 

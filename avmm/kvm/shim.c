@@ -119,8 +119,9 @@ static int avmm_run_raw(int fd, struct kvm_run *run, char *output, int size)
  *
  * A signal makes KVM_RUN return only if it is delivered: its handler need not do anything, but
  * it must be C's (Python's would only run in the main thread) and must not restart the call.
- * The signal is the highest real-time one that nobody uses: they are few, and libraries that
- * want one count from the lowest.
+ * Not a real-time signal: those are queued, and where their user's queue is full, sending one
+ * fails. The first choice has no sender and no other use on Linux; the rest are taken only where
+ * nobody in this process handles them.
  */
 
 static int kick_signal;
@@ -135,7 +136,9 @@ static int avmm_kick_install(void)
 {
     if (kick_signal)
         return kick_signal;
-    for (int number = SIGRTMAX; number >= SIGRTMIN; number--) {
+    static const int candidates[] = { SIGSTKFLT, SIGPWR, SIGUSR2, SIGUSR1 };
+    for (size_t i = 0; i < sizeof candidates / sizeof *candidates; i++) {
+        int number = candidates[i];
         struct sigaction old, new = { .sa_handler = kicked };
         sigemptyset(&new.sa_mask);
         if (sigaction(number, NULL, &old) || old.sa_handler != SIG_DFL)
