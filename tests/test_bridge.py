@@ -112,6 +112,14 @@ def test_a_task_that_gave_up_waiting_is_not_rung_for(bridge: Bridge) -> None:
     assert bridge.woken()
 
 
+def test_lingering_does_not_take_the_turn(bridge: Bridge) -> None:
+    bridge.linger()
+    bridge.leave()
+    bridge.linger()
+    assert not rings(bridge)
+    assert bridge.poll(False)
+
+
 def test_the_bell_is_ours_alone(bridge: Bridge) -> None:
     assert not os.get_inheritable(bridge.bell)
     assert not os.get_blocking(bridge.bell)
@@ -155,8 +163,8 @@ def test_polling_does_not_spin_after_a_long_wait() -> None:
 
 def test_polling_spins_again_after_enough_short_waits() -> None:
     def prepare(bridge: Bridge) -> None:
-        wait(bridge, 2e-3)
-        for _ in range(20):
+        wait(bridge, 20e-3)
+        for _ in range(10):
             wait(bridge)
 
     assert statistics.median(vain_polls(prepare)) >= SPUN
@@ -269,6 +277,24 @@ def test_turns_alternate_and_none_is_lost(
     take_turn(bridge, mine, spin)
     side.join()
     assert turns.count == 2 * TRIPS
+
+
+@pytest.fixture(scope="module")
+def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("stress") / "bridge_stress"
+    source = Path(__file__).parent / "support" / "bridge_stress.c"
+    header = Path(avmm.__file__).parent / "kvm"
+    command = ["cc", "-O2", "-std=gnu11", "-pthread", f"-I{header}", "-o", program, source]
+    subprocess.run(command, check=True)
+    return program
+
+
+@pytest.mark.parametrize("spin", ["0", "1"], ids=["not polling", "polling"])
+def test_no_wake_up_is_lost_in_whichever_order_the_sides_meet(stress: Path, spin: str) -> None:
+    done = subprocess.run(
+        [stress, "2000", spin], capture_output=True, text=True, check=False, timeout=50
+    )
+    assert done.stdout == "ok\n"
 
 
 async def test_turns_alternate_under_trio(bridge: Bridge) -> None:

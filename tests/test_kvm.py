@@ -21,7 +21,7 @@ from support.assembler import assemble
 
 import avmm
 from avmm.errors import AvmmError, ConfigError
-from avmm.irq import Interrupts
+from avmm.irq import Interrupts, Line
 from avmm.kvm import (
     KvmError,
     KvmUnavailable,
@@ -535,7 +535,7 @@ def test_an_eventfd_interrupts_the_guest(boot: Boot) -> None:
     os.close(fd)
 
 
-def test_a_line_interrupts_the_guest(boot: Boot) -> None:
+def test_a_driven_input_interrupts_the_guest(boot: Boot) -> None:
     guest = boot(TAKES_IRQ.format(irq=3), irqchip=True)
     assert guest.out()[0] == 0x55
     for _ in range(3):
@@ -644,18 +644,27 @@ def interrupts(boot: Boot) -> Iterator[tuple[Guest, Interrupts]]:
     interrupts.close()
 
 
-def test_a_line_interrupts_at_each_rise(interrupts: tuple[Guest, Interrupts]) -> None:
+def test_a_line_interrupts_the_guest_at_each_rise(interrupts: tuple[Guest, Interrupts]) -> None:
     guest, lines = interrupts
     line = lines.line(5, "Foo")
     assert guest.out()[0] == 0x55
-    line.set(True)
-    assert guest.out()[0] == 0x56
-    line.set(True)
-    line.set(False)
-    line.set(True)
-    assert guest.out()[0] == 0x56
+    for _ in range(3):
+        line.set(True)
+        assert guest.out()[0] == 0x56
+        line.set(False)
     line.pulse()
     assert guest.out()[0] == 0x56
+
+
+def test_a_line_that_is_high_does_not_rise() -> None:
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    line = Line(fd)
+    for level in (False, True, True, True, False, False, True):
+        line.set(level)
+    assert os.eventfd_read(fd) == 2
+    line.pulse()
+    assert os.eventfd_read(fd) == 1
+    os.close(fd)
 
 
 def test_lines_and_messages_do_not_take_each_others_place(
