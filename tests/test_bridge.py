@@ -284,7 +284,16 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("stress") / "bridge_stress"
     source = Path(__file__).parent / "support" / "bridge_stress.c"
     header = Path(avmm.__file__).parent / "kvm"
-    command = ["cc", "-O2", "-std=gnu11", "-pthread", f"-I{header}", "-o", program, source]
+    command = [
+        "cc",
+        "-O2",
+        "-std=gnu11",
+        "-pthread",
+        f"-I{header}",
+        "-o",
+        str(program),
+        str(source),
+    ]
     subprocess.run(command, check=True)
     return program
 
