@@ -6,6 +6,7 @@ missed, with the names of the Debian packages that hold it.
 
 import compileall
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -29,15 +30,18 @@ def load(path: Path):
 
 
 def demand_toolchain() -> None:
-    cc = sysconfig.get_config_var("CC").split()[0]
-    if shutil.which(cc) is None and shutil.which("cc") is None:
-        sys.exit(f"avmm needs a C compiler. On Debian: apt-get install {PACKAGES}")
+    wanted = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    compiler = shutil.which(wanted.split()[0])
+    if compiler is None and "CC" not in os.environ:
+        compiler = shutil.which("cc")
+    if compiler is None:
+        sys.exit(f"avmm needs a C compiler ({wanted}). On Debian: apt-get install {PACKAGES}")
     probe = "#include <Python.h>\n#include <linux/kvm.h>\n"
     include = sysconfig.get_path("include")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.c"
         source.write_text(probe)
-        command = [shutil.which(cc) or "cc", "-fsyntax-only", f"-I{include}", str(source)]
+        command = [compiler, "-fsyntax-only", f"-I{include}", str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(
@@ -53,7 +57,11 @@ class BuildNative(build_ext):
         demand_toolchain()
         super().run()
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
-        load(ROOT / "avmm/guests/build.py").build(package / "avmm/guests")
+        guests = load(ROOT / "avmm/guests/build.py")
+        try:
+            guests.build(package / "avmm/guests")
+        except guests.BuildError as error:
+            sys.exit(str(error))
         if self.editable_mode:
             # pip compiles what it copies, but not what it only points to.
             compileall.compile_dir(ROOT / "avmm", quiet=1)

@@ -15,10 +15,12 @@ from bisect import bisect_right
 from collections.abc import Awaitable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from avmm.devices.base import Device, ReadAnswer, WriteAnswer
 from avmm.errors import ConfigError, DeviceError
+
+if TYPE_CHECKING:
+    from avmm.devices.base import Device, ReadAnswer, WriteAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,8 @@ class Bus:
         if place.base < 0 or place.size < 1 or end > self._limit:
             raise ConfigError(f"{where}: expected a range within 0-{self._limit - 1:#x}")
         claim = _Range(place, lock, self._unit)
+        if claim.width not in (1, 2, 4, 8):
+            raise ConfigError(f"{where}: max_width {claim.width!r}, expected 1, 2, 4 or 8")
         for other in self._ranges:
             if claim.base < other.end and other.base < claim.end:
                 first, last = other.base // self._unit, other.end // self._unit - 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -35,6 +36,7 @@ class Settings(TypedDict, total=False):
     kernel: str | PathLike[str] | None
     initrd: str | PathLike[str] | None
     modules: Sequence[str | PathLike[str]]
+    roms: Sequence[str | tuple[int, str | PathLike[str]]]
     cmdline: str
     memory: int | str
     cpus: int
@@ -54,6 +56,8 @@ class MachineConfig:
     """Initial RAM disk; the first module of a multiboot image."""
     modules: tuple[Path, ...] = ()
     """More modules, where the image's format knows them."""
+    roms: tuple[tuple[int, Path], ...] = ()
+    """Files that the guest finds as read-only memory: (address, path), or "ADDRESS=PATH"."""
     cmdline: str = ""
     memory: int = 64 << 20
     """RAM in bytes; may be given as text like "64M"."""
@@ -77,6 +81,9 @@ class MachineConfig:
         if not isinstance(self.modules, list | tuple):
             raise ConfigError(f"modules {self.modules!r}: expected a list of paths")
         put(self, "modules", tuple(_path("modules", path) for path in self.modules))
+        if not isinstance(self.roms, list | tuple):
+            raise ConfigError(f"roms {self.roms!r}: expected a list like ['0xfff00000=bios.bin']")
+        put(self, "roms", tuple(_rom(rom) for rom in self.roms))
         put(self, "memory", parse_size(self.memory))
         if isinstance(self.flat, str):
             put(self, "flat", _parse_flat(self.flat))
@@ -90,10 +97,14 @@ class MachineConfig:
             raise ConfigError(f"cmdline {self.cmdline!r}: expected text")
         if not _is_int(self.cpus) or self.cpus < 1:
             raise ConfigError(f"cpus {self.cpus!r}: expected 1 or more")
+        if str(self.debug_exit) == "none":  # as the command and TOML, which has no null, say it
+            put(self, "debug_exit", None)
         if self.debug_exit is not None and not (
             _is_int(self.debug_exit) and 0 <= self.debug_exit <= _MAX_PORT
         ):
-            raise ConfigError(f"debug_exit {self.debug_exit!r}: expected a port, 0 to 0xffff")
+            raise ConfigError(
+                f"debug_exit {self.debug_exit!r}: expected a port, 0 to 0xffff, or 'none'"
+            )
         if not isinstance(self.unclaimed, str) or self.unclaimed not in UNCLAIMED:
             raise ConfigError(
                 f"unclaimed {self.unclaimed!r}: expected one of {', '.join(UNCLAIMED)}"
@@ -139,11 +150,24 @@ def read_toml(path: str | PathLike[str]) -> dict[str, Any]:
     for name in ("kernel", "initrd"):
         if name in settings:
             settings[name] = path.parent / _path(name, settings[name])
+    if isinstance(settings.get("roms"), list):
+        roms = [_rom(rom) for rom in settings["roms"]]
+        settings["roms"] = [(address, path.parent / rom) for address, rom in roms]
     if "modules" in settings:
         if not isinstance(settings["modules"], list):
             raise ConfigError(f"config {path}: modules: expected a list of paths")
         settings["modules"] = [path.parent / _path("modules", p) for p in settings["modules"]]
     return settings
+
+
+def _rom(rom: object) -> tuple[int, Path]:
+    if isinstance(rom, list | tuple) and len(rom) == 2 and _is_int(rom[0]):
+        return rom[0], _path("roms", rom[1])
+    if isinstance(rom, str):
+        text, _, file = rom.partition("=")
+        with suppress(ValueError):
+            return int(text, 0), _path("roms", file)
+    raise ConfigError(f"rom {rom!r}: expected ADDRESS=PATH, like '0xfff00000=bios.bin'")
 
 
 def _parse_flat(text: str) -> FlatOptions:

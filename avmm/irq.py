@@ -12,10 +12,11 @@ them. Setting a route replaces KVM's whole table, so `Interrupts` keeps all of i
 from __future__ import annotations
 
 import os
+import threading
 from typing import Final
 
 from avmm.errors import ConfigError
-from avmm.kvm import Vm, constants
+from avmm.kvm import Vm, constants, eventfd
 
 PINS: Final = 24
 """Input pins of the IOAPIC."""
@@ -28,16 +29,28 @@ class Line:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._asserted = False
+        # Any thread may drive it, while another closes the machine: a number must not be
+        # written to once it may be another file's.
+        self._closing = threading.Lock()
 
     def set(self, asserted: bool) -> None:
         """Drive the line; a change from low to high interrupts the guest."""
         if asserted and not self._asserted:
-            os.eventfd_write(self._fd, 1)
+            self.pulse()
         self._asserted = asserted
 
     def pulse(self) -> None:
-        """Interrupt the guest once."""
-        os.eventfd_write(self._fd, 1)
+        """Interrupt the guest once; does nothing once the machine is closed."""
+        with self._closing:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
+
+    def close(self) -> None:
+        """Close the eventfd; idempotent."""
+        with self._closing:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
 
 
 class Interrupts:
@@ -47,7 +60,7 @@ class Interrupts:
         self._vm = vm
         self._lines: dict[int, str] = {}
         self._messages: dict[int, tuple[int, int]] = {}
-        self._fds: list[int] = []
+        self._open: list[Line] = []
 
     def line(self, gsi: int, owner: str) -> Line:
         """The input pin `gsi` for the device named `owner`.
@@ -59,27 +72,30 @@ class Interrupts:
             raise ConfigError(f"{owner}: interrupt {gsi} {why}; expected 1 or 3 to {PINS - 1}")
         if gsi in self._lines:
             raise ConfigError(f"{owner}: interrupt {gsi} is driven by {self._lines[gsi]} already")
+        line = self._irqfd(gsi)
         self._lines[gsi] = owner
-        return Line(self._irqfd(gsi))
+        return line
 
     def message(self, address: int, data: int) -> Line:
         """A message-signalled interrupt: each `pulse` sends `data` to `address` (Intel SDM 3A,
         11.11), without an ioctl. Raises `KvmError` where KVM refuses the route."""
         gsi = PINS + len(self._messages)
-        self._messages[gsi] = (address, data)
-        self._vm.set_routing(_default_pins(), self._messages)
-        return Line(self._irqfd(gsi))
+        messages = {**self._messages, gsi: (address, data)}
+        self._vm.set_routing(_default_pins(), messages)
+        self._messages = messages
+        return self._irqfd(gsi)
 
-    def _irqfd(self, gsi: int) -> int:
-        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._fds.append(fd)
+    def _irqfd(self, gsi: int) -> Line:
+        fd = eventfd()
+        line = Line(fd)
+        self._open.append(line)
         self._vm.irqfd(fd, gsi)
-        return fd
+        return line
 
     def close(self) -> None:
         """Close the eventfds, when no vCPU runs any more; idempotent."""
-        while self._fds:
-            os.close(self._fds.pop())
+        while self._open:
+            self._open.pop().close()
 
 
 def _default_pins() -> list[tuple[int, int, int]]:

@@ -35,6 +35,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -92,6 +93,11 @@ class Wakeup:
         self._flag = False
 
 
+def device_lock() -> AbstractContextManager[bool]:
+    """A lock for one device; see "Who may touch what"."""
+    return threading.Lock()
+
+
 class VcpuLoop:
     """Runs one vCPU until it is stopped, fails, or its task is cancelled."""
 
@@ -114,6 +120,11 @@ class VcpuLoop:
         self._kicking = threading.Lock()
         self._thread_id = 0
 
+    def close(self) -> None:
+        """Give back what it holds, if it does not run; idempotent."""
+        self._ended = True
+        self._bridge.close()
+
     # -- requests ------------------------------------------------------------------------
 
     def stop(self) -> None:
@@ -125,6 +136,8 @@ class VcpuLoop:
         """Ask the vCPU to drain and park; `parked` waits for it. From trio only."""
         self._parked, self._resumed = trio.Event(), trio.Event()
         self._pausing = True
+        if self._ended:
+            self._parked.set()
         self._kick()
 
     def waits_for(self) -> str:
@@ -157,6 +170,8 @@ class VcpuLoop:
 
     def _kick(self) -> None:
         with self._kicking:
+            if self._ended:
+                return
             self._vcpu.page.immediate_exit = 1
             if self._thread_id:
                 kick(self._thread_id)
@@ -174,7 +189,7 @@ class VcpuLoop:
         finally:
             with self._kicking:
                 self._thread_id = 0
-            self._ended = True
+                self._ended = True
             self._bridge.leave()
 
     def _run(self) -> None:
@@ -220,7 +235,10 @@ class VcpuLoop:
         """
         install_kick()
         thread = threading.Thread(target=self._main, name=f"avmm vCPU {self.index}", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise VcpuError(f"vCPU {self.index} gets no thread: {error}") from None
         try:
             await self._serve()
         except Exception as error:
@@ -233,7 +251,7 @@ class VcpuLoop:
                 thread.join()
                 self._bridge.poll(False)  # the last turn is taken, whoever saw the end first
                 self._parked.set()
-                self._bridge.close()
+                self.close()
         if self._error is not None:
             if isinstance(self._error, Exception):
                 self._annotate(self._error)

@@ -7,7 +7,6 @@ that works and closed in the opposite one. `Machine` runs the parts in a nursery
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
@@ -16,6 +15,7 @@ from contextlib import (
     asynccontextmanager,
 )
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, Unpack
 
@@ -36,11 +36,11 @@ from avmm.devices.i8042 import I8042
 from avmm.devices.pci import PciConfig
 from avmm.devices.post import DebugConsole, PostCode
 from avmm.devices.serial import Serial
-from avmm.errors import AvmmError, ConfigError, GuestMemoryError, StateError
+from avmm.errors import AvmmError, ConfigError, GuestMemoryError, ImageError, StateError
 from avmm.exits import Exits
 from avmm.irq import Interrupts, Line
 from avmm.kvm import System, Vcpu, Vm, constants
-from avmm.loop import VcpuLoop, Wakeup
+from avmm.loop import VcpuLoop, Wakeup, device_lock
 from avmm.memory import HOLE_END, GuestMemory
 from avmm.migration import Coordinator
 from avmm.outcome import Cause, Outcome
@@ -52,6 +52,17 @@ SERIAL_IRQ: Final = 4
 EXIT_STATUS_PORT: Final = 0xF8
 """Where a guest of avmm's own writes the status that the run is to end with."""
 STATE_VERSION: Final = 1
+_IN_KERNEL: Final = (
+    ("pio", 0x20, 0x21, "PIC"),
+    ("pio", 0xA0, 0xA1, "PIC"),
+    ("pio", 0x4D0, 0x4D1, "PIC"),
+    ("pio", 0x40, 0x43, "PIT"),
+    ("pio", 0x61, 0x61, "PIT"),
+    ("mmio", layout.IOAPIC, layout.IOAPIC + 0xFF, "IOAPIC"),
+    ("mmio", layout.LAPIC, layout.LAPIC + 0xFFF, "LAPIC"),
+    ("mmio", layout.KVM_IDENTITY_MAP, layout.KVM_PAGES_END - 1, "TSS"),
+)
+"""Where KVM answers by itself: a device there would never be called."""
 _GPA_LIMIT: Final = 1 << 52
 _PORTS: Final = 1 << 16
 _MSRS: Final = 1 << 32
@@ -63,7 +74,7 @@ class _Host:
     def __init__(self, memory: GuestMemory, interrupt: InterruptLine | None) -> None:
         self.memory = memory
         self.interrupt = interrupt
-        self.lock: AbstractContextManager[Any] = threading.Lock()
+        self.lock: AbstractContextManager[Any] = device_lock()
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -107,6 +118,8 @@ class Parts:
                 )
             self.memory = GuestMemory(config.memory)
             stack.callback(self.memory.close)
+            for gpa, rom in config.roms:
+                self.memory.add_readonly(gpa, _read_rom(rom, config.memory))
             entry = None
             if state is None:
                 entry = load(
@@ -124,7 +137,8 @@ class Parts:
             stack.callback(self.interrupts.close)
             self.pio = Bus("port", _PORTS, UNCLAIMED[config.unclaimed])
             self.mmio = Bus("address", _GPA_LIMIT, UNCLAIMED[config.unclaimed])
-            self.hosts: dict[Device, _Host] = {}
+            self.devices: list[Device] = []
+            self.hosts: list[_Host] = []
             self.serial = Serial()
             self.msrs = Bus("MSR", _MSRS, UNCLAIMED[config.unclaimed], unit=8)
             self._calls = calls
@@ -181,12 +195,24 @@ class Parts:
         self._end(Outcome(Cause.EXIT, status))
 
     def _place(self, place: Placement) -> None:
+        if not isinstance(place, Placement):
+            raise ConfigError(f"{place!r} is not placed: expected avmm.pio(...) or avmm.mmio(...)")
         device = place.device
+        for space, first, last, owner in _IN_KERNEL:
+            if place.space == space and place.base <= last and first < place.base + place.size:
+                raise ConfigError(
+                    f"{device.name} at {space} {place.base:#x} overlaps the {owner} at "
+                    f"{first:#x}-{last:#x}, which is in the kernel"
+                )
         bus = {"pio": self.pio, "mmio": self.mmio, "msr": self.msrs}[place.space]
-        host = self.hosts.get(device)
+        # By identity: devices may define equality as they like.
+        known = [at for at, other in enumerate(self.devices) if other is device]
+        host = self.hosts[known[0]] if known else None
         if host is None:
             line = None if place.irq is None else self.interrupts.line(place.irq, device.name)
-            host = self.hosts[device] = _Host(self.memory, line)
+            host = _Host(self.memory, line)
+            self.devices.append(device)
+            self.hosts.append(host)
             device.attach(host)
         elif place.irq is not None:
             raise ConfigError(f"{device.name}: its interrupt belongs to its first region")
@@ -206,7 +232,7 @@ class Parts:
             "memory_size": self.memory.size,
             "vcpus": [cpu_state.save_vcpu(self.system, vcpu) for vcpu in self.vcpus],
             "vm": cpu_state.save_vm(self.vm),
-            "devices": [[device.name, dict(device.save())] for device in self.hosts],
+            "devices": [[device.name, dict(device.save())] for device in self.devices],
             "memory": [[gpa, data] for gpa, data in self.memory.contents()],
         }
 
@@ -219,7 +245,7 @@ class Parts:
                 f"the state has {state.get('memory_size')} bytes of memory, the machine "
                 f"{self.memory.size}"
             )
-        names = [device.name for device in self.hosts]
+        names = [device.name for device in self.devices]
         saved = _pairs("devices", state.get("devices"), str)
         if [name for name, _ in saved] != names:
             raise StateError(f"the state is of devices {[n for n, _ in saved]}, not {names}")
@@ -238,7 +264,7 @@ class Parts:
         # way through a work queue of the kernel's (irqfd), in no state that could be read. So a
         # device that has cause to interrupt does so again when it is loaded; interrupt chips
         # that were loaded after it would forget that.
-        for device, (_, device_state) in zip(self.hosts, saved, strict=True):
+        for device, (_, device_state) in zip(self.devices, saved, strict=True):
             device.load(device_state)
 
     def exits(self, vcpu: Vcpu) -> Exits:
@@ -362,8 +388,8 @@ class Machine:
             only = _only(group)
             if only is None:
                 raise
-            if only is error:
-                return False
+            if only is error or isinstance(only, BaseExceptionGroup):
+                return False  # the block's own; trio copies groups on their way
             raise only from only.__cause__
 
     @asynccontextmanager
@@ -376,14 +402,15 @@ class Machine:
             active = (Device.run, Device.quiesce)
             self._quiescable.extend(
                 device
-                for device in parts.hosts
+                for device in parts.devices
                 if (type(device).run, type(device).quiesce) != active
             )
-            self._loops.extend(
-                VcpuLoop(vcpu, parts.exits(vcpu), parts.policy) for vcpu in parts.vcpus
-            )
+            for vcpu in parts.vcpus:
+                self._loops.append(VcpuLoop(vcpu, parts.exits(vcpu), parts.policy))
+            if self._outcomes:  # stopped before it was entered
+                self.stop()
             async with trio.open_nursery() as nursery:
-                for device, host in parts.hosts.items():
+                for device, host in zip(parts.devices, parts.hosts, strict=True):
                     host.start(nursery)
                     if type(device).run is not Device.run:
                         nursery.start_soon(device.run, name=f"{device.name}.run")
@@ -393,6 +420,8 @@ class Machine:
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
+            for loop in self._loops:
+                loop.close()
             parts.close()
 
     async def _run_vcpus(self, parts: Parts) -> None:
@@ -401,10 +430,12 @@ class Machine:
                 for loop in self._loops:
                     nursery.start_soon(loop.run, name=f"vCPU {loop.index}")
         finally:
-            for device in parts.hosts:
+            for device in parts.devices:
                 device.finish()
+            if not self._outcomes:
+                self._outcomes.append(Outcome(Cause.STOPPED, detail="the machine was left"))
+            self._ended.set()
         logger.debug("guest ended: %s", self._outcomes[0])
-        self._ended.set()
 
     def _end(self, outcome: Outcome) -> None:
         """Any thread. The first outcome counts; a list's append is atomic."""
@@ -429,11 +460,28 @@ def _pairs(key: str, value: object, kind: type) -> list[tuple[Any, Any]]:
     return [(first, second) for first, second in value]
 
 
+def _read_rom(path: Path, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
+    if not data or len(data) > most:
+        raise ImageError(f"{path}: expected a ROM of 1 to {most} bytes")
+    return data
+
+
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
-    """The one exception in a group of groups, None where there are several."""
+    """The one exception in nurseries' groups, None where there are several.
+
+    A group that somebody raised on purpose is an exception like others.
+    """
     error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
+    while isinstance(error, BaseExceptionGroup) and error.message == _NURSERY_GROUP:
         if len(error.exceptions) != 1:
             return None
         error = error.exceptions[0]
     return error
+
+
+_NURSERY_GROUP: Final = "Exceptions from Trio nursery"

@@ -542,6 +542,12 @@ def test_a_range_outside_of_the_address_space_is_refused_by_name(base: int, size
         bus(pio(Store(), base, size))
 
 
+@pytest.mark.parametrize("width", [0, 3, 16])
+def test_a_width_that_no_bus_has_is_refused_by_name(width: int) -> None:
+    with pytest.raises(ConfigError, match=f"^Store at port .*: max_width {width}, expected 1, 2"):
+        bus(pio(Store(width=width), BASE, 8))
+
+
 def test_a_device_may_have_the_whole_address_space() -> None:
     there = bus(pio(Answers(5), 0, 1 << 16))
     assert there.read(0, 1) == there.read(0xFFFF, 1) == 5

@@ -326,3 +326,65 @@ def test_bench_pause_gives_a_ratio_for_each_number_of_vcpus() -> None:
     assert [row["case"] for row in rows] == ["1 vCPU", "2 vCPUs", "4 vCPUs", "16 vCPUs"]
     for row in rows:
         assert row["ratio"] == pytest.approx(row["us"] / row["raw_us"])
+
+
+def test_a_pipe_that_ends_within_a_line_ends_the_line_first() -> None:
+    done = avmm("run", given="echo hi")
+    assert done.returncode == 0
+    assert "\nhi\n" in done.stdout.replace("\r", "")
+
+
+def test_help_can_be_asked_for_while_the_guest_prints(terminal: pexpect.spawn) -> None:
+    terminal.expect_exact(PROMPT)
+    terminal.send("count 3000\r")
+    for _ in range(12):
+        terminal.send("\x01h")
+        terminal.expect_exact("Ctrl-A x   end the guest")
+    terminal.expect_exact("\n3000\r\n")
+    terminal.send("exit 8\r")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 8
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status"),
+    [("<&-", 0), ("</dev/null", 0), ("</dev/null >/dev/full", 125), ("</dev/null >&-", 0)],
+)
+def test_standard_descriptors_may_be_closed_or_full(redirection: str, status: int) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m avmm run {redirection}",
+        shell=True,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_console_sockets_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / ("x" * 120)):
+        done = avmm("run", "--console", f"unix:{path}")
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr and "None" not in done.stderr
+
+
+def test_ctrl_c_ends_a_piped_run_with_130() -> None:
+    process = subprocess.Popen([*AVMM, "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 128 + signal.SIGINT
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_toml_says_none_as_the_command_does(tmp_path: Path) -> None:
+    (tmp_path / "guest.bin").write_bytes(
+        assemble("mov al, 5; out 0xf4, al; mov dx, 0xf8; mov al, 9; out dx, al; hlt", 16, 0x8000)
+    )
+    toml = 'kernel = "guest.bin"\nflat = "real@0x8000"\nmemory = "4M"\ndebug-exit = "none"\n'
+    (tmp_path / "guest.toml").write_text(toml)
+    assert avmm("run", "--config", str(tmp_path / "guest.toml")).returncode == 9

@@ -251,6 +251,36 @@ def test_memory_is_as_a_naive_model_of_it(writes: list[tuple[int, bytes]]) -> No
         memory.close()
 
 
+# -- what memory holds ---------------------------------------------------------------------
+
+
+def test_untouched_memory_holds_nothing(memory: GuestMemory) -> None:
+    assert list(memory.contents()) == []
+
+
+def test_memory_holds_the_pages_that_were_written(memory: GuestMemory) -> None:
+    memory.write(2 * PAGE - 1, b"ab")
+    memory.write(RAM - 1, b"c")
+    expected = [
+        (PAGE, b"a".rjust(PAGE, b"\0") + b"b".ljust(PAGE, b"\0")),
+        (RAM - PAGE, b"c".rjust(PAGE, b"\0")),
+    ]
+    assert list(memory.contents()) == expected
+
+
+def test_what_memory_holds_is_told_by_region(make: Make) -> None:
+    memory = make("5G")
+    memory.write(HOLE_START - 1, b"a")
+    memory.write(HOLE_END, b"b")
+    memory.write(HOLE_END + 2 * GIB - 1, b"c")
+    memory.add_readonly(ROM, b"rom")
+    assert list(memory.contents()) == [
+        (HOLE_START - PAGE, b"a".rjust(PAGE, b"\0")),
+        (HOLE_END, b"b".ljust(PAGE, b"\0")),
+        (HOLE_END + 2 * GIB - PAGE, b"c".rjust(PAGE, b"\0")),
+    ]
+
+
 # -- read-only regions ---------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from typing import Final
 import trio
 
 from avmm import guests
+from avmm.arch.x86_64 import layout
 from avmm.bench.row import Row
 from avmm.bus import Placement, mmio, pio
 from avmm.config import MachineConfig
@@ -24,7 +25,7 @@ from avmm.errors import AvmmError
 from avmm.machine import Machine, Parts
 
 PORT: Final = 0xE0
-ADDRESS: Final = 0xD000_0000
+ADDRESS: Final = layout.MMIO
 
 
 class AtOnce(Device):

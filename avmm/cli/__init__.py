@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from typing import Any, Final
 
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> Any:
     """The command's entry point; does not return."""
     from avmm.errors import AvmmError, ConfigError  # noqa: PLC0415 - keep --help light
 
+    _fill_standard_descriptors()
+
     try:
         return cli.main(arguments, prog_name="avmm")
     except ConfigError as error:
@@ -65,3 +68,12 @@ def main(arguments: list[str] | None = None) -> Any:
     except AvmmError as error:
         click.echo("\n".join(["avmm: " + str(error), *getattr(error, "__notes__", ())]), err=True)
         sys.exit(FAILED)
+
+
+def _fill_standard_descriptors() -> None:
+    """Where one is closed (`avmm run <&-`), put /dev/null there, before another file takes it."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

@@ -17,9 +17,10 @@ import trio
 
 from avmm.cli import terminal
 from avmm.cli.hostfd import HostFd
-from avmm.errors import ConfigError
+from avmm.errors import AvmmError, ConfigError
 from avmm.machine import Machine
 
+_BATCH_SECONDS: Final = 0.004
 END_OF_INPUT: Final = b"\x04"
 """Ctrl-D: what a terminal sends for the end of input, and so do we when a pipe ends."""
 
@@ -48,7 +49,7 @@ async def connect(target: Target, vm: Machine) -> None:
 
 
 async def _stdio(target: Target, vm: Machine) -> None:
-    stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
+    stdin, stdout = 0, 1
     interactive = os.isatty(stdin)
     with ExitStack() as stack:
         source = stack.enter_context(closing(HostFd(stdin, os.O_RDONLY)))
@@ -62,8 +63,13 @@ async def _stdio(target: Target, vm: Machine) -> None:
                 nursery.start_soon(_pipe, source, vm)
             try:
                 await _output(vm, sink.write)
-            except BrokenPipeError:
-                vm.stop(status=128 + signal.SIGPIPE)  # as `avmm run | head` has to end
+            except OSError as error:
+                if interactive:
+                    vm.stop(status=128 + signal.SIGHUP)  # the terminal has gone
+                elif isinstance(error, BrokenPipeError | ConnectionResetError):
+                    vm.stop(status=128 + signal.SIGPIPE)  # as `avmm run | head` has to end
+                else:
+                    raise AvmmError(f"standard output: {error.strerror}") from None
             nursery.cancel_scope.cancel()
 
 
@@ -71,14 +77,20 @@ async def _output(vm: Machine, write: Callable[[bytes], Awaitable[None]]) -> Non
     """Everything that the guest prints, until it has ended."""
     async for data in vm.console:
         await write(bytes(data))
+        # The first byte goes out at once; what follows is taken in batches, because a wake-up
+        # for each byte would cost the guest more than printing it.
+        await trio.sleep(_BATCH_SECONDS)
 
 
 async def _pipe(source: HostFd, vm: Machine) -> None:
     """Input that is no terminal: as it is, then the end of input."""
+    last = b"\n"
     with suppress(trio.BrokenResourceError):
         while data := await source.read():
             await vm.console.send_all(data)
-        await vm.console.send_all(END_OF_INPUT)
+            last = data[-1:]
+        # Ctrl-D ends the input only on an empty line: first end the one that is begun.
+        await vm.console.send_all(END_OF_INPUT if last in b"\r\n" else b"\r" + END_OF_INPUT)
 
 
 async def _type(source: HostFd, sink: HostFd, vm: Machine) -> None:
@@ -95,8 +107,10 @@ async def _type(source: HostFd, sink: HostFd, vm: Machine) -> None:
         while typed := await source.read():
             for part in escape.feed(typed):
                 if isinstance(part, bytes):
-                    with suppress(trio.WouldBlock):  # 256 keystrokes that nobody has read
+                    try:
                         send.send_nowait(part)
+                    except trio.WouldBlock:  # the guest has left 256 keystrokes unread
+                        await sink.write(b"\a")
                 elif part is terminal.Command.HELP:
                     await sink.write(terminal.HELP.encode())
                 elif part is terminal.Command.QUIT:
@@ -109,7 +123,7 @@ async def _type(source: HostFd, sink: HostFd, vm: Machine) -> None:
                     await pause.enter_async_context(vm.paused())
                     is_paused = True
                     await sink.write(b"\r\navmm: paused, Ctrl-A p lets the guest run on\r\n")
-        vm.stop(status=129)  # the terminal hung up
+        vm.stop(status=128 + signal.SIGHUP)
 
 
 async def _forward(typed: trio.MemoryReceiveChannel[bytes], vm: Machine) -> None:
@@ -148,6 +162,8 @@ async def _file(target: Target, vm: Machine) -> None:
     try:
         with closing(HostFd(fd, os.O_WRONLY)) as sink:
             await _output(vm, sink.write)
+    except OSError as error:
+        raise AvmmError(f"console file {target.path}: {error.strerror}") from None
     finally:
         os.close(fd)
 
@@ -199,18 +215,17 @@ async def _serve_client(client: trio.SocketStream, vm: Machine) -> None:
 
 async def _listen(path: str) -> trio.socket.SocketType:
     """A socket that only its user may connect to; takes the place of one that nobody serves."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # what is in the way shows when it is bound
         if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
             Path(path).unlink()
     listener = trio.socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)
     try:
         await listener.bind(path)
+        Path(path).chmod(0o600)  # before anybody can connect
+        listener.listen(1)
     except OSError as error:
-        raise ConfigError(f"console socket {path}: {error.strerror}") from None
-    finally:
-        os.umask(before)
-    listener.listen(1)
+        listener.close()
+        raise ConfigError(f"console socket {path}: {error.strerror or error}") from None
     return listener
 
 

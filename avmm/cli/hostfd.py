@@ -23,6 +23,7 @@ class HostFd:
 
     def __init__(self, fd: int, flags: int) -> None:
         """`flags` is os.O_RDONLY or os.O_WRONLY. Raises `OSError` for a closed `fd`."""
+        self._writing = trio.Lock()
         kind = os.fstat(fd).st_mode
         self._socket: socket.socket | None = None
         self._waits = stat.S_ISFIFO(kind) or os.isatty(fd)
@@ -56,17 +57,22 @@ class HostFd:
                 return b""  # a terminal that hung up
 
     async def write(self, data: bytes) -> None:
-        """All of `data`; raises `BrokenPipeError` (or `OSError`) where nobody reads any more."""
-        while data:
-            if self._waits or self._socket:
-                await trio.lowlevel.wait_writable(self._fd)
-            else:
-                await trio.lowlevel.checkpoint()
-            with suppress(BlockingIOError):
-                if self._socket:
-                    data = data[self._socket.send(data[:_CHUNK], socket.MSG_DONTWAIT) :]
-                else:
-                    data = data[os.write(self._fd, data[:_CHUNK]) :]
+        """All of `data` in one piece, whoever else writes; raises `OSError` where nobody reads
+        any more."""
+        async with self._writing:
+            while data:
+                data = data[await self._write_some(data[:_CHUNK]) :]
+
+    async def _write_some(self, data: bytes) -> int:
+        if self._waits or self._socket:
+            await trio.lowlevel.wait_writable(self._fd)
+        else:
+            await trio.lowlevel.checkpoint()
+        with suppress(BlockingIOError):
+            if self._socket:
+                return self._socket.send(data, socket.MSG_DONTWAIT)
+            return os.write(self._fd, data)
+        return 0
 
     def close(self) -> None:
         """Close our own descriptor."""

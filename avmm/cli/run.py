@@ -16,22 +16,23 @@ from avmm.machine import Machine
 from avmm.outcome import Cause, Outcome
 
 
-class Port(click.ParamType[int | None]):
+class Port(click.ParamType[int | str]):
     """An I/O port, or "none"."""
 
     name = "port"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
+    ) -> int | str:
         if value == "none":
-            return -1
+            return "none"
         try:
             return int(str(value), 0)
         except ValueError:
             self.fail(f"{value!r} is no port: expected a number like 0xf4, or 'none'", param, ctx)
 
 
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LAST_OUTPUT_SECONDS: Final = 1.0
 PATH = click.Path(path_type=Path)
 
@@ -40,6 +41,13 @@ PATH = click.Path(path_type=Path)
 @click.argument("image", required=False, type=PATH)
 @click.option("--initrd", type=PATH, help="Initial RAM disk, or the first module.")
 @click.option("--module", "modules", type=PATH, multiple=True, help="Another module; repeatable.")
+@click.option(
+    "--rom",
+    "roms",
+    metavar="ADDRESS=FILE",
+    multiple=True,
+    help="Read-only memory at ADDRESS; repeatable.",
+)
 @click.option("--cmdline", metavar="TEXT", help="The guest's command line.")
 @click.option("--memory", metavar="SIZE", help="RAM, like 64M or 2G.  [default: 64M]")
 @click.option("--cpus", type=int, metavar="N", help="Number of vCPUs.  [default: 1]")
@@ -64,8 +72,8 @@ PATH = click.Path(path_type=Path)
 def command(
     image: Path | None,
     modules: tuple[Path, ...],
+    roms: tuple[str, ...],
     console_target: str | None,
-    debug_exit: int | None,
     config: Path | None,
     **options: Any,
 ) -> None:
@@ -76,9 +84,8 @@ def command(
     """
     settings = read_toml(config) if config is not None else {}
     options |= {"kernel": image, "console": console_target, "modules": modules or None}
+    options["roms"] = list(roms) or None
     settings |= {name: value for name, value in options.items() if value is not None}
-    if debug_exit is not None:
-        settings["debug_exit"] = None if debug_exit == -1 else debug_exit
     machine_config = MachineConfig.make(**settings)
     target = console.parse(machine_config.console)
     outcome = trio.run(_run, machine_config, target)
@@ -98,11 +105,11 @@ async def _run(config: MachineConfig, target: console.Target) -> Outcome:
 
 
 async def _stop_on_signal(vm: Machine, scope: trio.CancelScope) -> None:
-    """SIGTERM and SIGHUP end the guest, so that the terminal is put back on the way out.
+    """SIGINT, SIGTERM and SIGHUP end the guest, so that the terminal is put back on the way out.
 
     Output that nobody takes within a second is given up then.
     """
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
+    with trio.open_signal_receiver(*_ENDING) as signals:
         async for number in signals:
             vm.stop(status=128 + number)
             await trio.sleep(_LAST_OUTPUT_SECONDS)

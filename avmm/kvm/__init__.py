@@ -1,6 +1,7 @@
 """The border to the kernel: nothing above this package sees an ioctl, a number or a struct."""
 
 from avmm.kvm._kvm import lib as constants
+from avmm.kvm.bridge import eventfd
 from avmm.kvm.errors import KvmError, KvmUnavailable
 from avmm.kvm.handles import Struct, System, Vcpu, Vm, capabilities, exit_name
 
@@ -13,5 +14,6 @@ __all__ = [
     "Vm",
     "capabilities",
     "constants",
+    "eventfd",
     "exit_name",
 ]

@@ -9,6 +9,14 @@ from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.errors import KvmError
 
 
+def eventfd() -> int:
+    """A new eventfd, non-blocking and not inherited; raises `KvmError` where there is none."""
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError as error:
+        raise KvmError("eventfd", error.errno or errno.EMFILE) from None
+
+
 class Bridge:
     """A turn that goes between a vCPU's thread and the task that serves it.
 
@@ -16,7 +24,7 @@ class Bridge:
     """
 
     def __init__(self) -> None:
-        self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.bell = eventfd()
         """Readable when the task has been given its turn while it slept."""
         self._struct = ffi.new("struct avmm_bridge *", {"bell": self.bell})
 
@@ -49,15 +57,21 @@ class Bridge:
         return bool(lib.avmm_bridge_answer_and_poll(self._struct, may_spin))
 
     def close(self) -> None:
-        """Close the bell; after the thread has left."""
-        os.close(self.bell)
+        """Close the bell, after the thread has left; idempotent."""
+        if self.bell >= 0:
+            os.close(self.bell)
+            self.bell = -1
 
 
 def install_kick() -> int:
     """Claim a signal that nobody handles for kicks, once a process; returns its number."""
     number: int = lib.avmm_kick_install()
     if number < 0:
-        raise KvmError("sigaction", errno.EBUSY, "SIGSTKFLT, SIGPWR, SIGUSR1 and SIGUSR2 all have handlers already")
+        raise KvmError(
+            "sigaction",
+            errno.EBUSY,
+            "SIGSTKFLT, SIGPWR, SIGUSR1 and SIGUSR2 all have handlers already",
+        )
     return number
 
 

@@ -1,0 +1,177 @@
+"""A Machine used at odd moments and in odd ways: before, after, half made, out of order."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+from support.guest import EXIT, machine
+
+import avmm
+from avmm import Cause, Device
+
+pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
+
+FOREVER = "1: pause; jmp 1b"
+ADDRESS = 0xD000_0000
+
+
+class Null(Device):
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        return None
+
+
+async def test_a_machine_that_has_ended_can_be_paused_and_saved(tmp_path: Path) -> None:
+    async with machine(tmp_path, EXIT.format(1), cpus=2) as vm:
+        await vm.wait()
+        async with vm.paused(deadline=10):
+            assert vm.save()["vcpus"]
+
+
+async def test_waiting_ends_when_the_block_is_left_by_whoever(tmp_path: Path) -> None:
+    async with trio.open_nursery() as nursery:
+        outcomes = []
+        async with machine(tmp_path, FOREVER) as vm:
+
+            async def wait() -> None:
+                outcomes.append(await vm.wait())
+
+            nursery.start_soon(wait)
+    assert outcomes[0].cause is Cause.STOPPED
+    assert (await vm.wait()).cause is Cause.STOPPED
+
+
+async def test_stopping_and_pausing_after_the_end_do_no_harm(tmp_path: Path) -> None:
+    async with machine(tmp_path, FOREVER) as vm:
+        pass
+    vm.stop()
+    async with vm.paused(deadline=10):
+        pass
+
+
+async def test_a_stop_before_the_start_is_not_forgotten(tmp_path: Path) -> None:
+    vm = machine(tmp_path, FOREVER)
+    vm.stop(status=7)
+    async with vm:
+        assert (await vm.wait()).status == 7
+
+
+async def test_an_interrupt_line_outlives_its_machine_harmlessly(tmp_path: Path) -> None:
+    async with machine(tmp_path, FOREVER) as vm:
+        line = vm.message_interrupt(0xFEE0_0000, 0x40)
+    strangers = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(40)]
+    line.pulse()
+    for fd in strangers:
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(fd)
+        os.close(fd)
+
+
+async def test_the_blocks_own_group_of_exceptions_stays_one(tmp_path: Path) -> None:
+    with pytest.raises(ExceptionGroup, match="mine") as caught:
+        async with machine(tmp_path, FOREVER):
+            raise ExceptionGroup("mine", [ValueError("one")])
+    assert [type(error) for error in caught.value.exceptions] == [ValueError]
+
+
+@dataclass
+class Plain(Device):
+    value: int = 5
+
+    def read(self, offset: int, size: int) -> int:
+        return self.value
+
+
+async def test_devices_may_compare_equal_and_have_no_hash(tmp_path: Path) -> None:
+    places = [avmm.mmio(Plain(), ADDRESS, 4), avmm.mmio(Plain(6), ADDRESS + 4, 4)]
+    code = f"mov rbx, {ADDRESS}; mov eax, [rbx]; add eax, [rbx + 4]; " + EXIT.format("eax")
+    async with machine(tmp_path, code, devices=places) as vm:
+        assert (await vm.wait()).status == 11
+
+
+class TooWide(Null):
+    max_width = 3
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (Null(), "is not placed"),
+        (avmm.pio(Null(), 0x20, 2), "overlaps the PIC at 0x20-0x21, which is in the kernel"),
+        (avmm.pio(Null(), 0x42, 1), "overlaps the PIT"),
+        (avmm.mmio(Null(), 0xFEE0_0000, 4096), "overlaps the LAPIC"),
+        (avmm.mmio(TooWide(), ADDRESS, 4), "max_width 3, expected 1, 2, 4 or 8"),
+    ],
+)
+async def test_what_is_no_placement_is_refused(
+    tmp_path: Path, place: avmm.Placement, message: str
+) -> None:
+    with pytest.raises(avmm.ConfigError, match=message):
+        async with machine(tmp_path, FOREVER, devices=[place]):
+            pytest.fail("it was made")
+
+
+async def test_nothing_is_left_where_descriptors_run_out(tmp_path: Path) -> None:
+    machine(tmp_path, FOREVER)  # assembles, which needs descriptors of its own
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 1
+    fillers = [os.open(os.devnull, os.O_RDONLY)]
+    while fillers[-1] < used:  # below the limit, no number is free
+        fillers.append(os.open(os.devnull, os.O_RDONLY))
+    used = fillers[-1]
+    failures = 0
+    for spare in range(1, 30):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, hard))
+        try:
+            async with machine(tmp_path, FOREVER, cpus=4):
+                break
+        except (OSError, avmm.AvmmError) as error:
+            assert "too many open files" in str(error).lower()
+            failures += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for fd in fillers:
+        os.close(fd)
+    assert failures > 4
+
+
+async def test_a_rom_is_read_and_not_written(tmp_path: Path) -> None:
+    rom = tmp_path / "rom"
+    rom.write_bytes((0x1234).to_bytes(4, "little"))
+    code = f"mov rbx, {0xFFF0_0000}; mov dword ptr [rbx], 1; mov eax, [rbx]; " + EXIT.format("eax")
+    async with machine(tmp_path, code, roms=[(0xFFF0_0000, rom)]) as vm:
+        assert (await vm.wait()).status == 0x1234
+    with pytest.raises(avmm.ImageError, match="missing: cannot be read"):
+        async with machine(tmp_path, code, roms=[f"0xfff00000={tmp_path}/missing"]):
+            pass
+    with pytest.raises(avmm.ConfigError, match="expected ADDRESS=PATH"):
+        machine(tmp_path, code, roms=["nowhere"])
+
+
+PROGRAM = """
+import avmm
+
+class Counter(avmm.Device):
+    async def read(self, offset: int, size: int) -> int:
+        return offset
+
+async def run() -> int:
+    async with avmm.Machine(cpus=2, devices=[avmm.mmio(Counter(), 0xD0000000, 8)]) as vm:
+        return (await vm.wait()).status
+"""
+
+
+def test_a_users_program_is_type_checked_against_the_installed_package(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
