@@ -6,7 +6,9 @@ rdkl.cpio (an init which prints HELLO FROM GUEST and reboots, and klibc's tools)
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,18 @@ def test_a_shell_on_the_interrupt_driven_serial_port(linux: Path, tmp_path: Path
     finally:
         child.close(force=True)
     assert child.exitstatus == 0
+
+
+def test_bench_boot_compares_with_qemu(linux: Path) -> None:
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("QEMU is not installed")
+    files = [str(linux / "vmlinux.gz"), "--initrd", str(linux / "rdmin.cpio"), "--memory", "32M"]
+    command = [*AVMM[:-1], "bench", "boot", *files, "--cmdline", CMDLINE + " quiet"]
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--json"], capture_output=True, timeout=100, check=False
+    )
+    (row,) = json.loads(done.stdout)
+    assert row["ratio"] == pytest.approx(row["us"] / row["raw_us"])
 
 
 def with_file(archive: bytes, name: str, content: bytes) -> bytes:

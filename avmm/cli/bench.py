@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
 import click
 import trio
 
+from avmm.bench import boot as bench_boot
 from avmm.bench import exits as bench_exits
 from avmm.bench import pause as bench_pause
 from avmm.bench.row import Row
 
-Measure = Callable[[int, int, Callable[[], None]], Awaitable[list[Row]]]
+Measure = Callable[[Callable[[], None]], list[Row]]
 
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="A list of objects: case, us, raw_us, ratio."
@@ -33,7 +36,8 @@ def command() -> None:
 @click.option("--count", type=click.IntRange(10), default=10_000, show_default=True, help="Exits.")
 def exits(as_json: bool, count: int, rounds: int) -> None:
     """What an exit costs, as a ratio to a loop around KVM_RUN in C."""
-    _run(bench_exits.measure, bench_exits.steps(rounds), as_json, count, rounds)
+    measure = partial(trio.run, bench_exits.measure, count, rounds)
+    _run(measure, bench_exits.steps(rounds), as_json)
 
 
 @command.command()
@@ -42,13 +46,32 @@ def exits(as_json: bool, count: int, rounds: int) -> None:
 @click.option("--count", type=click.IntRange(10), default=200, show_default=True, help="Pauses.")
 def pause(as_json: bool, count: int, rounds: int) -> None:
     """What a pause costs until all vCPUs are parked, as a ratio to a kick in C."""
-    _run(bench_pause.measure, bench_pause.steps(rounds), as_json, count, rounds)
+    measure = partial(trio.run, bench_pause.measure, count, rounds)
+    _run(measure, bench_pause.steps(rounds), as_json)
 
 
-def _run(measure: Measure, steps: int, as_json: bool, count: int, rounds: int) -> None:
+@command.command()
+@click.argument("kernel", type=click.Path(path_type=Path))
+@click.option("--initrd", type=click.Path(path_type=Path))
+@click.option("--cmdline", default="", metavar="TEXT")
+@click.option("--memory", default="64M", show_default=True, metavar="SIZE")
+@JSON
+@ROUNDS
+def boot(
+    kernel: Path, initrd: Path | None, cmdline: str, memory: str, as_json: bool, rounds: int
+) -> None:
+    """From start to the end of a guest that ends by itself, as a ratio to QEMU's microvm."""
+
+    def measure(progress: Callable[[], None]) -> list[Row]:
+        return bench_boot.measure(kernel, initrd, cmdline, memory, rounds, progress)
+
+    _run(measure, bench_boot.steps(rounds), as_json)
+
+
+def _run(measure: Measure, steps: int, as_json: bool) -> None:
     # The bar goes to standard error, and only to a terminal: the result can be piped.
     with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
-        rows = trio.run(measure, count, rounds, lambda: bar.update(1))
+        rows = measure(lambda: bar.update(1))
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
