@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 MASKS: Final = tuple((1 << 8 * size) - 1 for size in range(9))
 """All ones in so many bytes: index is the number of bytes."""
 _REPORTED_AT_MOST: Final = 256
+_MSR_RANGE_MAX: Final = 0x600 * 8
+"""KVM_MSR_FILTER_MAX_BITMAP_SIZE in bits (arch/x86/include/asm/kvm_host.h)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ def msr(device: Device, first: int, count: int = 1) -> Placement:
     A handler that raises `avmm.MsrFault` gives the guest a #GP. KVM keeps to itself those that
     it must (x2APIC's, 0x800-0x8ff), and takes at most 16 ranges.
     """
+    if count > _MSR_RANGE_MAX:
+        raise ConfigError(f"{device.name}: {count} MSRs, KVM filters at most {_MSR_RANGE_MAX}")
     return Placement(device, "msr", first, count)
 
 

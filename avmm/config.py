@@ -85,6 +85,10 @@ class MachineConfig:
             raise ConfigError(f"roms {self.roms!r}: expected a list like ['0xfff00000=bios.bin']")
         put(self, "roms", tuple(_rom(rom) for rom in self.roms))
         put(self, "memory", parse_size(self.memory))
+        if self.memory <= 0:
+            raise ConfigError(
+                f"memory of {self.memory} bytes: expected a positive multiple of 4096"
+            )
         if isinstance(self.flat, str):
             put(self, "flat", _parse_flat(self.flat))
         if self.flat is not None and not isinstance(self.flat, FlatOptions):

@@ -107,7 +107,7 @@ class GuestMemory:
         Call it before the memory is given to a VM.
         """
         size = -(-len(data) // PAGE) * PAGE
-        if gpa < 0 or gpa % PAGE or not data:
+        if self._closed or gpa < 0 or gpa % PAGE or not data:
             raise ConfigError(f"read-only region at {gpa:#x}: expected a page-aligned, filled one")
         for other in self._regions:
             if gpa < other.end and other.gpa < gpa + size:

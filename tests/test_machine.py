@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.lowlevel
 from support.guest import EXIT, machine
 
 import avmm
@@ -473,3 +474,25 @@ async def test_plain_handlers_of_one_device_never_overlap(tmp_path: Path) -> Non
         while len(worst) < 4000:
             await trio.lowlevel.checkpoint()
     assert max(worst) == 1
+
+
+async def test_an_awaitable_that_is_never_begun_is_cancelled_not_forgotten(tmp_path: Path) -> None:
+    """The block is left after a handler returned its coroutine, before trio could run it."""
+    returned = threading.Event()
+    begun = []
+
+    class Late(Constant):
+        def read(self, offset: int, size: int) -> object:
+            returned.set()
+            return self.later()
+
+        async def later(self) -> int:
+            begun.append(True)
+            await trio.lowlevel.checkpoint()
+            raise AssertionError("it is cancelled at its first checkpoint")
+
+    place = avmm.mmio(Late(), ADDRESS, 4)
+    async with machine(tmp_path, TOUCH + FOREVER, devices=[place]):
+        await trio.lowlevel.checkpoint()
+        returned.wait(20)  # trio stands still meanwhile
+    assert begun == [True]

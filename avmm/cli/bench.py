@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import click
@@ -36,8 +35,11 @@ def command() -> None:
 @click.option("--count", type=click.IntRange(10), default=10_000, show_default=True, help="Exits.")
 def exits(as_json: bool, count: int, rounds: int) -> None:
     """What an exit costs, as a ratio to a loop around KVM_RUN in C."""
-    measure = partial(trio.run, bench_exits.measure, count, rounds)
-    _run(measure, bench_exits.steps(rounds), as_json)
+    _run(
+        lambda progress: trio.run(bench_exits.measure, count, rounds, progress),
+        bench_exits.steps(rounds),
+        as_json,
+    )
 
 
 @command.command()
@@ -46,8 +48,11 @@ def exits(as_json: bool, count: int, rounds: int) -> None:
 @click.option("--count", type=click.IntRange(10), default=200, show_default=True, help="Pauses.")
 def pause(as_json: bool, count: int, rounds: int) -> None:
     """What a pause costs until all vCPUs are parked, as a ratio to a kick in C."""
-    measure = partial(trio.run, bench_pause.measure, count, rounds)
-    _run(measure, bench_pause.steps(rounds), as_json)
+    _run(
+        lambda progress: trio.run(bench_pause.measure, count, rounds, progress),
+        bench_pause.steps(rounds),
+        as_json,
+    )
 
 
 @command.command()

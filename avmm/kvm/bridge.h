@@ -93,8 +93,8 @@ static int poll_turn(struct avmm_bridge *b, struct poller *p, uint32_t mine, int
 static void avmm_bridge_leave(struct avmm_bridge *b)
 {
     atomic_store(&b->turned, now_ns());
-    atomic_store(&b->wanted, 1);
-    atomic_fetch_add(&tasks_wanted, 1);
+    if (!atomic_exchange(&b->wanted, 1))
+        atomic_fetch_add(&tasks_wanted, 1);
     atomic_store(&b->turn, TURN_TASK);
     if (atomic_load(&b->task_sleeps)) {
         uint64_t one = 1;

@@ -288,7 +288,7 @@ class Vm(_Handle):
             raise KvmError("KVM_X86_SET_MSR_FILTER", errno.E2BIG, "at most 16 ranges of MSRs")
         bitmaps = []  # a clear bit denies the MSR; kept alive until the ioctl has copied them
         for entry, (first, count) in zip(filter_.ranges, ranges, strict=False):
-            bitmap = ffi.new("uint8_t[]", (count + 7) // 8)
+            bitmap = ffi.new("uint8_t[]", (count + 63) // 64 * 8)  # KVM copies whole longs
             bitmaps.append(bitmap)
             entry.flags = lib.KVM_MSR_FILTER_READ | lib.KVM_MSR_FILTER_WRITE
             entry.base, entry.nmsrs, entry.bitmap = first, count, bitmap
@@ -482,6 +482,7 @@ class Vcpu(_Handle):
         """Unmap `kvm_run` and close; idempotent."""
         if self.fd >= 0 and hasattr(self, "_buffer"):
             self.page = self._mmio_data = ffi.NULL
+            self.run = lambda: -errno.EBADF
             ffi.release(self._buffer)
             self._mapping.close()
         super().close()
