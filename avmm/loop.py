@@ -113,6 +113,7 @@ class VcpuLoop:
         self._stopping = False
         self._pausing = False
         self._ended = False
+        self._failed = False
         self._parked = trio.Event()
         self._resumed = trio.Event()
         # Guards the thread id alone, for the moment of a kick: a signal must not be sent to a
@@ -154,14 +155,18 @@ class VcpuLoop:
         return self._parked.is_set()
 
     async def parked(self) -> None:
-        """Wait until the vCPU has parked after `pause`, or has ended.
+        """Wait until the vCPU has parked after `pause`, or has ended in good order.
 
+        Raises `VcpuError` where it has failed: its last exit is not finished, and its state
+        not one to be read.
         Cancelling the wait leaves the request standing until `resume`.
         """
         # Nearly always it parks at once: to be there is cheaper than to sleep and be woken.
         if self._handed_over is None and not self._parked.is_set():
             self._bridge.linger()
         await self._parked.wait()
+        if self._failed:
+            raise VcpuError(f"vCPU {self.index} has failed in the midst of an exit")
 
     def resume(self) -> None:
         """Take a `pause` back, whether the vCPU has parked yet or not. From trio only."""
@@ -242,9 +247,11 @@ class VcpuLoop:
         try:
             await self._serve()
         except Exception as error:
+            self._failed = True
             self._annotate(error)
             raise
         finally:
+            self._failed |= self._error is not None
             try:
                 await self._wind_up()
             finally:

@@ -82,7 +82,6 @@ class Coordinator:
         waited for, and what a device's `quiesce` raises. Cancelling is a checkpoint's, at any
         moment on the way there; after any of these the guest runs on.
         """
-        self._waiting_for = ""
         with trio.move_on_after(float("inf") if deadline is None else deadline) as scope:
             await self._hold()
         if scope.cancelled_caught:
@@ -122,6 +121,7 @@ class Coordinator:
     async def _stand_still(self) -> AsyncExitStack:
         """All steps; gives what undoes them, and undoes them itself where it fails."""
         undo = AsyncExitStack()
+        self._waiting_for = ""
         try:
             undo.callback(self._resume_vcpus)
             for vcpu in self._vcpus:
