@@ -1,0 +1,4 @@
+"""Which of these files are collected."""
+
+# Work in progress: not run by the suite until they are finished.
+collect_ignore = ["test_model_drain.py", "test_model_machine.py", "test_planted_bugs.py"]

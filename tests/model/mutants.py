@@ -1,0 +1,305 @@
+"""A catalogue of bugs, each planted in the source of avmm's own modules by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from hypothesis import strategies as st
+
+from model.production import Production, mutate
+from model.programs import hosts
+from model.properties import beliefs, drained_at, drains, requested_at, requesting
+from model.schedules import cases, played
+from model.vcpu import Op
+
+
+@dataclass(frozen=True)
+class Bug:
+    """What is edited (module, old, new), and the property that is to find it."""
+
+    name: str
+    edits: tuple[tuple[str, str, str], ...]
+    finder: str
+    """One of FINDERS, or "each checkpoint": only test_model_coordinator.py finds it for sure."""
+
+    def planted(self) -> Production:
+        edits: dict[str, list[tuple[str, str]]] = {}
+        for module, old, new in self.edits:
+            edits.setdefault(module, []).append((old, new))
+        return mutate(edits)
+
+
+_LOOK: Final = """\
+            page.immediate_exit = 0
+            if self._pausing and not self._stopping:
+                if status < 0 or self._policy.needs(status, page.flags):
+                    drain(self._vcpu, self._serve_draining, self._policy)
+                page.immediate_exit = 0
+                self._hand_over(self._park())
+            if self._stopping:
+                return
+"""
+_UNDO: Final = """\
+            with trio.CancelScope(shield=True):
+                await undo.aclose()
+            raise
+"""
+_PARK: Final = """\
+            for vcpu in self._vcpus:
+                await vcpu.parked()
+"""
+_QUIESCE: Final = """\
+            for device in self._devices:
+                undo.push_async_callback(device.resume)
+                self._waiting_for = f"{device.name} has not finished what it has in flight"
+                await device.quiesce()
+"""
+_KICK: Final = """\
+            self._vcpu.page.immediate_exit = 1
+            if self._thread_id:
+                kick(self._thread_id)
+"""
+
+BUGS: Final = (
+    Bug(
+        "a single re-entry",
+        (
+            (
+                "completion",
+                "        if not policy.needs(status, flags):\n            return\n",
+                "        return\n",
+            ),
+        ),
+        "drain",
+    ),
+    Bug(
+        "no re-entry",
+        (
+            (
+                "completion",
+                "    for _ in range(DRAIN_LIMIT):\n",
+                "    return\n    for _ in range(DRAIN_LIMIT):\n",
+            ),
+        ),
+        "drain",
+    ),
+    Bug(
+        "no re-entry in the loop",
+        (("loop", "                    drain(self._vcpu,", "                    (self._vcpu,"),),
+        "world",
+    ),
+    Bug(
+        "the drain stops at -EAGAIN",
+        (
+            (
+                "completion",
+                "that waits for its SIPI\n            continue",
+                "that waits for its SIPI\n            return",
+            ),
+        ),
+        "drain",
+    ),
+    Bug(
+        "unknown exits are taken for complete",
+        (("completion", "return reason not in COMPLETE", "return reason in DOCUMENTED"),),
+        "unknown",
+    ),
+    Bug(
+        "the flag is trusted though the kernel lies",
+        (("completion", "self.mode is not Mode.AUTO or self.lie", "self.mode is not Mode.AUTO"),),
+        "drain",
+    ),
+    Bug(
+        "number 239 is trusted by itself",
+        (("completion", "capability is not None and announced", "announced"),),
+        "unknown",
+    ),
+    Bug(
+        "an exit served while draining is not awaited",
+        (
+            (
+                "loop",
+                "            self._hand_over(pending)\n\n    def _hand_over",
+                "            pending.close()\n\n    def _hand_over",
+            ),
+        ),
+        "world",
+    ),
+    Bug(
+        "lost kick: the signal before immediate_exit",
+        (
+            (
+                "loop",
+                _KICK,
+                """\
+            if self._thread_id:
+                kick(self._thread_id)
+            self._vcpu.page.immediate_exit = 1
+""",
+            ),
+        ),
+        "world",
+    ),
+    Bug(
+        "lost kick: the signal before the request",
+        (
+            (
+                "loop",
+                "        self._pausing = True\n        if self._ended:\n"
+                "            self._parked.set()\n        self._kick()\n",
+                "        self._kick()\n        self._pausing = True\n",
+            ),
+        ),
+        "world",
+    ),
+    Bug(
+        "lost kick: no immediate_exit",
+        (("loop", "            self._vcpu.page.immediate_exit = 1\n", ""),),
+        "world",
+    ),
+    Bug(
+        "lost kick: no signal",
+        (("loop", "                kick(self._thread_id)\n", "                pass\n"),),
+        "world",
+    ),
+    Bug(
+        "lost kick: immediate_exit cleared after the look at the requests",
+        (
+            (
+                "loop",
+                _LOOK,
+                _LOOK.replace("            page.immediate_exit = 0\n", "", 1)
+                + "            page.immediate_exit = 0\n",
+            ),
+        ),
+        "loop",
+    ),
+    Bug(
+        "completion on another thread",
+        (
+            (
+                "loop",
+                "                    drain(self._vcpu, self._serve_draining, self._policy)\n",
+                """\
+                    import concurrent.futures
+                    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                        pool.submit(
+                            drain, self._vcpu, self._serve_draining, self._policy
+                        ).result()
+""",
+            ),
+        ),
+        "world",
+    ),
+    Bug(
+        "the answer is written after the re-entry",
+        (
+            (
+                "loop",
+                "            await work\n            mine = self._bridge.answer_and_poll(True)\n",
+                "            mine = self._bridge.answer_and_poll(True)\n            await work\n",
+            ),
+        ),
+        "world",
+    ),
+    Bug("state is read before vCPUs are parked", (("migration", _PARK, ""),), "world"),
+    Bug(
+        "state is read before devices are quiesced",
+        (("migration", "                await device.quiesce()\n", ""),),
+        "world",
+    ),
+    Bug(
+        "devices are quiesced before vCPUs are parked",
+        (("migration", _PARK, _QUIESCE + _PARK),),
+        "world",
+    ),
+    Bug(
+        "resume forgotten after a pause that failed",
+        (("migration", _UNDO, "            raise\n"),),
+        "failing world",
+    ),
+    Bug(
+        "resume forgotten after a cancellation",
+        (("migration", "        except BaseException:\n", "        except Exception:\n"),),
+        "world",
+    ),
+    Bug(
+        "devices' resume is cut short by a cancellation",
+        (("migration", _UNDO, "            await undo.aclose()\n            raise\n"),),
+        "each checkpoint",
+    ),
+    Bug(
+        "leaving is cut short by a cancellation",
+        (
+            (
+                "migration",
+                "            with trio.CancelScope(shield=True):\n"
+                "                await self._release()\n",
+                "            await self._release()\n",
+            ),
+        ),
+        "world",
+    ),
+    Bug(
+        "the first of several pauses to be left resumes",
+        (("migration", "if not self._holders and self", "if self"),),
+        "world",
+    ),
+    Bug(
+        "a pause that failed is counted",
+        (
+            (
+                "migration",
+                "        try:\n            if self._standstill is None:",
+                "        self._holders += 1\n"
+                "        try:\n            self._holders -= 1\n"
+                "            if self._standstill is None:",
+            ),
+            (
+                "migration",
+                "                self._standstill = await self._stand_still()\n"
+                "            self._holders += 1\n",
+                "                self._holders += 1\n"
+                "                self._standstill = await self._stand_still()\n"
+                "                self._holders -= 1\n"
+                "            self._holders += 1\n",
+            ),
+        ),
+        "world",
+    ),
+)
+
+
+def _drain(code: Production, case: dict[str, Any]) -> None:
+    drained_at(code, **case)
+
+
+def _loop(code: Production, case: dict[str, Any]) -> None:
+    requested_at(code, **case)
+
+
+def _world(code: Production, case: dict[str, Any]) -> None:
+    played(code, **case)
+
+
+_unknown: Final = st.fixed_dictionaries(
+    {
+        "program": st.lists(
+            st.sampled_from([Op("unknown"), Op("compute"), Op("out"), Op("notice")]), min_size=1
+        ),
+        "host": hosts(),
+        "believes": beliefs(),
+        "pauses": st.none(),
+    }
+)
+
+FINDERS: Final = {
+    "unknown": (_unknown, _drain, 800),
+    "drain": (drains, _drain, 800),
+    "loop": (requesting, _loop, 800),
+    "world": (cases(), _world, 800),
+    "failing world": (cases(fails=True), _world, 800),
+}
+"""By name: what to draw, the property, and within how many examples it must find a bug
+(they are the same in each run, so this is no matter of luck)."""

@@ -1,0 +1,277 @@
+"""The policy: each rule of `avmm.completion`'s docstring, and the drain's own bounds."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avmm.completion import (
+    COMPLETE,
+    DOCUMENTED,
+    DRAIN_LIMIT,
+    NEEDS_COMPLETION,
+    CompletionPolicy,
+    Mode,
+    drain,
+)
+from avmm.errors import VcpuError
+from avmm.kvm import KvmError, constants
+from model.production import REAL
+from model.solo import Solo
+from model.vcpu import UNKNOWN_EXIT, Host, ModelVcpu, Op
+
+IO, HLT = constants.KVM_EXIT_IO, constants.KVM_EXIT_HLT
+SET, CLEAR = NEEDS_COMPLETION, 0
+UNKNOWN = [UNKNOWN_EXIT, constants.KVM_EXIT_MEMORY_FAULT, constants.KVM_EXIT_NOTIFY]
+
+
+def announced() -> CompletionPolicy:
+    return CompletionPolicy(capability=300, announced=True)
+
+
+# -- the documented list -------------------------------------------------------------------
+
+
+def test_the_list_is_that_of_api_rst() -> None:
+    names = "IO MMIO OSI PAPR_HCALL XEN EPR X86_RDMSR X86_WRMSR HYPERCALL"
+    assert {getattr(constants, f"KVM_EXIT_{name}") for name in names.split()} == DOCUMENTED
+    assert not DOCUMENTED & COMPLETE
+    assert NEEDS_COMPLETION == 1 << 15
+
+
+@pytest.mark.parametrize("reason", sorted(DOCUMENTED))
+def test_what_is_documented_is_completed(reason: int) -> None:
+    assert CompletionPolicy().needs(reason, CLEAR)
+    assert CompletionPolicy(Mode.LIST).needs(reason, CLEAR)
+
+
+@pytest.mark.parametrize("reason", UNKNOWN)
+def test_what_is_unknown_is_completed(reason: int) -> None:
+    assert CompletionPolicy().needs(reason, CLEAR)
+    assert CompletionPolicy(Mode.LIST).needs(reason, CLEAR)
+
+
+@pytest.mark.parametrize("reason", sorted(COMPLETE))
+def test_what_leaves_nothing_pending_is_not_completed(reason: int) -> None:
+    assert not CompletionPolicy().needs(reason, CLEAR)
+    assert not CompletionPolicy(Mode.LIST).needs(reason, CLEAR)
+
+
+@pytest.mark.parametrize("reason", [*sorted(DOCUMENTED | COMPLETE), *UNKNOWN])
+@pytest.mark.parametrize("flags", [SET, CLEAR])
+def test_always_is_always(reason: int, flags: int) -> None:
+    assert CompletionPolicy(Mode.ALWAYS, capability=300, announced=True).needs(reason, flags)
+
+
+@pytest.mark.parametrize("flags", [SET, CLEAR])
+def test_by_the_list_the_flag_is_not_looked_at(flags: int) -> None:
+    policy = CompletionPolicy(Mode.LIST, capability=300, announced=True)
+    for _ in range(2):
+        assert policy.needs(IO, flags)
+        assert not policy.needs(HLT, flags)
+    assert not policy.by_flag
+    assert not policy.lie
+
+
+# -- the flag ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", UNKNOWN)
+def test_where_it_is_announced_the_flag_decides_and_nothing_else(reason: int) -> None:
+    policy = announced()
+    assert policy.by_flag
+    assert policy.needs(reason, SET)
+    assert not policy.needs(reason, CLEAR)
+    assert policy.needs(IO, SET)
+    assert not policy.needs(HLT, CLEAR)
+
+
+def test_other_flags_are_not_that_flag() -> None:
+    assert not announced().needs(UNKNOWN_EXIT, 0xFFFF & ~NEEDS_COMPLETION)
+
+
+@pytest.mark.parametrize(
+    ("capability", "answers"), [(None, True), (None, False), (300, False), (239, False)]
+)
+def test_a_number_that_nobody_configured_or_no_kernel_announces_means_nothing(
+    capability: int | None, answers: bool
+) -> None:
+    policy = CompletionPolicy(capability=capability, announced=answers)
+    assert not policy.by_flag
+    assert policy.needs(UNKNOWN_EXIT, CLEAR)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([(IO, SET), (HLT, CLEAR)])))
+def test_a_kernel_proves_itself_by_both(order: tuple[tuple[int, int], ...]) -> None:
+    policy = CompletionPolicy()
+    for reason, flags in order:
+        assert not policy.by_flag
+        policy.needs(reason, flags)
+    assert policy.by_flag
+    assert not policy.needs(UNKNOWN_EXIT, CLEAR)
+    assert policy.needs(UNKNOWN_EXIT, SET)
+
+
+@pytest.mark.parametrize(
+    "seen", [[(IO, SET)], [(HLT, CLEAR)], [(UNKNOWN_EXIT, SET), (UNKNOWN_EXIT, CLEAR)]]
+)
+def test_half_a_proof_is_none(seen: list[tuple[int, int]]) -> None:
+    policy = CompletionPolicy()
+    for reason, flags in seen * 2:
+        policy.needs(reason, flags)
+    assert not policy.by_flag
+    assert policy.needs(UNKNOWN_EXIT, CLEAR)
+
+
+@pytest.mark.parametrize(
+    ("reason", "flags", "how"),
+    [(IO, CLEAR, "clear where it must be set"), (HLT, SET, "set where it must be clear")],
+)
+@pytest.mark.parametrize("proved", [False, True])
+def test_a_kernel_that_lies_is_named_once_and_not_believed_again(
+    reason: int, flags: int, how: str, proved: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = CompletionPolicy() if proved else announced()
+    if proved:
+        policy.needs(IO, SET)
+        policy.needs(HLT, CLEAR)
+        assert policy.by_flag
+    with caplog.at_level(logging.WARNING, "avmm.completion"):
+        for _ in range(3):
+            assert policy.needs(reason, flags) is (reason == IO)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert how in caplog.text
+    assert "KVM_EXIT_" in caplog.text
+    assert not policy.by_flag
+    assert policy.needs(UNKNOWN_EXIT, CLEAR)
+    policy.needs(IO, SET)
+    policy.needs(HLT, CLEAR)
+    assert not policy.by_flag, "a liar is not believed because it told the truth twice"
+
+
+def test_a_kernel_without_the_flag_is_no_liar(caplog: pytest.LogCaptureFixture) -> None:
+    policy = CompletionPolicy()
+    for _ in range(2):
+        assert policy.needs(IO, CLEAR)
+        assert not policy.needs(HLT, CLEAR)
+    assert not caplog.records
+    assert policy.describe() == "the documented list"
+
+
+def test_the_policy_in_force_is_described() -> None:
+    assert CompletionPolicy(Mode.ALWAYS).describe() == "every exit"
+    assert CompletionPolicy(Mode.LIST).describe() == "the documented list"
+    policy = announced()
+    assert policy.describe() == "the kernel's flag (capability 300)"
+    policy.needs(IO, CLEAR)
+    assert policy.describe().startswith("the documented list (")
+    proved = CompletionPolicy()
+    proved.needs(IO, SET)
+    proved.needs(HLT, CLEAR)
+    assert proved.describe() == "the kernel's flag (proved)"
+
+
+exits = st.sampled_from(sorted(DOCUMENTED | COMPLETE) + UNKNOWN)
+
+
+@given(seen=st.lists(st.tuples(exits, st.booleans()), max_size=12), configured=st.booleans())
+@settings(max_examples=500, deadline=None)
+def test_no_history_leaves_a_documented_exit_uncompleted(
+    seen: list[tuple[int, bool]], configured: bool
+) -> None:
+    logging.disable(logging.WARNING)
+    try:
+        policy = announced() if configured else CompletionPolicy()
+        for reason, flagged in seen:
+            needs = policy.needs(reason, SET if flagged else CLEAR)
+            assert needs or reason not in DOCUMENTED
+            assert not (needs and reason in COMPLETE)
+            if needs != flagged and reason not in DOCUMENTED | COMPLETE:
+                assert not policy.by_flag
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# -- the drain -----------------------------------------------------------------------------
+
+
+class Scripted(ModelVcpu):
+    """Answers KVM_RUN with what it is told."""
+
+    def __init__(self, *statuses: int) -> None:
+        super().__init__(5, (), Host())
+        self.statuses = itertools.chain(statuses, itertools.repeat(statuses[-1]))
+        self.runs = 0
+        self.run = self.answer  # type: ignore[method-assign]
+
+    def answer(self) -> int:
+        assert self.page.immediate_exit == 1
+        self.runs += 1
+        return next(self.statuses)
+
+
+def test_a_guest_that_does_not_end_its_exit_is_named() -> None:
+    vcpu, served = Scripted(constants.KVM_EXIT_MMIO), []
+    with pytest.raises(VcpuError, match=r"vCPU 5 was not drained .* was KVM_EXIT_MMIO$"):
+        drain(vcpu, served.append, CompletionPolicy())
+    assert len(served) == vcpu.runs == DRAIN_LIMIT
+
+
+def test_an_ap_that_never_says_eintr_is_an_error_too() -> None:
+    with pytest.raises(VcpuError, match="vCPU 5 was not drained"):
+        drain(Scripted(-errno.EAGAIN), lambda reason: None, CompletionPolicy())
+
+
+def test_a_run_that_fails_is_raised() -> None:
+    with pytest.raises(KvmError, match="KVM_RUN"):
+        drain(Scripted(-errno.EFAULT), lambda reason: None, CompletionPolicy())
+
+
+def test_what_serving_raises_is_raised() -> None:
+    def serve(reason: int) -> None:
+        raise ValueError("a device")
+
+    with pytest.raises(ValueError, match="a device"):
+        drain(Scripted(IO), serve, CompletionPolicy())
+
+
+@pytest.mark.parametrize("reason", sorted(COMPLETE))
+def test_an_exit_that_needs_none_ends_the_drain(reason: int) -> None:
+    vcpu, served = Scripted(IO, reason), []
+    drain(vcpu, served.append, CompletionPolicy())
+    assert served == [IO, reason]
+    assert vcpu.runs == 2
+
+
+def test_only_eintr_ends_the_drain_of_others() -> None:
+    vcpu, served = Scripted(IO, -errno.EAGAIN, UNKNOWN_EXIT, -errno.EINTR), []
+    drain(vcpu, served.append, CompletionPolicy())
+    assert served == [IO, UNKNOWN_EXIT]
+    assert vcpu.runs == 4
+
+
+def test_the_measured_table() -> None:
+    """Field notes 2: how many exits completion brings, and where the registers are then."""
+    shapes = {
+        Op("in", 1): 0,
+        Op("ins", 1, count=4): 0,
+        Op("load", 4, parts=(4,)): 0,
+        Op("load", 8, parts=(3, 5)): 1,
+        Op("store", 8, parts=(3, 5)): 1,
+        Op("rmw", 2): 1,
+        Op("outs_mmio", 1, count=4): 1,
+        Op("out", 1): 0,
+    }
+    for op, more in shapes.items():
+        solo = Solo(REAL, (op,), Host())
+        solo.serve(solo.model.run())
+        drain(solo.model, solo.serve, CompletionPolicy())
+        assert solo.model.exits == 1 + more, op
+        state = solo.model.state()
+        left = {"ins": (0, 0), "outs_mmio": (0, 3)}.get(op.kind, (1, 0))
+        assert (state.pc, state.count) == left, op

@@ -1,0 +1,191 @@
+"""A state machine: hypothesis picks each next move by what the world looks like just then."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import trio
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from model.mutants import BUGS
+from model.production import REAL, Production
+from model.programs import hosts, programs
+from model.properties import Believes
+from model.schedules import play
+from model.vcpu import Broken, Host, Op
+from model.world import WATCHDOG, World, lived
+
+pytestmark = pytest.mark.timeout(300)  # a busy machine takes its time
+cpus = st.integers(0, 3)
+EXAMPLES = 300
+
+
+class Machine(RuleBasedStateMachine):
+    """The world lives in a thread of its own, and does there what the rules say."""
+
+    code: Production = REAL
+    found: ClassVar[list[BaseException]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world: World | None = None
+        self.orders: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+
+    @initialize(several=st.lists(programs(4), min_size=1, max_size=3), host=hosts())
+    def create(self, several: list[tuple[Op, ...]], host: Host) -> None:
+        def life() -> None:
+            try:
+                lived(self.code, several, host, Believes(), self._script)
+            except BaseException as error:
+                self.answers.put(error)
+            else:
+                self.answers.put(None)
+
+        self.thread = threading.Thread(target=life)
+        self.thread.start()
+        self._answer()
+
+    async def _script(self, world: World, nursery: trio.Nursery) -> None:
+        self.world = world
+        self.answers.put(None)
+        # The rules' thread waits whenever this one runs, and the other way round.
+        while (order := self.orders.get(timeout=WATCHDOG)) is not None:
+            await play(world, nursery, order)
+            self.answers.put(None)
+        world.nudges.clear()
+        await world.finish()
+        await world.stop()
+
+    def _answer(self) -> None:
+        error = self.answers.get(timeout=2 * WATCHDOG)
+        if error is not None:
+            self.found.append(error)
+            self._join()
+            raise error
+
+    def _join(self) -> None:
+        thread, self.thread = self.thread, None
+        if thread is not None:
+            thread.join(WATCHDOG)
+            assert not thread.is_alive()
+
+    def _do(self, *order: Any) -> None:
+        if self.thread is not None:
+            self.orders.put(order)
+            self._answer()
+
+    def _now(self, holds: Callable[[World], bool]) -> bool:
+        return self.world is not None and self.thread is not None and holds(self.world)
+
+    @rule(cpu=cpus, steps=st.integers(1, 12))
+    def step(self, cpu: int, steps: int) -> None:
+        self._do("step", cpu, steps)
+
+    @rule(cpu=cpus, manners=st.lists(st.sampled_from(["now", "late"]), min_size=1, max_size=3))
+    def later(self, cpu: int, manners: list[str]) -> None:
+        self._do("manner", cpu, manners)
+
+    @rule(manners=st.lists(st.sampled_from(["now", "late"]), min_size=1, max_size=2))
+    def slowly(self, manners: list[str]) -> None:
+        self._do("slow", manners)
+
+    @rule(cpu=cpus, vector=st.integers(32, 255))
+    def interrupt(self, cpu: int, vector: int) -> None:
+        self._do("interrupt", cpu, vector)
+
+    @rule(
+        deadline=st.none() | st.sampled_from([0.5, 2.0]),
+        nudges=st.lists(st.integers(0, 6), max_size=6),
+    )
+    def pause(self, deadline: float | None, nudges: list[int]) -> None:
+        self._do("nudge", nudges)
+        self._do("pause", deadline)
+
+    @precondition(lambda self: self._now(lambda world: any(c.waiting for c in world.cpus)))
+    @rule(cpu=cpus)
+    def answer(self, cpu: int) -> None:
+        self._do("answer", cpu)
+
+    @precondition(lambda self: self._now(lambda world: bool(world.quiesce_gates)))
+    @rule(device=cpus)
+    def quiesced(self, device: int) -> None:
+        self._do("quiesced", device)
+
+    @precondition(lambda self: self._now(lambda world: not all(p.done for p in world.pausers)))
+    @rule(who=cpus)
+    def leave(self, who: int) -> None:
+        self._do("leave", who)
+
+    @precondition(lambda self: self._now(lambda world: not all(p.done for p in world.pausers)))
+    @rule(who=cpus)
+    def cancel(self, who: int) -> None:
+        self._do("cancel", who)
+
+    @precondition(lambda self: self._now(lambda world: not all(p.done for p in world.pausers)))
+    @rule(seconds=st.sampled_from([0.25, 1.0]))
+    def advance(self, seconds: float) -> None:
+        self._do("advance", seconds)
+
+    def teardown(self) -> None:
+        if self.thread is not None:
+            self.orders.put(None)
+            self._answer()
+            self._join()
+
+
+def examined(code: Production, **more: Any) -> list[BaseException]:
+    """Run the machine on this code; gives what it found, raises what hypothesis makes of it."""
+    machine = type("Machine", (Machine,), {"code": code, "found": []})
+    logging.disable(logging.WARNING)  # lying kernels are named in the log, by the hundred
+    try:
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=EXAMPLES,
+                stateful_step_count=30,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+                **more,
+            ),
+        )
+    except BaseException:
+        if not machine.found or not more:
+            raise
+    finally:
+        logging.disable(logging.NOTSET)
+    return machine.found
+
+
+def test_the_state_machine_finds_nothing() -> None:
+    assert not examined(REAL)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no re-entry in the loop",
+        "lost kick: the signal before the request",
+        "the first of several pauses to be left resumes",
+    ],
+)
+def test_the_state_machine_finds_planted_bugs(name: str) -> None:
+    bug = next(bug for bug in BUGS if bug.name == name)
+    quick = {"derandomize": True, "database": None, "report_multiple_bugs": False}
+    found = examined(bug.planted(), phases=[Phase.generate], **quick)
+    assert found
+    assert isinstance(found[0], Broken)
