@@ -19,15 +19,16 @@ to whoever holds the device's own lock, which is held only while one handler cal
 handler never waits for another vCPU, another device or the coordinator, and nothing is locked
 across an await.
 
-**Asking a vCPU for something.** `stop` and `pause` set a request, then `immediate_exit`, then
-send the kick (a signal with a C handler that does nothing). The thread clears `immediate_exit`
-*before* it looks at the requests. In that order a request is never lost: either the thread sees
-it when it looks, or `immediate_exit` is set at its next `KVM_RUN`, or the signal interrupts
-the one that runs.
+**Asking a vCPU for something.** Whoever asks writes down the request, then sets
+`immediate_exit`, then sends the kick (a signal with a C handler that does nothing). The thread
+clears `immediate_exit` *before* it looks at the requests. In that order a request is never
+lost: either the thread sees it when it looks, or `immediate_exit` is set at its next
+`KVM_RUN`, or the signal interrupts the one that runs.
 
 **Parking.** A vCPU that is to pause first lets the kernel finish what the last exit left
-pending (`avmm.completion` says why, and how: `drain`). Then it parks: it hands the task one more
-awaitable, which ends when the vCPU is resumed.
+pending (`avmm.completion` says why, and how: `drain`). Then its thread stands in the machine's
+parking lot until the machine runs on. A vCPU that is asked while it is in the guest has nothing
+in hand and does all of this in C, without the GIL (avmm/kvm/parking.h).
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ import trio
 from avmm.completion import CompletionPolicy, drain
 from avmm.errors import VcpuError
 from avmm.kvm import KvmError
-from avmm.kvm.bridge import Bridge, accept_kicks, install_kick, kick
+from avmm.kvm.bridge import Bridge
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from avmm.exits import Exits
     from avmm.kvm import Vcpu
+    from avmm.kvm.parking import Spot
 
 _YIELD_SECONDS: Final = 0.001
 """How long handlers that never really wait may keep the other tasks of the program waiting."""
@@ -99,47 +101,45 @@ def device_lock() -> AbstractContextManager[bool]:
 
 
 class VcpuLoop:
-    """Runs one vCPU until it is stopped, fails, or its task is cancelled."""
+    """Runs one vCPU until it is stopped, fails, or its task is cancelled.
 
-    def __init__(self, vcpu: Vcpu, exits: Exits, policy: CompletionPolicy) -> None:
+    It is asked to park by way of the lot that `spot` belongs to (`avmm.group`).
+    """
+
+    def __init__(self, vcpu: Vcpu, exits: Exits, policy: CompletionPolicy, spot: Spot) -> None:
         self.index = vcpu.index
+        self.failed = False
+        """It has ended in the midst of an exit: its state is not one to be read."""
         self._vcpu = vcpu
         self._exits = exits
         self._policy = policy
+        self._spot = spot
         self._handed_over: float | None = None
         self._bridge = Bridge()
         self._work: Awaitable[None] | None = None
         self._error: BaseException | None = None
         self._stopping = False
-        self._pausing = False
         self._ended = False
-        self._failed = False
-        self._parked = trio.Event()
-        self._resumed = trio.Event()
-        # Guards the thread id alone, for the moment of a kick: a signal must not be sent to a
-        # thread that has ended, whose id may be somebody else's by now.
-        self._kicking = threading.Lock()
-        self._thread_id = 0
 
     def close(self) -> None:
         """Give back what it holds, if it does not run; idempotent."""
-        self._ended = True
+        self._spot.leave()
         self._bridge.close()
 
-    # -- requests ------------------------------------------------------------------------
-
     def stop(self) -> None:
-        """Ask the vCPU to end. Any thread; does not wait; idempotent."""
+        """Ask the vCPU to end, parked or not. Any thread; does not wait; idempotent."""
         self._stopping = True
-        self._kick()
+        self._spot.stop()
 
-    def pause(self) -> None:
-        """Ask the vCPU to drain and park; `parked` waits for it. From trio only."""
-        self._parked, self._resumed = trio.Event(), trio.Event()
-        self._pausing = True
-        if self._ended:
-            self._parked.set()
-        self._kick()
+    @property
+    def is_parked(self) -> bool:
+        """Has the vCPU parked since it was last asked to, or ended?"""
+        return self._spot.is_parked
+
+    @property
+    def is_being_served(self) -> bool:
+        """Is its exit with its task now, and the thread waiting?"""
+        return self._handed_over is not None
 
     def waits_for(self) -> str:
         """What keeps the vCPU from parking, for a person; from trio."""
@@ -149,72 +149,38 @@ class VcpuLoop:
         waiting = time.monotonic() - since
         return f"vCPU {self.index} waits for {self._exits.owner()}, since {waiting:.1f} s"
 
-    @property
-    def is_parked(self) -> bool:
-        """Has the vCPU parked after the last `pause`, or ended?"""
-        return self._parked.is_set()
-
-    async def parked(self) -> None:
-        """Wait until the vCPU has parked after `pause`, or has ended in good order.
-
-        Raises `VcpuError` where it has failed: its last exit is not finished, and its state
-        not one to be read.
-        Cancelling the wait leaves the request standing until `resume`.
-        """
-        # Nearly always it parks at once: to be there is cheaper than to sleep and be woken.
-        if self._handed_over is None and not self._parked.is_set():
-            self._bridge.linger()
-        await self._parked.wait()
-        if self._failed:
-            raise VcpuError(f"vCPU {self.index} has failed in the midst of an exit")
-
-    def resume(self) -> None:
-        """Take a `pause` back, whether the vCPU has parked yet or not. From trio only."""
-        self._pausing = False
-        self._resumed.set()
-
-    def _kick(self) -> None:
-        with self._kicking:
-            if self._ended:
-                return
-            self._vcpu.page.immediate_exit = 1
-            if self._thread_id:
-                kick(self._thread_id)
-
     # -- the thread ----------------------------------------------------------------------
 
     def _main(self) -> None:
         try:
-            accept_kicks()
-            with self._kicking:
-                self._thread_id = threading.get_native_id()
+            self._spot.enter()
             self._run()
         except BaseException as error:
             self._error = error
         finally:
-            with self._kicking:
-                self._thread_id = 0
-                self._ended = True
+            self.failed |= self._error is not None
+            self._ended = True
+            self._spot.leave()
             self._bridge.leave()
 
     def _run(self) -> None:
-        run, serve, page = self._vcpu.run, self._exits.serve, self._vcpu.page
+        run, serve, page = self._spot.run, self._exits.serve, self._vcpu.page
         while True:
             status = run()
             if status >= 0:
                 pending = serve(status)
                 if pending is not None:
                     self._hand_over(pending)
-                if not (self._pausing or self._stopping):
+                if not (self._spot.asked or self._stopping):
                     continue
             elif status not in (-errno.EINTR, -errno.EAGAIN):
                 raise KvmError("KVM_RUN", -status)
             page.immediate_exit = 0
-            if self._pausing and not self._stopping:
+            if self._spot.asked and not self._stopping:
                 if status < 0 or self._policy.needs(status, page.flags):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
-                self._hand_over(self._park())
+                self._spot.park()
             if self._stopping:
                 return
 
@@ -238,7 +204,6 @@ class VcpuLoop:
         where `KVM_RUN` fails; each says what the vCPU was at. Cancelling stops the vCPU and
         leaves its exit unfinished: the vCPU is not to be run again.
         """
-        install_kick()
         thread = threading.Thread(target=self._main, name=f"avmm vCPU {self.index}", daemon=True)
         try:
             thread.start()
@@ -247,17 +212,15 @@ class VcpuLoop:
         try:
             await self._serve()
         except Exception as error:
-            self._failed = True
+            self.failed = True
             self._annotate(error)
             raise
         finally:
-            self._failed |= self._error is not None
             try:
                 await self._wind_up()
             finally:
                 thread.join()
                 self._bridge.poll(False)  # the last turn is taken, whoever saw the end first
-                self._parked.set()
                 self.close()
         if self._error is not None:
             if isinstance(self._error, Exception):
@@ -292,7 +255,6 @@ class VcpuLoop:
         started in a cancelled nursery. Raises the first failure of that, after the end.
         """
         self.stop()
-        self._resumed.set()
         failure = None
         with trio.CancelScope(shield=True):
             while not self._ended:
@@ -307,10 +269,6 @@ class VcpuLoop:
                 self._bridge.answer()
         if failure is not None:
             raise failure
-
-    async def _park(self) -> None:
-        self._parked.set()
-        await self._resumed.wait()
 
     def _annotate(self, error: Exception) -> None:
         if not isinstance(error, VcpuError):

@@ -26,7 +26,7 @@ from avmm.arch.x86_64 import cpu, layout, report
 from avmm.arch.x86_64 import state as cpu_state
 from avmm.bus import Bus, Placement, pio
 from avmm.calls import CallHandler
-from avmm.completion import CompletionPolicy
+from avmm.completion import CompletionPolicy, Mode
 from avmm.config import UNCLAIMED, MachineConfig, Settings
 from avmm.devices.base import Device, InterruptLine
 from avmm.devices.cmos import Cmos
@@ -38,8 +38,10 @@ from avmm.devices.post import DebugConsole, PostCode
 from avmm.devices.serial import Serial
 from avmm.errors import AvmmError, ConfigError, GuestMemoryError, ImageError, StateError
 from avmm.exits import Exits
+from avmm.group import VcpuGroup
 from avmm.irq import Interrupts, Line
 from avmm.kvm import System, Vcpu, Vm, constants
+from avmm.kvm.parking import ParkingLot
 from avmm.loop import VcpuLoop, Wakeup, device_lock
 from avmm.memory import HOLE_END, GuestMemory
 from avmm.migration import Coordinator
@@ -155,6 +157,7 @@ class Parts:
                     cpu.set_up(self.system, vcpu, config.cpus, entry if vcpu.index == 0 else None)
             else:
                 self._load(state)
+            self.group = self._group(stack)
             self._stack = stack.pop_all()
 
     def _create_vm(self, stack: ExitStack) -> Vm:
@@ -272,6 +275,16 @@ class Parts:
         registers = partial(report.registers, vcpu, self.memory)
         return Exits(vcpu, self.pio, self.mmio, self.msrs, self._end, registers, self._calls)
 
+    def _group(self, stack: ExitStack) -> VcpuGroup:
+        lot = ParkingLot(self.vcpus, always=self.policy.mode is Mode.ALWAYS)
+        stack.callback(lot.close)
+        loops = []
+        for vcpu, spot in zip(self.vcpus, lot.spots, strict=True):
+            loop = VcpuLoop(vcpu, self.exits(vcpu), self.policy, spot)
+            stack.callback(loop.close)
+            loops.append(loop)
+        return VcpuGroup(lot, loops)
+
     def close(self) -> None:
         """Give everything back to the host; idempotent, after all that ran has ended."""
         self._stack.close()
@@ -311,10 +324,8 @@ class Machine:
         self._state = state
         self._outcomes: list[Outcome] = []
         self._ended = trio.Event()
-        self._loops: list[VcpuLoop] = []
-        self._quiescable: list[Device] = []
-        self._coordinator = Coordinator(self._loops, self._quiescable)
         self._parts: Parts | None = None
+        self._coordinator: Coordinator | None = None
         self._manager: AbstractAsyncContextManager[None] | None = None
 
     # -- what its user sees ---------------------------------------------------------------
@@ -342,14 +353,14 @@ class Machine:
     def stop(self, status: int = 0) -> None:
         """End the guest from outside, paused or not; `wait` tells when that is done."""
         self._end(Outcome(Cause.STOPPED, status))
-        for loop in self._loops:
-            loop.resume()
 
     def paused(self, deadline: float | None = None) -> AbstractAsyncContextManager[None]:
         """`async with vm.paused():` the machine stands still inside, drained and quiesced.
 
         `deadline` is in seconds; see `avmm.migration.Coordinator.paused`.
         """
+        if self._coordinator is None:
+            raise AvmmError("the machine does not exist yet: pause it inside its `async with`")
         return self._coordinator.paused(deadline)
 
     def save(self) -> dict[str, Any]:
@@ -357,7 +368,7 @@ class Machine:
 
         Raises `DeviceError` where a device cannot be saved. RAM is copied into it.
         """
-        if not self._coordinator.is_paused:
+        if self._coordinator is None or not self._coordinator.is_paused:
             raise AvmmError("a running machine cannot be saved: save it inside `vm.paused()`")
         return self._running.save()
 
@@ -400,13 +411,12 @@ class Machine:
         try:
             # A device without a task of its own has nothing that goes on by itself.
             active = (Device.run, Device.quiesce)
-            self._quiescable.extend(
+            quiescable = [
                 device
                 for device in parts.devices
                 if (type(device).run, type(device).quiesce) != active
-            )
-            for vcpu in parts.vcpus:
-                self._loops.append(VcpuLoop(vcpu, parts.exits(vcpu), parts.policy))
+            ]
+            self._coordinator = Coordinator(parts.group, quiescable)
             if self._outcomes:  # stopped before it was entered
                 self.stop()
             async with trio.open_nursery() as nursery:
@@ -420,15 +430,11 @@ class Machine:
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
-            for loop in self._loops:
-                loop.close()
             parts.close()
 
     async def _run_vcpus(self, parts: Parts) -> None:
         try:
-            async with trio.open_nursery() as nursery:
-                for loop in self._loops:
-                    nursery.start_soon(loop.run, name=f"vCPU {loop.index}")
+            await parts.group.run()
         finally:
             for device in parts.devices:
                 device.finish()
@@ -440,8 +446,8 @@ class Machine:
     def _end(self, outcome: Outcome) -> None:
         """Any thread. The first outcome counts; a list's append is atomic."""
         self._outcomes.append(outcome)
-        for loop in self._loops:
-            loop.stop()
+        if self._parts is not None:
+            self._parts.group.stop()
 
     @property
     def _running(self) -> Parts:

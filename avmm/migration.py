@@ -19,7 +19,7 @@ same is undone in reverse, and the guest runs on as if nothing had been asked.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol
 
@@ -28,15 +28,13 @@ import trio
 from avmm.errors import PauseTimeout
 
 
-class PausableVcpu(Protocol):
-    """What the coordinator needs of a vCPU; `avmm.loop.VcpuLoop` is one."""
+class PausableVcpus(Protocol):
+    """What the coordinator needs of the vCPUs; `avmm.group.VcpuGroup` is such."""
 
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     async def parked(self) -> None: ...
-    @property
-    def is_parked(self) -> bool: ...
-    def waits_for(self) -> str: ...
+    def late(self) -> list[str]: ...
 
 
 class QuiescableDevice(Protocol):
@@ -49,16 +47,9 @@ class QuiescableDevice(Protocol):
 
 
 class Coordinator:
-    """Pauses one machine for whoever asks, from trio; pauses count.
+    """Pauses one machine for whoever asks, from trio; pauses count."""
 
-    `vcpus` and `devices` may still be filled after this is made, not after the first pause.
-    """
-
-    def __init__(
-        self,
-        vcpus: Sequence[PausableVcpu],
-        devices: Collection[QuiescableDevice],
-    ) -> None:
+    def __init__(self, vcpus: PausableVcpus, devices: Collection[QuiescableDevice]) -> None:
         self._vcpus = vcpus
         self._devices = devices
         self._holders = 0
@@ -114,27 +105,20 @@ class Coordinator:
                 standstill, self._standstill = self._standstill, None
                 await standstill.aclose()
 
-    def _resume_vcpus(self) -> None:
-        for vcpu in self._vcpus:
-            vcpu.resume()
-
     async def _stand_still(self) -> AsyncExitStack:
         """All steps; gives what undoes them, and undoes them itself where it fails."""
         undo = AsyncExitStack()
         self._waiting_for = ""
         try:
-            undo.callback(self._resume_vcpus)
-            for vcpu in self._vcpus:
-                vcpu.pause()
-            for vcpu in self._vcpus:
-                await vcpu.parked()
+            undo.callback(self._vcpus.resume)
+            self._vcpus.pause()
+            await self._vcpus.parked()
             for device in self._devices:
                 undo.push_async_callback(device.resume)
                 self._waiting_for = f"{device.name} has not finished what it has in flight"
                 await device.quiesce()
         except BaseException:
-            late = [vcpu.waits_for() for vcpu in self._vcpus if not vcpu.is_parked]
-            self._waiting_for = "; ".join(late) or self._waiting_for
+            self._waiting_for = "; ".join(self._vcpus.late()) or self._waiting_for
             with trio.CancelScope(shield=True):
                 await undo.aclose()
             raise

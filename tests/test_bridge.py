@@ -22,7 +22,8 @@ import trio
 
 import avmm
 from avmm.kvm import KvmError
-from avmm.kvm.bridge import Bridge, accept_kicks, install_kick, kick
+from avmm.kvm.bridge import Bridge
+from avmm.kvm.kick import accept_kicks, install_kick, kick
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -110,14 +111,6 @@ def test_a_task_that_gave_up_waiting_is_not_rung_for(bridge: Bridge) -> None:
     bridge.leave()
     assert not rings(bridge)
     assert bridge.woken()
-
-
-def test_lingering_does_not_take_the_turn(bridge: Bridge) -> None:
-    bridge.linger()
-    bridge.leave()
-    bridge.linger()
-    assert not rings(bridge)
-    assert bridge.poll(False)
 
 
 def test_the_bell_is_ours_alone(bridge: Bridge) -> None:
@@ -381,7 +374,7 @@ def test_the_kick_is_one_signal_that_is_not_queued() -> None:
 
 def in_child(code: str) -> str:
     """What a fresh process prints, whose signals are nobody's."""
-    prelude = "import signal\nfrom avmm.kvm.bridge import install_kick\n"
+    prelude = "import signal\nfrom avmm.kvm.kick import install_kick\n"
     done = subprocess.run(
         [sys.executable, "-c", prelude + code],
         env=os.environ | {"PYTHONPATH": str(Path(avmm.__file__).parents[1])},
@@ -472,7 +465,7 @@ def test_a_thread_accepts_kicks_whatever_mask_it_inherited() -> None:
 def test_a_kick_gets_through_where_the_users_signal_queue_is_full() -> None:
     code = """if True:
         import resource, threading
-        from avmm.kvm.bridge import kick
+        from avmm.kvm.kick import install_kick, kick
         install_kick()
         resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, 0))
         try:

@@ -33,8 +33,8 @@ from avmm.kvm import (
     errors,
     exit_name,
 )
-from avmm.kvm.bridge import accept_kicks, install_kick, kick
 from avmm.kvm.handles import REQUIRED
+from avmm.kvm.kick import accept_kicks, install_kick, kick
 
 PAGE = 4096
 ORIGIN = 0x1000

@@ -18,7 +18,7 @@ import trio
 from avmm import guests
 from avmm.bench.row import Row
 from avmm.config import MachineConfig
-from avmm.kvm.bridge import install_kick
+from avmm.kvm.kick import install_kick
 from avmm.machine import Machine, Parts
 
 CPUS: Final = (1, 2, 4, 16)

@@ -25,7 +25,6 @@
 #include <time.h>
 
 #define POLL_NS 120000         /* longest poll, and longest average wait at which to poll */
-#define LINGER_NS 200000       /* a kicked vCPU parks within that, if nothing keeps it */
 #define SAMPLE_MAX (8 * POLL_NS)   /* one long wait must not count for ever */
 
 enum { TURN_VCPU = 0, TURN_TASK = 1 };
@@ -138,14 +137,6 @@ static int avmm_bridge_poll(struct avmm_bridge *b, int may_spin)
         return 1;
     atomic_store(&b->task_sleeps, 1);
     return atomic_load(&b->turn) == TURN_TASK ? avmm_bridge_woken(b) : 0;
-}
-
-/* Task: look out for its turn a little while, without taking it: soon it will be there. */
-static void avmm_bridge_linger(struct avmm_bridge *b)
-{
-    int64_t end = now_ns() + LINGER_NS;
-    while (atomic_load(&b->turn) != TURN_TASK && now_ns() < end)
-        sched_yield();
 }
 
 /* Task: give the turn back. */

@@ -1,4 +1,4 @@
-"""Python's side of the hand-over (bridge.h) and of the kick (shim.c)."""
+"""Python's side of the hand-over (bridge.h)."""
 
 from __future__ import annotations
 
@@ -44,10 +44,6 @@ class Bridge:
         """The task no longer waits for the bell, whether it rang or not; has it its turn?"""
         return bool(lib.avmm_bridge_woken(self._struct))
 
-    def linger(self) -> None:
-        """Block, without the GIL, until the task's turn comes, or for 0.2 ms."""
-        lib.avmm_bridge_linger(self._struct)
-
     def answer(self) -> None:
         """Give the turn back to the thread."""
         lib.avmm_bridge_answer(self._struct)
@@ -61,27 +57,3 @@ class Bridge:
         if self.bell >= 0:
             os.close(self.bell)
             self.bell = -1
-
-
-def install_kick() -> int:
-    """Claim a signal that nobody handles for kicks, once a process; returns its number."""
-    number: int = lib.avmm_kick_install()
-    if number < 0:
-        raise KvmError(
-            "sigaction",
-            errno.EBUSY,
-            "SIGSTKFLT, SIGPWR, SIGUSR1 and SIGUSR2 all have handlers already",
-        )
-    return number
-
-
-def accept_kicks() -> None:
-    """Let kicks through to the calling thread, whatever signal mask it inherited."""
-    if (answer := lib.avmm_kick_accept()) < 0:
-        raise KvmError("pthread_sigmask", -answer)
-
-
-def kick(thread_id: int) -> None:
-    """Interrupt `KVM_RUN` in the thread (of this process) with that kernel thread id."""
-    if (answer := lib.avmm_kick(thread_id)) < 0:
-        raise KvmError("tgkill", -answer)

@@ -16,6 +16,11 @@ ffibuilder.set_source(
     "avmm.kvm._kvm",
     '#include "shim.c"',
     include_dirs=[str(HERE)],
-    depends=[str(HERE / "shim.c"), str(HERE / "bridge.h"), str(HERE / "cdef.h")],
+    depends=[
+        str(HERE / "shim.c"),
+        str(HERE / "bridge.h"),
+        str(HERE / "parking.h"),
+        str(HERE / "cdef.h"),
+    ],
     extra_compile_args=["-O2", "-std=gnu11"],
 )

@@ -1,4 +1,4 @@
-/* The C that cffi compiles into avmm.kvm._kvm: ioctls, the kick, the bridge. */
+/* The C that cffi compiles into avmm.kvm._kvm: ioctls, the kick, the bridge, the parking lot. */
 
 #include <errno.h>
 #include <linux/kvm.h>
@@ -162,6 +162,8 @@ static int avmm_kick(int tid)
 {
     return syscall(SYS_tgkill, getpid(), tid, kick_signal) < 0 ? -errno : 0;
 }
+
+#include "parking.h"
 
 /* The baseline of `avmm bench pause`: a vCPU in a C thread is kicked, and that is all. `times`
  * gets, for each of `rounds` kicks, the ns from asking for it to KVM_RUN's return, as both the

@@ -1,37 +1,15 @@
-/* The hand-over of bridge.h with a random pause before each of its atomic operations, so that
- * two threads meet in all the orders that a lost wake-up would need, which in the real thing
- * are a few nanoseconds wide. Prints "ok", or what went wrong. */
+/* The hand-over of bridge.h, with chance.h. Prints "ok", or what went wrong. */
 
 #define _GNU_SOURCE
 #include <poll.h>
 #include <pthread.h>
-#include <stdatomic.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
-static __thread uint32_t noise;
-
-static void pause_perhaps(void)
-{
-    noise = noise * 1664525 + 1013904223;
-    if (noise >> 29)
-        return;
-    struct timespec t = { .tv_nsec = noise >> 20 & 0xff };
-    nanosleep(&t, NULL);        /* some 60 us more, for the timer's slack */
-}
-
-#undef atomic_load
-#undef atomic_store
-#undef atomic_exchange
-#define atomic_load(p) (pause_perhaps(), atomic_load_explicit(p, memory_order_seq_cst))
-#define atomic_store(p, v) (pause_perhaps(), atomic_store_explicit(p, v, memory_order_seq_cst))
-#define atomic_exchange(p, v) \
-    (pause_perhaps(), atomic_exchange_explicit(p, v, memory_order_seq_cst))
+#include "chance.h"
 
 #include "bridge.h"
 

@@ -145,7 +145,7 @@ async def run_until(options: argparse.Namespace, stop: int) -> Any:
                     states.append(vm.save())
 
             nursery.start_soon(pause)
-            while not all(loop._pausing for loop in vm._loops):
+            while not vm._parts.group._lot.asked:
                 await trio.lowlevel.checkpoint()
             shared.asked.set()
     return states[0]

@@ -1,0 +1,248 @@
+/* The parking lot: where the vCPUs of one machine stand while it is paused.
+ *
+ * Whoever pauses asks all vCPUs at once: each gets `immediate_exit` and a kick. A vCPU's thread
+ * parks when it has finished what it had in hand, and the last one to park rings the bell of
+ * the task that waits for them. Nothing of this needs the GIL: with it, sixteen threads would
+ * queue up for it one after the other, each with a switch of its own.
+ *
+ * `round` is odd while vCPUs are to be parked; each pause and each end of one is a round of
+ * its own. `missing` holds the number of vCPUs that have not parked, together with the round
+ * it counts for, so that a vCPU that parks late, for a pause that was given up, is not counted
+ * in the next one.
+ *
+ * No request is lost. A thread clears `immediate_exit` before it looks at `round`; who asks
+ * writes `round` before `immediate_exit`, and kicks last (all sequentially consistent). So the
+ * thread sees the round, or its next KVM_RUN sees the flag, or the signal interrupts the
+ * KVM_RUN that it is in.
+ */
+
+#include <pthread.h>
+
+#define KVM_RUN_NEEDS_COMPLETION (1 << 15)      /* as it was proposed; see completion.py */
+#define LINGER_NS 200000        /* a machine stands still within that, if nothing keeps it ... */
+#define LINGER_EACH_NS 25000    /* ... and so much for each vCPU */
+
+struct avmm_spot {
+    struct avmm_lot *lot;
+    struct kvm_run *run;
+    int fd;
+    int tid;                    /* under the lot's mutex; 0: it has no thread now */
+    int gone;                   /* under the lot's mutex: it never runs again */
+    _Atomic uint32_t parked;    /* the round for which it has parked */
+    _Atomic uint32_t stands;    /* a futex: 1 while it is to stay parked */
+    _Atomic uint32_t stopping;
+};
+
+struct avmm_lot {
+    pthread_mutex_t mutex;      /* who belongs to it, and each asking as a whole */
+    _Atomic uint32_t round;
+    _Atomic uint64_t missing;   /* round << 32 | count */
+    _Atomic uint32_t sleeps;    /* the task waits for the bell */
+    int bell;
+    int always;                 /* Mode.ALWAYS: complete whatever the exit was */
+    int count;
+    struct avmm_spot *spots;
+};
+
+static void set_immediate_exit(struct kvm_run *run, uint8_t value)
+{
+    __atomic_store_n(&run->immediate_exit, value, __ATOMIC_SEQ_CST);
+}
+
+static void avmm_lot_init(struct avmm_lot *lot)
+{
+    pthread_mutex_init(&lot->mutex, NULL);
+    for (int i = 0; i < lot->count; i++)
+        lot->spots[i].lot = lot;
+}
+
+/* ---- the side of who asks ---- */
+
+static int ask(struct avmm_spot *s)
+{
+    set_immediate_exit(s->run, 1);
+    return s->tid ? avmm_kick(s->tid) : 0;
+}
+
+static void let_on(struct avmm_spot *s)
+{
+    atomic_store(&s->stands, 0);
+    syscall(SYS_futex, &s->stands, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+/* Ask all vCPUs to park. 0, or -errno where a kick fails. */
+static int avmm_lot_ask(struct avmm_lot *lot)
+{
+    int answer = 0;
+    pthread_mutex_lock(&lot->mutex);
+    uint32_t round = atomic_load(&lot->round) | 1;
+    uint64_t missing = 0;
+    for (int i = 0; i < lot->count; i++)
+        missing += !lot->spots[i].gone;
+    if (round != atomic_load(&lot->round)) {
+        atomic_store(&lot->missing, (uint64_t)round << 32 | missing);
+        atomic_store(&lot->round, round);
+    }
+    for (int i = 0; i < lot->count; i++)
+        if (!lot->spots[i].gone && answer == 0)
+            answer = ask(&lot->spots[i]);
+    pthread_mutex_unlock(&lot->mutex);
+    return answer;
+}
+
+/* Let all vCPUs run on, parked or not. */
+static void avmm_lot_release(struct avmm_lot *lot)
+{
+    pthread_mutex_lock(&lot->mutex);
+    uint32_t round = atomic_load(&lot->round);
+    atomic_store(&lot->round, round + (round & 1));
+    for (int i = 0; i < lot->count; i++)
+        let_on(&lot->spots[i]);
+    pthread_mutex_unlock(&lot->mutex);
+}
+
+static int all_parked(struct avmm_lot *lot)
+{
+    return (uint32_t)atomic_load(&lot->missing) == 0;
+}
+
+/* The task no longer waits for the bell, whether it rang or not. */
+static void avmm_lot_woken(struct avmm_lot *lot)
+{
+    uint64_t count;
+    atomic_store(&lot->sleeps, 0);
+    ssize_t ignored = read(lot->bell, &count, sizeof count);    /* EAGAIN: it did not ring */
+    (void)ignored;
+}
+
+/* Do all stand still? Looks out for it a little while, unless a vCPU wants to be served: the
+ * event loop stands still meanwhile. After 0 the task must wait for the bell and then call
+ * avmm_lot_woken(). */
+static int avmm_lot_poll(struct avmm_lot *lot, int linger)
+{
+    int64_t end = linger ? now_ns() + LINGER_NS + lot->count * LINGER_EACH_NS : 0;
+    while (!all_parked(lot)) {
+        if (!linger || atomic_load(&tasks_wanted) || now_ns() >= end) {
+            atomic_store(&lot->sleeps, 1);
+            if (!all_parked(lot))
+                return 0;
+            avmm_lot_woken(lot);
+            return 1;
+        }
+        sched_yield();
+    }
+    return 1;
+}
+
+static int avmm_spot_is_parked(struct avmm_spot *s)
+{
+    return s->gone || atomic_load(&s->parked) == atomic_load(&s->lot->round);
+}
+
+/* Ask one vCPU to end, parked or not. 0, or -errno where the kick fails. */
+static int avmm_spot_stop(struct avmm_spot *s)
+{
+    atomic_store(&s->stopping, 1);
+    pthread_mutex_lock(&s->lot->mutex);
+    int answer = s->gone ? 0 : ask(s);
+    let_on(s);
+    pthread_mutex_unlock(&s->lot->mutex);
+    return answer;
+}
+
+/* ---- the vCPU's thread ---- */
+
+static void count_parked(struct avmm_spot *s, uint32_t round)
+{
+    struct avmm_lot *lot = s->lot;
+    atomic_store(&s->parked, round);
+    uint64_t missing = atomic_load(&lot->missing);
+    while (missing >> 32 == round)
+        if (atomic_compare_exchange_weak(&lot->missing, &missing, missing - 1)) {
+            if ((uint32_t)(missing - 1) == 0 && atomic_load(&lot->sleeps)) {
+                uint64_t one = 1;
+                ssize_t ignored = write(lot->bell, &one, sizeof one);   /* cannot fill up */
+                (void)ignored;
+            }
+            return;
+        }
+}
+
+/* The calling thread is the vCPU's from now on. */
+static void avmm_spot_enter(struct avmm_spot *s)
+{
+    pthread_mutex_lock(&s->lot->mutex);
+    s->tid = (int)syscall(SYS_gettid);
+    pthread_mutex_unlock(&s->lot->mutex);
+}
+
+/* The vCPU never runs again: nobody waits for it or kicks its thread. Idempotent. */
+static void avmm_spot_leave(struct avmm_spot *s)
+{
+    pthread_mutex_lock(&s->lot->mutex);
+    uint32_t round = atomic_load(&s->lot->round);
+    if (!s->gone && (round & 1) && atomic_load(&s->parked) != round)
+        count_parked(s, round);
+    s->tid = 0;
+    s->gone = 1;
+    pthread_mutex_unlock(&s->lot->mutex);
+}
+
+/* Is it to park, and not to end? */
+static int is_wanted(struct avmm_spot *s)
+{
+    return (atomic_load(&s->lot->round) & 1) && !atomic_load(&s->stopping);
+}
+
+/* Stand still until the round ends, if it is one to park in. The vCPU must be drained. */
+static void avmm_spot_park(struct avmm_spot *s)
+{
+    struct avmm_lot *lot = s->lot;
+    uint32_t round = atomic_load(&lot->round);
+    if (!(round & 1))
+        return;
+    atomic_store(&s->stands, 1);
+    count_parked(s, round);
+    if (atomic_load(&lot->round) != round || atomic_load(&s->stopping))
+        return;
+    while (atomic_load(&s->stands))             /* EINTR (a kick) and EAGAIN: look again */
+        syscall(SYS_futex, &s->stands, FUTEX_WAIT_PRIVATE, 1, NULL, NULL, 0);
+}
+
+/* KVM_RUN: the exit reason, or -errno; -EINTR: there is something to look at, not to park.
+ *
+ * Nearly always the vCPU is in the guest when it is asked to park. Then there is no exit to
+ * serve, and the whole way is here: what completion.py's drain() does in Python for the
+ * rest. -EINTR says that nothing is pending where it comes from a KVM_RUN that was entered with
+ * `immediate_exit`, or with the reason KVM_EXIT_INTR, which needs no completion; the policy may
+ * demand the former. What it lacks, a second KVM_RUN brings. Any exit of that is returned, to
+ * be served and drained over there. */
+static int avmm_spot_run(struct avmm_spot *s)
+{
+    struct kvm_run *run = s->run;
+    for (;;) {
+        int drained = run->immediate_exit;      /* nobody else clears it */
+        run->exit_reason = KVM_EXIT_UNKNOWN;    /* older kernels leave it as it was */
+        if (ioctl(s->fd, KVM_RUN, 0) >= 0)
+            return run->exit_reason;
+        if (errno != EINTR)
+            return -errno;
+        drained |= run->exit_reason == KVM_EXIT_INTR && !s->lot->always
+            && !(run->flags & KVM_RUN_NEEDS_COMPLETION);
+        set_immediate_exit(run, 0);
+        if (!is_wanted(s))
+            return -EINTR;
+        if (!drained) {
+            set_immediate_exit(run, 1);
+            if (ioctl(s->fd, KVM_RUN, 0) >= 0)
+                return run->exit_reason;
+            if (errno != EINTR)
+                return -errno;
+            set_immediate_exit(run, 0);
+        }
+        while (is_wanted(s))
+            avmm_spot_park(s);
+        if (atomic_load(&s->stopping))
+            return -EINTR;
+    }
+}

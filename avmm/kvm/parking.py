@@ -1,0 +1,103 @@
+"""Python's side of the parking lot (parking.h): where a paused machine's vCPUs stand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from avmm.kvm._kvm import ffi, lib
+from avmm.kvm.bridge import eventfd
+from avmm.kvm.errors import KvmError
+from avmm.kvm.handles import Struct, Vcpu
+from avmm.kvm.kick import accept_kicks, install_kick
+
+
+class Spot:
+    """One vCPU's place. `stop` and `is_parked` are for anybody, the rest for its thread."""
+
+    def __init__(self, lot: ParkingLot, struct: Struct) -> None:
+        self._lot = lot
+        self._struct = struct
+        self.run: Callable[[], int] = partial(lib.avmm_spot_run, struct)
+        """KVM_RUN without the GIL: the exit reason, -EINTR after a kick, else -errno.
+
+        Where the vCPU is asked to park while it has nothing in hand, it parks in here."""
+
+    @property
+    def asked(self) -> bool:
+        """Are the vCPUs to be parked now?"""
+        return self._lot.asked
+
+    @property
+    def is_parked(self) -> bool:
+        """Has it parked since the vCPUs were last asked to, or is it gone?"""
+        return bool(lib.avmm_spot_is_parked(self._struct))
+
+    def enter(self) -> None:
+        """The calling thread is the vCPU's from now on, and gets its kicks."""
+        accept_kicks()
+        lib.avmm_spot_enter(self._struct)
+
+    def park(self) -> None:
+        """Stand still until the vCPUs are released or this one is stopped.
+
+        Returns at once where they are not asked to park any more. The vCPU must be drained.
+        """
+        lib.avmm_spot_park(self._struct)
+
+    def leave(self) -> None:
+        """The vCPU never runs again: nobody waits for it or kicks its thread. Idempotent."""
+        lib.avmm_spot_leave(self._struct)
+
+    def stop(self) -> None:
+        """Have `run` return -EINTR, now or as soon as it is called, parked or not."""
+        if (answer := lib.avmm_spot_stop(self._struct)) < 0:
+            raise KvmError("tgkill", -answer)
+
+
+class ParkingLot:
+    """The places of all vCPUs of a machine. For one task; raises `KvmError`."""
+
+    def __init__(self, vcpus: Sequence[Vcpu], always: bool = False) -> None:
+        """`always`: complete even an interrupted `KVM_RUN`, which leaves nothing pending."""
+        install_kick()
+        self.bell = eventfd()
+        """Readable when all have parked while the task slept."""
+        self.asked = False
+        """Are the vCPUs to be parked now?"""
+        places = [{"fd": vcpu.fd, "run": vcpu.page} for vcpu in vcpus]
+        self._spots = ffi.new("struct avmm_spot[]", places)
+        init = {"bell": self.bell, "always": always, "count": len(places), "spots": self._spots}
+        self._struct = ffi.new("struct avmm_lot *", init)
+        lib.avmm_lot_init(self._struct)
+        self.spots = [Spot(self, ffi.addressof(self._spots, at)) for at in range(len(places))]
+
+    def ask(self) -> None:
+        """Ask all vCPUs to park."""
+        self.asked = True
+        if (answer := lib.avmm_lot_ask(self._struct)) < 0:
+            raise KvmError("tgkill", -answer)
+
+    def release(self) -> None:
+        """Let all vCPUs run on, whether they have parked or not."""
+        self.asked = False
+        lib.avmm_lot_release(self._struct)
+
+    def poll(self, linger: bool) -> bool:
+        """Have all parked? Where not, wait until `bell` is readable and call `woken`.
+
+        `linger` blocks, without the GIL, up to some tenths of a millisecond: as long as vCPUs
+        take to park that have nothing in hand.
+        """
+        return bool(lib.avmm_lot_poll(self._struct, linger))
+
+    def woken(self) -> None:
+        """The task no longer waits for the bell, whether it rang or not."""
+        lib.avmm_lot_woken(self._struct)
+
+    def close(self) -> None:
+        """Close the bell, after all have left; idempotent."""
+        if self.bell >= 0:
+            os.close(self.bell)
+            self.bell = -1

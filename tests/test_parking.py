@@ -1,0 +1,89 @@
+"""The parking lot: where a paused machine's vCPUs stand."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import avmm
+
+SUPPORT: Final = Path(__file__).parent / "support"
+HEADERS: Final = Path(avmm.__file__).parent / "kvm"
+LIVES, ROUNDS = "100", "40"
+Stress = Callable[[str, str], str]
+
+
+@pytest.fixture
+def stress(tmp_path: Path) -> Stress:
+    """Gives what the stress test says of parking.h, with a piece of it replaced."""
+
+    def run(old: str, new: str) -> str:
+        for name in ("parking.h", "bridge.h"):
+            source = (HEADERS / name).read_text()
+            if name == "parking.h":
+                assert not old or source.count(old) == 1, "the source has changed"
+                source = source.replace(old, new) if old else source
+            (tmp_path / name).write_text(source)
+        program = tmp_path / "stress"
+        flags = ["-O2", "-std=gnu11", "-pthread", f"-I{tmp_path}", f"-I{SUPPORT}"]
+        source_file = SUPPORT / "parking_stress.c"
+        subprocess.run(["cc", *flags, "-o", program, source_file], check=True)
+        try:
+            done = subprocess.run(
+                [program, LIVES, ROUNDS], capture_output=True, text=True, check=False, timeout=12
+            )
+        except subprocess.TimeoutExpired:
+            return "it hangs"
+        return done.stdout
+
+    return run
+
+
+def test_nothing_is_lost_in_whichever_order_threads_meet(stress: Stress) -> None:
+    assert stress("", "") == "ok\n"
+
+
+BUGS: Final = {
+    "sleeps though the round is over": (
+        "    if (atomic_load(&lot->round) != round || atomic_load(&s->stopping))\n"
+        "        return;\n",
+        "",
+    ),
+    "counts for another round": ("while (missing >> 32 == round)", "while (1)"),
+    "does not look again before it sleeps": (
+        "            if (!all_parked(lot))\n                return 0;\n",
+        "            return 0;\n",
+    ),
+    "does not say that it sleeps": ("            atomic_store(&lot->sleeps, 1);\n", ""),
+    "a vCPU that ends is waited for": (
+        "    if (!s->gone && (round & 1) && atomic_load(&s->parked) != round)\n"
+        "        count_parked(s, round);\n",
+        "",
+    ),
+    "no kick": (
+        "return s->tid ? avmm_kick(s->tid) : 0;",
+        "return 0;",
+    ),
+    "kicks before it sets immediate_exit": (
+        "    set_immediate_exit(s->run, 1);\n    return s->tid ? avmm_kick(s->tid) : 0;",
+        "    int answer = s->tid ? avmm_kick(s->tid) : 0;\n    pause_perhaps();\n"
+        "    return answer;",
+    ),
+    "a vCPU that is to end stays parked": (
+        "    int answer = s->gone ? 0 : ask(s);\n    let_on(s);\n",
+        "    int answer = s->gone ? 0 : ask(s);\n",
+    ),
+    "immediate_exit before the round": (
+        "        atomic_store(&lot->round, round);\n    }\n",
+        "    }\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_stress_test_finds_planted_bugs(stress: Stress, bug: str) -> None:
+    assert stress(*BUGS[bug]) not in ("ok\n", "")
