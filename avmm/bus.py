@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Awaitable
+from collections import deque
+from collections.abc import Awaitable, Coroutine
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -41,26 +42,45 @@ class Placement:
     size: int
     irq: int | None = None
     offset: int = 0
+    coalesced: bool = False
 
 
 def pio(
-    device: Device, base: int, size: int, *, irq: int | None = None, offset: int = 0
+    device: Device,
+    base: int,
+    size: int,
+    *,
+    irq: int | None = None,
+    offset: int = 0,
+    coalesced: bool = False,
 ) -> Placement:
     """Place `device` at `size` I/O ports from `base` on, with ISA interrupt `irq` or none.
 
     The device sees offsets from `offset` on, which tells its several regions apart.
+
+    `coalesced`: writes do not leave the guest. KVM collects them in a ring, from which the
+    device gets them, in order, at the next exit of whichever vCPU, before any other access to
+    it, at a pause and when the guest has ended. For registers whose writes can wait and come in
+    numbers; the device must answer them at once, without an awaitable. Where KVM has no such
+    ring, they are writes like others.
     """
-    return Placement(device, "pio", base, size, irq, offset)
+    return Placement(device, "pio", base, size, irq, offset, coalesced)
 
 
 def mmio(
-    device: Device, base: int, size: int, *, irq: int | None = None, offset: int = 0
+    device: Device,
+    base: int,
+    size: int,
+    *,
+    irq: int | None = None,
+    offset: int = 0,
+    coalesced: bool = False,
 ) -> Placement:
     """Place `device` at `size` bytes of guest-physical address space from `base` on.
 
     See `pio`; the addresses must not be RAM. avmm keeps 0xd0000000-0xdfffffff free for it.
     """
-    return Placement(device, "mmio", base, size, irq, offset)
+    return Placement(device, "mmio", base, size, irq, offset, coalesced)
 
 
 def msr(device: Device, first: int, count: int = 1) -> Placement:
@@ -75,19 +95,71 @@ def msr(device: Device, first: int, count: int = 1) -> Placement:
     return Placement(device, "msr", first, count)
 
 
+class PostedWrites:
+    """The coalesced writes that a device is to get before anything else.
+
+    It stands before the device in all of its regions; all but `post` with the device's lock
+    held. A deque's ends are safe to use from different threads.
+    """
+
+    def __init__(self, device: Device, lock: AbstractContextManager[Any]) -> None:
+        self._device = device
+        self._lock = lock
+        self._writes: deque[tuple[int, int, int]] = deque()
+
+    def post(self, offset: int, size: int, value: int) -> None:
+        """A write that has left the ring."""
+        self._writes.append((offset, size, value))
+
+    def deliver(self) -> None:
+        """Hand over what has been posted. Takes the device's lock."""
+        if self._writes:
+            with self._lock:
+                self._deliver()
+
+    def read(self, offset: int, size: int) -> ReadAnswer:
+        """The device's `read`, after what came before it."""
+        self._deliver()
+        return self._device.read(offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> WriteAnswer:
+        """The device's `write`, after what came before it."""
+        self._deliver()
+        return self._device.write(offset, size, value)
+
+    def _deliver(self) -> None:
+        while self._writes:
+            offset, size, value = self._writes.popleft()
+            answer = self._device.write(offset, size, value)
+            if answer is not None:
+                if isinstance(answer, Coroutine):
+                    answer.close()
+                raise DeviceError(
+                    f"{self._device.name} answered a coalesced write of {size} bytes at offset "
+                    f"{offset:#x} with {answer!r}: expected None"
+                )
+
+
 class _Range:
     """One device's claim, with what the hot path needs at hand."""
 
-    __slots__ = ("base", "device", "end", "lock", "read", "shift", "width", "write")
+    __slots__ = ("base", "device", "end", "lock", "posted", "read", "shift", "width", "write")
 
-    def __init__(self, place: Placement, lock: AbstractContextManager[Any], unit: int) -> None:
+    def __init__(
+        self,
+        place: Placement,
+        lock: AbstractContextManager[Any],
+        unit: int,
+        posted: PostedWrites | None,
+    ) -> None:
         self.device = place.device
         self.base = place.base * unit
         self.end = self.base + place.size * unit
         self.shift = self.base - place.offset
         self.lock = lock
-        self.read = place.device.read
-        self.write = place.device.write
+        self.posted = posted
+        self.read = place.device.read if posted is None else posted.read
+        self.write = place.device.write if posted is None else posted.write
         self.width = place.device.max_width
 
 
@@ -108,13 +180,21 @@ class Bus:
         self._ranges: list[_Range] = []
         self._reported: set[int] = set()
 
-    def add(self, place: Placement, lock: AbstractContextManager[Any]) -> None:
-        """Let the device answer there. Raises `ConfigError` where another one does already."""
+    def add(
+        self,
+        place: Placement,
+        lock: AbstractContextManager[Any],
+        posted: PostedWrites | None = None,
+    ) -> None:
+        """Let the device answer there, after `posted` where some region of it is coalesced.
+
+        Raises `ConfigError` where another one answers already.
+        """
         end = place.base + place.size
         where = f"{place.device.name} at {self.name} {place.base:#x}-{end - 1:#x}"
         if place.base < 0 or place.size < 1 or end > self._limit:
             raise ConfigError(f"{where}: expected a range within 0-{self._limit - 1:#x}")
-        claim = _Range(place, lock, self._unit)
+        claim = _Range(place, lock, self._unit, posted)
         if claim.width not in (1, 2, 4, 8):
             raise ConfigError(f"{where}: max_width {claim.width!r}, expected 1, 2, 4 or 8")
         for other in self._ranges:
@@ -151,6 +231,14 @@ class Bus:
                 where = f"{there.device.name} answered a write at {address // self._unit:#x}"
                 raise DeviceError(f"{where} with {answer!r}: expected None or an awaitable")
         return self._write_parts(address, size, value)
+
+    def post(self, address: int, size: int, value: int) -> None:
+        """Note a coalesced write, in the parts in which its device is to get it."""
+        for part, length, claimed in self._split(address, size):
+            there = self._ranges[bisect_right(self._bases, part) - 1]
+            if claimed and there.posted is not None:
+                piece = value >> 8 * (part - address) & MASKS[length]
+                there.posted.post(part - there.shift, length, piece)
 
     def owner(self, address: int) -> str:
         """The name of the device that answers there, for messages."""

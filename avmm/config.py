@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from avmm.boot import FlatOptions, Mode
+from avmm.completion import Mode as CompletionMode
 from avmm.errors import ConfigError
 from avmm.memory import parse_size
 
@@ -28,6 +29,7 @@ UNCLAIMED: Final = {
 }
 """How loudly accesses that no device claims are reported, by name."""
 _MAX_PORT: Final = 0xFFFF
+_MAX_CAPABILITY: Final = 0x7FFF_FFFF
 
 
 class Settings(TypedDict, total=False):
@@ -43,6 +45,8 @@ class Settings(TypedDict, total=False):
     flat: FlatOptions | str | None
     debug_exit: int | None
     unclaimed: str
+    completion: str
+    completion_capability: int | None
     console: str
 
 
@@ -68,6 +72,11 @@ class MachineConfig:
     """Port of QEMU's isa-debug-exit, or None for no such device."""
     unclaimed: str = "info"
     """How accesses that no device claims are reported: one of `UNCLAIMED`."""
+    completion: str = "auto"
+    """Which exits are completed before a state is read: one of `avmm.completion.Mode`."""
+    completion_capability: int | None = None
+    """The number of KVM_CAP_NEEDS_COMPLETION in this host's kernel, where you know that it has
+    one; for "auto". `avmm.completion` says why avmm believes no number by itself."""
     console: str = "stdio"
     """Where the `avmm` command connects the console; embedders use `Machine.console`."""
 
@@ -112,6 +121,18 @@ class MachineConfig:
         if not isinstance(self.unclaimed, str) or self.unclaimed not in UNCLAIMED:
             raise ConfigError(
                 f"unclaimed {self.unclaimed!r}: expected one of {', '.join(UNCLAIMED)}"
+            )
+        if self.completion not in (modes := [mode.value for mode in CompletionMode]):
+            raise ConfigError(
+                f"completion {self.completion!r}: expected one of {', '.join(modes)}"
+            )
+        number = self.completion_capability
+        if number is not None and not (_is_int(number) and 0 < number <= _MAX_CAPABILITY):
+            raise ConfigError(f"completion_capability {number!r}: expected a number above 0")
+        if number is not None and self.completion != CompletionMode.AUTO.value:
+            raise ConfigError(
+                f"completion_capability {number}: with completion {self.completion!r} nobody "
+                "looks at it; expected 'auto'"
             )
         if not isinstance(self.console, str):
             raise ConfigError(f"console {self.console!r}: expected text")

@@ -15,6 +15,7 @@ from typing import Final
 from avmm.bus import MASKS, Bus
 from avmm.calls import KINDS, CallHandler
 from avmm.calls import serve as serve_call
+from avmm.coalesced import CoalescedWrites
 from avmm.errors import MsrFault, VcpuError
 from avmm.kvm import Struct, Vcpu, constants, exit_name
 from avmm.outcome import Cause, Outcome
@@ -44,8 +45,10 @@ class Exits:
         end: Callable[[Outcome], None],
         registers: Callable[[], str],
         calls: CallHandler | None = None,
+        coalesced: CoalescedWrites | None = None,
     ) -> None:
         self._vcpu = vcpu
+        self._coalesced = coalesced
         self._page = vcpu.page
         self._pio = pio
         self._mmio = mmio
@@ -65,6 +68,8 @@ class Exits:
 
     def serve(self, reason: int) -> Served:
         """Serve the exit that `kvm_run` holds. Raises `VcpuError` where it is not servable."""
+        if self._coalesced is not None:
+            self._coalesced.deliver()  # what the guest did before
         serve = self._table.get(reason)
         if serve is None:
             raise VcpuError(f"vCPU {self._vcpu.index} cannot go on: {self.report()}")

@@ -24,8 +24,9 @@ import trio
 from avmm import guests
 from avmm.arch.x86_64 import cpu, layout, report
 from avmm.arch.x86_64 import state as cpu_state
-from avmm.bus import Bus, Placement, pio
+from avmm.bus import Bus, Placement, PostedWrites, pio
 from avmm.calls import CallHandler
+from avmm.coalesced import CoalescedWrites
 from avmm.completion import CompletionPolicy, Mode
 from avmm.config import UNCLAIMED, MachineConfig, Settings
 from avmm.devices.base import Device, InterruptLine
@@ -42,6 +43,7 @@ from avmm.group import VcpuGroup
 from avmm.irq import Interrupts, Line
 from avmm.kvm import System, Vcpu, Vm, constants
 from avmm.kvm.parking import ParkingLot
+from avmm.kvm.ring import WriteRing
 from avmm.loop import VcpuLoop, Wakeup, device_lock
 from avmm.memory import HOLE_END, GuestMemory
 from avmm.migration import Coordinator
@@ -77,6 +79,7 @@ class _Host:
         self.memory = memory
         self.interrupt = interrupt
         self.lock: AbstractContextManager[Any] = device_lock()
+        self.posted: PostedWrites | None = None
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -134,7 +137,7 @@ class Parts:
                     flat=config.flat,
                 )
             self.vm = self._create_vm(stack)
-            self.policy = CompletionPolicy()
+            self.policy = self._completion(config)
             self.interrupts = Interrupts(self.vm)
             stack.callback(self.interrupts.close)
             self.pio = Bus("port", _PORTS, UNCLAIMED[config.unclaimed])
@@ -144,6 +147,7 @@ class Parts:
             self.serial = Serial()
             self.msrs = Bus("MSR", _MSRS, UNCLAIMED[config.unclaimed], unit=8)
             self._calls = calls
+            self._coalescing = {id(p.device) for p in devices if getattr(p, "coalesced", False)}
             for place in (*self._standard_devices(config), *devices):
                 self._place(place)
             # Asked for only where somebody answers: without, nothing leaves the guest for it.
@@ -152,6 +156,7 @@ class Parts:
             if calls is not None and self.vm.check("KVM_CAP_EXIT_HYPERCALL"):
                 self.vm.enable("KVM_CAP_EXIT_HYPERCALL", 1 << constants.KVM_HC_MAP_GPA_RANGE)
             self.vcpus = [self._create_vcpu(stack, i) for i in range(config.cpus)]
+            self.coalesced = self._coalesce(devices)
             if state is None:
                 for vcpu in self.vcpus:
                     cpu.set_up(self.system, vcpu, config.cpus, entry if vcpu.index == 0 else None)
@@ -168,6 +173,17 @@ class Parts:
         for slot, (region, view) in enumerate(self.memory.addresses()):
             vm.set_memory(slot, region.gpa, view, readonly=region.readonly)
         return vm
+
+    def _completion(self, config: MachineConfig) -> CompletionPolicy:
+        number = config.completion_capability
+        announced = number is not None and self.vm.announces(number)
+        if number is not None and not announced:
+            logger.warning(
+                "completion: this KVM does not announce capability %d: the documented list "
+                "decides, until the kernel's flag has proved itself",
+                number,
+            )
+        return CompletionPolicy(Mode(config.completion), capability=number, announced=announced)
 
     def _create_vcpu(self, stack: ExitStack, index: int) -> Vcpu:
         vcpu = self.vm.create_vcpu(index)
@@ -214,6 +230,8 @@ class Parts:
         if host is None:
             line = None if place.irq is None else self.interrupts.line(place.irq, device.name)
             host = _Host(self.memory, line)
+            if id(device) in self._coalescing:
+                host.posted = PostedWrites(device, host.lock)
             self.devices.append(device)
             self.hosts.append(host)
             device.attach(host)
@@ -226,7 +244,19 @@ class Parts:
                         f"{device.name} at address {place.base:#x} overlaps guest memory at "
                         f"{region.gpa:#x}-{region.end - 1:#x}"
                     )
-        bus.add(place, host.lock)
+        bus.add(place, host.lock, host.posted)
+
+    def _coalesce(self, devices: Sequence[Placement]) -> CoalescedWrites | None:
+        posted = [host.posted for host in self.hosts if host.posted is not None]
+        done = [
+            self.vm.coalesce(place.base, place.size, port=place.space == "pio")
+            for place in devices
+            if place.coalesced
+        ]
+        if not any(done):
+            return None
+        buses = {True: self.pio, False: self.mmio}
+        return CoalescedWrites(WriteRing(self.vm, self.vcpus[0]), buses, posted)
 
     def save(self) -> dict[str, Any]:
         """All state, as plain data, of a machine that stands still."""
@@ -273,7 +303,21 @@ class Parts:
     def exits(self, vcpu: Vcpu) -> Exits:
         """What serves the exits of `vcpu`."""
         registers = partial(report.registers, vcpu, self.memory)
-        return Exits(vcpu, self.pio, self.mmio, self.msrs, self._end, registers, self._calls)
+        return Exits(
+            vcpu,
+            self.pio,
+            self.mmio,
+            self.msrs,
+            self._end,
+            registers,
+            self._calls,
+            self.coalesced,
+        )
+
+    def deliver_coalesced(self) -> None:
+        """Let the devices have what the guest has written that no exit has shown."""
+        if self.coalesced is not None:
+            self.coalesced.deliver()
 
     def _group(self, stack: ExitStack) -> VcpuGroup:
         lot = ParkingLot(self.vcpus, always=self.policy.mode is Mode.ALWAYS)
@@ -416,7 +460,7 @@ class Machine:
                 for device in parts.devices
                 if (type(device).run, type(device).quiesce) != active
             ]
-            self._coordinator = Coordinator(parts.group, quiescable)
+            self._coordinator = Coordinator(parts.group, quiescable, parts.deliver_coalesced)
             if self._outcomes:  # stopped before it was entered
                 self.stop()
             async with trio.open_nursery() as nursery:
@@ -436,6 +480,7 @@ class Machine:
         try:
             await parts.group.run()
         finally:
+            parts.deliver_coalesced()
             for device in parts.devices:
                 device.finish()
             if not self._outcomes:

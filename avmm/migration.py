@@ -7,11 +7,9 @@ In this order, each step for all before the next begins:
 
 1. Every vCPU is asked to pause, all at once, and then awaited, so that they drain side by side.
    Each serves what it has in hand and lets the kernel finish it (`avmm.completion`).
-2. The devices are quiesced: what is in flight finishes, and after it nothing writes guest
-   memory or raises an interrupt. Not earlier: draining vCPUs still call devices.
-
-A ring of coalesced writes, which no exit has shown, would be emptied between the two; avmm asks
-KVM for none, so there is none to empty.
+2. Coalesced writes, which no exit has shown, reach their devices (`avmm.coalesced`).
+3. The devices are quiesced: what is in flight finishes, and after it nothing writes guest
+   memory or raises an interrupt. Not earlier: both steps before still call devices.
 
 Whatever ends it, leaving the block or a failure, timeout or cancellation at any point, the
 same is undone in reverse, and the guest runs on as if nothing had been asked.
@@ -19,7 +17,7 @@ same is undone in reverse, and the guest runs on as if nothing had been asked.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol
 
@@ -49,8 +47,14 @@ class QuiescableDevice(Protocol):
 class Coordinator:
     """Pauses one machine for whoever asks, from trio; pauses count."""
 
-    def __init__(self, vcpus: PausableVcpus, devices: Collection[QuiescableDevice]) -> None:
+    def __init__(
+        self,
+        vcpus: PausableVcpus,
+        devices: Collection[QuiescableDevice],
+        deliver_coalesced: Callable[[], None] = lambda: None,
+    ) -> None:
         self._vcpus = vcpus
+        self._deliver_coalesced = deliver_coalesced
         self._devices = devices
         self._holders = 0
         self._standstill: AsyncExitStack | None = None
@@ -70,7 +74,7 @@ class Coordinator:
 
         Pauses nest and overlap: the guest runs on when the last one is left. Raises
         `PauseTimeout` where it does not stand still within `deadline` seconds, saying what it
-        waited for, and what a device's `quiesce` raises. Cancelling is a checkpoint's, at any
+        waited for, and what a device raises at it. Cancelling is a checkpoint's, at any
         moment on the way there; after any of these the guest runs on.
         """
         with trio.move_on_after(float("inf") if deadline is None else deadline) as scope:
@@ -113,6 +117,7 @@ class Coordinator:
             undo.callback(self._vcpus.resume)
             self._vcpus.pause()
             await self._vcpus.parked()
+            self._deliver_coalesced()
             for device in self._devices:
                 undo.push_async_callback(device.resume)
                 self._waiting_for = f"{device.name} has not finished what it has in flight"

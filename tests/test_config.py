@@ -49,6 +49,8 @@ def test_the_defaults_are_a_machine() -> None:
         ("unclaimed", "ignore", "ignore"),
         ("unclaimed", "error", "error"),
         ("console", "pty", "pty"),
+        ("completion", "always", "always"),
+        ("completion_capability", 300, 300),
     ],
 )
 def test_a_setting_is_kept_in_its_one_form(name: str, given: object, kept: object) -> None:
@@ -88,6 +90,11 @@ def test_a_setting_is_kept_in_its_one_form(name: str, given: object, kept: objec
         ("unclaimed", ""),
         ("unclaimed", None),
         ("unclaimed", ["info"]),
+        ("completion", "flag"),
+        ("completion", None),
+        ("completion_capability", 0),
+        ("completion_capability", True),
+        ("completion_capability", 1 << 31),
         ("console", None),
         ("console", 1),
     ],
@@ -108,6 +115,11 @@ def test_the_message_shows_the_value() -> None:
         ConfigError, match="unclaimed 'warn': expected one of ignore, debug, info, warning, error"
     ):
         MachineConfig.make(unclaimed="warn")
+
+
+def test_a_capability_that_nobody_looks_at_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^completion_capability 300: .*expected 'auto'$"):
+        MachineConfig.make(completion="list", completion_capability=300)
 
 
 @pytest.mark.parametrize("memory", ["lots", "", None, True, 1.5])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -496,3 +497,27 @@ async def test_an_awaitable_that_is_never_begun_is_cancelled_not_forgotten(tmp_p
         await trio.lowlevel.checkpoint()
         returned.wait(20)  # trio stands still meanwhile
     assert begun == [True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "policy"),
+    [
+        ({}, "the documented list"),
+        ({"completion": "list"}, "the documented list"),
+        ({"completion": "always"}, "every exit"),
+        ({"completion_capability": 16}, "the kernel's flag (capability 16)"),
+        ({"completion_capability": 0x7FFFFFFF}, "the documented list"),
+    ],
+)
+async def test_the_completion_policy_is_the_configured_one(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    policy: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with machine(tmp_path, "1: pause; jmp 1b", **settings) as vm:
+        assert vm._running.policy.describe() == policy
+        async with vm.paused():
+            pass
+    warned = "does not announce capability 2147483647" in caplog.text
+    assert warned == (settings.get("completion_capability") == 0x7FFFFFFF)

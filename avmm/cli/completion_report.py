@@ -9,9 +9,11 @@ was repeated.
 from __future__ import annotations
 
 import errno
+import itertools
 import tempfile
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -203,12 +205,50 @@ def _difference(expected: list[str], log: list[str]) -> str:
     if log == expected:
         return "right"
     lost, extra = Counter(expected) - Counter(log), Counter(log) - Counter(expected)
-    words = [f"lost: {_times(what, n)}" for what, n in lost.items()]
-    for what, n in extra.items():
-        word = "repeated" if what in expected else "instead"
-        words.append(f"{word}: {_times(what, n)}")
+    kinds = {
+        "lost": lost,
+        "repeated": {what: n for what, n in extra.items() if what in expected},
+        "instead": {what: n for what, n in extra.items() if what not in expected},
+    }
+    words = [
+        f"{kind}: {', '.join(_times(what, n) for what, n in cases.items())}"
+        for kind, cases in kinds.items()
+        if cases
+    ]
     return "; ".join(words) or "out of order"
 
 
 def _times(what: str, times: int) -> str:
-    return f"{what}, {times} times" if times > 1 else what
+    return f"{what} ({times} times)" if times > 1 else what
+
+
+_HEADINGS: Final = ("access", "first exit", "saved uncompleted", "saved drained")
+_WIDEST: Final = 50
+"""Characters of the column that holds sentences."""
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """The findings for people; a lost or repeated access is told on lines of its own."""
+    rows = [[[heading] for heading in _HEADINGS]]
+    for finding in findings:
+        flag = " (flagged)" if finding.flagged else ""
+        uncompleted = finding.uncompleted or f"this host cannot run it: {finding.error}"
+        parts = [textwrap.wrap(part, _WIDEST) for part in uncompleted.split("; ")]
+        exits = f", {finding.exits_until_drained} exit" if finding.drained else ""
+        exits += "s" if finding.exits_until_drained != 1 and exits else ""
+        rows.append(
+            [
+                [finding.access],
+                [finding.exit.removeprefix("KVM_EXIT_") + flag],
+                [line for part in parts for line in part],
+                [finding.drained + exits],
+            ]
+        )
+    widths = [max(len(line) for row in rows for line in row[at]) for at in range(len(_HEADINGS))]
+    lines = []
+    for row in rows:
+        for cells in itertools.zip_longest(*row, fillvalue=""):
+            padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            lines.append("  ".join(padded).rstrip())
+        lines += ["  ".join("-" * width for width in widths)] if row is rows[0] else []
+    return "\n".join(lines)

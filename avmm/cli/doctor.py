@@ -139,17 +139,8 @@ def _completion(as_json: bool) -> None:
     findings = trio.run(examine_in_trio)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
-    for finding in () if as_json else findings:
-        click.echo(click.style(finding.access, bold=True))
-        if finding.error:
-            click.echo(f"  this host cannot run it: {finding.error}")
-            continue
-        flag = ", flagged NEEDS_COMPLETION" if finding.flagged else ""
-        click.echo(f"  first exit   {finding.exit}{flag}")
-        click.echo(f"  uncompleted  {finding.uncompleted}")
-        click.echo(
-            f"  drained      {finding.drained} (exits served: {finding.exits_until_drained})"
-        )
+    else:
+        click.echo(completion_report.table(findings))
     sys.exit(0 if all(finding.right or finding.error for finding in findings) else 1)
 
 

@@ -11,6 +11,7 @@ import click
 import trio
 
 from avmm.cli import console
+from avmm.completion import Mode
 from avmm.config import UNCLAIMED, MachineConfig, read_toml
 from avmm.machine import Machine
 from avmm.outcome import Cause, Outcome
@@ -67,6 +68,17 @@ PATH = click.Path(path_type=Path)
     "--unclaimed",
     type=click.Choice(list(UNCLAIMED)),
     help="Level at which accesses that no device claims are reported.  [default: info]",
+)
+@click.option(
+    "--completion",
+    type=click.Choice([mode.value for mode in Mode]),
+    help="Which exits are completed before a state is saved.  [default: auto]",
+)
+@click.option(
+    "--completion-capability",
+    type=int,
+    metavar="NUMBER",
+    help="KVM_CAP_NEEDS_COMPLETION's number in this host's kernel, if it has one.",
 )
 @click.option("--config", type=PATH, metavar="FILE", help="Settings from TOML; options win.")
 def command(

@@ -303,6 +303,9 @@ int avmm_ioctl_value(int fd, unsigned long request, unsigned long argument);
 int avmm_run(int fd, struct kvm_run *run);
 int avmm_run_raw(int fd, struct kvm_run *run, char *output, int size);
 
+int avmm_ring_peek(struct kvm_coalesced_mmio_ring *ring, struct kvm_coalesced_mmio *write);
+void avmm_ring_drop(struct kvm_coalesced_mmio_ring *ring);
+
 int avmm_kick_install(void);
 int avmm_kick_accept(void);
 int avmm_kick(int tid);

@@ -126,6 +126,10 @@ class _Handle:
         """KVM_CHECK_EXTENSION: 0 where the capability is missing, else 1 or its value."""
         return self._ioctl_value("KVM_CHECK_EXTENSION", getattr(lib, capability))
 
+    def announces(self, number: int) -> bool:
+        """Does KVM_CHECK_EXTENSION answer for the capability with this number, known or not?"""
+        return bool(lib.avmm_ioctl_value(self.fd, lib.KVM_CHECK_EXTENSION, number) > 0)
+
     def close(self) -> None:
         """Close the descriptor; idempotent."""
         if self.fd >= 0:
@@ -243,6 +247,19 @@ class Vm(_Handle):
             "KVM_IRQ_LINE", ffi.new("struct kvm_irq_level *", {"irq": gsi, "level": level})
         )
 
+    def coalesce(self, address: int, size: int, *, port: bool) -> bool:
+        """KVM_REGISTER_COALESCED_MMIO: collect writes there in the ring (`avmm.kvm.ring`).
+
+        False where this KVM has no ring for them.
+        """
+        if not self.check("KVM_CAP_COALESCED_PIO" if port else "KVM_CAP_COALESCED_MMIO"):
+            return False
+        zone = {"addr": address, "size": size, "pio": port}
+        self._ioctl(
+            "KVM_REGISTER_COALESCED_MMIO", ffi.new("struct kvm_coalesced_mmio_zone *", zone)
+        )
+        return True
+
     def signal_msi(self, address: int, data: int) -> int:
         """Deliver a message-signalled interrupt; 0 where the guest's LAPICs dropped it."""
         message = ffi.new("struct kvm_msi *")
@@ -340,6 +357,13 @@ class Vcpu(_Handle):
         self.mmio: Callable[[], tuple[int, ...]] = _unpacker(self._mapping, "mmio", MMIO_FIELDS)
         """The MMIO exit in `kvm_run`: its `MMIO_FIELDS`, the data as a number."""
         self._mmio_data = ffi.cast("uint64_t *", self.page.mmio.data)
+
+    def write_ring(self, page: int) -> Struct:
+        """The VM's ring of coalesced writes: each vCPU's mapping shows it, at the page number
+        that is the value of KVM_CAP_COALESCED_MMIO."""
+        if not 0 < page < len(self._mapping) // mmap.PAGESIZE:
+            raise KvmError("KVM_CAP_COALESCED_MMIO", errno.ENOSYS, f"no ring at page {page}")
+        return ffi.cast("struct kvm_coalesced_mmio_ring *", self._buffer + page * mmap.PAGESIZE)
 
     def answer_mmio(self, value: int) -> None:
         """What the guest's MMIO read gets."""

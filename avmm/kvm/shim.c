@@ -115,6 +115,23 @@ static int avmm_run_raw(int fd, struct kvm_run *run, char *output, int size)
     }
 }
 
+/* The oldest coalesced write; 0: there is none. */
+static int avmm_ring_peek(struct kvm_coalesced_mmio_ring *ring, struct kvm_coalesced_mmio *write)
+{
+    unsigned first = ring->first;
+    if (first == __atomic_load_n(&ring->last, __ATOMIC_ACQUIRE))
+        return 0;
+    *write = ring->coalesced_mmio[first];
+    return 1;
+}
+
+/* Give its place back to KVM. */
+static void avmm_ring_drop(struct kvm_coalesced_mmio_ring *ring)
+{
+    unsigned places = (sysconf(_SC_PAGESIZE) - sizeof *ring) / sizeof ring->coalesced_mmio[0];
+    __atomic_store_n(&ring->first, (ring->first + 1) % places, __ATOMIC_RELEASE);
+}
+
 /* ---- the kick ----
  *
  * A signal makes KVM_RUN return only if it is delivered: its handler need not do anything, but

@@ -1,0 +1,47 @@
+"""Coalesced writes: out of the kernel's ring, to their devices, in order.
+
+A write to a coalesced region does not leave the guest: KVM appends it to one ring for the whole
+VM and lets the vCPU run on (Documentation/virt/kvm/api.rst, KVM_REGISTER_COALESCED_MMIO). So
+whatever exits next may come after such writes, of any vCPU, and they must reach their devices
+first. And no exit tells of the last ones: a pause has to look for them.
+
+Two steps keep that order without a lock that devices share. Whoever finds writes in the ring
+moves them to queues, one for each device (`avmm.bus.PostedWrites`), under a lock of the ring's
+own, in which no handler runs. A write leaves the ring only when it is in its queue, so that an
+empty ring tells that nothing is on the way. A device's queue is emptied under the device's lock:
+by the same thread as its next step, or by any access to the device that comes before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+from avmm.bus import Bus, PostedWrites
+from avmm.kvm.ring import WriteRing
+
+
+class CoalescedWrites:
+    """The ring of one VM and where its writes go. Any thread."""
+
+    def __init__(
+        self, ring: WriteRing, buses: Mapping[bool, Bus], posted: Sequence[PostedWrites]
+    ) -> None:
+        """`buses`: for port I/O (True) and for memory (False)."""
+        self._ring = ring
+        self._buses = buses
+        self._posted = posted
+        self._moving = threading.Lock()
+
+    def deliver(self) -> None:
+        """Let the devices have all writes that are in the ring now.
+
+        Raises what a device raises, and `DeviceError` where it answers with an awaitable.
+        """
+        if self._ring.is_empty:
+            return
+        with self._moving:
+            for is_port, address, size, value in self._ring:
+                self._buses[is_port].post(address, size, value)
+        for posted in self._posted:
+            posted.deliver()

@@ -1,0 +1,34 @@
+"""The ring in which KVM collects coalesced writes (`struct kvm_coalesced_mmio_ring`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from avmm.kvm._kvm import ffi, lib
+from avmm.kvm.handles import Vcpu, Vm
+
+Write = tuple[bool, int, int, int]
+"""(whether to a port, address, size in bytes, value)"""
+
+
+class WriteRing:
+    """The ring of a VM, which all of its vCPUs' mappings show; taken from by one at a time."""
+
+    def __init__(self, vm: Vm, vcpu: Vcpu) -> None:
+        """Any vCPU of `vm`; valid as long as that is open."""
+        self._ring = vcpu.write_ring(vm.check("KVM_CAP_COALESCED_MMIO"))
+        self._write = ffi.new("struct kvm_coalesced_mmio *")
+        self._value = ffi.cast("uint64_t *", self._write.data)
+
+    @property
+    def is_empty(self) -> bool:
+        """Is there nothing in it, as of now?"""
+        return bool(self._ring.first == self._ring.last)
+
+    def __iter__(self) -> Iterator[Write]:
+        """Take out what is there, oldest first; each leaves the ring only with the next step."""
+        write = self._write
+        while lib.avmm_ring_peek(self._ring, write):
+            size = min(write.len, 8)
+            yield bool(write.pio), write.phys_addr, size, self._value[0] & ((1 << 8 * size) - 1)
+            lib.avmm_ring_drop(self._ring)

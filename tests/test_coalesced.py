@@ -1,0 +1,182 @@
+"""Coalesced writes: none lost, none twice, none before or after its time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from support.guest import machine
+
+import avmm
+from avmm import Device
+from avmm.bus import Bus, PostedWrites
+from avmm.devices.base import ReadAnswer, WriteAnswer
+from avmm.errors import DeviceError
+from avmm.kvm import System
+
+pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
+
+PORT, ADDRESS = 0x300, 0xD000_0000
+
+
+class Log(Device):
+    """Keeps what happens to it, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def read(self, offset: int, size: int) -> ReadAnswer:
+        self.seen.append(("read", offset, size))
+        return len(self.seen)
+
+    def write(self, offset: int, size: int, value: int) -> WriteAnswer:
+        self.seen.append((offset, size, value))
+        return None
+
+    def save(self) -> dict[str, Any]:
+        return {"seen": json.dumps(self.seen)}
+
+
+@pytest.fixture(autouse=True)
+def rings() -> None:
+    system = System()
+    missing = [n for n in ("MMIO", "PIO") if not system.check(f"KVM_CAP_COALESCED_{n}")]
+    system.close()
+    if missing:
+        pytest.skip(f"this KVM coalesces no {' and no '.join(missing)}")
+
+
+def ports(log: Device, **more: Any) -> avmm.Placement:
+    return avmm.pio(log, PORT, 8, coalesced=True, **more)
+
+
+COUNT_TO_100 = "mov dx, 0x300; xor eax, eax; 1: out dx, eax; inc eax; cmp eax, 100; jb 1b;"
+EXIT = "mov dx, 0xf8; xor eax, eax; out dx, al; 9: pause; jmp 9b"
+STAY = "mov dword ptr [0x200000], 1; 9: pause; jmp 9b"
+
+
+async def until_it_stays(vm: avmm.Machine) -> None:
+    view = vm.memory.view(0x200000, 4)
+    while not view[0]:
+        await trio.lowlevel.checkpoint()
+    view.release()
+
+
+async def test_a_pause_brings_what_no_exit_has_shown(tmp_path: Path) -> None:
+    log = Log()
+    async with machine(tmp_path, COUNT_TO_100 + STAY, devices=[ports(log)]) as vm:
+        await until_it_stays(vm)
+        assert log.seen == []  # else this test shows nothing
+        async with vm.paused():
+            assert log.seen == [(0, 4, n) for n in range(100)]
+            assert json.loads(dict(vm.save()["devices"])["Log"]["seen"])[-1] == [0, 4, 99]
+
+
+async def test_the_end_of_the_guest_brings_them(tmp_path: Path) -> None:
+    log = Log()
+    async with machine(tmp_path, COUNT_TO_100 + STAY, devices=[ports(log)]) as vm:
+        await until_it_stays(vm)
+        vm.stop()
+        await vm.wait()
+        assert log.seen == [(0, 4, n) for n in range(100)]
+
+
+async def test_a_ring_that_is_full_loses_nothing(tmp_path: Path) -> None:
+    log = Log()
+    code = COUNT_TO_100.replace("100", "100000") + EXIT
+    async with machine(tmp_path, code, devices=[ports(log)]) as vm:
+        await vm.wait()
+    assert log.seen == [(0, 4, n) for n in range(100_000)]
+
+
+async def test_other_accesses_come_in_their_order(tmp_path: Path) -> None:
+    """A coalesced region, another one of the same device, and another device."""
+    log = Log()
+    other = Log()
+    other.seen = log.seen
+    code = """
+        mov dx, 0x300; mov al, 1; out dx, al
+        mov dx, 0x310; mov al, 2; out dx, al
+        mov dx, 0x304; mov ax, 3; out dx, ax
+        mov dx, 0x320; in al, dx
+        mov dx, 0x301; mov al, 4; out dx, al
+        mov dx, 0x300; in al, dx
+    """
+    places = [ports(log), avmm.pio(log, 0x310, 8, offset=0x10), avmm.pio(other, 0x320, 8)]
+    async with machine(tmp_path, code + EXIT, devices=places) as vm:
+        await vm.wait()
+    expected = [(0, 1, 1), (0x10, 1, 2), (4, 2, 3), ("read", 0, 1), (1, 1, 4), ("read", 0, 1)]
+    assert log.seen == expected
+
+
+async def test_memory_of_every_shape(tmp_path: Path) -> None:
+    log = Log()
+    code = """
+        mov rbx, 0xd0000000
+        mov rax, 0x1122334455667788
+        mov [rbx], al; mov [rbx + 2], ax; mov [rbx + 4], eax; mov [rbx + 8], rax
+        mov [rbx + 0xffd], rax
+    """
+    places = [avmm.mmio(log, ADDRESS, 0x2000, coalesced=True)]
+    async with machine(tmp_path, code + EXIT, devices=places) as vm:
+        await vm.wait()
+    data = bytearray(0x1010)
+    for offset, size, value in log.seen:
+        assert size in (1, 2, 4, 8)
+        data[offset : offset + size] = value.to_bytes(size, "little")
+    word = (0x1122_3344_5566_7788).to_bytes(8, "little")
+    right = bytearray(0x1010)
+    right[0:1], right[2:4], right[4:8], right[8:16] = word[:1], word[:2], word[:4], word
+    right[0xFFD:0x1005] = word
+    assert data == right
+
+
+async def test_a_hundred_pauses_in_a_stream_of_them(tmp_path: Path) -> None:
+    log = Log()
+    code = "mov dx, 0x300; xor eax, eax; 1: out dx, eax; inc eax; jmp 1b"
+    async with machine(tmp_path, code, devices=[ports(log)]) as vm:
+        for _ in range(100):
+            async with vm.paused():
+                count = len(log.seen)
+            while len(log.seen) == count:
+                await trio.lowlevel.checkpoint()
+    assert log.seen == [(0, 4, n) for n in range(len(log.seen))]
+
+
+async def test_a_device_that_would_wait_is_refused_by_name(tmp_path: Path) -> None:
+    class Slow(Log):
+        async def write(self, offset: int, size: int, value: int) -> None:  # type: ignore[override]
+            await trio.lowlevel.checkpoint()
+
+    with pytest.raises(DeviceError, match=r"Slow answered a coalesced write of 4 bytes"):
+        async with machine(tmp_path, COUNT_TO_100 + EXIT, devices=[ports(Slow())]) as vm:
+            await vm.wait()
+
+
+async def test_without_a_ring_they_are_writes_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(avmm.kvm.Vm, "coalesce", lambda *_, **__: False)
+    log = Log()
+    async with machine(tmp_path, COUNT_TO_100 + EXIT, devices=[ports(log)]) as vm:
+        await vm.wait()
+    assert log.seen == [(0, 4, n) for n in range(100)]
+
+
+def test_whoever_comes_to_the_device_first_brings_what_was_posted() -> None:
+    """A write that another thread took out of the ring and has not delivered yet."""
+    log = Log()
+    lock = avmm.loop.device_lock()
+    bus = Bus("port", 1 << 16)
+    posted = PostedWrites(log, lock)
+    bus.add(ports(log), lock, posted)
+    bus.post(PORT, 4, 0x11)
+    assert bus.read(PORT, 1) == 2
+    bus.post(PORT, 8, 0x33_0000_0022)
+    assert bus.write(PORT + 1, 1, 0x44) is None
+    posted.deliver()
+    expected = [(0, 4, 0x11), ("read", 0, 1), (0, 8, 0x33_0000_0022), (1, 1, 0x44)]
+    assert log.seen == expected
