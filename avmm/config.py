@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-from avmm.boot import FlatOptions, Mode
+from avmm.boot import FlatOptions, Mode, Protocol
 from avmm.completion import Mode as CompletionMode
 from avmm.errors import ConfigError
 from avmm.memory import parse_size
@@ -43,6 +43,7 @@ class Settings(TypedDict, total=False):
     memory: int | str
     cpus: int
     flat: FlatOptions | str | None
+    protocol: Protocol | str
     debug_exit: int | None
     unclaimed: str
     completion: str
@@ -55,7 +56,8 @@ class MachineConfig:
     """A machine's settings; raises `ConfigError` for a value that cannot be meant."""
 
     kernel: Path | None = None
-    """The image to boot (ELF, multiboot, flat; may be gzip'ed); None: the bundled shell."""
+    """The image to boot (ELF, multiboot, bzImage, flat; may be compressed); None: the bundled
+    shell."""
     initrd: Path | None = None
     """Initial RAM disk; the first module of a multiboot image."""
     modules: tuple[Path, ...] = ()
@@ -68,6 +70,8 @@ class MachineConfig:
     cpus: int = 1
     flat: FlatOptions | None = None
     """How to enter a raw binary; text "MODE@ADDRESS", like "real@0x7c00"."""
+    protocol: Protocol = Protocol.AUTO
+    """How a Linux kernel is entered: "auto", "pvh" or "linux64"."""
     debug_exit: int | None = 0xF4
     """Port of QEMU's isa-debug-exit, or None for no such device."""
     unclaimed: str = "info"
@@ -106,6 +110,11 @@ class MachineConfig:
             raise ConfigError(
                 "flat: expected a kernel to run so; the bundled shell is no flat one"
             )
+        try:
+            put(self, "protocol", Protocol(self.protocol))
+        except ValueError:
+            names = ", ".join(protocol.value for protocol in Protocol)
+            raise ConfigError(f"protocol {self.protocol!r}: expected one of {names}") from None
         if not isinstance(self.cmdline, str):
             raise ConfigError(f"cmdline {self.cmdline!r}: expected text")
         if not _is_int(self.cpus) or self.cpus < 1:

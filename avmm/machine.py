@@ -135,6 +135,7 @@ class Parts:
                     modules=config.modules,
                     cpus=config.cpus,
                     flat=config.flat,
+                    protocol=config.protocol,
                 )
             self.vm = self._create_vm(stack)
             self.policy = self._completion(config)

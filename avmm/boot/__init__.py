@@ -4,6 +4,6 @@
 pays for the formats when it starts its first guest and not when it imports avmm.
 """
 
-from avmm.boot.entry import Entry, FlatOptions, Mode
+from avmm.boot.entry import Entry, FlatOptions, Mode, Protocol
 
-__all__ = ["Entry", "FlatOptions", "Mode"]
+__all__ = ["Entry", "FlatOptions", "Mode", "Protocol"]

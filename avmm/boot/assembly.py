@@ -40,6 +40,8 @@ class Assembly:
     cmdline: str = ""
     files: Sequence[str] = ()
     """The initrd, if any, and the modules: paths, in the order the guest sees them."""
+    rsdp: int = 0
+    """Where ACPI's tables begin; 0: there are none."""
     claims: Claims = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,12 +56,12 @@ class Assembly:
             with self.memory.view(gpa, size) as view:
                 image.read_into(offset, view)
 
-    def load_modules(self) -> list[Module]:
-        """Find room for each file, at the top of RAM below the hole, and copy it there."""
+    def load_modules(self, limit: int = layout.INITRD_LIMIT) -> list[Module]:
+        """Find room for each file, at the top of RAM below `limit`, and copy it there."""
         modules = []
         for path in self.files:
             with open_image(path) as image:
-                gpa = self.claims.place(image.size, image.name)
+                gpa = self.claims.place(image.size, image.name, limit=limit)
                 self.load(image, 0, image.size, gpa)
                 modules.append(Module(gpa, image.size, image.name))
         return modules
@@ -78,8 +80,9 @@ class Assembly:
         self.claims.claim(gpa, size, f"avmm's {what}", reserved=True)
 
     def claim_boot_info(self) -> None:
-        """Take the ranges of the boot information and of the command line."""
+        """Take the ranges of the boot information, the zero page and the command line."""
         self.claim_own(layout.BOOT_INFO, layout.BOOT_INFO_SIZE, "boot information")
+        self.claim_own(layout.ZERO_PAGE, layout.ZERO_PAGE_SIZE, "zero page")
         self.claim_own(layout.CMDLINE, layout.CMDLINE_SIZE, "command line")
 
     def write_cmdline(self, text: str) -> None:

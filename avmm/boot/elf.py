@@ -49,8 +49,8 @@ def holds(elf: Elf, gpa: int) -> bool:
     return any(s.paddr <= gpa < s.paddr + s.memsz for s in elf.loadable)
 
 
-def load(assembly: Assembly, elf: Elf) -> Entry:
-    """Load a plain ELF, entered in long mode as in `longmode`."""
+def load(assembly: Assembly, elf: Elf, header: bytes | None = None) -> Entry:
+    """Load a plain ELF, entered in long mode as in `longmode`, whose `header` this is."""
     if elf.bits != 64:
         raise elf.image.error(
             "is a 32-bit ELF without a PVH note or a multiboot header; expected one of these, "
@@ -61,4 +61,4 @@ def load(assembly: Assembly, elf: Elf) -> Entry:
         raise elf.image.error(f"has its entry point at {ip:#x}; expected one below 4 GiB")
     longmode.claim(assembly)
     load_segments(assembly, elf)
-    return longmode.enter(assembly, ip)
+    return longmode.enter(assembly, ip, header)

@@ -36,3 +36,14 @@ class FlatOptions:
 
     mode: Mode
     address: int
+
+
+class Protocol(Enum):
+    """How a Linux kernel is to be entered, where its image leaves the choice."""
+
+    AUTO = "auto"
+    """As the image's format has it: `avmm.boot.formats`."""
+    PVH = "pvh"
+    """By its PVH note, in 32-bit protected mode."""
+    LINUX64 = "linux64"
+    """By Linux's 64-bit boot protocol."""

@@ -10,11 +10,13 @@
    serves 32- and 64-bit images alike, and before plain ELF because who puts the note there
    means it; Linux's vmlinux cannot be entered in any other way that is not its own.
 4. *Multiboot* (`multiboot`): a 32-bit ELF with the header.
-5. *ELF* (`elf`): a 64-bit ELF, entered in long mode by our own contract (`longmode`).
+5. *ELF* (`elf`): a 64-bit ELF, entered in long mode by our own contract (`longmode`), of which
+   Linux's 64-bit boot protocol is a part.
+6. *bzImage* (`bzimage`): the vmlinux inside of it, entered in the same way.
 
-All else is refused in words that say what it looks like. A further format, such as bzImage
-(whose mark is "HdrS" at 0x202), gets a file of its own and a line in `_load_image`, before the
-ELF formats if it is no ELF.
+Files are taken compressed as well (`compressed`). All else is refused in words that say what it
+looks like. A caller that wants a vmlinux with a PVH note entered by the 64-bit protocol, or
+to be sure that PVH is used, says so (`Protocol`).
 
 Where `load` fails, guest memory is partly written and of no further use.
 """
@@ -24,12 +26,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from avmm.boot import elf, flat, multiboot, pvh
+from avmm.boot import bzimage, elf, flat, multiboot, pvh
 from avmm.boot.assembly import Assembly
 from avmm.boot.describe import HEAD, describe
 from avmm.boot.elf_headers import MAGIC, parse
-from avmm.boot.entry import Entry, FlatOptions
-from avmm.boot.image import GZIP_SLACK, Image, open_image
+from avmm.boot.entry import Entry, FlatOptions, Protocol
+from avmm.boot.image import SLACK, Image, open_image
 from avmm.memory import GuestMemory
 
 StrPath = str | os.PathLike[str]
@@ -44,11 +46,12 @@ def load(
     modules: Sequence[StrPath] = (),
     cpus: int = 1,
     flat: FlatOptions | None = None,
+    protocol: Protocol = Protocol.AUTO,
 ) -> Entry:
     """Load `image` into fresh guest memory and say where the boot processor starts.
 
     The guest is told of `cmdline`, of the memory map and of the `modules`, of which `initrd`
-    is the first, in its format's own way; of its `cpus` in an MP table. A gzip'ed image is
+    is the first, in its format's own way; of its `cpus` in an MP table. A compressed image is
     decompressed (not a flat one, nor initrd and modules, which are the guest's business).
 
     Blocks while it reads the files. Raises `ImageError` where a file cannot be loaded, and
@@ -58,14 +61,18 @@ def load(
     files += [os.fspath(path) for path in modules]
     assembly = Assembly(memory, os.fspath(image), cmdline, files)
     assembly.write_mp_table(cpus)
-    limit = None if flat is not None else memory.size + GZIP_SLACK
-    with open_image(image, gunzip_limit=limit) as content:
-        return _load_image(assembly, content, flat)
+    limit = None if flat is not None else memory.size + SLACK
+    with open_image(image, unpack_limit=limit) as content:
+        return _load_image(assembly, content, flat, protocol)
 
 
-def _load_image(assembly: Assembly, image: Image, options: FlatOptions | None) -> Entry:
+def _load_image(
+    assembly: Assembly, image: Image, options: FlatOptions | None, protocol: Protocol
+) -> Entry:
     if options is not None:
         return flat.load(assembly, image, options)
+    if protocol is not Protocol.AUTO:
+        return _load_linux(assembly, image, protocol)
     header = multiboot.find(image)
     if header is not None and header.addresses is not None:
         return multiboot.load(assembly, image, header)
@@ -77,8 +84,34 @@ def _load_image(assembly: Assembly, image: Image, options: FlatOptions | None) -
         if header is not None:
             return multiboot.load(assembly, image, header)
         return elf.load(assembly, executable)
+    if bzimage.is_bzimage(image):
+        return _load_linux(assembly, image, Protocol.LINUX64)
     looks = describe(image.head(HEAD))
     raise image.error(
-        f"looks like {looks}. Expected an ELF (PVH, multiboot or 64-bit) or a multiboot image, "
-        f"gzip'ed or not"
+        f"looks like {looks}. Expected an ELF (PVH, multiboot or 64-bit), a multiboot image or a "
+        f"bzImage, compressed or not"
     )
+
+
+def _load_linux(assembly: Assembly, image: Image, protocol: Protocol) -> Entry:
+    """A vmlinux, or the one in a bzImage, entered as it is asked for."""
+    if bzimage.is_bzimage(image):
+        limit = assembly.memory.size + SLACK
+        with bzimage.unpack(image, limit) as (vmlinux, header):
+            return _load_vmlinux(assembly, vmlinux, protocol, header)
+    if image.head(4) != MAGIC:
+        looks = describe(image.head(HEAD))
+        raise image.error(f"looks like {looks}. Expected a vmlinux or bzImage: {protocol.value}")
+    return _load_vmlinux(assembly, image, protocol, None)
+
+
+def _load_vmlinux(
+    assembly: Assembly, image: Image, protocol: Protocol, header: bytes | None
+) -> Entry:
+    executable = parse(image)
+    if protocol is Protocol.LINUX64:
+        return elf.load(assembly, executable, header)
+    ip = pvh.entry_point(executable)
+    if ip is None:
+        raise image.error("has no PVH note; expected one, as that protocol was asked for")
+    return pvh.load(assembly, executable, ip)

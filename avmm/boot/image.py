@@ -5,27 +5,25 @@ SIGBUS, and mapped pages count as ours. Headers are read with pread, and content
 page cache straight into guest memory: one copy, checked, and a file that changes its size is
 an error like any other.
 
-A gzip'ed kernel is decompressed once, piece by piece, into a memfd, which is then read in the
-same way. `limit` bounds it: a small file can claim to hold a thousand times its own size.
+A compressed kernel is decompressed once into a memfd (`compressed`), which is then read in the
+same way.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
+from avmm.boot import compressed
+from avmm.boot.compressed import MAGIC_SIZE, Codec
 from avmm.errors import ImageError
 
-GZIP_MAGIC: Final = b"\x1f\x8b\x08"
-"""RFC 1952, 2.3.1: the ID bytes and the only method there is."""
-GZIP_SLACK: Final = 256 << 20
+SLACK: Final = 256 << 20
 """How much bigger than guest RAM a decompressed kernel may be: debug information is big, and
 is not loaded."""
-_CHUNK: Final = 1 << 18
 
 _KINDS: Final[tuple[tuple[Callable[[int], bool], str], ...]] = (
     (stat.S_ISDIR, "a directory"),
@@ -104,19 +102,27 @@ class Image:
                 )
             done += count
 
+    def unpacked(
+        self, codec: Codec, offset: int, size: int, limit: int, trailer: int = 0
+    ) -> Image:
+        """What a run of it decompresses to; see `compressed.decompress`."""
+        fd, total = compressed.decompress(self, codec, offset, size, limit, trailer)
+        return Image(fd, total, self.name)
 
-def open_image(path: str | os.PathLike[str], *, gunzip_limit: int | None = None) -> Image:
-    """Open a file; with a `gunzip_limit`, one that is gzip'ed is decompressed.
+
+def open_image(path: str | os.PathLike[str], *, unpack_limit: int | None = None) -> Image:
+    """Open a file; with an `unpack_limit`, one that is compressed is decompressed.
 
     Raises `ImageError` where it cannot be opened, is no regular file or is empty, and where
-    the gzip'ed data is damaged or comes to more than `gunzip_limit` bytes.
+    the compressed data are damaged or come to more than `unpack_limit` bytes.
     """
     name = os.fspath(path)
     image = _open(name)
     try:
-        if gunzip_limit is None or image.head(len(GZIP_MAGIC)) != GZIP_MAGIC:
+        codec = compressed.find(image.head(MAGIC_SIZE))
+        if unpack_limit is None or codec is None:
             return image
-        unpacked = _gunzip(image, gunzip_limit)
+        unpacked = image.unpacked(codec, 0, image.size, unpack_limit)
     except BaseException:
         image.close()
         raise
@@ -143,60 +149,3 @@ def _open(name: str) -> Image:
         os.close(fd)
         raise
     return Image(fd, status.st_size, name)
-
-
-def _gunzip(source: Image, limit: int) -> Image:
-    """Decompress all of `source` (one gzip member, zeros may follow) into a memfd."""
-    if source.size > limit:
-        raise source.error(f"is {source.size} bytes even as gzip; the most taken is {limit}")
-    size = 0
-    fd = os.memfd_create("avmm-image", os.MFD_CLOEXEC)
-    try:
-        for piece in _inflated(source):
-            size += len(piece)
-            if size > limit:
-                raise source.error(
-                    f"decompresses to more than {limit} bytes, the most taken for this guest's "
-                    f"RAM: a decompression bomb, or far too big a kernel"
-                )
-            _write_all(source, fd, piece)
-        if size == 0:
-            raise source.error("is gzip of nothing")
-    except BaseException:
-        os.close(fd)
-        raise
-    return Image(fd, size, source.name)
-
-
-def _inflated(source: Image) -> Iterator[bytes]:
-    """The decompressed content in pieces of at most `_CHUNK` bytes."""
-    inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    at = 0
-    while not inflate.eof:
-        pending = inflate.unconsumed_tail
-        if not pending:
-            pending = source.read(at, min(_CHUNK, source.size - at), "gzip data")
-            at += len(pending)
-        try:
-            piece = inflate.decompress(pending, _CHUNK)
-        except zlib.error as error:
-            raise source.error(f"is damaged gzip: {error}") from error
-        if not (piece or pending or inflate.eof):
-            raise source.error(f"is cut off: its gzip data goes on after {source.size} bytes")
-        yield piece
-    trailing = inflate.unused_data
-    while not trailing.strip(b"\0"):
-        if at == source.size:
-            return
-        trailing = source.read(at, min(_CHUNK, source.size - at), "padding")
-        at += len(trailing)
-    raise source.error("has more data after the end of its gzip member")
-
-
-def _write_all(source: Image, fd: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(fd, rest) :]
-        except OSError as error:
-            raise source.error(f"cannot be decompressed: {error.strerror}") from error

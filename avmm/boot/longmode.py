@@ -5,9 +5,11 @@ No standard says what a 64-bit image that is entered directly finds. Ours finds 
 - long mode as `Mode.LONG` has it, on the GDT and page tables of `arch.x86_64.tables`;
 - RDI: the physical address of an `hvm_start_info` as PVH has it (`startinfo`): command line,
   memory map, initrd and modules;
+- RSI: the physical address of Linux's zero page (`zeropage`), which tells the same by Linux's
+  64-bit boot protocol, so that a vmlinux without a PVH note boots, too;
 - RSP: as at the entry of a function (System V ABI: RSP + 8 is a multiple of 16), on a stack of
   7 KiB; the return address there is 0;
-- all other registers 0, RSI among them, which Linux's own 64-bit protocol would use.
+- all other registers 0.
 
 So the entry point may be a C function: `void start(const struct hvm_start_info *info)`.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 from typing import Final
 
 from avmm.arch.x86_64 import layout, tables
+from avmm.boot import zeropage
 from avmm.boot.assembly import Assembly
 from avmm.boot.entry import Entry, Mode
 from avmm.boot.startinfo import write_start_info
@@ -32,9 +35,15 @@ def claim(assembly: Assembly) -> None:
     assembly.claim_boot_info()
 
 
-def enter(assembly: Assembly, ip: int) -> Entry:
-    """Write what was claimed and load the modules; the image must be in place already."""
-    start_info = write_start_info(assembly)
+def enter(assembly: Assembly, ip: int, header: bytes | None = None) -> Entry:
+    """Write what was claimed and load the modules; the image must be in place already.
+
+    `header` is the setup header of the bzImage that the image comes from, if it does.
+    """
+    header = header or zeropage.own_header()
+    modules = assembly.load_modules(zeropage.initrd_limit(header))
+    start_info = write_start_info(assembly, modules)
+    zeropage.write(assembly, modules, header)
     tables.write_long_mode_tables(assembly.memory)
     rsp = layout.STACK_TOP - _RETURN_ADDRESS_SIZE
-    return Entry(Mode.LONG, ip, {"rdi": start_info, "rsp": rsp})
+    return Entry(Mode.LONG, ip, {"rdi": start_info, "rsi": layout.ZERO_PAGE, "rsp": rsp})

@@ -45,4 +45,4 @@ def load(assembly: Assembly, image: Elf, ip: int) -> Entry:
     """Load the segments and write the start info for the entry point `ip`."""
     assembly.claim_boot_info()
     elf.load_segments(assembly, image)
-    return Entry(Mode.PROTECTED, ip, {"rbx": write_start_info(assembly)})
+    return Entry(Mode.PROTECTED, ip, {"rbx": write_start_info(assembly, assembly.load_modules())})

@@ -7,10 +7,11 @@ address of 0 means "not there".
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from avmm.arch.x86_64 import layout
-from avmm.boot.assembly import Assembly
+from avmm.boot.assembly import Assembly, Module
 from avmm.boot.infoblock import InfoBlock
 
 MAGIC: Final = 0x336E_C578
@@ -23,13 +24,12 @@ _MEMMAP: Final = struct.Struct("<QQII")
 """addr, size, type, 0"""
 
 
-def write_start_info(assembly: Assembly) -> int:
-    """Load the modules, write the structure with all it points to; return its address.
+def write_start_info(assembly: Assembly, modules: Sequence[Module]) -> int:
+    """Write the structure with all it points to; return its address.
 
     A module's command line is its path. The ranges must have been claimed
     (`Assembly.claim_boot_info`), and all other claims made.
     """
-    modules = assembly.load_modules()
     assembly.write_cmdline(assembly.cmdline)
     block = InfoBlock(_START_INFO.size)
     listed = [_MODULE.pack(m.gpa, m.size, block.add_string(m.name), 0) for m in modules]
@@ -43,7 +43,7 @@ def write_start_info(assembly: Assembly) -> int:
             len(modules),
             block.add(b"".join(listed)) if listed else 0,
             layout.CMDLINE,
-            0,  # no ACPI
+            assembly.rsdp,
             block.add(b"".join(_MEMMAP.pack(e.gpa, e.size, e.kind, 0) for e in memory_map)),
             len(memory_map),
             0,

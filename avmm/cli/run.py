@@ -10,6 +10,7 @@ from typing import Any, Final
 import click
 import trio
 
+from avmm.boot import Protocol
 from avmm.cli import console
 from avmm.completion import Mode
 from avmm.config import UNCLAIMED, MachineConfig, read_toml
@@ -65,6 +66,11 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--flat", metavar="MODE@ADDRESS", help="Run IMAGE as it is, like real@0x7c00.")
 @click.option(
+    "--protocol",
+    type=click.Choice([protocol.value for protocol in Protocol]),
+    help="How a Linux kernel is entered.  [default: auto]",
+)
+@click.option(
     "--unclaimed",
     type=click.Choice(list(UNCLAIMED)),
     help="Level at which accesses that no device claims are reported.  [default: info]",
@@ -89,7 +95,7 @@ def command(
     config: Path | None,
     **options: Any,
 ) -> None:
-    """Run IMAGE (ELF, PVH, multiboot; may be gzip'ed), or the bundled shell without one.
+    """Run IMAGE (vmlinux, bzImage, ELF, multiboot; may be compressed), or the bundled shell.
 
     The command ends with the status that the guest ends with. On a terminal, Ctrl-A is the
     escape: Ctrl-A h lists what follows it.

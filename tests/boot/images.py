@@ -116,3 +116,33 @@ def multiboot_elf(flags: int = 0, bits: int = 32, **fields: object) -> Elf:
     """An ELF at 1 MiB that starts with a multiboot header; the code is behind it."""
     data = multiboot_header(flags) + b"\xf4" * 16
     return Elf([Segment(data)], bits=bits, entry=0x10000C, **fields)  # type: ignore[arg-type]
+
+
+LINUX_HEADER = 0x1F1
+
+
+@dataclass
+class BzImage:
+    """A bzImage; `bytes(image)` is the file. `payload` is what the build made of the vmlinux."""
+
+    payload: bytes
+    version: int = 0x20F
+    xloadflags: int = 1
+    sectors: int = 4
+    payload_offset: int = 0x40
+    payload_length: int | None = None
+    initrd_addr_max: int = 0x7FFF_FFFF
+    cmdline_size: int = 2047
+    jump: int = 0x6A
+    """The header's length after 0x202, in the second byte of its jump."""
+
+    def __bytes__(self) -> bytes:
+        page = bytearray(512 * ((self.sectors or 4) + 1))
+        length = len(self.payload) if self.payload_length is None else self.payload_length
+        page[LINUX_HEADER] = self.sectors
+        page[0x1FE:0x202] = b"\x55\xaa\xeb" + bytes([self.jump])
+        struct.pack_into("<4sH", page, 0x202, b"HdrS", self.version)
+        struct.pack_into("<I", page, 0x22C, self.initrd_addr_max)
+        struct.pack_into("<HI", page, 0x236, self.xloadflags, self.cmdline_size)
+        struct.pack_into("<II", page, 0x248, self.payload_offset, length)
+        return bytes(page) + bytes([0x90]) * self.payload_offset + self.payload

@@ -34,7 +34,7 @@ def test_long_mode_entry(memory: GuestMemory, write: Write) -> None:
     initrd = write(b"initrd" * 1000, "initrd")
     entry = load(memory, write(elf), cmdline="a b", initrd=initrd)
     assert (entry.mode, entry.ip) == (Mode.LONG, 0x100010)
-    assert set(entry.registers) == {"rdi", "rsp"}
+    assert set(entry.registers) == {"rdi", "rsi", "rsp"}
     assert memory.read(0x100000, 0x3000) == code + bytes(0x3000 - len(code))
     assert memory.read(0x104000, 4) == b"data"
     assert memory.read(layout.GDT, tables.GDT_LIMIT + 1) == tables.gdt()

@@ -19,7 +19,7 @@ from avmm.boot.formats import load
 from avmm.errors import ConfigError, ImageError
 from avmm.memory import GuestMemory
 
-from .images import Elf, Segment, multiboot_elf, multiboot_header, note, pvh_elf
+from .images import BzImage, Elf, Segment, multiboot_elf, multiboot_header, note, pvh_elf
 
 pytestmark = pytest.mark.timeout(120)
 SECONDS = 5
@@ -63,6 +63,7 @@ GOOD = {
     "pvh32": bytes(pvh_elf(bits=32)),
     "multiboot": bytes(multiboot_elf()),
     "addresses": ADDRESSES + b"code" * 10,
+    "bzimage": bytes(BzImage(gzip.compress(bytes(Elf())), payload_offset=0)),
 }
 
 interesting = st.one_of(
@@ -71,7 +72,7 @@ interesting = st.one_of(
     st.integers(0, (1 << 64) - 1),
 )
 patches = st.lists(
-    st.tuples(st.integers(0, 400), st.sampled_from("BHIQ"), interesting), min_size=1, max_size=4
+    st.tuples(st.integers(0, 700), st.sampled_from("BHIQ"), interesting), min_size=1, max_size=4
 )
 
 

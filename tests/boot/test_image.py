@@ -20,13 +20,13 @@ LIMIT = 1 << 20
 
 
 def content(path: Path, limit: int | None = LIMIT) -> bytes:
-    with open_image(path, gunzip_limit=limit) as image:
+    with open_image(path, unpack_limit=limit) as image:
         return image.read(0, image.size, "all")
 
 
 def failure(path: str | Path, limit: int | None = LIMIT) -> str:
     with pytest.raises(ImageError) as caught:
-        open_image(path, gunzip_limit=limit)
+        open_image(path, unpack_limit=limit)
     assert str(caught.value).startswith(str(path)) or "\0" in str(path)
     return str(caught.value)
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.timeout(60)
 def test_layout_ranges_follow_each_other() -> None:
     ranges = [
         (layout.BOOT_INFO, layout.BOOT_INFO_SIZE),
+        (layout.ZERO_PAGE, layout.ZERO_PAGE_SIZE),
         (layout.CMDLINE, layout.CMDLINE_SIZE),
         (layout.GDT, layout.GDT_ROOM),
         (layout.PAGE_TABLES, layout.PAGE_TABLES_SIZE),

@@ -7,7 +7,8 @@ well below 0x90000. Everything that avmm hides from a guest therefore lies in
 0x90000-0x9fc00, and only the parts that a boot format uses are claimed and told as reserved:
 
     0x00000-0x90000    free, for the image and the guest's own trampolines
-    0x90000-0x96000    boot information: hvm_start_info or multiboot information
+    0x90000-0x95000    boot information: hvm_start_info or multiboot information
+    0x95000-0x96000    Linux's zero page
     0x96000-0x97000    command line
     0x97000-0x98000    GDT                 (long mode entry only)
     0x98000-0x9e000    page tables         (long mode entry only)
@@ -27,7 +28,11 @@ from avmm.memory import HOLE_END, HOLE_START
 BOOT_INFO: Final = 0x9_0000
 """`hvm_start_info` or the multiboot information, and all that they point to but the command
 line."""
-BOOT_INFO_SIZE: Final = 0x6000
+BOOT_INFO_SIZE: Final = 0x5000
+
+ZERO_PAGE: Final = 0x9_5000
+"""Linux's `struct boot_params`."""
+ZERO_PAGE_SIZE: Final = 0x1000
 
 CMDLINE: Final = 0x9_6000
 CMDLINE_SIZE: Final = 0x1000

@@ -1,0 +1,226 @@
+"""Decompression of kernels on the host: a guest that unpacks itself does so at its own speed.
+
+The formats are those that Linux's build offers for its payload, and what distributions wrap
+whole images in. Each is recognised by its magic and decoded by a library, piece by piece, into
+a memfd: a small file can claim to hold a thousand times its own size, so `limit` bounds what
+comes out, and the decoders' own memory is bounded as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from avmm.boot.image import Image
+
+MAGIC_SIZE: Final = 6
+"""The longest magic."""
+_CHUNK: Final = 1 << 18
+_DECODER_MEMORY: Final = 1 << 28
+"""The most that an xz or zstd dictionary may take; Linux's own kernels stay below half of it."""
+_LZ4_LEGACY_BLOCK: Final = 8 << 20
+"""The legacy format's blocks hold at most so much, compressed at most a little more."""
+_LZ4_LEGACY_BOUND: Final = _LZ4_LEGACY_BLOCK + _LZ4_LEGACY_BLOCK // 255 + 16
+
+
+class _Damaged(Exception):
+    """The data are no such format; says why."""
+
+
+class _CutOff(Exception):
+    """The data end before the format does."""
+
+
+class Source:
+    """A run of an image's bytes, read once from its beginning to its end."""
+
+    def __init__(self, image: Image, offset: int, size: int) -> None:
+        self._image = image
+        self._at = offset
+        self.left = size
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end."""
+        size = min(size, self.left)
+        data = self._image.read(self._at, size, "compressed data") if size else b""
+        self._at += size
+        self.left -= size
+        return data
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A compression format."""
+
+    name: str
+    magics: tuple[bytes, ...]
+    decode: Callable[[Source], Iterator[bytes]]
+
+
+def find(head: bytes) -> Codec | None:
+    """The format of data that begin with these bytes, if it is one."""
+    return next((codec for codec in CODECS if head.startswith(codec.magics)), None)
+
+
+def decompress(
+    image: Image, codec: Codec, offset: int, size: int, limit: int, trailer: int = 0
+) -> tuple[int, int]:
+    """The run of `image` decompressed into a memfd: (its descriptor, its size).
+
+    Zeros may follow the data, and in `trailer` bytes at the end anything. Raises `ImageError`
+    where the data are damaged, cut off, followed by others or come to more than `limit` bytes.
+    """
+    if size > limit:
+        raise image.error(f"is {size} bytes even as {codec.name}; the most taken is {limit}")
+    source = Source(image, offset, size - trailer)
+    fd = os.memfd_create("avmm-image", os.MFD_CLOEXEC)
+    total = 0
+    try:
+        try:
+            for piece in codec.decode(source):
+                total += len(piece)
+                if total > limit:
+                    raise image.error(
+                        f"decompresses to more than {limit} bytes, the most taken for this "
+                        f"guest's RAM: a decompression bomb, or far too big a kernel"
+                    )
+                _write_all(image, fd, piece)
+        except _Damaged as error:
+            raise image.error(f"is damaged {codec.name}: {error}") from error.__cause__
+        except _CutOff:
+            raise image.error(
+                f"is cut off: its {codec.name} data goes on after {size} bytes"
+            ) from None
+        if total == 0:
+            raise image.error(f"is {codec.name} of nothing")
+        while rest := source.read(_CHUNK):
+            if rest.strip(b"\0"):
+                raise image.error(f"has more data after the end of its {codec.name} data")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, total
+
+
+def _write_all(image: Image, fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except OSError as error:
+            raise image.error(f"cannot be decompressed: {error.strerror}") from error
+
+
+def _stream(source: Source, decoder: Any, failure: type[Exception]) -> Iterator[bytes]:
+    """The decoders of bz2, lzma and lz4.frame have one face."""
+    while not decoder.eof:
+        data = b""
+        if decoder.needs_input:
+            data = source.read(_CHUNK)
+            if not data:
+                raise _CutOff
+        try:
+            yield decoder.decompress(data, _CHUNK)
+        except (failure, EOFError) as error:
+            raise _Damaged(str(error)) from error
+    _check_unused(decoder.unused_data or b"")
+
+
+def _check_unused(data: bytes) -> None:
+    if data.strip(b"\0"):
+        raise _Damaged("more data after the end of it")
+
+
+def _gzip(source: Source) -> Iterator[bytes]:
+    import zlib  # noqa: PLC0415 - each library only where it is needed
+
+    inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    while not inflate.eof:
+        pending = inflate.unconsumed_tail or source.read(_CHUNK)
+        try:
+            piece = inflate.decompress(pending, _CHUNK)
+        except zlib.error as error:
+            raise _Damaged(str(error)) from error
+        if not (piece or pending or inflate.eof):
+            raise _CutOff
+        yield piece
+    _check_unused(inflate.unused_data)
+
+
+def _bzip2(source: Source) -> Iterator[bytes]:
+    import bz2  # noqa: PLC0415
+
+    return _stream(source, bz2.BZ2Decompressor(), OSError)
+
+
+def _xz(source: Source) -> Iterator[bytes]:
+    import lzma  # noqa: PLC0415
+
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_DECODER_MEMORY)
+    return _stream(source, decoder, lzma.LZMAError)
+
+
+def _lzma(source: Source) -> Iterator[bytes]:
+    import lzma  # noqa: PLC0415
+
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_DECODER_MEMORY)
+    return _stream(source, decoder, lzma.LZMAError)
+
+
+def _lz4(source: Source) -> Iterator[bytes]:
+    import lz4.frame  # noqa: PLC0415
+
+    return _stream(source, lz4.frame.LZ4FrameDecompressor(), RuntimeError)
+
+
+def _lz4_legacy(source: Source) -> Iterator[bytes]:
+    """lz4's doc/lz4_Frame_format.md, "Legacy frame": blocks, each after its size, to the end."""
+    import lz4.block  # noqa: PLC0415
+
+    source.read(4)
+    while header := source.read(4):
+        size = int.from_bytes(header, "little")
+        if len(header) < 4 or size > source.left:
+            raise _CutOff
+        if not 0 < size <= _LZ4_LEGACY_BOUND:
+            raise _Damaged(f"a block of {size} bytes, expected at most {_LZ4_LEGACY_BOUND}")
+        try:
+            yield lz4.block.decompress(source.read(size), uncompressed_size=_LZ4_LEGACY_BLOCK)
+        except lz4.block.LZ4BlockError as error:
+            raise _Damaged(str(error)) from error
+
+
+def _zstd(source: Source) -> Iterator[bytes]:
+    import zstandard  # noqa: PLC0415
+
+    decoder = zstandard.ZstdDecompressor(max_window_size=_DECODER_MEMORY).decompressobj()
+    while not decoder.eof:
+        # One call gives all that so much input comes to, at most 2^17 times as much; a small
+        # piece of input keeps that within the decoder's memory.
+        data = source.read(1 << 10)
+        if not data:
+            raise _CutOff
+        try:
+            yield decoder.decompress(data)
+        except zstandard.ZstdError as error:
+            raise _Damaged(str(error)) from error
+    _check_unused(decoder.unused_data)
+
+
+CODECS: Final = (
+    Codec("gzip", (b"\x1f\x8b\x08",), _gzip),
+    Codec("xz", (b"\xfd7zXZ\0",), _xz),
+    Codec("lzma", (b"\x5d\0\0",), _lzma),
+    Codec("bzip2", (b"BZh",), _bzip2),
+    Codec("lz4", (b"\x04\x22\x4d\x18",), _lz4),
+    Codec("lz4", (b"\x02\x21\x4c\x18",), _lz4_legacy),
+    Codec("zstd", (b"\x28\xb5\x2f\xfd",), _zstd),
+)
+"""RFC 1952 2.3.1; xz-file-format 2.1.1.1; lzma-file-format 1.1 (the usual properties byte);
+bzip2; lz4_Frame_format; RFC 8878 3.1.1."""
+
+NAMES: Final = tuple(dict.fromkeys(codec.name for codec in CODECS))
+"""For messages."""
