@@ -44,6 +44,7 @@ class Settings(TypedDict, total=False):
     cpus: int
     flat: FlatOptions | str | None
     protocol: Protocol | str
+    acpi: bool
     debug_exit: int | None
     unclaimed: str
     completion: str
@@ -72,6 +73,8 @@ class MachineConfig:
     """How to enter a raw binary; text "MODE@ADDRESS", like "real@0x7c00"."""
     protocol: Protocol = Protocol.AUTO
     """How a Linux kernel is entered: "auto", "pvh" or "linux64"."""
+    acpi: bool = True
+    """Tell the guest of CPUs, devices and the power switch by ACPI tables, too."""
     debug_exit: int | None = 0xF4
     """Port of QEMU's isa-debug-exit, or None for no such device."""
     unclaimed: str = "info"
@@ -110,6 +113,8 @@ class MachineConfig:
             raise ConfigError(
                 "flat: expected a kernel to run so; the bundled shell is no flat one"
             )
+        if not isinstance(self.acpi, bool):
+            raise ConfigError(f"acpi {self.acpi!r}: expected true or false")
         try:
             put(self, "protocol", Protocol(self.protocol))
         except ValueError:

@@ -22,7 +22,7 @@ from typing import Any, Final, Self, Unpack
 import trio
 
 from avmm import guests
-from avmm.arch.x86_64 import cpu, layout, report
+from avmm.arch.x86_64 import acpi, cpu, layout, report
 from avmm.arch.x86_64 import state as cpu_state
 from avmm.bus import Bus, Placement, PostedWrites, pio
 from avmm.calls import CallHandler
@@ -36,6 +36,8 @@ from avmm.devices.exit import DebugExit, ExitStatus
 from avmm.devices.i8042 import I8042
 from avmm.devices.pci import PciConfig
 from avmm.devices.post import DebugConsole, PostCode
+from avmm.devices.power import SIZE as POWER_PORTS
+from avmm.devices.power import Power
 from avmm.devices.serial import Serial
 from avmm.errors import AvmmError, ConfigError, GuestMemoryError, ImageError, StateError
 from avmm.exits import Exits
@@ -125,6 +127,8 @@ class Parts:
             stack.callback(self.memory.close)
             for gpa, rom in config.roms:
                 self.memory.add_readonly(gpa, _read_rom(rom, config.memory))
+            self.serial = Serial()
+            places = [*self._standard_devices(config), *devices]
             entry = None
             if state is None:
                 entry = load(
@@ -136,6 +140,7 @@ class Parts:
                     cpus=config.cpus,
                     flat=config.flat,
                     protocol=config.protocol,
+                    acpi=_described(places) if config.acpi else None,
                 )
             self.vm = self._create_vm(stack)
             self.policy = self._completion(config)
@@ -145,11 +150,10 @@ class Parts:
             self.mmio = Bus("address", _GPA_LIMIT, UNCLAIMED[config.unclaimed])
             self.devices: list[Device] = []
             self.hosts: list[_Host] = []
-            self.serial = Serial()
             self.msrs = Bus("MSR", _MSRS, UNCLAIMED[config.unclaimed], unit=8)
             self._calls = calls
             self._coalescing = {id(p.device) for p in devices if getattr(p, "coalesced", False)}
-            for place in (*self._standard_devices(config), *devices):
+            for place in places:
                 self._place(place)
             # Asked for only where somebody answers: without, nothing leaves the guest for it.
             if filtered := [(p.base, p.size) for p in devices if p.space == "msr"]:
@@ -206,6 +210,14 @@ class Parts:
             pio(PciConfig(), 0xCF8, 8),
             pio(ExitStatus(self._end_with), EXIT_STATUS_PORT, 4),
         ]
+        if config.acpi:
+            power = Power(
+                lambda: self._end(Outcome(Cause.SHUTDOWN)),
+                lambda: self._end(Outcome(Cause.RESET)),
+                off_type=acpi.SLEEP_TYPE_OFF,
+                reset_value=acpi.RESET_VALUE,
+            )
+            places.append(pio(power, layout.POWER_PORT, POWER_PORTS))
         if config.debug_exit is not None:
             width = min(4, _PORTS - config.debug_exit)
             places.append(pio(DebugExit(self._end_with), config.debug_exit, width))
@@ -500,6 +512,23 @@ class Machine:
         if self._parts is None:
             raise AvmmError("the machine does not exist yet: use it inside its `async with`")
         return self._parts
+
+
+def _described(places: Sequence[Placement]) -> list[acpi.Described]:
+    """What ACPI is to say of the devices that have a name there."""
+    grouped: dict[int, list[Placement]] = {}
+    for place in places:
+        if isinstance(place, Placement) and place.device.acpi_hid:
+            grouped.setdefault(id(place.device), []).append(place)
+    return [
+        acpi.Described(
+            mine[0].device.acpi_hid,
+            ports=[(place.base, place.size) for place in mine if place.space == "pio"],
+            windows=[(place.base, place.size) for place in mine if place.space == "mmio"],
+            gsi=next((place.irq for place in mine if place.irq is not None), None),
+        )
+        for mine in grouped.values()
+    ]
 
 
 def _pairs(key: str, value: object, kind: type) -> list[tuple[Any, Any]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from avmm.arch.x86_64 import layout, mptable
+from avmm.arch.x86_64 import acpi, layout, mptable
+from avmm.arch.x86_64.acpi import Described
 from avmm.boot.claims import Claims
 from avmm.boot.image import Image, open_image
 from avmm.errors import ConfigError, ImageError
@@ -103,6 +104,24 @@ class Assembly:
             return
         self.claim_own(layout.MP_FLOATING_POINTER, len(table), "MP table")
         self.memory.write(layout.MP_FLOATING_POINTER, table)
+
+    def write_acpi(self, cpus: int, devices: Sequence[Described]) -> None:
+        """Claim room for ACPI's tables in the BIOS area and write them.
+
+        Left out where RAM ends below that area. Raises `ConfigError` where so many devices
+        find no room.
+        """
+        if self.memory.ram[0].end < layout.BIOS_END:
+            return
+        tables = acpi.tables(cpus, devices, layout.POWER_PORT, layout.ACPI)
+        if len(tables) > layout.ACPI_SIZE:
+            raise ConfigError(
+                f"ACPI tables of {len(devices)} devices are {len(tables)} bytes: expected at "
+                f"most {layout.ACPI_SIZE}, or acpi = false"
+            )
+        self.claim_own(layout.ACPI, len(tables), "ACPI tables")
+        self.memory.write(layout.ACPI, tables)
+        self.rsdp = layout.ACPI
 
 
 def _encode_cmdline(text: str) -> bytes:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from avmm.arch.x86_64.acpi import Described
 from avmm.boot import bzimage, elf, flat, multiboot, pvh
 from avmm.boot.assembly import Assembly
 from avmm.boot.describe import HEAD, describe
@@ -47,12 +48,14 @@ def load(
     cpus: int = 1,
     flat: FlatOptions | None = None,
     protocol: Protocol = Protocol.AUTO,
+    acpi: Sequence[Described] | None = None,
 ) -> Entry:
     """Load `image` into fresh guest memory and say where the boot processor starts.
 
     The guest is told of `cmdline`, of the memory map and of the `modules`, of which `initrd`
-    is the first, in its format's own way; of its `cpus` in an MP table. A compressed image is
-    decompressed (not a flat one, nor initrd and modules, which are the guest's business).
+    is the first, in its format's own way; of its `cpus` in an MP table and, with the devices of
+    `acpi`, in ACPI tables, unless that is None. A compressed image is decompressed (not a flat
+    one, nor initrd and modules, which are the guest's business).
 
     Blocks while it reads the files. Raises `ImageError` where a file cannot be loaded, and
     `ConfigError` where the command line, the number of CPUs or `flat` cannot be.
@@ -61,6 +64,8 @@ def load(
     files += [os.fspath(path) for path in modules]
     assembly = Assembly(memory, os.fspath(image), cmdline, files)
     assembly.write_mp_table(cpus)
+    if acpi is not None:
+        assembly.write_acpi(cpus, acpi)
     limit = None if flat is not None else memory.size + SLACK
     with open_image(image, unpack_limit=limit) as content:
         return _load_image(assembly, content, flat, protocol)

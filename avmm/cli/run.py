@@ -70,6 +70,7 @@ PATH = click.Path(path_type=Path)
     type=click.Choice([protocol.value for protocol in Protocol]),
     help="How a Linux kernel is entered.  [default: auto]",
 )
+@click.option("--acpi/--no-acpi", default=None, help="ACPI tables.  [default: acpi]")
 @click.option(
     "--unclaimed",
     type=click.Choice(list(UNCLAIMED)),

@@ -89,6 +89,10 @@ class Device:
     max_width: ClassVar[int] = 8
     """The widest access that the device decodes, in bytes; wider ones reach it in parts."""
 
+    acpi_hid: ClassVar[str] = ""
+    """The hardware id by which ACPI tells the guest of the device, such as "PNP0501", with its
+    ports, memory and interrupt; empty: ACPI does not name it."""
+
     host: Host
     """Set by `attach`, before anything else is called."""
 

@@ -73,6 +73,7 @@ class Cmos(Device):
     """
 
     max_width: ClassVar[int] = 1
+    acpi_hid: ClassVar[str] = "PNP0B00"
 
     def __init__(
         self,

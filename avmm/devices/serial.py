@@ -42,6 +42,7 @@ class Serial(Device):
     """
 
     max_width: ClassVar[int] = 1
+    acpi_hid: ClassVar[str] = "PNP0501"
 
     def __init__(
         self,

@@ -22,6 +22,8 @@ class Told:
     mem: tuple[int, int] = (0, 0)
     """mem_lower and mem_upper (multiboot)."""
     loader: bytes = b""
+    rsdp: int = 0
+    """Where ACPI begins (PVH)."""
 
 
 def string(memory: GuestMemory, gpa: int) -> bytes:
@@ -35,7 +37,7 @@ def start_info(memory: GuestMemory, gpa: int) -> Told:
     magic, version, flags, nr_modules, modlist, cmdline, rsdp, memmap, entries, zero = (
         struct.unpack("<IIIIQQQQII", memory.read(gpa, 56))
     )
-    assert (magic, version, flags, rsdp, zero) == (0x336EC578, 1, 0, 0, 0)
+    assert (magic, version, flags, zero) == (0x336EC578, 1, 0, 0)
     assert modlist % 8 == memmap % 8 == gpa % 8 == 0
     modules = []
     for index in range(nr_modules):
@@ -48,7 +50,7 @@ def start_info(memory: GuestMemory, gpa: int) -> Told:
         *entry, rest = struct.unpack("<QQII", memory.read(memmap + 24 * index, 24))
         assert rest == 0
         memory_map.append(tuple(entry))
-    return Told(string(memory, cmdline), modules, memory_map)
+    return Told(string(memory, cmdline), modules, memory_map, rsdp=rsdp)
 
 
 def multiboot(memory: GuestMemory, gpa: int) -> Told:

@@ -15,7 +15,7 @@ well below 0x90000. Everything that avmm hides from a guest therefore lies in
     0x9e000-0x9fc00    first stack         (long mode entry only)
     0x9fc00-0xa0000    EBDA: reserved, left empty
     0xa0000-0xf0000    video memory and option ROMs on a PC: never told as RAM
-    0xf0000-0x100000   BIOS area: reserved; the MP floating pointer and table
+    0xf0000-0x100000   BIOS area: reserved; the MP floating pointer and table, ACPI tables
     0x100000-          the image, as a rule; initrd and modules at the top
 """
 
@@ -64,6 +64,9 @@ BIOS_END: Final = 0x10_0000
 MP_FLOATING_POINTER: Final = BIOS
 """MP spec 1.4, section 4: guests search 0xf0000-0xfffff for it on 16-byte boundaries."""
 MP_TABLE: Final = MP_FLOATING_POINTER + 16
+ACPI: Final = 0xF_8000
+"""The RSDP and all tables behind it; ACPI 6.5, 5.2.5.1: guests search the BIOS area."""
+ACPI_SIZE: Final = BIOS_END - ACPI
 
 HIMEM: Final = 0x10_0000
 """Where extended memory begins."""
@@ -73,6 +76,8 @@ INITRD_LIMIT: Final = HOLE_START
 MMIO: Final = 0xD000_0000
 """The window from which virtio-mmio and other devices get their registers."""
 MMIO_END: Final = 0xE000_0000
+POWER_PORT: Final = 0x600
+"""Sleep control, sleep status and reset (`avmm.devices.power`)."""
 IOAPIC: Final = 0xFEC0_0000
 LAPIC: Final = 0xFEE0_0000
 KVM_IDENTITY_MAP: Final = 0xFFFB_C000

@@ -1,0 +1,102 @@
+"""AML, the little of it that describing devices takes: names, numbers, packages, resources.
+
+ACPI specification 6.5, chapter 20 ("AML Specification") for the encoding and 6.4 for resource
+descriptors. Terms are bytes; they are put together with `+` and `b"".join`.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+_ZERO, _ONE, _ONES = b"\x00", b"\x01", b"\xff"
+_BYTE, _WORD, _DWORD, _STRING, _QWORD = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x0e"
+_NAME, _SCOPE, _BUFFER, _PACKAGE, _DEVICE = b"\x08", b"\x10", b"\x11", b"\x12", b"\x5b\x82"
+_END_TAG: Final = b"\x79\x00"
+"""6.4.2.9; a checksum of 0 is taken for right."""
+
+
+def integer(value: int) -> bytes:
+    """20.2.3: the shortest form of a number of up to 64 bits."""
+    if value < 2:
+        return _ONE if value else _ZERO
+    for prefix, form, bits in ((_BYTE, "<B", 8), (_WORD, "<H", 16), (_DWORD, "<I", 32)):
+        if value < 1 << bits:
+            return prefix + struct.pack(form, value)
+    return _QWORD + struct.pack("<Q", value)
+
+
+def string(text: str) -> bytes:
+    """20.2.3: an ASCII string."""
+    return _STRING + text.encode("ascii") + b"\0"
+
+
+def eisa_id(text: str) -> bytes:
+    """19.6.37: a seven character id such as "PNP0501", as a number."""
+    vendor = sum(
+        (ord(letter) - 0x40 & 0x1F) << shift
+        for letter, shift in zip(text, (10, 5, 0), strict=False)
+    )
+    return integer(struct.unpack("<I", struct.pack(">HH", vendor, int(text[3:], 16)))[0])
+
+
+def name(path: str, value: bytes) -> bytes:
+    """20.2.5.1: `Name (path, value)`."""
+    return _NAME + _segment(path) + value
+
+
+def package(*elements: bytes) -> bytes:
+    """20.2.5.4: `Package () {...}`."""
+    return _PACKAGE + _sized(bytes([len(elements)]) + b"".join(elements))
+
+
+def scope(path: str, body: bytes) -> bytes:
+    """20.2.5.1: `Scope (\\path) {...}`."""
+    return _SCOPE + _sized(b"\\" + _segment(path) + body)
+
+
+def device(path: str, body: bytes) -> bytes:
+    """20.2.5.2: `Device (path) {...}`."""
+    return _DEVICE + _sized(_segment(path) + body)
+
+
+def resources(*descriptors: bytes) -> bytes:
+    """19.6.118: `ResourceTemplate () {...}`, which is a buffer."""
+    data = b"".join(descriptors) + _END_TAG
+    return _BUFFER + _sized(integer(len(data)) + data)
+
+
+def io_ports(base: int, count: int) -> bytes:
+    """6.4.2.5: ports that are decoded in all 16 bits; at most 255."""
+    return struct.pack("<BBHHBB", 0x47, 1, base, base, 1, count)
+
+
+def memory(base: int, size: int) -> bytes:
+    """6.4.3.4: a fixed range, read and written; 6.4.3.5.1 where it is not below 4 GiB."""
+    if base + size > 1 << 32:
+        fixed, last = 0b1100, base + size - 1
+        return struct.pack("<BHBBB5Q", 0x8A, 43, 0, fixed, 1, 0, base, last, 0, size)
+    return struct.pack("<BHBII", 0x86, 9, 1, base, size)
+
+
+def interrupt(gsi: int) -> bytes:
+    """6.4.3.6: an interrupt that the device raises, on an edge, active high, its own."""
+    consumer, edge = 1 << 0, 1 << 1
+    return struct.pack("<BHBBI", 0x89, 6, consumer | edge, 1, gsi)
+
+
+def _segment(path: str) -> bytes:
+    """20.2.2: a name of up to four characters."""
+    return path.ljust(4, "_").encode("ascii")
+
+
+def _sized(body: bytes) -> bytes:
+    """20.2.4: a package's length, which counts its own bytes, before it."""
+    if len(body) + 1 < 1 << 6:
+        return bytes([len(body) + 1]) + body
+    for extra in (1, 2, 3):
+        total = len(body) + 1 + extra
+        if total < 1 << 4 + 8 * extra:
+            lead = extra << 6 | total & 0xF
+            return bytes([lead]) + (total >> 4).to_bytes(extra, "little") + body
+    raise ValueError(f"{len(body)} bytes are too many for one AML package")
