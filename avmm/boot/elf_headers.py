@@ -87,7 +87,7 @@ def parse(image: Image) -> Elf:
         raise image.error(f"has ELF class {ident[4]}; expected 1 (32-bit) or 2 (64-bit)")
     if ident[5] not in (1, 2):
         raise image.error(f"has ELF data encoding {ident[5]}; expected 1 (little endian)")
-    structs = _Structs(image, bits, little_endian=ident[5] == 1)
+    structs = Structs(image, bits, little_endian=ident[5] == 1)
     header = structs.header(image.read(0, _EHDR_SIZE[bits], "the ELF header"))
     _check_header(image, bits, ident[5], header)
     segments = tuple(_segments(image, bits, header, structs))
@@ -115,7 +115,7 @@ def _check_header(image: Image, bits: int, encoding: int, header: Any) -> None:
         raise image.error(f"is an ELF, but {what}")
 
 
-def _segments(image: Image, bits: int, header: Any, structs: _Structs) -> Iterator[Segment]:
+def _segments(image: Image, bits: int, header: Any, structs: Structs) -> Iterator[Segment]:
     count, size = header["e_phnum"], header["e_phentsize"]
     if count == 0:
         raise image.error("has no program headers, so nothing says what to load")
@@ -155,7 +155,7 @@ def notes(elf: Elf) -> Iterator[Note]:
     Names and descriptors are padded to 4 bytes, or to 8 in a segment that is aligned so
     (gABI, "Note Section").
     """
-    structs = _Structs(elf.image, elf.bits, little_endian=True)
+    structs = Structs(elf.image, elf.bits, little_endian=True)
     left = MAX_NOTES
     for segment in elf.segments:
         if segment.kind != "PT_NOTE":
@@ -184,7 +184,7 @@ def notes(elf: Elf) -> Iterator[Note]:
             at = -(-end // align) * align
 
 
-class _Structs:
+class Structs:
     """pyelftools' definitions for one class and byte order; its errors become `ImageError`s."""
 
     def __init__(self, image: Image, bits: int, *, little_endian: bool) -> None:
@@ -197,6 +197,22 @@ class _Structs:
         self._structs = ELFStructs(little_endian=little_endian, elfclass=bits)
         self._structs.create_basic_structs()
         self._structs.create_advanced_structs()
+
+    @property
+    def section_size(self) -> int:
+        """Bytes of a section header."""
+        return int(self._structs.Elf_Shdr.sizeof())
+
+    @property
+    def symbol_size(self) -> int:
+        """Bytes of a symbol."""
+        return int(self._structs.Elf_Sym.sizeof())
+
+    def section(self, data: bytes) -> Any:
+        return self._parse(self._structs.Elf_Shdr, data)
+
+    def symbol(self, data: bytes) -> Any:
+        return self._parse(self._structs.Elf_Sym, data)
 
     def header(self, data: bytes) -> Any:
         return self._parse(self._structs.Elf_Ehdr, data)

@@ -14,6 +14,8 @@
    Linux's 64-bit boot protocol is a part.
 6. *bzImage* (`bzimage`): the vmlinux inside of it, entered in the same way.
 
+7. *libkrunfw* (`krunfw`): a shared object with a kernel in it, entered in the same way.
+
 Files are taken compressed as well (`compressed`). All else is refused in words that say what it
 looks like. A caller that wants a vmlinux with a PVH note entered by the 64-bit protocol, or
 to be sure that PVH is used, says so (`Protocol`).
@@ -27,7 +29,7 @@ import os
 from collections.abc import Sequence
 
 from avmm.arch.x86_64.acpi import Described
-from avmm.boot import bzimage, elf, flat, multiboot, pvh
+from avmm.boot import bzimage, elf, flat, krunfw, multiboot, pvh
 from avmm.boot.assembly import Assembly
 from avmm.boot.describe import HEAD, describe
 from avmm.boot.elf_headers import MAGIC, parse
@@ -81,6 +83,8 @@ def _load_image(
     header = multiboot.find(image)
     if header is not None and header.addresses is not None:
         return multiboot.load(assembly, image, header)
+    if (bundle := krunfw.find(image)) is not None:
+        return krunfw.load(assembly, image, bundle)
     if image.head(4) == MAGIC:
         executable = parse(image)
         ip = pvh.entry_point(executable)
