@@ -1,9 +1,16 @@
-"""Which of these files are collected."""
+"""What the tests on the model share."""
 
-# Work in progress: not run by the suite until they are finished and quick enough for it.
-collect_ignore = [
-    "test_model_drain.py",
-    "test_model_machine.py",
-    "test_model_world.py",
-    "test_planted_bugs.py",
-]
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def quiet_log() -> Iterator[None]:
+    """Lying kernels are named in the log, by the thousand."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)

@@ -32,11 +32,11 @@ class Bug:
 
 _LOOK: Final = """\
             page.immediate_exit = 0
-            if self._pausing and not self._stopping:
+            if self._spot.asked and not self._stopping:
                 if status < 0 or self._policy.needs(status, page.flags):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
-                self._hand_over(self._park())
+                self._spot.park()
             if self._stopping:
                 return
 """
@@ -46,8 +46,7 @@ _UNDO: Final = """\
             raise
 """
 _PARK: Final = """\
-            for vcpu in self._vcpus:
-                await vcpu.parked()
+            await self._vcpus.parked()
 """
 _QUIESCE: Final = """\
             for device in self._devices:
@@ -55,12 +54,6 @@ _QUIESCE: Final = """\
                 self._waiting_for = f"{device.name} has not finished what it has in flight"
                 await device.quiesce()
 """
-_KICK: Final = """\
-            self._vcpu.page.immediate_exit = 1
-            if self._thread_id:
-                kick(self._thread_id)
-"""
-
 BUGS: Final = (
     Bug(
         "a single re-entry",
@@ -127,43 +120,6 @@ BUGS: Final = (
         "world",
     ),
     Bug(
-        "lost kick: the signal before immediate_exit",
-        (
-            (
-                "loop",
-                _KICK,
-                """\
-            if self._thread_id:
-                kick(self._thread_id)
-            self._vcpu.page.immediate_exit = 1
-""",
-            ),
-        ),
-        "world",
-    ),
-    Bug(
-        "lost kick: the signal before the request",
-        (
-            (
-                "loop",
-                "        self._pausing = True\n        if self._ended:\n"
-                "            self._parked.set()\n        self._kick()\n",
-                "        self._kick()\n        self._pausing = True\n",
-            ),
-        ),
-        "world",
-    ),
-    Bug(
-        "lost kick: no immediate_exit",
-        (("loop", "            self._vcpu.page.immediate_exit = 1\n", ""),),
-        "world",
-    ),
-    Bug(
-        "lost kick: no signal",
-        (("loop", "                kick(self._thread_id)\n", "                pass\n"),),
-        "world",
-    ),
-    Bug(
         "lost kick: immediate_exit cleared after the look at the requests",
         (
             (
@@ -202,6 +158,22 @@ BUGS: Final = (
             ),
         ),
         "world",
+    ),
+    Bug(
+        "a vCPU parks with a KVM_RUN still to be interrupted",
+        (
+            (
+                "loop",
+                "                page.immediate_exit = 0\n                self._spot.park()\n",
+                "                self._spot.park()\n                page.immediate_exit = 0\n",
+            ),
+        ),
+        "world",
+    ),
+    Bug(
+        "a failed vCPU is taken for parked",
+        (("group", "            if loop.failed:\n", "            if False:\n"),),
+        "failing world",
     ),
     Bug("state is read before vCPUs are parked", (("migration", _PARK, ""),), "world"),
     Bug(

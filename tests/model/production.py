@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import avmm.completion
 import avmm.exits
+import avmm.group
 import avmm.loop
 import avmm.migration
 
@@ -20,6 +21,7 @@ class Production:
 
     completion: Any = avmm.completion
     exits: Any = avmm.exits
+    group: Any = avmm.group
     loop: Any = avmm.loop
     migration: Any = avmm.migration
 
@@ -34,7 +36,7 @@ def mutate(edits: Mapping[str, list[tuple[str, str]]]) -> Production:
     instead of planting nothing.
     """
     modules: dict[str, ModuleType] = {}
-    for name in ("completion", "exits", "loop", "migration"):
+    for name in ("completion", "exits", "group", "loop", "migration"):
         real: ModuleType = getattr(REAL, name)
         assert real.__file__ is not None
         source = Path(real.__file__).read_text()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from model.devices import Board, Entry, Wait, buses, calls, plug, recorders
+from model.parking import ModelLot
 from model.production import REAL, Production
 from model.vcpu import UNKNOWN_EXIT, Broken, Host, ModelVcpu, Op, State
 
@@ -156,19 +157,13 @@ class InlineLoop:
 
         class Loop(loop_module.VcpuLoop):  # type: ignore[misc, name-defined]
             def _hand_over(self, work: Any) -> None:
-                if work.cr_code.co_name == "_park":
-                    work.close()
-                    inline._park()
-                else:
-                    inline.point("handed over")
-                    drive(work)
+                inline.point("handed over")
+                drive(work)
 
-            def _kick(self) -> None:
-                # The thread has no id: production then takes it for one that has ended.
-                super()._kick()
-                solo.model.signal()
-
-        self.loop = Loop(solo.model, solo.exits, policy)
+        self._lot = ModelLot([solo.model])
+        spot = self._lot.spots[0]
+        spot.park = self._park  # type: ignore[method-assign]
+        self.loop = Loop(solo.model, solo.exits, policy, spot)
         solo.model.gate = self.point
 
     def point(self, name: str) -> None:
@@ -187,16 +182,14 @@ class InlineLoop:
             self._quiet = False
 
     def pause(self) -> None:
-        self.loop.pause()
-        self.solo.model.asked = True
+        self._lot.ask()
 
     def resume(self) -> None:
-        self.solo.model.asked = False
-        self.loop.resume()
+        self._lot.release()
 
     def _park(self) -> None:
-        if self.loop._resumed.is_set():
-            return  # resumed on its way there: production's `_park` returns at once
+        if not self._lot.asked:
+            return  # resumed on its way there
         self.parks += 1
         self._on_park(self)
         self.resume()
@@ -207,4 +200,5 @@ class InlineLoop:
             self.loop._run()
         finally:
             self.loop._bridge.close()
+            self._lot.close()
         return self.solo.result()

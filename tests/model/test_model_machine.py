@@ -30,7 +30,7 @@ from model.world import WATCHDOG, World, lived
 
 pytestmark = pytest.mark.timeout(300)  # a busy machine takes its time
 cpus = st.integers(0, 3)
-EXAMPLES = 300
+EXAMPLES = 500
 
 
 class Machine(RuleBasedStateMachine):
@@ -179,7 +179,7 @@ def test_the_state_machine_finds_nothing() -> None:
     "name",
     [
         "no re-entry in the loop",
-        "lost kick: the signal before the request",
+        "lost kick: immediate_exit cleared after the look at the requests",
         "the first of several pauses to be left resumes",
     ],
 )

@@ -7,16 +7,14 @@ and every task for something. So a schedule can have anything happen at any poin
 between the look at a flag and its clearing, say, and happens again the same way when it is
 run again. No clock takes part: deadlines are those of trio's `MockClock`.
 
-Only two things are replaced: the signal of a kick, which here reaches the model, and the wait
-in `Bridge.linger`, which would wait for threads that do not move.
+Only the border to the kernel is the model's: the vCPU and the lot in which it parks (`parking`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Final
@@ -27,6 +25,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from avmm.errors import AvmmError, PauseTimeout
 from avmm.kvm.bridge import Bridge
 from model.devices import Board, Failed, Recorder, Wait, buses, calls, plug, recorders
+from model.parking import ModelLot, ModelSpot
 from model.production import Production
 from model.properties import Believes, policy, same
 from model.solo import Result, Solo, make_exits, oracle
@@ -49,6 +48,7 @@ class Gate:
         self.unborn = True
         self.ended = False
         self.dying = False
+        self.parked = False
         self.calls = self.answers = self.taken = 0
 
     # -- the vCPU's thread -----------------------------------------------------------------
@@ -70,6 +70,11 @@ class Gate:
             self.ended |= ended
             self._condition.notify_all()
 
+    def stands(self, parked: bool) -> None:
+        with self._condition:
+            self.parked = parked
+            self._condition.notify_all()
+
     def die(self) -> None:
         """The thread is about to end by an exception: nobody is to wait for its next gate."""
         with self._condition:
@@ -82,7 +87,8 @@ class Gate:
     def settled(self) -> bool:
         """Does the thread stand still, at a gate or for its task?"""
         still = self.at is not None and not self._permits
-        return still or self.calls > self.answers or self.unborn or self.ended or self.open
+        waits = self.parked or self.calls > self.answers
+        return still or waits or self.unborn or self.ended or self.open
 
     def settle(self, or_dying: bool = False) -> None:
         with self._condition:
@@ -132,9 +138,6 @@ class WatchedBridge(Bridge):
         if mine:
             self._gate.taken = self._gate.calls
         return mine
-
-    def linger(self) -> None:
-        """Whoever is waited for does not move until trio does."""
 
     def answer(self) -> None:
         self._gate.answers = self._gate.calls
@@ -218,18 +221,22 @@ class World:
         self.cpus: list[Cpu] = []
         self._onto = buses()
         decide = policy(code, believes)
-        for index, program in enumerate(programs):
-            self.cpus.append(self._cpu(index, program, decide))
+        models = [ModelVcpu(index, program, host) for index, program in enumerate(programs)]
+        self.lot = ModelLot(models)
+        self.lot.on_kick = lambda spot: self._nudge(self.cpus[spot.model.index])
+        for spot, program in zip(self.lot.spots, programs, strict=True):
+            self.cpus.append(self._cpu(spot, program, decide))
+        self.group = code.group.VcpuGroup(self.lot, [cpu.loop for cpu in self.cpus])
         self.coordinator = code.migration.Coordinator(
-            [cpu.loop for cpu in self.cpus],
-            [device for cpu in self.cpus for device in cpu.devices[:1]],
+            self.group, [device for cpu in self.cpus for device in cpu.devices[:1]]
         )
-        self._by_thread: dict[int, Cpu] = {}
 
-    def _cpu(self, index: int, program: Sequence[Op], decide: Any) -> Cpu:
+    def _cpu(self, spot: ModelSpot, program: Sequence[Op], decide: Any) -> Cpu:
+        model = spot.model
+        index = model.index
         board = Board(index)
-        model = ModelVcpu(index, program, self.host)
         gate = Gate()
+        spot.on_standing = lambda: gate.stands(spot.standing)
         made: list[WatchedBridge] = []
 
         def bridge() -> WatchedBridge:
@@ -240,28 +247,12 @@ class World:
         for device in devices:
             plug(device, self._onto, threading.Lock())
         loop_module = self.code.loop
-
-        class Loop(loop_module.VcpuLoop):  # type: ignore[misc, name-defined]
-            """Production's, which tells the model when a request has been made."""
-
-            def pause(self) -> None:
-                super().pause()
-                model.asked = True
-
-            def stop(self) -> None:
-                super().stop()
-                model.asked = True
-
-            def resume(self) -> None:
-                model.asked = self._stopping
-                super().resume()
-
         later = self._later(index)
         exits = make_exits(self.code, model, self._onto, board, calls(board, later))
         real = loop_module.Bridge
         loop_module.Bridge = bridge
         try:
-            loop = Loop(model, exits, decide)
+            loop = loop_module.VcpuLoop(model, exits, decide, spot)
         finally:
             loop_module.Bridge = real
         cpu = Cpu(model, board, devices, gate, loop, made[0], oracle(program, index), program)
@@ -274,21 +265,8 @@ class World:
         model.on_broken = gate.die
         return cpu
 
-    # -- what replaces the hardware --------------------------------------------------------
-
-    def kick(self, thread_id: int) -> None:
-        """In place of `avmm.kvm.bridge.kick`."""
-        for cpu in self.cpus:
-            if cpu.model.thread_id == thread_id:
-                self._nudge(cpu)
-                cpu.model.signal()
-                self._nudge(cpu)
-
     def _nudge(self, cpu: Cpu) -> None:
-        """While it is being asked, the vCPU's thread gets a little further.
-
-        Not where it may end meanwhile: ending, it waits for the lock that the kick holds.
-        """
+        """While it is being asked, the vCPU's thread gets a little further."""
         far = self.nudges.pop(0) if self.nudges and not self.may_fail else 0
         for _ in range(far):
             if cpu.loop._stopping or not cpu.gate.let_on():
@@ -356,13 +334,17 @@ class World:
             await wait_all_tasks_blocked()
             for cpu in self.cpus:
                 cpu.gate.settle()
-            if all(
-                cpu.gate.calls == cpu.gate.taken or cpu.gate.unborn or cpu.ended
-                for cpu in self.cpus
-            ):
+            if not self._tasks_wanted():
                 self.look()
                 return
         raise Broken("a vCPU has handed over an exit, and its task does not take it")
+
+    def _tasks_wanted(self) -> bool:
+        """Has a thread given trio something to do that it has not begun?"""
+        return self.lot.sounding or any(
+            cpu.gate.calls != cpu.gate.taken and not cpu.gate.unborn and not cpu.ended
+            for cpu in self.cpus
+        )
 
     def look(self) -> None:
         """Raise what is broken."""
@@ -384,7 +366,10 @@ class World:
         for _ in range(steps):
             if not cpu.gate.let_on():
                 break
-            await self.quiet()
+            cpu.gate.settle(or_dying=True)
+            if self._tasks_wanted() or cpu.gate.dying or cpu.gate.ended:
+                await self.quiet()
+        await self.quiet()
 
     async def answer(self, number: int) -> None:
         """A handler that a vCPU waits for answers."""
@@ -578,23 +563,6 @@ async def _fail() -> None:
     raise Failed("a device fails late")
 
 
-@contextmanager
-def hardware(code: Production, world_of: Callable[[], World | None]) -> Iterator[None]:
-    """The kick's signal goes to the model while this lasts."""
-
-    def kick(thread_id: int) -> None:
-        world = world_of()
-        assert world is not None
-        world.kick(thread_id)
-
-    real = code.loop.kick
-    code.loop.kick = kick
-    try:
-        yield
-    finally:
-        code.loop.kick = real
-
-
 Script = Callable[[World, trio.Nursery], Awaitable[None]]
 
 
@@ -627,6 +595,7 @@ def lived(
             finally:
                 world.tear_down()
                 nursery.cancel_scope.cancel()
+        world.lot.close()
         world.look()
         for cpu in world.cpus:
             if not cpu.bridge.closed:
@@ -638,8 +607,7 @@ def lived(
             monotonic=clock.current_time, perf_counter=time.perf_counter
         )
     try:
-        with hardware(code, lambda: made[0] if made else None):
-            trio.run(main, clock=clock, instruments=instruments)
+        trio.run(main, clock=clock, instruments=instruments)
     except BaseExceptionGroup as group:
         raise _first(group) from group
     finally:
