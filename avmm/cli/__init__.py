@@ -18,6 +18,7 @@ import click
 FAILED: Final = 125
 COMMANDS: Final = {
     "run": "Run a guest; without IMAGE the bundled shell.",
+    "image": "Make guests from a distribution's packages.",
     "doctor": "Tell what this host's KVM offers and what avmm makes of it.",
     "bench": "Measure, always as a ratio to a baseline in the same run.",
 }

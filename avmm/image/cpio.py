@@ -1,0 +1,64 @@
+"""Writing an initramfs: a cpio archive in the "newc" format.
+
+The kernel's Documentation/driver-api/early-userspace/buffer-format.rst. Written here because it
+is 30 lines, and because what libraries there are read from disk and need the rights to make
+device nodes; this needs neither.
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import IO, Final
+
+_TRAILER: Final = "TRAILER!!!"
+
+
+class Archive:
+    """An archive that is being written to `out`; `close` ends it. Everything belongs to root."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out = out
+        self._inode = 0
+        self._folders: set[str] = set()
+
+    def file(self, path: str, content: bytes, *, mode: int = 0o644) -> None:
+        """A regular file; folders on its way are made."""
+        self._make_folders(path)
+        self._entry(path, stat.S_IFREG | mode, content)
+
+    def symlink(self, path: str, target: str) -> None:
+        """A symbolic link."""
+        self._make_folders(path)
+        self._entry(path, stat.S_IFLNK | 0o777, target.encode())
+
+    def folder(self, path: str, *, mode: int = 0o755) -> None:
+        """A folder, once."""
+        if path and path not in self._folders:
+            self._make_folders(path)
+            self._folders.add(path)
+            self._entry(path, stat.S_IFDIR | mode, b"")
+
+    def character_device(self, path: str, major: int, minor: int, *, mode: int = 0o600) -> None:
+        """A device node."""
+        self._make_folders(path)
+        self._entry(path, stat.S_IFCHR | mode, b"", device=(major, minor))
+
+    def close(self) -> None:
+        """End the archive; the file stays open."""
+        self._entry(_TRAILER, 0, b"")
+
+    def _make_folders(self, path: str) -> None:
+        self.folder(path.rpartition("/")[0])
+
+    def _entry(
+        self, path: str, mode: int, content: bytes, device: tuple[int, int] = (0, 0)
+    ) -> None:
+        self._inode += 1
+        name = path.encode() + b"\0"
+        links = 2 if stat.S_ISDIR(mode) else 1
+        fields = (self._inode, mode, 0, 0, links, 0, len(content), 0, 0, *device, len(name), 0)
+        self._padded(b"070701" + b"".join(b"%08X" % value for value in fields) + name)
+        self._padded(content)
+
+    def _padded(self, data: bytes) -> None:
+        self._out.write(data + bytes(-len(data) % 4))

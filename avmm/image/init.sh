@@ -1,0 +1,47 @@
+#!/bin/busybox sh
+# The first process of a guest that `avmm image build` has made.
+
+bb=/bin/busybox
+$bb mkdir -p /bin /sbin /usr/bin /usr/sbin /proc /sys /dev /run /tmp /root /mnt
+$bb mount -t proc proc /proc
+$bb mount -t sysfs sysfs /sys
+$bb mount -t devtmpfs devtmpfs /dev
+$bb --install -s
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM="${TERM:-linux}"
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /tmp
+
+# The run of avmm ends with the status that is written to its port.
+finish() {
+    sync
+    { printf "\\$(printf %03o "$1")" | dd of=/dev/port bs=1 seek=248; } 2>/dev/null
+    poweroff -f
+}
+
+while read -r module; do
+    insmod "/lib/modules/$module.ko" || echo "init: $module could not be loaded" >&2
+done </lib/modules/order
+
+hostname avmm
+ip link set lo up
+for link in /sys/class/net/*; do
+    name=${link##*/}
+    [ -e "$link/device" ] || continue
+    ip link set "$name" up
+    udhcpc -q -n -t 3 -i "$name" -s /etc/udhcpc || echo "init: no address for $name" >&2
+done
+
+# The last of the active consoles is the one that /dev/console leads to.
+console=console
+for name in $(cat /sys/class/tty/console/active); do console=$name; done
+cd /root
+
+if [ -x /etc/script ]; then
+    setsid -c /etc/script <"/dev/$console" >"/dev/$console" 2>&1
+else
+    setsid -c /bin/sh -l <"/dev/$console" >"/dev/$console" 2>&1
+fi
+finish $?

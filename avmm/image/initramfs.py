@@ -1,0 +1,107 @@
+"""The initramfs: busybox, modules, an init of our own (init.sh), and what the user adds.
+
+It ends up in a shell on the console that the kernel was told of, or runs a script; either
+one's exit status becomes that of the run.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from avmm.errors import ImageError
+from avmm.image.cpio import Archive
+from avmm.image.packages import Package
+
+_BUSYBOX: Final = frozenset({"/bin/busybox", "/usr/bin/busybox"})
+_UDHCPC: Final = b"""#!/bin/sh
+[ "$1" = bound ] || [ "$1" = renew ] || exit 0
+ip addr replace "$ip/${mask:-24}" dev "$interface"
+for gateway in $router; do ip route replace default via "$gateway"; done
+: >/etc/resolv.conf
+for server in $dns; do echo "nameserver $server" >>/etc/resolv.conf; done
+"""
+_FILES: Final[Mapping[str, bytes]] = {
+    "etc/passwd": b"root::0:0:root:/root:/bin/sh\n",
+    "etc/group": b"root:x:0:\n",
+    "etc/hosts": b"127.0.0.1 localhost avmm\n",
+    "etc/profile": b"export PS1='avmm:\\w# '\n",
+}
+
+
+@dataclass
+class Contents:
+    """What goes into an initramfs besides what is always there."""
+
+    busybox: bytes
+    modules: Mapping[str, bytes] = field(default_factory=dict)
+    """Content by name, in the order of loading."""
+    script: bytes | None = None
+    added: Mapping[PurePosixPath, Path] = field(default_factory=dict)
+    """Files of the host by their paths in the guest."""
+
+
+def find_busybox(package: Package) -> bytes | None:
+    """The busybox in a package, None where it has none. Raises `ImageError` for one that is
+    linked dynamically: its libraries would be missing."""
+    for path, content in package.files():
+        if str(path) in _BUSYBOX:
+            data = content.read()
+            if _is_dynamic(data):
+                raise ImageError(
+                    f"{package.path}: its busybox is linked dynamically: expected the package "
+                    "busybox-static"
+                )
+            return data
+    return None
+
+
+def write(contents: Contents, output: Path) -> int:
+    """Write the archive, gzip'ed; gives its size in bytes. Raises `ImageError`."""
+    try:
+        with output.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
+            archive = Archive(out)  # type: ignore[arg-type]
+            _fill(archive, contents)
+            archive.close()
+        return output.stat().st_size
+    except OSError as error:
+        raise ImageError(f"{error.filename or output}: {error.strerror}") from None
+
+
+def _fill(archive: Archive, contents: Contents) -> None:
+    init = resources.files("avmm.image").joinpath("init.sh").read_bytes()
+    for folder in ("dev", "etc", "proc", "root", "sys", "tmp"):
+        archive.folder(folder)
+    # The kernel opens it for init before anything is mounted.
+    archive.character_device("dev/console", 5, 1)
+    archive.file("bin/busybox", contents.busybox, mode=0o755)
+    archive.file("init", init, mode=0o755)
+    for path, content in _FILES.items():
+        archive.file(path, content)
+    archive.file("etc/udhcpc", _UDHCPC, mode=0o755)
+    order = "".join(f"{name}\n" for name in contents.modules)
+    archive.file("lib/modules/order", order.encode())
+    for name, content in contents.modules.items():
+        archive.file(f"lib/modules/{name}.ko", content)
+    if contents.script is not None:
+        archive.file("etc/script", contents.script, mode=0o755)
+    for target, source in contents.added.items():
+        executable = source.stat().st_mode & 0o111
+        mode = 0o755 if executable else 0o644
+        archive.file(str(target).lstrip("/"), source.read_bytes(), mode=mode)
+
+
+def _is_dynamic(data: bytes) -> bool:
+    from elftools.common.exceptions import ELFError  # noqa: PLC0415
+    from elftools.elf.elffile import ELFFile  # noqa: PLC0415
+
+    try:
+        segments: Iterable[object] = ELFFile(io.BytesIO(data)).iter_segments("PT_INTERP")
+        return next(iter(segments), None) is not None
+    except ELFError:
+        return True

@@ -1,0 +1,37 @@
+"""The kernel in a package: found, told apart, taken out."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Final
+
+from avmm.errors import ImageError
+from avmm.image.packages import Package
+
+_KERNEL: Final = re.compile(r"/boot/vmlinu[xz]-(?P<release>[^/]+)")
+
+
+def release(package: Package) -> str:
+    """The release of the kernel that a package has, "" where it has none."""
+    for path, _ in package.files():
+        if match := _KERNEL.fullmatch(str(path)):
+            return match["release"]
+    return ""
+
+
+def extract(package: Package, output: Path) -> str:
+    """Write the package's kernel to `output`; gives its release. Raises `ImageError`."""
+    for path, content in package.files():
+        if match := _KERNEL.fullmatch(str(path)):
+            try:
+                with output.open("wb") as file:
+                    shutil.copyfileobj(content, file)
+            except OSError as error:
+                raise ImageError(f"{output}: cannot be written: {error.strerror}") from None
+            return match["release"]
+    raise ImageError(
+        f"{package.path}: has no kernel (/boot/vmlinuz-*): expected a linux-image package; one "
+        "that only depends on another is empty"
+    )
