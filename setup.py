@@ -51,7 +51,7 @@ def demand_toolchain() -> None:
 
 
 class BuildNative(build_ext):
-    """Compile the extension, then the guests, beside each other in the package."""
+    """Compile the extension, then what guests run, beside each other in the package."""
 
     def run(self) -> None:
         demand_toolchain()
@@ -60,6 +60,7 @@ class BuildNative(build_ext):
         guests = load(ROOT / "avmm/guests/build.py")
         try:
             guests.build(package / "avmm/guests")
+            guests.build_programs(package / "avmm/image")
         except guests.BuildError as error:
             sys.exit(str(error))
         if self.editable_mode:
@@ -67,9 +68,11 @@ class BuildNative(build_ext):
             compileall.compile_dir(ROOT / "avmm", quiet=1)
 
     def get_outputs(self) -> list[str]:
-        names = load(ROOT / "avmm/guests/build.py").NAMES
-        folder = Path(self.build_lib) / "avmm/guests"
-        return [*super().get_outputs(), *(str(folder / f"{name}.elf") for name in names)]
+        build = load(ROOT / "avmm/guests/build.py")
+        package = Path(self.build_lib) / "avmm"
+        images = [package / "guests" / f"{name}.elf" for name in build.NAMES]
+        images += [package / "image" / f"{c.stem}.elf" for c in build.PROGRAMS.glob("*.c")]
+        return [*super().get_outputs(), *map(str, images)]
 
 
 setup(

@@ -12,6 +12,8 @@ import pytest
 
 from avmm.kvm import KvmUnavailable, System
 
+pytest_plugins = ["lab.plugin"]
+
 
 @pytest.fixture(scope="session")
 def kvm() -> None:

@@ -17,7 +17,7 @@ from avmm.devices.base import ReadAnswer, WriteAnswer
 from avmm.errors import DeviceError
 from avmm.kvm import System
 
-pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
+pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
 
 PORT, ADDRESS = 0x300, 0xD000_0000
 
@@ -69,7 +69,7 @@ async def test_a_pause_brings_what_no_exit_has_shown(tmp_path: Path) -> None:
     log = Log()
     async with machine(tmp_path, COUNT_TO_100 + STAY, devices=[ports(log)]) as vm:
         await until_it_stays(vm)
-        assert log.seen == []  # else this test shows nothing
+        assert len(log.seen) < 100  # else this test shows nothing
         async with vm.paused():
             assert log.seen == [(0, 4, n) for n in range(100)]
             assert json.loads(dict(vm.save()["devices"])["Log"]["seen"])[-1] == [0, 4, 99]

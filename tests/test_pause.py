@@ -12,7 +12,7 @@ from support.guest import machine
 import avmm
 from avmm import Device, guests
 
-pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
+pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
 
 PORT, ADDRESS = 0x300, 0xD000_0000
 COUNTING = "xor eax, eax; mov dx, 0x300; 1: out dx, eax; inc eax; jmp 1b"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("kvm")
+pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm")]
 
 SINGLE_REENTRY_FAILS_FROM = 115
 """Just before the first access of which one re-entry is not enough (an access in fragments)."""

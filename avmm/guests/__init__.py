@@ -17,6 +17,6 @@ def path(name: str) -> Path:
         raise FileNotFoundError(
             f"{image} is missing: avmm's guests are compiled when the package is built, "
             f"and this one was not (try: pip install -e ., or python {image.parent}/build.py "
-            f"{image.parent})"
+            f"{image.parent.parent})"
         )
     return image

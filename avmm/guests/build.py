@@ -1,6 +1,8 @@
-"""Compiles the bundled guests. Needs a C compiler and binutils for x86-64, and nothing else.
+"""Compiles the bundled guests, and the programs for Linux guests that `avmm image` puts into them.
 
-The package build calls build(); by hand it is `python build.py OUTDIR`. It stands alone, because
+Needs a C compiler and binutils for x86-64, and nothing else.
+
+The package build calls build(); by hand it is `python build.py PACKAGE`. It stands alone, because
 at build time there is no avmm to import yet.
 """
 
@@ -13,6 +15,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent
 NAMES = sorted(main.parent.name for main in SOURCE.glob("*/main.c"))
+PROGRAMS = SOURCE.parent / "image"
+"""A C file a program."""
 
 FLAGS = (
     *("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"),
@@ -34,22 +38,35 @@ class BuildError(Exception):
 
 def build(out: Path, cc: str = os.environ.get("CC", "cc")) -> list[Path]:
     """Compile every guest to out/<name>.elf; an image appears there complete or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    return [_compile(name, out, shlex.split(cc)) for name in NAMES]
+    script = ("-T", str(SOURCE / "common/guest.ld"), f"-I{SOURCE / 'common'}")
+    images = []
+    for name in NAMES:
+        sources = [
+            file
+            for folder in (SOURCE / "common", SOURCE / name)
+            for file in sorted(folder.iterdir())
+            if file.suffix in (".c", ".S")
+        ]
+        images.append(_compile(name, out, sources, script, shlex.split(cc)))
+    return images
 
 
-def _compile(name: str, out: Path, cc: list[str]) -> Path:
-    image = out / f"{name}.elf"
-    sources = [
-        file
-        for folder in (SOURCE / "common", SOURCE / name)
-        for file in sorted(folder.iterdir())
-        if file.suffix in (".c", ".S")
+def build_programs(out: Path, cc: str = os.environ.get("CC", "cc")) -> list[Path]:
+    """Compile the programs for Linux guests to out/<name>.elf."""
+    return [
+        _compile(source.stem, out, [source], (), shlex.split(cc))
+        for source in sorted(PROGRAMS.glob("*.c"))
     ]
+
+
+def _compile(
+    name: str, out: Path, sources: list[Path], options: tuple[str, ...], cc: list[str]
+) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    image = out / f"{name}.elf"
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as scratch:
         linked = Path(scratch, image.name)
-        command = [*cc, *FLAGS, f"-I{SOURCE / 'common'}", "-T", str(SOURCE / "common/guest.ld")]
-        command += ["-o", str(linked), *map(str, sources)]
+        command = [*cc, *FLAGS, *options, "-o", str(linked), *map(str, sources)]
         try:
             done = subprocess.run(
                 command, check=False, capture_output=True, text=True, errors="replace"
@@ -65,16 +82,17 @@ def _compile(name: str, out: Path, cc: list[str]) -> Path:
 
 def _explain(name: str, cc: list[str], details: str) -> str:
     return (
-        f"cannot compile the guest {name!r} with {shlex.join(cc)!r}. avmm needs a C compiler for "
+        f"cannot compile {name!r} with {shlex.join(cc)!r}. avmm needs a C compiler for "
         f"x86-64; on Debian: apt install gcc libc6-dev. What went wrong:\n{details}"
     )
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: build.py OUTDIR")
+        sys.exit("usage: build.py PACKAGE, the folder avmm")
+    package = Path(sys.argv[1])
     try:
-        for built in build(Path(sys.argv[1])):
+        for built in (*build(package / "guests"), *build_programs(package / "image")):
             print(built)
     except BuildError as failure:
         sys.exit(str(failure))

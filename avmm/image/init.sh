@@ -14,10 +14,9 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /tmp
 
-# The run of avmm ends with the status that is written to its port.
 finish() {
     sync
-    { printf "\\$(printf %03o "$1")" | dd of=/dev/port bs=1 seek=248; } 2>/dev/null
+    /bin/finish "$1"
     poweroff -f
 }
 

@@ -74,13 +74,14 @@ def write(contents: Contents, output: Path) -> int:
 
 
 def _fill(archive: Archive, contents: Contents) -> None:
-    init = resources.files("avmm.image").joinpath("init.sh").read_bytes()
+    own = resources.files("avmm.image")
     for folder in ("dev", "etc", "proc", "root", "sys", "tmp"):
         archive.folder(folder)
     # The kernel opens it for init before anything is mounted.
     archive.character_device("dev/console", 5, 1)
     archive.file("bin/busybox", contents.busybox, mode=0o755)
-    archive.file("init", init, mode=0o755)
+    archive.file("bin/finish", own.joinpath("finish.elf").read_bytes(), mode=0o755)
+    archive.file("init", own.joinpath("init.sh").read_bytes(), mode=0o755)
     for path, content in _FILES.items():
         archive.file(path, content)
     archive.file("etc/udhcpc", _UDHCPC, mode=0o755)

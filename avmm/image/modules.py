@@ -20,7 +20,7 @@ from avmm.errors import ImageError
 from avmm.image.packages import Package
 
 _MODULE: Final = re.compile(
-    r".*/lib/modules/[^/]+/(?P<path>.*/(?P<name>[^/]+)\.ko)(\.(xz|gz|zst))?"
+    r".*/lib/modules/[^/]+/.*/(?P<name>[^/]+)\.ko(\.(?P<compression>xz|gz|zst))?"
 )
 _BUILTIN: Final = re.compile(r".*/lib/modules/[^/]+/modules\.builtin")
 _LARGEST: Final = 128 << 20

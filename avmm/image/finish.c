@@ -1,0 +1,32 @@
+/* Runs in a Linux guest: `finish STATUS` ends the run of avmm with that status, by its exit port
+ * (avmm/devices/exit.py). Where there is no such port, or no right to use it, nothing happens.
+ * Not /dev/port: distributions' kernels for clouds come without. */
+
+#include <stdint.h>
+
+enum { SYS_exit = 60, SYS_ioperm = 173, EXIT_STATUS_PORT = 0xf8, PORTS = 4 };
+
+static long syscall3(long number, long a, long b, long c)
+{
+    long answer;
+    __asm__ volatile("syscall" : "=a"(answer) : "a"(number), "D"(a), "S"(b), "d"(c)
+                     : "rcx", "r11", "memory");
+    return answer;
+}
+
+__attribute__((noreturn, used)) static void finish(const long *stack)
+{
+    const char *text = stack[0] > 1 ? (const char *)stack[2] : "1";
+    uint32_t status = 0;
+    while (*text >= '0' && *text <= '9')
+        status = status * 10 + (uint32_t)(*text++ - '0');
+    if (syscall3(SYS_ioperm, EXIT_STATUS_PORT, PORTS, 1) == 0)
+        __asm__ volatile("outl %0, %1" : : "a"(status), "Nd"((uint16_t)EXIT_STATUS_PORT));
+    for (;;)
+        syscall3(SYS_exit, 0, 0, 0);
+}
+
+__attribute__((naked, noreturn)) void _start(void)
+{
+    __asm__("mov %rsp, %rdi\n\tand $-16, %rsp\n\tcall finish");
+}

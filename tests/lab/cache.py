@@ -1,0 +1,82 @@
+"""What the lab builds is kept in the user's cache, by the content it was made from.
+
+Artefacts are folders. One is built in a folder beside its place and renamed when it is whole, so
+an interrupted build or a full disk leaves nothing that looks finished; a lock file lets one
+process build while others wait. What was left behind is swept by the next builder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class LabError(Exception):
+    """The lab cannot be built or run; says what is missing."""
+
+
+def root() -> Path:
+    """The cache's folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "avmm-lab"
+
+
+def artefact(name: str, made_from: object, build: Callable[[Path], None]) -> Path:
+    """The folder `name` as `build` makes it from what `made_from` tells (by its `repr`).
+
+    Raises `LabError` where the disk is full, and what `build` raises.
+    """
+    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    folder = root()
+    place = folder / f"{name}-{key}"
+    if place.is_dir():
+        os.utime(place)
+        return place
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / f"{name}.lock"):
+        if place.is_dir():  # somebody else has built it meanwhile
+            return place
+        for leftover in folder.glob(f"{name}-*"):
+            shutil.rmtree(leftover)  # half built, or made from what is no more
+        partial = folder / f"{name}-partial"
+        partial.mkdir()
+        try:
+            with step(f"lab: building {name}"):
+                build(partial)
+            partial.rename(place)
+        except OSError as error:
+            raise LabError(f"lab: {name} cannot be built in {folder}: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return place
+
+
+@contextmanager
+def step(text: str) -> Iterator[None]:
+    """Say what is going on, and how long it took."""
+    start = time.monotonic()
+    print(f"{text} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    except BaseException:
+        print(" failed", file=sys.stderr, flush=True)
+        raise
+    print(f" {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"lab: waiting for another build ({path})", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

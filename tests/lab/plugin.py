@@ -1,0 +1,127 @@
+"""pytest's side here: sends the marked tests into L1 and reports their results as if run here.
+
+Each test's reports are made in L1 (`inside`), come as lines of JSON, and go to pytest's own hooks;
+so counts, failures with their output, durations and --junitxml are what they always are. Where
+L1 dies half-way, the tests that have no result yet fail with the end of its console.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from lab.cache import LabError
+from lab.machine import KINDS
+
+KIND: Final = "AVMM_LAB"
+"""The variable that tells which lab it is, in L1."""
+SECONDS: Final = 2400
+"""The most that all tests together may take in L1."""
+SLOWER: Final = 6
+"""How many times as long as here a test may take there."""
+_SCRIPT: Final = """\
+python3 -m pytest -p lab.inside -p no:cacheprovider -q --timeout {timeout} -m '{marks}' @nodes \
+>/tmp/said 2>&1
+echo "pytest ended with $?"
+tail -c 3000 /tmp/said
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--lab KIND`."""
+    parser.getgroup("avmm").addoption(
+        "--lab",
+        choices=KINDS,
+        help="Run the tests marked `lab` on that KVM, in QEMU: 'stock' is Debian's kvm_amd, "
+        "'proposing' the same with the list's KVM_RUN_NEEDS_COMPLETION.",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Only the marked ones, with --lab; without it, not those that need that KVM."""
+    kind = config.getoption("lab") or os.environ.get(KIND)  # the latter in L1
+    chosen = [item for item in items if _belongs(item, kind)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+def _belongs(item: pytest.Item, kind: str | None) -> bool:
+    mark = item.get_closest_marker("lab")
+    only = mark.kwargs.get("only") if mark is not None else None
+    return (mark is not None if kind else not only) and only in (None, kind)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """With --lab: all of them in one L1."""
+    kind = session.config.getoption("lab")
+    if not kind or session.config.option.collectonly:
+        return None
+    if session.items:
+        _Run(session, kind).play()
+    return True
+
+
+class _Run:
+    """The tests of one session in one L1."""
+
+    def __init__(self, session: pytest.Session, kind: str) -> None:
+        self._config = session.config
+        self._kind = kind
+        self._left = {item.nodeid: item for item in session.items}
+        self._said = ""
+
+    def play(self) -> None:
+        from lab import machine, payload  # noqa: PLC0415 - only here
+
+        timeout = SLOWER * float(self._config.getini("timeout") or 60)
+        marks = self._config.option.markexpr
+        script = _SCRIPT.format(timeout=timeout, marks=marks)
+        nodes = {"nodes": "".join(f"{nodeid}\n" for nodeid in self._left)}
+        try:
+            l1 = machine.prepare(self._kind)
+            with tempfile.TemporaryDirectory() as scratch:
+                tar = Path(scratch, "payload.tar")
+                payload.write(tar, self._kind, script, nodes, {})
+                self._said = machine.run(l1, tar, SECONDS, self._take)
+        except LabError as error:
+            self._said = str(error)
+        for nodeid, item in list(self._left.items()):
+            self._report_lost(nodeid, item)
+
+    def _take(self, line: str) -> None:
+        try:
+            data = json.loads(line)
+        except ValueError:
+            return  # what the kernel or a program has said in between
+        if not isinstance(data, dict) or "nodeid" not in data:
+            return
+        hook = self._config.hook
+        report = hook.pytest_report_from_serializable(config=self._config, data=data)
+        if report.when == "setup":
+            hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
+        hook.pytest_runtest_logreport(report=report)
+        if report.when == "teardown":
+            hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+            self._left.pop(report.nodeid, None)
+
+    def _report_lost(self, nodeid: str, item: pytest.Item) -> None:
+        text = f"the lab ended without a result of this test:\n{self._said[-3000:]}"
+        sections: Sequence[tuple[str, str]] = ()
+        report = pytest.TestReport(
+            nodeid,
+            item.location,
+            dict.fromkeys(item.keywords, 1),
+            "failed",
+            text,
+            "call",
+            sections,
+        )
+        self._config.hook.pytest_runtest_logreport(report=report)
