@@ -60,6 +60,10 @@ class Image:
         if fd >= 0:
             os.close(fd)
 
+    def fileno(self) -> int:
+        """The open file's descriptor."""
+        return self._fd
+
     def error(self, text: str) -> ImageError:
         """An error about this file, to be raised."""
         return ImageError(f"{self.name}: {text}")

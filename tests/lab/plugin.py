@@ -79,7 +79,7 @@ class _Run:
         self._said = ""
 
     def play(self) -> None:
-        from lab import machine, payload  # noqa: PLC0415 - only here
+        from lab import guest, machine, payload  # noqa: PLC0415 - only here
 
         timeout = SLOWER * float(self._config.getini("timeout") or 60)
         marks = self._config.option.markexpr
@@ -89,7 +89,8 @@ class _Run:
             l1 = machine.prepare(self._kind)
             with tempfile.TemporaryDirectory() as scratch:
                 tar = Path(scratch, "payload.tar")
-                payload.write(tar, self._kind, script, nodes, {})
+                files = {guest.SENT_AS: guest.folder()}
+                payload.write(tar, self._kind, script, nodes, files)
                 self._said = machine.run(l1, tar, SECONDS, self._take)
         except LabError as error:
             self._said = str(error)
@@ -105,6 +106,8 @@ class _Run:
             return
         hook = self._config.hook
         report = hook.pytest_report_from_serializable(config=self._config, data=data)
+        if isinstance(report.longrepr, list):  # a skip's (file, line, reason): JSON has no tuples
+            report.longrepr = tuple(report.longrepr)
         if report.when == "setup":
             hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
         hook.pytest_runtest_logreport(report=report)

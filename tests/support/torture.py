@@ -114,6 +114,7 @@ def machine(options: argparse.Namespace, stop: int | None, state: Any = None) ->
         cpus=options.cpus,
         devices=places,
         state=state,
+        completion_capability=options.capability,
     )
     return vm, windows, shared
 
@@ -194,6 +195,7 @@ DRAINS = {"none": no_drain, "single": single_reentry}
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--capability", type=int)
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--loops", type=int, default=1)
     parser.add_argument("--long", type=int, default=0)

@@ -1,0 +1,113 @@
+"""Debian's own kernel as a guest: what its users boot, on a KVM that can run it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+
+pytestmark = [
+    pytest.mark.lab(only="stock"),
+    pytest.mark.usefixtures("kvm"),
+    pytest.mark.timeout(240),
+]
+
+GUEST = Path("sent/debian")
+CMDLINE = "console=ttyS0 quiet reboot=t panic=-1"
+PROMPT = "avmm:/root# "
+Start = Callable[..., pexpect.spawn]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """A guest with its console: `start(image, *options)`."""
+    children: list[pexpect.spawn] = []
+
+    def start(image: str, *options: str) -> pexpect.spawn:
+        command = ["-m", "avmm", "run", str(GUEST / image), "--initrd"]
+        command += [str(GUEST / "initrd.cpio.gz"), "--memory", "256M", "--cmdline", CMDLINE]
+        child = pexpect.spawn(sys.executable, [*command, *options], timeout=60, encoding="utf-8")
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.close(force=True)
+
+
+def ends(child: pexpect.spawn) -> int | None:
+    child.expect(pexpect.EOF)
+    child.close()
+    status: int | None = child.exitstatus
+    return status
+
+
+@pytest.mark.parametrize("acpi", ["--acpi", "--no-acpi"])
+@pytest.mark.parametrize("cpus", ["1", "2"])
+@pytest.mark.parametrize(
+    "image",
+    [["vmlinuz"], ["vmlinux"], ["vmlinux", "--protocol", "linux64"]],
+    ids=["bzImage", "vmlinux-pvh", "vmlinux-linux64"],
+)
+def test_a_shell_on_the_serial_console(
+    start: Start, image: list[str], cpus: str, acpi: str
+) -> None:
+    child = start(*image, "--cpus", cpus, acpi)
+    child.expect_exact(PROMPT)
+    child.send("echo $(nproc) CPUs, $((6 * 7))\r")
+    child.expect_exact(f"{cpus} CPUs, 42\r\n")
+    child.expect_exact(PROMPT)
+    child.send("exit 7\r")
+    assert ends(child) == 7
+
+
+def test_what_the_guest_finds_by_acpi(start: Start) -> None:
+    child = start("vmlinuz", "--cpus", "2")
+    child.expect_exact(PROMPT)
+    child.send("dmesg | grep -c 'ACPI: Using ACPI (MADT) for SMP'; cat /proc/interrupts\r")
+    child.expect_exact("1\r\n")
+    child.expect(r"(\d+)\s+(\d+)\s+IO-APIC\s+4-edge\s+ttyS0")
+    assert int(child.match[1]) + int(child.match[2]) > 0
+    child.expect_exact(PROMPT)
+    child.send("ls /sys/bus/acpi/devices | tr '\\n' ' '; date +%Y\r")
+    child.expect(r"ACPI0007:00 ACPI0007:01.*PNP0501:00.*PNP0B00:00.*20\d\d")
+    child.expect_exact(PROMPT)
+    child.send("exit\r")
+    assert ends(child) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "text"), [("poweroff -f", "shutdown"), ("reboot -f", "reset")]
+)
+def test_powering_off_and_rebooting_end_the_run_as_such(
+    start: Start, command: str, text: str
+) -> None:
+    child = start("vmlinuz", "--cmdline", CMDLINE.replace("reboot=t ", ""))
+    child.expect_exact(PROMPT)
+    child.send(f"{command}\r")
+    child.expect_exact(f"the guest ended: {text}")
+    assert ends(child) == 0
+
+
+def test_a_kernel_panic_ends_the_run(start: Start) -> None:
+    child = start("vmlinuz", "--cmdline", CMDLINE + " rdinit=/nothing")
+    child.expect_exact("Kernel panic")
+    assert ends(child) == 0
+
+
+def test_commands_from_a_pipe(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "avmm", "run", "--config", GUEST / "guest.toml"]
+    done = subprocess.run(
+        command,
+        input="uname -s\nexit 5\n",
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 5
+    assert "\nLinux\n" in done.stdout.replace("\r", "")

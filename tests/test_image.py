@@ -1,0 +1,238 @@
+"""`avmm image`: packages made by hand, and what comes out of them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+
+import pytest
+import zstandard
+
+from avmm.config import MachineConfig, read_toml
+from avmm.errors import ImageError
+from avmm.image import build, kernel
+from avmm.image.modules import Modules
+from avmm.image.packages import Package
+
+RELEASE = "6.1.0-9-cloud"
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    ".xz": lzma.compress,
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+    "": bytes,
+}
+
+
+def member(name: str, content: bytes) -> bytes:
+    """ar(5)"""
+    head = f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
+    return head + content + b"\n" * (len(content) % 2)
+
+
+def deb(path: Path, files: dict[str, bytes], suffix: str = ".xz") -> Path:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f".{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    data = PACK[suffix](out.getvalue())
+    members = member("debian-binary", b"2.0\n") + member("control.tar.xz", b"")
+    path.write_bytes(b"!<arch>\n" + members + member(f"data.tar{suffix}", data))
+    return path
+
+
+def elf(folder: Path, *flags: str, source: str = "int x;") -> bytes:
+    (folder / "x.c").write_text(source)
+    subprocess.run(["gcc", *flags, "-o", folder / "x.o", folder / "x.c"], check=True)
+    return (folder / "x.o").read_bytes()
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Callable[..., bytes]:
+    def make(depends: str = "", softdep: str = "") -> bytes:
+        entries = f"depends={depends}\\0" + (f"softdep={softdep}\\0" if softdep else "")
+        section = '__attribute__((section(".modinfo"), used))'
+        source = f'static const char info[] {section} = "{entries}";'
+        return elf(tmp_path, "-c", source=source)
+
+    return make
+
+
+@pytest.fixture
+def linux(tmp_path: Path, module: Callable[..., bytes]) -> Path:
+    at = f"/lib/modules/{RELEASE}"
+    files = {
+        f"/boot/vmlinuz-{RELEASE}": b"the kernel",
+        f"/boot/config-{RELEASE}": b"",
+        f"{at}/modules.builtin": b"kernel/fs/ext4.ko\n",
+        f"{at}/kernel/a/virtio_mmio.ko": module("virtio,virtio_ring"),
+        f"{at}/kernel/a/virtio.ko.xz": lzma.compress(module()),
+        f"{at}/kernel/a/virtio-ring.ko.gz": gzip.compress(module("ext4")),
+        f"{at}/kernel/b/fancy.ko.zst": PACK[".zst"](module("", "pre: virtio gone post: b")),
+        f"{at}/kernel/b/broken.ko": module("gone"),
+        f"{at}/kernel/b/ping.ko": module("pong"),
+        f"{at}/kernel/b/pong.ko": module("ping"),
+    }
+    return deb(tmp_path / "linux-image.deb", files)
+
+
+@pytest.fixture
+def busybox(tmp_path: Path) -> Path:
+    program = elf(tmp_path, "-static", "-nostdlib", source="void _start(void) {}")
+    return deb(tmp_path / "busybox-static.deb", {"/bin/busybox": program})
+
+
+def entries(archive: bytes) -> dict[str, tuple[int, bytes]]:
+    """(mode, content) by name, in a newc archive."""
+    found, at = {}, 0
+    while True:
+        assert archive[at : at + 6] == b"070701"
+        fields = [int(archive[at + 6 + 8 * n : at + 14 + 8 * n], 16) for n in range(13)]
+        size, length = fields[6], fields[11]
+        name = archive[at + 110 : at + 110 + length - 1].decode()
+        start = at + -(-(110 + length) // 4) * 4
+        if name == "TRAILER!!!":
+            return found
+        found[name] = (fields[1], archive[start : start + size])
+        at = start + -(-size // 4) * 4
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_a_kernel_is_taken_out_of_a_package(tmp_path: Path, suffix: str) -> None:
+    package = deb(tmp_path / "k.deb", {"/x": b"y", f"/boot/vmlinuz-{RELEASE}": b"K" * 9}, suffix)
+    assert kernel.extract(Package(package), tmp_path / "vmlinuz") == RELEASE
+    assert (tmp_path / "vmlinuz").read_bytes() == b"K" * 9
+
+
+def names(modules: Iterable[str]) -> list[str]:
+    return list(modules)
+
+
+def test_modules_come_after_what_they_need(linux: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    modules = Modules(Package(linux), scratch)
+    assert names(modules.closure(["virtio_mmio"])) == ["virtio", "virtio_ring", "virtio_mmio"]
+    assert names(modules.closure(["virtio-ring.ko", "virtio_ring"])) == ["virtio_ring"]
+    assert names(modules.closure(["fancy"])) == ["virtio", "fancy"], "softdep, where it is there"
+    assert names(modules.closure(["ext4"])) == [], "built in"
+    assert names(modules.closure(["ping"])) == ["pong", "ping"], "a ring ends"
+    assert all(content.startswith(b"\x7fELF") for content in modules.closure(["fancy"]).values())
+    with pytest.raises(ImageError, match="has no module 'nowhere'"):
+        modules.closure(["nowhere"])
+    with pytest.raises(ImageError, match="has no module 'gone', which broken needs"):
+        modules.closure(["broken"])
+
+
+def test_a_guest_is_built(linux: Path, busybox: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    extra = tmp_path / "extra"
+    extra.write_bytes(b"more")
+    made = build.build(
+        [busybox, linux],
+        tmp_path / "guest",
+        modules=["fancy"],
+        script=script,
+        added={PurePosixPath("/opt/more"): extra},
+    )
+    assert made.release == RELEASE
+    assert made.kernel.read_bytes() == b"the kernel"
+    config = MachineConfig.make(**read_toml(made.config))
+    assert (config.kernel, config.initrd) == (made.kernel, made.initrd)
+    found = entries(gzip.decompress(made.initrd.read_bytes()))
+    assert found["dev/console"][0] == 0o020600
+    assert found["bin/busybox"][0] == found["init"][0] == found["bin/finish"][0] == 0o100755
+    assert found["etc/script"][1] == script.read_bytes()
+    assert found["opt/more"] == (0o100644, b"more")
+    order = found["lib/modules/order"][1].decode().split()
+    assert order == ["virtio", "virtio_ring", "virtio_mmio", "fancy"]
+    assert {f"lib/modules/{name}.ko" for name in order} <= set(found)
+    folders = [name for name, (mode, _) in found.items() if mode & 0o170000 == 0o040000]
+    assert len(set(folders)) == len(folders)
+    for name in found:
+        parent = name.rpartition("/")[0]
+        assert not parent or parent in folders, "a folder comes before what is in it"
+
+
+def test_the_same_packages_give_the_same_initramfs(
+    linux: Path, busybox: Path, tmp_path: Path
+) -> None:
+    one, two = (build.build([linux, busybox], tmp_path / name) for name in ("a", "b"))
+    assert one.initrd.read_bytes() == two.initrd.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"hello", "is no Debian package"),
+        (b"!<arch>\n", "has no data.tar"),
+        (b"!<arch>\n" + member("data.tar.xz", b"nonsense"), "is damaged"),
+        (b"!<arch>\n" + member("data.tar.lzo", b"x"), "a compression that is not known"),
+        (b"!<arch>\n" + b"x" * 60, "is damaged"),
+    ],
+)
+def test_what_is_no_package_is_told(tmp_path: Path, content: bytes, text: str) -> None:
+    path = tmp_path / "bad.deb"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=text) as caught:
+        kernel.release(Package(path))
+    assert str(path) in str(caught.value)
+
+
+def test_a_package_that_is_cut_off_is_told(linux: Path, tmp_path: Path) -> None:
+    whole = linux.read_bytes()
+    path = tmp_path / "cut.deb"
+    for size in range(60, len(whole), len(whole) // 20):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ImageError):
+            build.build([path], tmp_path / "guest")
+
+
+def test_what_is_missing_is_told(linux: Path, busybox: Path, tmp_path: Path) -> None:
+    out = tmp_path / "guest"
+    with pytest.raises(ImageError, match="got 1 and 0"):
+        build.build([linux], out)
+    with pytest.raises(ImageError, match="got 0 and 1"):
+        build.build([busybox], out)
+    with pytest.raises(ImageError, match="has neither a kernel nor a busybox"):
+        build.build([deb(tmp_path / "x.deb", {"/x": b"x"})], out)
+    with pytest.raises(ImageError, match=r"nowhere.deb: cannot be opened: No such file"):
+        build.build([tmp_path / "nowhere.deb"], out)
+    with pytest.raises(ImageError, match="No such file"):
+        build.build([linux, busybox], out, script=tmp_path / "nowhere")
+
+
+def test_a_dynamic_busybox_is_refused(linux: Path, tmp_path: Path) -> None:
+    program = elf(tmp_path, source="int main() { return 0; }")
+    dynamic = deb(tmp_path / "busybox.deb", {"/usr/bin/busybox": program})
+    with pytest.raises(ImageError, match="expected the package busybox-static"):
+        build.build([linux, dynamic], tmp_path / "guest")
+
+
+def test_the_command(linux: Path, busybox: Path, tmp_path: Path) -> None:
+    def avmm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "avmm", "image", *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, check=False, env=os.environ
+        )
+
+    done = avmm("build", linux, busybox)
+    assert done.returncode == 0, done.stderr
+    assert f"Linux {RELEASE}, 3 modules" in done.stdout
+    assert "avmm run --config guest/guest.toml" in done.stdout
+    done = avmm("kernel", linux)
+    assert done.stdout == f"vmlinuz-{RELEASE}: Linux {RELEASE}\n"
+    done = avmm("build", linux, busybox, "--add", "x")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "avmm: --add 'x': expected FILE:PATH with an absolute PATH\n",
+    )

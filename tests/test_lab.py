@@ -1,0 +1,269 @@
+"""The lab's own machinery, with a QEMU that is a shell script."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lab import machine, payload
+from lab.cache import LabError, artefact, root
+from lab.machine import L1
+
+pytestmark = pytest.mark.timeout(60)
+Fake = Callable[[str], L1]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def put(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "file").write_text(text) and None
+
+
+# -- the cache -----------------------------------------------------------------------------
+
+
+def test_what_is_built_is_kept_until_what_it_is_made_from_changes() -> None:
+    built: list[int] = []
+
+    def build(folder: Path) -> None:
+        built.append(1)
+        (folder / "file").write_text("x")
+
+    first = artefact("thing", [1], build)
+    assert artefact("thing", [1], build) == first
+    assert built == [1]
+    second = artefact("thing", [2], build)
+    assert (built, second != first) == ([1, 1], True)
+    assert not first.exists(), "what is made from what is no more is swept"
+
+
+def test_an_interrupted_build_leaves_nothing_that_looks_finished() -> None:
+    def interrupted(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        artefact("thing", 1, interrupted)
+    assert [path.name for path in root().iterdir()] == ["thing.lock"]
+    assert (artefact("thing", 1, put("whole")) / "file").read_text() == "whole"
+
+
+def test_what_a_killed_build_has_left_is_swept() -> None:
+    partial = root() / "thing-partial"
+    partial.mkdir(parents=True)
+    (partial / "half").write_text("x")
+    place = artefact("thing", 1, put("whole"))
+    assert [path.name for path in place.iterdir()] == ["file"]
+    assert not partial.exists()
+
+
+def test_a_full_disk_is_told_and_cleared_up() -> None:
+    def full(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(LabError, match=r"thing cannot be built in .*avmm-lab: .*No space left"):
+        artefact("thing", 1, full)
+    assert [path.name for path in root().iterdir()] == ["thing.lock"]
+
+
+def test_one_builds_while_the_others_wait() -> None:
+    built: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def build(folder: Path) -> None:
+        built.append(1)
+        begun.set()
+        assert go_on.wait(30)
+        (folder / "file").write_text("x")
+
+    places: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: places.append(artefact("thing", 1, build)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(30)
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert built == [1]
+    assert len(set(places)) == 1
+    assert len(places) == 3
+
+
+# -- one run -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Fake:
+    """An L1 whose QEMU is this script; $console and $sent are where its serial ports go."""
+
+    def fake(script: str) -> L1:
+        qemu = tmp_path / "qemu"
+        find = "for word; do case $word in *id=console,path=*) console=${word##*path=};; *id=sent,path=*) sent=${word##*path=};; esac; done\n"  # noqa: E501
+        qemu.write_text(f"#!/bin/sh\n{find}cd {tmp_path}\n{script}\n")
+        qemu.chmod(0o755)
+        for name in ("kernel", "initramfs", "root"):
+            (tmp_path / name).touch()
+        return L1(*(tmp_path / name for name in ("kernel", "initramfs", "root")), qemu=str(qemu))
+
+    return fake
+
+
+def run(l1: L1, seconds: float = 20, boot_seconds: float = 20) -> tuple[str, list[str]]:
+    lines: list[str] = []
+    said = machine.run(l1, Path("payload"), seconds, lines.append, boot_seconds)
+    return said, lines
+
+
+def test_lines_come_whole_and_the_console_is_given(fake: Fake) -> None:
+    script = (
+        "printf 'up\\nhal' >$sent; printf 'hello\\r\\n' >$console; printf 'f\\nlast\\n' >>$sent"
+    )
+    said, lines = run(fake(script))
+    assert lines == ["up", "half", "last"]
+    assert said == "hello\n"
+
+
+def test_a_hung_boot_is_tried_once_more(fake: Fake, tmp_path: Path) -> None:
+    script = "echo x >>tries; [ $(wc -l <tries) = 2 ] || exec sleep 100; echo up >$sent"
+    assert run(fake(script), boot_seconds=0.5)[1] == ["up"]
+    assert (tmp_path / "tries").read_text() == "x\n" * 2
+
+
+def test_a_boot_that_hangs_twice_fails_with_the_console(fake: Fake, tmp_path: Path) -> None:
+    script = "echo x >>tries; echo 'Kernel panic' >$console; exec sleep 100"
+    with pytest.raises(LabError, match=r"not come up after 0 s; its console:\nKernel panic"):
+        run(fake(script), boot_seconds=0.4)
+    assert (tmp_path / "tries").read_text() == "x\n" * 2
+
+
+def test_a_run_that_does_not_end_is_given_up(fake: Fake) -> None:
+    with pytest.raises(LabError, match="L1 has not ended after 1 s"):
+        run(fake("echo up >$sent; exec sleep 100"), seconds=1)
+
+
+def test_a_qemu_that_fails_is_told_with_what_it_said(fake: Fake) -> None:
+    with pytest.raises(LabError, match="QEMU failed with status 3: no such machine"):
+        run(fake("echo up >$sent; echo no such machine >&2; exit 3"))
+
+
+def test_nothing_is_left_behind(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    script = "echo $$ >pid; echo up >$sent; exec sleep 100"
+    with pytest.raises(LabError):
+        run(fake(script), seconds=1)
+    assert not list(scratch.iterdir())
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+
+def test_an_unknown_lab_is_refused() -> None:
+    with pytest.raises(LabError, match="'other': expected one of stock, proposing"):
+        machine.prepare("other")
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LabError, match=r"on Debian, apt-get install .*mmdebstrap"):
+        machine.prepare("stock")
+
+
+def test_the_payload_is_the_tree_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "payload.tar"
+    payload.write(path, "stock", "echo hi\n", {"nodes": "a\n"}, {"sent/x": Path(__file__)})
+    assert path.stat().st_size % 512 == 0
+    with tarfile.open(path) as tar:
+        names = tar.getnames()
+        script = tar.extractfile("run.sh")
+        assert script is not None
+        assert script.read().decode().endswith("echo hi\n")
+    assert {"avmm/loop.py", "avmm/guests/torture.elf", "tests/conftest.py", "nodes"} <= set(names)
+    assert not any("__pycache__" in name for name in names)
+
+
+# -- pytest's side -------------------------------------------------------------------------
+
+TESTS = """
+import pytest
+
+pytestmark = pytest.mark.lab
+
+def test_passes(): pass
+def test_fails(): print("some output"); assert 1 == 2
+def test_skips(): pytest.skip("not here")
+def test_is_lost(): pass
+"""
+REPLAY = """
+import json, subprocess, sys
+from pathlib import Path
+import pytest
+from lab import machine, payload
+from lab.cache import LabError
+
+def prepare(kind): return kind
+
+def run(l1, tar, seconds, on_line):
+    on_line("up")
+    on_line("a kernel message {")
+    on_line('{"not": "a report"}')
+    for line in Path("reports").read_text().splitlines():
+        if "is_lost" not in line:
+            on_line(line)
+    raise LabError("L1 died; its console: Oops")
+
+machine.prepare, machine.run = prepare, run
+payload.write = lambda *_: None
+import lab.guest
+lab.guest.folder = lambda: None
+"""
+RECORD = """
+import json
+def pytest_configure(config):
+    class Recorder:
+        def pytest_runtest_logreport(self, report):
+            data = config.hook.pytest_report_to_serializable(config=config, report=report)
+            with open("reports", "a") as file:
+                file.write(json.dumps(data) + "\\n")
+    config.pluginmanager.register(Recorder())
+"""
+
+
+def test_reports_from_there_are_as_if_made_here(tmp_path: Path) -> None:
+    """What a run has recorded is played back as what L1 sends; one test's result is missing."""
+    (tmp_path / "test_there.py").write_text(TESTS)
+    (tmp_path / "record.py").write_text(RECORD)
+    (tmp_path / "replay.py").write_text(REPLAY)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = lab\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent}"}
+
+    def pytest_run(*options: str) -> str:
+        command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", *options]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        return done.stdout + done.stderr
+
+    pytest_run("-p", "record")
+    said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock")
+    assert "2 failed, 1 passed, 1 skipped" in said
+    assert "some output" in said
+    assert "assert 1 == 2" in said
+    assert "not here" in said
+    assert "FAILED test_there.py::test_is_lost - the lab ended without a result" in said
+    assert "L1 died; its console: Oops" in said

@@ -1,0 +1,195 @@
+"""The kernel's own word for what needs completion: believed where it is true, caught where not."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Awaitable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from support.guest import EXIT, machine
+
+import avmm
+from avmm import Call, Device
+from avmm.completion import NEEDS_COMPLETION, CompletionPolicy
+from avmm.kvm import System, Vcpu, constants
+from avmm.memory import GuestMemory
+
+pytestmark = pytest.mark.usefixtures("kvm")
+proposing = pytest.mark.lab(only="proposing")
+
+PROPOSED = 239
+OTHER = 3
+"""KVM_CAP_USER_MEMORY: every kernel answers for it, and it says nothing about completion."""
+COUNTING = "xor eax, eax; mov dx, 0x300; 1: out dx, eax; inc eax; jmp 1b"
+
+
+class Log(Device):
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.seen.append(value)
+
+
+@pytest.mark.lab
+async def test_a_kernel_that_lies_is_caught_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = Log()
+    places = [avmm.pio(log, 0x300, 4)]
+    config = {"devices": places, "completion_capability": OTHER}
+    async with machine(tmp_path, COUNTING, **config) as vm:
+        policy = vm._running.policy
+        assert policy.describe() == f"the kernel's flag (capability {OTHER})"
+        for _ in range(200):
+            async with vm.paused():
+                count = len(log.seen)
+            while len(log.seen) == count:
+                await trio.lowlevel.checkpoint()
+            if policy.lie:
+                break
+        assert policy.describe().startswith("the documented list (KVM_RUN_NEEDS_COMPLETION")
+    lie = f"KVM_RUN_NEEDS_COMPLETION (capability {OTHER}) is clear where it must be set"
+    assert f"{lie}, at KVM_EXIT_IO: not believed, the documented list decides" in caplog.text
+    assert log.seen == list(range(len(log.seen)))
+
+
+@proposing
+async def test_the_number_alone_is_not_believed(tmp_path: Path) -> None:
+    system = System()
+    assert system.announces(PROPOSED)
+    system.close()
+    async with machine(tmp_path, "1: pause; jmp 1b") as vm:
+        assert vm._running.policy.describe() == "the documented list"
+
+
+@proposing
+async def test_the_kernel_proves_itself(tmp_path: Path) -> None:
+    log = Log()
+    async with machine(tmp_path, COUNTING, devices=[avmm.pio(log, 0x300, 4)]) as vm:
+        policy = vm._running.policy
+        for _ in range(200):
+            async with vm.paused():
+                count = len(log.seen)
+            while len(log.seen) == count:
+                await trio.lowlevel.checkpoint()
+            if policy.by_flag:
+                break
+        assert policy.describe() == "the kernel's flag (proved)"
+    assert log.seen == list(range(len(log.seen)))
+
+
+@proposing
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("cpus", ["1", "2"])
+def test_the_torture_guest_with_the_flag_alone_deciding(cpus: str) -> None:
+    options = ["--capability", str(PROPOSED), "--cpus", cpus, "--every", "23", "--first", "3"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "support.torture", *options],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[1]) > 10
+    assert "not believed" not in done.stderr
+
+
+CALL = "mov eax, 12; mov rbx, 0x100000; mov ecx, 1; xor edx, edx; vmmcall; mov ebx, eax;"
+
+
+@pytest.mark.lab(only="stock")
+async def test_a_hypercall_is_answered_on_stock_kvm(tmp_path: Path) -> None:
+    calls: list[Call] = []
+
+    def answer(call: Call) -> int:
+        calls.append(call)
+        return 42
+
+    async with machine(tmp_path, CALL + EXIT.format("ebx"), calls=answer) as vm:
+        assert (await vm.wait()).status == 42
+    assert [(call.kind, call.number, call.args[:3]) for call in calls] == [
+        ("kvm", 12, (0x10_0000, 1, 0))
+    ]
+
+
+@pytest.mark.parametrize(
+    "capability",
+    [
+        pytest.param(None, marks=pytest.mark.lab(only="stock")),
+        pytest.param(PROPOSED, marks=proposing),
+    ],
+)
+async def test_a_hypercall_that_a_pause_catches_is_neither_lost_nor_repeated(
+    tmp_path: Path, capability: int | None
+) -> None:
+    calls: list[Call] = []
+    asked, go_on = trio.Event(), trio.Event()
+
+    def answer(call: Call) -> Awaitable[int]:
+        async def later() -> int:
+            calls.append(call)
+            asked.set()
+            await go_on.wait()
+            return 42
+
+        return later()
+
+    code = CALL + EXIT.format("ebx")
+    config: dict[str, Any] = {"calls": answer, "completion_capability": capability}
+    states = []
+    async with machine(tmp_path, code, **config) as vm:
+        await asked.wait()
+        async with trio.open_nursery() as nursery:
+
+            async def pause() -> None:
+                async with vm.paused(deadline=20):
+                    states.append(vm.save())
+
+            nursery.start_soon(pause)
+            while not vm._running.group._lot.asked:
+                await trio.lowlevel.checkpoint()
+            go_on.set()
+    async with machine(tmp_path, code, state=states[0], **config) as vm:
+        assert (await vm.wait()).status == 42
+    assert len(calls) == 1
+
+
+@pytest.fixture
+def halting() -> Iterator[Vcpu]:
+    """A vCPU of a VM without interrupt chips, in real mode, before `hlt`."""
+    system = System()
+    vm = system.create_vm()
+    memory = GuestMemory("1M")
+    vm.set_memory(0, 0, memory.addresses()[0][1])
+    memory.write(0x1000, b"\xf4")
+    vcpu = vm.create_vcpu(0)
+    sregs, regs = vcpu.sregs(), vcpu.regs()
+    sregs.cs.base = sregs.cs.selector = 0
+    regs.rip, regs.rflags = 0x1000, 2
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs(regs)
+    yield vcpu
+    vcpu.close()
+    vm.close()
+    memory.close()
+    system.close()
+
+
+@proposing
+def test_an_exit_without_the_flag_is_not_entered_again(halting: Vcpu) -> None:
+    policy = CompletionPolicy(capability=PROPOSED, announced=True)
+    status = halting.run()
+    assert status == constants.KVM_EXIT_HLT
+    assert not halting.page.flags & NEEDS_COMPLETION
+    assert not policy.needs(status, halting.page.flags)
+    halting.page.immediate_exit = 1
+    assert halting.run() == -errno.EINTR
+    assert not policy.lie
