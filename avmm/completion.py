@@ -28,7 +28,10 @@ that it proposed, 239, is `KVM_CAP_ARM_WRITABLE_IMP_ID_REGS` in mainline. A kern
 
 Either way it is held to that: an exit that must carry the bit and does not, or the reverse,
 shows a kernel that does something else with bit 15. It is named in the log, and from then on
-the documented list decides.
+the documented list decides. All that wait for an answer must carry it. An output need not: a
+kernel may be through with it when it exits, as x86's is with each element of a `rep outs`,
+which it leaves unflagged (seen on Linux 6.1 with the series' change). So an output without the
+bit is believed only of a kernel that has set the bit before.
 
 **What is unknown is completed.** An exit type that avmm does not know is treated as one that
 needs it: completing without need costs 5 µs, the reverse corrupts a guest.
@@ -132,23 +135,24 @@ class CompletionPolicy:
             return False
         return self._configured or (self._seen_set and self._seen_clear)
 
-    def needs(self, reason: int, flags: int) -> bool:
+    def needs(self, reason: int, flags: int, *, is_output: bool = False) -> bool:
         """Must the exit with this reason and `kvm_run.flags` be completed by `KVM_RUN`?
 
-        Also learns from it what the flag means here.
+        `is_output`: it hands something to user space and asks for nothing (`is_output`). Also
+        learns from it what the flag means here.
         """
         flagged = bool(flags & NEEDS_COMPLETION)
-        self._learn(reason, flagged)
+        self._learn(reason, flagged, is_output)
         if self.mode is Mode.ALWAYS:
             return True
-        if self.by_flag:
+        if self.by_flag and (self._seen_set or not is_output):
             return flagged
         return reason not in COMPLETE
 
-    def _learn(self, reason: int, flagged: bool) -> None:
+    def _learn(self, reason: int, flagged: bool, is_output: bool) -> None:
         if reason in DOCUMENTED:
             self._seen_set |= flagged
-            if not flagged and (self._configured or self._seen_set):
+            if not flagged and not is_output and (self._configured or self._seen_set):
                 self._lied(reason, "clear where it must be set")
         elif reason in COMPLETE:
             self._seen_clear |= not flagged
@@ -172,6 +176,13 @@ class CompletionPolicy:
         if self._configured:
             return f"the kernel's flag (capability {self._capability})"
         return "the kernel's flag (proved)" if self.by_flag else "the documented list"
+
+
+def is_output(page: Any) -> bool:
+    """Does the exit in this `kvm_run` hand something out, without waiting for an answer?"""
+    if page.exit_reason == constants.KVM_EXIT_IO:
+        return bool(page.io.direction == constants.KVM_EXIT_IO_OUT)
+    return page.exit_reason == constants.KVM_EXIT_MMIO and bool(page.mmio.is_write)
 
 
 class DrainableVcpu(Protocol):
@@ -209,7 +220,7 @@ def drain(vcpu: DrainableVcpu, serve: Callable[[int], None], policy: CompletionP
             raise KvmError("KVM_RUN", -status)
         flags = vcpu.page.flags
         serve(status)
-        if not policy.needs(status, flags):
+        if not policy.needs(status, flags, is_output=is_output(vcpu.page)):
             return
     raise VcpuError(
         f"vCPU {vcpu.index} was not drained after {DRAIN_LIMIT} exits; the last one was "

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from avmm.completion import CompletionPolicy, drain
+from avmm.completion import CompletionPolicy, drain, is_output
 from avmm.errors import VcpuError
 from avmm.kvm import KvmError
 from avmm.kvm.bridge import Bridge
@@ -177,12 +177,16 @@ class VcpuLoop:
                 raise KvmError("KVM_RUN", -status)
             page.immediate_exit = 0
             if self._spot.asked and not self._stopping:
-                if status < 0 or self._policy.needs(status, page.flags):
+                if status < 0 or self._needs_completion(status):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
                 self._spot.park()
             if self._stopping:
                 return
+
+    def _needs_completion(self, status: int) -> bool:
+        page = self._vcpu.page
+        return self._policy.needs(status, page.flags, is_output=is_output(page))
 
     def _serve_draining(self, reason: int) -> None:
         pending = self._exits.serve(reason)

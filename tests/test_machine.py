@@ -521,3 +521,9 @@ async def test_the_completion_policy_is_the_configured_one(
             pass
     warned = "does not announce capability 2147483647" in caplog.text
     assert warned == (settings.get("completion_capability") == 0x7FFFFFFF)
+
+
+async def test_a_jump_to_the_firmware_resets(tmp_path: Path) -> None:
+    code = "mov ax, 0xf000; push ax; mov ax, 0xfff0; push ax; retf"
+    async with machine(tmp_path, code, mode="real") as vm:
+        assert (await vm.wait()).cause is Cause.RESET

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from avmm.arch.x86_64 import acpi, layout, mptable
 from avmm.arch.x86_64.acpi import Described
@@ -16,6 +17,9 @@ from avmm.boot.claims import Claims
 from avmm.boot.image import Image, open_image
 from avmm.errors import ConfigError, ImageError
 from avmm.memory import GuestMemory
+
+_RESET_CODE: Final = bytes.fromhex("b0fe e664 f4 ebfd")
+"""mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b - in any mode"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,16 @@ class Assembly:
             return
         self.claim_own(layout.MP_FLOATING_POINTER, len(table), "MP table")
         self.memory.write(layout.MP_FLOATING_POINTER, table)
+
+    def write_reset_vector(self) -> None:
+        """Have a jump to the firmware reset the machine, by the keyboard controller.
+
+        Linux does that on hardware-reduced ACPI machines: it asks EFI, which there is none of,
+        and then the BIOS (arch/x86/kernel/reboot.c). Left out where RAM ends below.
+        """
+        if self.memory.ram[0].end >= layout.BIOS_END:
+            self.claim_own(layout.RESET_VECTOR, len(_RESET_CODE), "reset vector")
+            self.memory.write(layout.RESET_VECTOR, _RESET_CODE)
 
     def write_acpi(self, cpus: int, devices: Sequence[Described]) -> None:
         """Claim room for ACPI's tables in the BIOS area and write them.

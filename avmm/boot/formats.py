@@ -66,6 +66,7 @@ def load(
     files += [os.fspath(path) for path in modules]
     assembly = Assembly(memory, os.fspath(image), cmdline, files)
     assembly.write_mp_table(cpus)
+    assembly.write_reset_vector()
     if acpi is not None:
         assembly.write_acpi(cpus, acpi)
     limit = None if flat is not None else memory.size + SLACK

@@ -33,7 +33,7 @@ class Bug:
 _LOOK: Final = """\
             page.immediate_exit = 0
             if self._spot.asked and not self._stopping:
-                if status < 0 or self._policy.needs(status, page.flags):
+                if status < 0 or self._needs_completion(status):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
                 self._spot.park()
@@ -60,7 +60,8 @@ BUGS: Final = (
         (
             (
                 "completion",
-                "        if not policy.needs(status, flags):\n            return\n",
+                "        if not policy.needs(status, flags, is_output=is_output(vcpu.page)):\n"
+                "            return\n",
                 "        return\n",
             ),
         ),

@@ -48,5 +48,9 @@ def mutate(edits: Mapping[str, list[tuple[str, str]]]) -> Production:
         exec(compile(source, f"{real.__file__} (mutated)", "exec"), module.__dict__)
         modules[name] = module
     loop, completion = modules["loop"], modules["completion"]
-    vars(loop).update(drain=completion.drain, CompletionPolicy=completion.CompletionPolicy)
+    vars(loop).update(
+        drain=completion.drain,
+        is_output=completion.is_output,
+        CompletionPolicy=completion.CompletionPolicy,
+    )
     return Production(**modules)

@@ -275,3 +275,15 @@ def test_the_measured_table() -> None:
         state = solo.model.state()
         left = {"ins": (0, 0), "outs_mmio": (0, 3)}.get(op.kind, (1, 0))
         assert (state.pc, state.count) == left, op
+
+
+def test_an_output_without_the_flag_is_no_lie() -> None:
+    """x86 is through with an element of `rep outs` when it exits, and leaves it unflagged."""
+    policy = announced()
+    assert policy.needs(IO, CLEAR, is_output=True), "no bit has been seen yet"
+    assert policy.needs(IO, SET)
+    assert not policy.needs(IO, CLEAR, is_output=True)
+    assert policy.needs(IO, SET, is_output=True)
+    assert not policy.lie
+    assert policy.needs(IO, CLEAR), "an input without it is one"
+    assert policy.lie

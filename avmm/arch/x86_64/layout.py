@@ -66,7 +66,9 @@ MP_FLOATING_POINTER: Final = BIOS
 MP_TABLE: Final = MP_FLOATING_POINTER + 16
 ACPI: Final = 0xF_8000
 """The RSDP and all tables behind it; ACPI 6.5, 5.2.5.1: guests search the BIOS area."""
-ACPI_SIZE: Final = BIOS_END - ACPI
+RESET_VECTOR: Final = 0xF_FFF0
+"""Where a PC's firmware begins in real mode: the last way to reset that guests try."""
+ACPI_SIZE: Final = RESET_VECTOR - ACPI
 
 HIMEM: Final = 0x10_0000
 """Where extended memory begins."""
