@@ -28,7 +28,9 @@ lost: either the thread sees it when it looks, or `immediate_exit` is set at its
 **Parking.** A vCPU that is to pause first lets the kernel finish what the last exit left
 pending (`avmm.completion` says why, and how: `drain`). Then its thread stands in the machine's
 parking lot until the machine runs on. A vCPU that is asked while it is in the guest has nothing
-in hand and does all of this in C, without the GIL (avmm/kvm/parking.h).
+in hand and does all of this in C, without the GIL (avmm/kvm/parking.h). One that is stopped is
+drained in the same way before it ends: whoever pauses a machine that has just been stopped finds
+nothing torn in it. Where that cannot be, its exit never answered, it counts as failed.
 """
 
 from __future__ import annotations
@@ -100,6 +102,10 @@ def device_lock() -> AbstractContextManager[bool]:
     return threading.Lock()
 
 
+class _AbandonedError(Exception):
+    """The exit in hand will never be answered: the vCPU's thread is to end at once."""
+
+
 class VcpuLoop:
     """Runs one vCPU until it is stopped, fails, or its task is cancelled.
 
@@ -155,6 +161,8 @@ class VcpuLoop:
         try:
             self._spot.enter()
             self._run()
+        except _AbandonedError:
+            pass
         except BaseException as error:
             self._error = error
         finally:
@@ -173,16 +181,19 @@ class VcpuLoop:
                     self._hand_over(pending)
                 if not (self._spot.asked or self._stopping):
                     continue
+            elif status == -errno.ECANCELED:
+                return
             elif status not in (-errno.EINTR, -errno.EAGAIN):
                 raise KvmError("KVM_RUN", -status)
             page.immediate_exit = 0
-            if self._spot.asked and not self._stopping:
+            if self._spot.asked or self._stopping:
                 if status < 0 or self._needs_completion(status):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
-                self._spot.park()
-            if self._stopping:
-                return
+                if not self._stopping:
+                    self._spot.park()
+                if self._stopping:
+                    return
 
     def _needs_completion(self, status: int) -> bool:
         page = self._vcpu.page
@@ -198,6 +209,8 @@ class VcpuLoop:
         self._handed_over = time.monotonic()
         self._bridge.call()
         self._handed_over = None
+        if self.failed:
+            raise _AbandonedError
 
     # -- the task ------------------------------------------------------------------------
 
@@ -216,7 +229,6 @@ class VcpuLoop:
         try:
             await self._serve()
         except Exception as error:
-            self.failed = True
             self._annotate(error)
             raise
         finally:
@@ -235,7 +247,11 @@ class VcpuLoop:
         yielded = time.perf_counter()
         mine = self._bridge.poll(True)
         while (work := await self._next(mine)) is not None:
-            await work
+            try:
+                await work
+            except BaseException:
+                self.failed = True
+                raise
             mine = self._bridge.answer_and_poll(True)
             if (now := time.perf_counter()) - yielded > _YIELD_SECONDS:
                 await trio.lowlevel.checkpoint()
@@ -264,10 +280,12 @@ class VcpuLoop:
             while not self._ended:
                 work = await self._next(self._bridge.poll(False))
                 if work is not None:
+                    self.failed = True
                     try:
                         with trio.CancelScope() as scope:
                             scope.cancel()
                             await work
+                            self.failed = False
                     except Exception as error:
                         failure = failure or error
                 self._bridge.answer()

@@ -58,6 +58,57 @@ async def test_stopping_and_pausing_after_the_end_do_no_harm(tmp_path: Path) -> 
         pass
 
 
+COUNT_INPUTS = "mov rbx, 0; mov dx, 0x300; 1: in eax, dx; add rbx, rax; add rbx, 1000; jmp 1b"
+
+
+class Slow(avmm.Device):
+    """Answers a read with 7 when it is let go."""
+
+    def __init__(self) -> None:
+        self.asked, self.go_on = trio.Event(), trio.Event()
+
+    async def read(self, offset: int, size: int) -> int:
+        self.asked.set()
+        await self.go_on.wait()
+        return 7
+
+
+async def test_what_is_saved_after_a_stop_is_not_torn(tmp_path: Path) -> None:
+    device = Slow()
+    async with machine(tmp_path, COUNT_INPUTS, devices=[avmm.pio(device, 0x300, 4)]) as vm:
+        await device.asked.wait()
+        vm.stop()
+        device.go_on.set()
+        await vm.wait()
+        async with vm.paused(deadline=10):
+            # The read that it was stopped in has reached its register.
+            assert vm._running.vcpus[0].regs().rax == 7
+
+
+async def test_a_vcpu_whose_exit_was_given_up_cannot_be_paused(tmp_path: Path) -> None:
+    class Failing(Slow):
+        async def read(self, offset: int, size: int) -> int:
+            await super().read(offset, size)
+            raise ValueError("no answer")
+
+    device = Failing()
+    refused = []
+    with pytest.raises(ValueError, match="no answer"):
+        async with machine(tmp_path, COUNT_INPUTS, devices=[avmm.pio(device, 0x300, 4)]) as vm:
+            await device.asked.wait()
+            device.go_on.set()
+            try:
+                await vm.wait()
+            finally:
+                with trio.CancelScope(shield=True):
+                    try:
+                        async with vm.paused(deadline=10):
+                            pass
+                    except avmm.AvmmError as error:
+                        refused.append(str(error))
+    assert refused == ["vCPU 0 has failed in the midst of an exit"]
+
+
 async def test_a_stop_before_the_start_is_not_forgotten(tmp_path: Path) -> None:
     vm = machine(tmp_path, FOREVER)
     vm.stop(status=7)

@@ -209,7 +209,8 @@ static void avmm_spot_park(struct avmm_spot *s)
         syscall(SYS_futex, &s->stands, FUTEX_WAIT_PRIVATE, 1, NULL, NULL, 0);
 }
 
-/* KVM_RUN: the exit reason, or -errno; -EINTR: there is something to look at, not to park.
+/* KVM_RUN: the exit reason, or -errno; -EINTR: there is something to look at, not to park;
+ * -ECANCELED: it was stopped where it had parked, with nothing pending.
  *
  * Nearly always the vCPU is in the guest when it is asked to park. Then there is no exit to
  * serve, and the whole way is here: what completion.py's drain() does in Python for the
@@ -243,6 +244,6 @@ static int avmm_spot_run(struct avmm_spot *s)
         while (is_wanted(s))
             avmm_spot_park(s);
         if (atomic_load(&s->stopping))
-            return -EINTR;
+            return -ECANCELED;
     }
 }

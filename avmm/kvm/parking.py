@@ -22,7 +22,8 @@ class Spot:
         self.run: Callable[[], int] = partial(lib.avmm_spot_run, struct)
         """KVM_RUN without the GIL: the exit reason, -EINTR after a kick, else -errno.
 
-        Where the vCPU is asked to park while it has nothing in hand, it parks in here."""
+        Where the vCPU is asked to park while it has nothing in hand, it parks in here; stopped
+        there, it answers -ECANCELED."""
 
     @property
     def asked(self) -> bool:
@@ -51,7 +52,7 @@ class Spot:
         lib.avmm_spot_leave(self._struct)
 
     def stop(self) -> None:
-        """Have `run` return -EINTR, now or as soon as it is called, parked or not."""
+        """Have `run` return a negative number, now or as soon as it is called, parked or not."""
         if (answer := lib.avmm_spot_stop(self._struct)) < 0:
             raise KvmError("tgkill", -answer)
 

@@ -32,13 +32,24 @@ class Bug:
 
 _LOOK: Final = """\
             page.immediate_exit = 0
-            if self._spot.asked and not self._stopping:
+            if self._spot.asked or self._stopping:
                 if status < 0 or self._needs_completion(status):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
-                self._spot.park()
-            if self._stopping:
-                return
+                if not self._stopping:
+                    self._spot.park()
+                if self._stopping:
+                    return
+"""
+_AWAIT: Final = """\
+            try:
+                await work
+            except BaseException:
+                self.failed = True
+                raise
+"""
+_ANSWER: Final = """\
+            mine = self._bridge.answer_and_poll(True)
 """
 _UNDO: Final = """\
             with trio.CancelScope(shield=True):
@@ -154,8 +165,8 @@ BUGS: Final = (
         (
             (
                 "loop",
-                "            await work\n            mine = self._bridge.answer_and_poll(True)\n",
-                "            mine = self._bridge.answer_and_poll(True)\n            await work\n",
+                _AWAIT + _ANSWER,
+                _ANSWER + _AWAIT,
             ),
         ),
         "world",
@@ -165,11 +176,38 @@ BUGS: Final = (
         (
             (
                 "loop",
-                "                page.immediate_exit = 0\n                self._spot.park()\n",
-                "                self._spot.park()\n                page.immediate_exit = 0\n",
+                _LOOK,
+                _LOOK.replace("    page.immediate_exit = 0\n                if", "    if").replace(
+                    "                if self._stopping",
+                    "                page.immediate_exit = 0\n                if self._stopping",
+                ),
             ),
         ),
         "world",
+    ),
+    Bug(
+        "a stopped vCPU ends in the midst of its exit",
+        (
+            (
+                "loop",
+                "            if self._spot.asked or self._stopping:\n",
+                "            if self._stopping:\n"
+                "                return\n"
+                "            if self._spot.asked:\n",
+            ),
+        ),
+        "world",
+    ),
+    Bug(
+        "an abandoned exit counts as finished",
+        (
+            (
+                "loop",
+                "                if work is not None:\n                    self.failed = True\n",
+                "                if work is not None:\n",
+            ),
+        ),
+        "failing world",
     ),
     Bug(
         "a failed vCPU is taken for parked",

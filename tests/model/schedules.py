@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import trio
@@ -35,6 +35,7 @@ failing = st.one_of(
     st.tuples(st.just("manner"), cpu, st.just(["fail"])),
     st.tuples(st.just("manner"), cpu, st.just(["fail late"])),
     st.tuples(st.just("slow"), st.just(["now", "fail"])),
+    st.tuples(st.just("abandon"), cpu),
 )
 CALM = (steps, steps, answers, pauses, nudges, leaves, cancels, times)
 CALM += (quiesces, slow, interrupts, lates)
@@ -50,13 +51,16 @@ def episodes(draw: st.DrawFn, fails: bool) -> list[Action]:
     return episode + draw(st.lists(st.one_of(*kinds), max_size=6))
 
 
-def _flat(several: list[list[Action]]) -> list[Action]:
+def _flat(several: Iterable[list[Action]]) -> list[Action]:
     return [action for episode in several for action in episode]
 
 
 def schedules(fails: bool = False) -> st.SearchStrategy[list[Action]]:
-    """Some episodes, one after another."""
-    return st.lists(episodes(fails), min_size=1, max_size=4).map(_flat)
+    """Some episodes, one after another; then the machine may be stopped, and paused again."""
+    stop: Action = ("halt",)
+    ends = st.sampled_from([[], [stop], [stop, ("pause", None)]])
+    several = st.lists(episodes(fails), min_size=1, max_size=4)
+    return st.tuples(several.map(_flat), ends).map(_flat)
 
 
 def cases(fails: bool = False) -> st.SearchStrategy[dict[str, Any]]:

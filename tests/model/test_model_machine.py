@@ -141,6 +141,11 @@ class Machine(RuleBasedStateMachine):
     def advance(self, seconds: float) -> None:
         self._do("advance", seconds)
 
+    @precondition(lambda self: self._now(lambda world: any(c.waiting for c in world.cpus)))
+    @rule()
+    def halt(self) -> None:
+        self._do("halt")
+
     def teardown(self) -> None:
         if self.thread is not None:
             self.orders.put(None)
@@ -181,6 +186,7 @@ def test_the_state_machine_finds_nothing() -> None:
         "no re-entry in the loop",
         "lost kick: immediate_exit cleared after the look at the requests",
         "the first of several pauses to be left resumes",
+        "a stopped vCPU ends in the midst of its exit",
     ],
 )
 def test_the_state_machine_finds_planted_bugs(name: str) -> None:

@@ -68,6 +68,7 @@ def test_without_a_bug_nothing_is_found(finder: str) -> None:
 BY_CHANCE = [bug for bug in BUGS if bug.finder in FINDERS]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what it drops
 @pytest.mark.parametrize("bug", BY_CHANCE, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: Bug, record_property: Any) -> None:
     count, found = examined(bug.planted(), bug.finder)

@@ -190,8 +190,14 @@ class Cpu:
     waiting: list[trio.Event] = field(default_factory=list)
     manner: list[str] = field(default_factory=list)
     """How the next accesses are answered: "now", "late", "fail"; then now."""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     failed: BaseException | None = None
     ended: bool = False
+
+    @property
+    def may_have_ended(self) -> bool:
+        """Has anybody asked it to?"""
+        return self.loop._stopping or self.scope.cancel_called
 
 
 class World:
@@ -214,6 +220,7 @@ class World:
         self.nudges: list[int] = []
         """How far the vCPU's thread gets while it is being kicked: at each of the moments
         before `immediate_exit` is written and around the signal; then not at all."""
+        self._thread = threading.get_ident()
         self.may_fail = False
         self.torn = False
         self.quiesce_gates: list[trio.Event] = []
@@ -268,10 +275,13 @@ class World:
     def _nudge(self, cpu: Cpu) -> None:
         """While it is being asked, the vCPU's thread gets a little further."""
         far = self.nudges.pop(0) if self.nudges and not self.may_fail else 0
+        if not far or threading.get_ident() != self._thread:
+            return
         for _ in range(far):
+            cpu.gate.settle(or_dying=True)  # it may just have been let go
             if cpu.loop._stopping or not cpu.gate.let_on():
                 break
-            cpu.gate.settle(or_dying=True)
+        cpu.gate.settle(or_dying=True)
 
     def _later(self, index: int) -> Callable[[], Wait]:
         def later() -> Wait:
@@ -314,7 +324,8 @@ class World:
     async def _run(self, cpu: Cpu) -> None:
         cpu.gate.unborn = False
         try:
-            await cpu.loop.run()
+            with cpu.scope:
+                await cpu.loop.run()
         except Exception as error:
             cpu.failed = error
         finally:
@@ -415,6 +426,17 @@ class World:
             pauser.scope.cancel()
             await self.quiet()
 
+    async def halt(self) -> None:
+        """The machine is stopped, whatever its vCPUs are at."""
+        self.group.stop()
+        await self.quiet()
+
+    async def abandon(self, number: int) -> None:
+        """The task of a vCPU is cancelled."""
+        self.may_fail = True
+        self.cpus[number % len(self.cpus)].scope.cancel()
+        await self.quiet()
+
     async def quiesced(self, number: int) -> None:
         """A device has finished what was in flight."""
         if self.quiesce_gates:
@@ -464,19 +486,20 @@ class World:
         """What a user would save now; each is loaded and run to its end by `finish`."""
         vcpus = []
         for cpu in self.cpus:
-            if cpu.ended or cpu.gate.ended or cpu.gate.dying:
+            if cpu.gate.dying or (cpu.gate.ended and not cpu.may_have_ended):
                 self.broken(f"{label}: vCPU {cpu.model.index} has ended in the midst of something")
             if cpu.gate.at is not None:
                 self.broken(f"{label}: vCPU {cpu.model.index} is at {cpu.gate.at!r}")
             for device in cpu.devices[:1]:
                 if not device.quiesced:
                     self.broken(f"{label}: {device.name} is not quiesced")
-            vcpus.append(
-                Solo(self.code, cpu.program, self.host, cpu.model.state(), cpu.board.copy())
-            )
+            vcpus.append(self._saved(cpu))
         snapshot = Snapshot(label, vcpus)
         self.snapshots.append(snapshot)
         return snapshot
+
+    def _saved(self, cpu: Cpu) -> Solo:
+        return Solo(self.code, cpu.program, self.host, cpu.model.state(), cpu.board.copy())
 
     @staticmethod
     def results(snapshot: Snapshot) -> list[Result]:
@@ -499,21 +522,24 @@ class World:
         for cpu in self.cpus:
             if any(device.quiesced for device in cpu.devices):
                 raise Broken(f"a device of vCPU {cpu.model.index} was not resumed")
-            if cpu.failed is None and not (cpu.model.finished and cpu.gate.at == "idle"):
-                raise Broken(
-                    f"vCPU {cpu.model.index} stands still, at {cpu.gate.at!r}, though nobody "
-                    "holds a pause"
-                )
-        for cpu in self.cpus:
-            if cpu.failed is None:
-                state = cpu.model.state()
-                same(
-                    Result(tuple(cpu.board.log), state.checksum, state.pc),
-                    cpu.expected,
-                    f"vCPU {cpu.model.index}, having run on",
-                )
+            if cpu.failed is None and not cpu.loop.failed:
+                self._is_right(cpu)
         self.look()
         self.check_snapshots()
+
+    def _is_right(self, cpu: Cpu) -> None:
+        """It has come to its end, or to where it was stopped with nothing torn."""
+        name = f"vCPU {cpu.model.index}"
+        if cpu.may_have_ended:
+            if not cpu.ended:
+                raise Broken(f"{name} was stopped and has not ended")
+            self.snapshots.append(Snapshot(f"{name}, stopped", [self._saved(cpu)]))
+            return
+        if not (cpu.model.finished and cpu.gate.at == "idle"):
+            raise Broken(f"{name} stands still, at {cpu.gate.at!r}, though nobody holds a pause")
+        state = cpu.model.state()
+        run_on = Result(tuple(cpu.board.log), state.checksum, state.pc)
+        same(run_on, cpu.expected, f"{name}, having run on")
 
     async def further(self, leaving: bool = True) -> bool:
         """Let everything go one step on, whoever pauses leave if `leaving`; False where nothing
@@ -536,7 +562,8 @@ class World:
         asked = any(not pauser.done for pauser in self.pausers)
         for number, cpu in enumerate(self.cpus):
             idle = cpu.gate.at == "idle"
-            if cpu.gate.at is None or (idle and not asked and not cpu.model.state().interrupts):
+            wanted = asked or cpu.may_have_ended
+            if cpu.gate.at is None or (idle and not wanted and not cpu.model.state().interrupts):
                 continue
             await self.step(number)
             moved = True

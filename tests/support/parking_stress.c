@@ -89,7 +89,7 @@ static void *vcpu(void *argument)
     avmm_spot_enter(s);
     for (;;) {
         int status = avmm_spot_run(s);
-        if (status < 0 && status != -EINTR)
+        if (status < 0 && status != -EINTR && status != -ECANCELED)
             die("KVM_RUN failed");
         set_immediate_exit(s->run, 0);
         if (is_wanted(s)) {             /* completion.py's drain() */
