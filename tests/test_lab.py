@@ -8,12 +8,13 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from lab import machine, payload
-from lab.cache import LabError, artefact, root
+from lab.cache import KEPT_SECONDS, LabError, artefact, root
 from lab.machine import L1
 
 pytestmark = pytest.mark.timeout(60)
@@ -44,7 +45,12 @@ def test_what_is_built_is_kept_until_what_it_is_made_from_changes() -> None:
     assert built == [1]
     second = artefact("thing", [2], build)
     assert (built, second != first) == ([1, 1], True)
-    assert not first.exists(), "what is made from what is no more is swept"
+    assert first.exists(), "another clone may be using it"
+    long_ago = time.time() - KEPT_SECONDS - 1
+    os.utime(first, (long_ago, long_ago))
+    artefact("thing", [3], build)
+    assert not first.exists(), "what nobody has used for long is swept"
+    assert second.exists()
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_finished() -> None:
@@ -214,7 +220,7 @@ import json, subprocess, sys
 from pathlib import Path
 import pytest
 from lab import machine, payload
-from lab.cache import LabError
+from lab.cache import KEPT_SECONDS, LabError
 
 def prepare(kind): return kind
 

@@ -494,8 +494,9 @@ async def test_an_awaitable_that_is_never_begun_is_cancelled_not_forgotten(tmp_p
 
     place = avmm.mmio(Late(), ADDRESS, 4)
     async with machine(tmp_path, TOUCH + FOREVER, devices=[place]):
-        await trio.lowlevel.checkpoint()
-        returned.wait(20)  # trio stands still meanwhile
+        while not any(one.name == "avmm vCPU 0" for one in threading.enumerate()):
+            await trio.lowlevel.checkpoint()
+        assert returned.wait(20)  # trio stands still meanwhile
     assert begun == [True]
 
 

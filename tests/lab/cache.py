@@ -2,7 +2,8 @@
 
 Artefacts are folders. One is built in a folder beside its place and renamed when it is whole, so
 an interrupted build or a full disk leaves nothing that looks finished; a lock file lets one
-process build while others wait. What was left behind is swept by the next builder.
+process build while others wait. The next builder sweeps what was left behind, and what nobody has
+used for a week: another clone of avmm may be using what this one does not know.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
+
+KEPT_SECONDS: Final = 7 * 86400
+_KEY: Final = 16
+"""Digits of the content's hash in a folder's name."""
 
 
 class LabError(Exception):
@@ -33,7 +39,7 @@ def artefact(name: str, made_from: object, build: Callable[[Path], None]) -> Pat
 
     Raises `LabError` where the disk is full, and what `build` raises.
     """
-    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:_KEY]
     folder = root()
     place = folder / f"{name}-{key}"
     if place.is_dir():
@@ -43,9 +49,11 @@ def artefact(name: str, made_from: object, build: Callable[[Path], None]) -> Pat
     with _locked(folder / f"{name}.lock"):
         if place.is_dir():  # somebody else has built it meanwhile
             return place
-        for leftover in folder.glob(f"{name}-*"):
-            shutil.rmtree(leftover)  # half built, or made from what is no more
+        for other in folder.glob(f"{name}-" + "[0-9a-f]" * _KEY):
+            if time.time() - other.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(other)
         partial = folder / f"{name}-partial"
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             with step(f"lab: building {name}"):

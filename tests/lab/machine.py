@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import subprocess
 import tempfile
 import time
@@ -16,6 +18,9 @@ from lab.debian import NEEDED, demand
 KINDS: Final = ("stock", "proposing")
 BOOT_SECONDS: Final = 90
 """After which a boot that has said nothing is given up, once."""
+SILENT_SECONDS: Final = 1300
+"""After which a machine that has sent nothing is given up; longer than any one test."""
+_PR_SET_PDEATHSIG: Final = 1
 _POLL_SECONDS: Final = 0.1
 _MACHINE: Final = (
     "-machine", "pc,hpet=off", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt",
@@ -79,7 +84,10 @@ def _run(
         sent.touch()
         with said.open("wb") as err:  # TCG warns of each CPU feature that it lacks
             process = subprocess.Popen(
-                _command(l1, payload, console, sent), stdin=subprocess.DEVNULL, stderr=err
+                _command(l1, payload, console, sent),
+                stdin=subprocess.DEVNULL,
+                stderr=err,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one call, of no Python state
             )
         lines = _Lines(sent, on_line)
         try:
@@ -112,6 +120,8 @@ def _wait(
             raise HungBoot(f"lab: L1 has not come up after {boot_seconds:.0f} s")
         if passed > seconds:
             raise LabError(f"lab: L1 has not ended after {seconds:.0f} s")
+        if lines.count and time.monotonic() - lines.last > SILENT_SECONDS:
+            raise LabError(f"lab: L1 has sent nothing for {SILENT_SECONDS} s")
 
 
 class _Lines:
@@ -123,6 +133,8 @@ class _Lines:
         self._at = 0
         self._rest = b""
         self.count = 0
+        self.last = 0.0
+        """When the last one came, on the monotonic clock."""
 
     def read(self) -> None:
         with self._path.open("rb") as file:
@@ -132,7 +144,16 @@ class _Lines:
         *whole, self._rest = (self._rest + data).split(b"\n")
         for line in whole:
             self.count += 1
+            self.last = time.monotonic()
             self._on_line(line.decode("utf-8", "replace"))
+
+
+_libc: Final = ctypes.CDLL(None)
+
+
+def _die_with_parent() -> None:
+    """However the tests end, SIGKILL included, no machine of theirs goes on."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _command(l1: L1, payload: Path, console: Path, sent: Path) -> Sequence[str]:

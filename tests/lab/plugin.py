@@ -50,6 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if _belongs(item, kind)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+    if KIND in os.environ:  # the default is scaled by --timeout
+        for item in items:
+            mark = item.get_closest_marker("timeout")
+            if mark is not None:
+                item.add_marker(pytest.mark.timeout(SLOWER * mark.args[0]), append=False)
 
 
 def _belongs(item: pytest.Item, kind: str | None) -> bool:
