@@ -54,10 +54,20 @@ async def pauses(vm: avmm.Machine, echo: Echo, until: Callable[[], object]) -> N
             break
 
 
+def announces(capability: int) -> bool:
+    system = System()
+    try:
+        return system.announces(capability)
+    finally:
+        system.close()
+
+
 @pytest.mark.lab
 async def test_a_kernel_that_lies_is_caught_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if announces(PROPOSED):
+        pytest.skip("this kernel sets the flag")
     echo = Echo()
     config = {"devices": [avmm.pio(echo, 0x300, 4)], "completion_capability": OTHER}
     async with machine(tmp_path, ECHO, **config) as vm:
@@ -72,9 +82,7 @@ async def test_a_kernel_that_lies_is_caught_and_named(
 
 @proposing
 async def test_the_number_alone_is_not_believed(tmp_path: Path) -> None:
-    system = System()
-    assert system.announces(PROPOSED)
-    system.close()
+    assert announces(PROPOSED)
     async with machine(tmp_path, "1: pause; jmp 1b") as vm:
         assert vm._running.policy.describe() == "the documented list"
 
