@@ -198,8 +198,9 @@ class Exits:
         return None
 
     def report(self) -> str:
-        """`describe`, with registers and the instruction's bytes on lines of their own."""
-        return f"{self.describe()}\n{self._registers()}"
+        """`describe`, with registers and the instruction on lines of their own."""
+        text = f"{self.describe()}\n{self._registers()}"
+        return f"{text}\n{_REFUSED}" if _refused(self._page) else text
 
     def owner(self) -> str:
         """The access that `kvm_run` holds and the device that is to answer it, in words."""
@@ -236,18 +237,32 @@ class Exits:
         return name
 
 
+_REFUSED: Final = (
+    "  KVM runs this instruction in an emulator of its own, which does not know it. An ordinary\n"
+    "  KVM emulates what accesses devices; one that interprets ring 0 (see `avmm doctor`), all\n"
+    "  that a kernel does: there, the guest needs a kernel built without this instruction."
+)
+
+
+def _refused(page: Struct) -> bytes:
+    """The instruction that KVM could not emulate; empty where it was none, or is not told."""
+    error, failure = page.internal, page.emulation_failure
+    if (
+        page.exit_reason == constants.KVM_EXIT_INTERNAL_ERROR
+        and error.suberror == constants.KVM_INTERNAL_ERROR_EMULATION
+        and error.ndata >= 3
+        and failure.flags & constants.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+    ):
+        return bytes(failure.insn_bytes[0 : min(failure.insn_size, 15)])
+    return b""
+
+
 def _internal_error(page: Struct) -> str:
     error = page.internal
     if error.suberror != constants.KVM_INTERNAL_ERROR_EMULATION:
         data = " ".join(f"{word:#x}" for word in error.data[0 : min(error.ndata, 16)])
         return f"suberror {error.suberror}, data {data or 'none'}"
-    text = "KVM cannot emulate the instruction"
-    failure = page.emulation_failure
-    has_bytes = constants.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
-    if error.ndata >= 3 and failure.flags & has_bytes:
-        code = bytes(failure.insn_bytes[0 : min(failure.insn_size, 15)])
-        text += f" {code.hex(' ')}"
-    return text
+    return f"KVM cannot emulate the instruction {_refused(page).hex(' ')}".rstrip()
 
 
 def _number(data: bytes, at: int, size: int) -> int:

@@ -426,8 +426,9 @@ def test_an_unknown_hardware_exit_gives_its_reason(board: Board) -> None:
 def internal_error(board: Board) -> str:
     with pytest.raises(VcpuError) as caught:
         board.exit(constants.KVM_EXIT_INTERNAL_ERROR)
-    prefix, registers = str(caught.value).split("\n")
+    prefix, registers, *meaning = str(caught.value).split("\n")
     assert registers == "  rax=7"
+    assert bool(meaning) == ("the instruction " in prefix)
     return prefix.removeprefix("vCPU 3 cannot go on: KVM_EXIT_INTERNAL_ERROR, ")
 
 

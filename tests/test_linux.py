@@ -1,13 +1,8 @@
-"""A real Linux: boots, prints, takes commands, brings up a second CPU, reboots.
-
-The kernels are named by AVMM_GUEST_LINUX, a folder with vmlinux.gz, vmlinux-smp.gz,
-rdkl.cpio (an init which prints HELLO FROM GUEST and reboots, and klibc's tools) and rdmin.cpio.
-"""
+"""A real Linux: boots, prints, takes commands, brings up a second CPU, reboots."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,22 +10,31 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from lab.cache import LabError
+from linux import kernel, userspace
+from linux.kernel import CMDLINE
 
 pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(120)]
 
-CMDLINE = (
-    "console=ttyS0 reboot=t panic=-1 lpj=1000000 noxsave clearcpuid=smap,smep,fsgsbase "
-    "rodata=off random.trust_cpu=on"
-)
 AVMM = [sys.executable, "-m", "avmm", "run"]
+HELLO = "echo HELLO FROM GUEST\nreboot"
+SHELL = "exec sh"
 
 
-@pytest.fixture
-def linux() -> Path:
-    folder = os.environ.get("AVMM_GUEST_LINUX")
-    if not folder:
-        pytest.skip("AVMM_GUEST_LINUX names no folder with kernels")
-    return Path(folder)
+@pytest.fixture(scope="module")
+def vmlinux() -> Path:
+    try:
+        return kernel.vmlinux()
+    except LabError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def smp_vmlinux() -> Path:
+    try:
+        return kernel.vmlinux(smp=True)
+    except LabError as error:
+        pytest.skip(str(error))
 
 
 def run(kernel: Path, initrd: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -38,25 +42,28 @@ def run(kernel: Path, initrd: Path, *more: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
-def test_linux_says_hello_and_reboots(linux: Path) -> None:
-    done = run(linux / "vmlinux.gz", linux / "rdkl.cpio", "--cmdline", CMDLINE + " quiet")
+@pytest.mark.timeout(900)  # the kernel may have to be built
+def test_linux_says_hello_and_reboots(vmlinux: Path, tmp_path: Path) -> None:
+    initrd = userspace.initrd(tmp_path / "initrd", HELLO)
+    done = run(vmlinux, initrd, "--cmdline", CMDLINE + " quiet")
     assert "HELLO FROM GUEST" in done.stdout
     assert done.returncode == 0
     assert "triple fault" in done.stderr
 
 
-def test_both_cpus_come_up(linux: Path) -> None:
-    done = run(linux / "vmlinux-smp.gz", linux / "rdmin.cpio", "--cpus", "2", "--cmdline", CMDLINE)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_both_cpus_come_up(smp_vmlinux: Path, tmp_path: Path) -> None:
+    initrd = userspace.initrd(tmp_path / "initrd", HELLO)
+    done = run(smp_vmlinux, initrd, "--cpus", "2", "--cmdline", CMDLINE)
     assert "Brought up 1 node, 2 CPUs" in done.stdout
     assert "HELLO FROM GUEST" in done.stdout
 
 
-def test_a_shell_on_the_interrupt_driven_serial_port(linux: Path, tmp_path: Path) -> None:
-    initrd = tmp_path / "initrd.cpio"
-    init = b"#!/bin/sh\nmount -t proc proc /proc\nmount -t devtmpfs dev /dev\nexec sh\n"
-    initrd.write_bytes(with_file((linux / "rdkl.cpio").read_bytes(), "shell", init))
-    command = [*AVMM[1:], str(linux / "vmlinux.gz"), "--initrd", str(initrd), "--memory", "32M"]
-    cmdline = f"{CMDLINE} quiet rdinit=/shell"
+def test_a_shell_on_the_interrupt_driven_serial_port(vmlinux: Path, tmp_path: Path) -> None:
+    initrd = userspace.initrd(tmp_path / "initrd", SHELL)
+    command = [*AVMM[1:], str(vmlinux), "--initrd", str(initrd), "--memory", "32M"]
+    cmdline = f"{CMDLINE} quiet"
     child = pexpect.spawn(AVMM[0], [*command, "--cmdline", cmdline], timeout=60, encoding="utf-8")
     try:
         child.expect_exact("# ")
@@ -73,28 +80,14 @@ def test_a_shell_on_the_interrupt_driven_serial_port(linux: Path, tmp_path: Path
     assert child.exitstatus == 0
 
 
-def test_bench_boot_compares_with_qemu(linux: Path) -> None:
+def test_bench_boot_compares_with_qemu(vmlinux: Path, tmp_path: Path) -> None:
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("QEMU is not installed")
-    files = [str(linux / "vmlinux.gz"), "--initrd", str(linux / "rdmin.cpio"), "--memory", "32M"]
+    initrd = userspace.initrd(tmp_path / "initrd", HELLO)
+    files = [str(vmlinux), "--initrd", str(initrd), "--memory", "32M"]
     command = [*AVMM[:-1], "bench", "boot", *files, "--cmdline", CMDLINE + " quiet"]
     done = subprocess.run(
         [*command, "--rounds", "1", "--json"], capture_output=True, timeout=100, check=False
     )
     (row,) = json.loads(done.stdout)
     assert row["ratio"] == pytest.approx(row["us"] / row["raw_us"])
-
-
-def with_file(archive: bytes, name: str, content: bytes) -> bytes:
-    """A newc archive and after it one more with an executable file (cpio(5))."""
-
-    def entry(name: str, mode: int, content: bytes) -> bytes:
-        fields = [1, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0]
-        head = b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
-        return _padded(head) + _padded(content)
-
-    return _padded(archive) + entry(name, 0o100755, content) + entry("TRAILER!!!", 0, b"")
-
-
-def _padded(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 4)

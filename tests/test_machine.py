@@ -135,6 +135,7 @@ async def test_a_handlers_exception_comes_out_of_the_block(
     assert f"KVM_EXIT_MMIO: read of 4 bytes at {ADDRESS:#x}" in note
     assert f"rbx={ADDRESS:016x}" in note
     assert "code at rip: 8b 03" in note
+    assert "instruction: mov eax, dword ptr [rbx]" in note
 
 
 async def test_a_triple_fault_ends_the_run(tmp_path: Path) -> None:

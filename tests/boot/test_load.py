@@ -18,11 +18,10 @@ from avmm.errors import ConfigError, ImageError
 from avmm.memory import GuestMemory
 
 from . import guestview
-from .images import Elf, pvh_elf
+from .images import pvh_elf
 
 pytestmark = pytest.mark.timeout(60)
 Write = Callable[..., Path]
-GUEST_LINUX = Path("/work/shared/guest-linux")
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -163,20 +162,3 @@ def test_importing_is_light() -> None:
     code = "import sys, avmm.boot.formats; print([m for m in sys.modules if 'elftools' in m])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert found.stdout.strip() == b"[]"
-
-
-def test_kernels_that_are_at_hand(memory: GuestMemory, write: Write) -> None:
-    """Our own image always; the guest Linux where the machine has it."""
-    load(memory, write(Elf()))
-    for name, ip in (("vmlinux.gz", 0x2004F0), ("vmlinux-smp.gz", 0x1000500)):
-        path = GUEST_LINUX / name
-        if not path.exists():
-            continue
-        ram = GuestMemory("64M")
-        try:
-            entry = load(ram, path, cmdline="quiet", initrd=GUEST_LINUX / "rdmin.cpio")
-            assert (entry.mode, entry.ip) == (Mode.PROTECTED, ip)
-            [(_, content, _)] = guestview.start_info(ram, entry.registers["rbx"]).modules
-            assert content == (GUEST_LINUX / "rdmin.cpio").read_bytes()
-        finally:
-            ram.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -30,9 +30,11 @@ NEEDED_FOR_PROPOSAL: Final = {
 }
 
 
-def demand(commands: dict[str, str]) -> None:
-    """Raise `LabError` naming the packages of those commands that are not there."""
-    missing = sorted({package for name, package in commands.items() if not shutil.which(name)})
+def demand(commands: Mapping[str, str], files: Mapping[str, str] | None = None) -> None:
+    """Raise `LabError` naming the packages of those commands and files that are not there."""
+    lacking = {package for name, package in commands.items() if not shutil.which(name)}
+    lacking |= {package for path, package in (files or {}).items() if not Path(path).exists()}
+    missing = sorted(lacking)
     if missing:
         raise LabError(f"lab: on Debian, apt-get install {' '.join(missing)}")
 

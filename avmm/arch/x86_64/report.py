@@ -34,7 +34,12 @@ def registers(vcpu: Vcpu, memory: GuestMemory) -> str:
         f"  cr0={sregs.cr0:x} cr2={sregs.cr2:x} cr3={sregs.cr3:x} cr4={sregs.cr4:x} "
         f"efer={sregs.efer:x}"
     )
-    lines.append(f"  code at rip: {_code(vcpu, memory, sregs.cs.base + regs.rip)}")
+    linear = sregs.cs.base + regs.rip
+    code = _code(vcpu, memory, linear)
+    shown = code.hex(" ") or f"none, {linear:#x} is not mapped to guest memory"
+    lines.append(f"  code at rip: {shown}")
+    if text := instruction(code, regs.rip, sregs):
+        lines.append(f"  instruction: {text}")
     return "\n".join(lines)
 
 
@@ -46,7 +51,18 @@ def _mode(sregs: Struct) -> str:
     return "32-bit" if sregs.cs.db else "16-bit protected"
 
 
-def _code(vcpu: Vcpu, memory: GuestMemory, linear: int) -> str:
+def instruction(code: bytes, rip: int, sregs: Struct) -> str:
+    """The instruction that `code` begins with, as an assembler writes it; empty: there is none."""
+    import capstone  # noqa: PLC0415 - only for a guest that has failed
+
+    modes = {"64-bit": capstone.CS_MODE_64, "32-bit": capstone.CS_MODE_32}
+    disassembler = capstone.Cs(capstone.CS_ARCH_X86, modes.get(_mode(sregs), capstone.CS_MODE_16))
+    for _, _, mnemonic, operands in disassembler.disasm_lite(code, rip, count=1):
+        return f"{mnemonic} {operands}".strip()
+    return ""
+
+
+def _code(vcpu: Vcpu, memory: GuestMemory, linear: int) -> bytes:
     """Up to one instruction's worth of bytes; they may cross into an unmapped page."""
     code = b""
     while len(code) < _LONGEST_INSTRUCTION:
@@ -59,4 +75,4 @@ def _code(vcpu: Vcpu, memory: GuestMemory, linear: int) -> str:
             code += memory.read(gpa, length)
         except (KvmError, GuestMemoryError):
             break
-    return code.hex(" ") or f"none, {linear:#x} is not mapped to guest memory"
+    return code
