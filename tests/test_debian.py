@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-GUEST = Path("sent/debian")
+GUEST, NEWER = Path("sent/debian"), Path("sent/debian-6.12")
 CMDLINE = "console=ttyS0 quiet reboot=t panic=-1"
 PROMPT = "avmm:/root# "
 Start = Callable[..., pexpect.spawn]
@@ -27,9 +27,9 @@ def start() -> Iterator[Start]:
     """A guest with its console: `start(image, *options)`."""
     children: list[pexpect.spawn] = []
 
-    def start(image: str, *options: str) -> pexpect.spawn:
-        command = ["-m", "avmm", "run", str(GUEST / image), "--initrd"]
-        command += [str(GUEST / "initrd.cpio.gz"), "--memory", "256M", "--cmdline", CMDLINE]
+    def start(image: str, *options: str, guest: Path = GUEST) -> pexpect.spawn:
+        command = ["-m", "avmm", "run", str(guest / image), "--initrd"]
+        command += [str(guest / "initrd.cpio.gz"), "--memory", "256M", "--cmdline", CMDLINE]
         child = pexpect.spawn(sys.executable, [*command, *options], timeout=60, encoding="utf-8")
         children.append(child)
         return child
@@ -60,6 +60,17 @@ def test_a_shell_on_the_serial_console(
     child.expect_exact(PROMPT)
     child.send("echo $(nproc) CPUs, $((6 * 7))\r")
     child.expect_exact(f"{cpus} CPUs, 42\r\n")
+    child.expect_exact(PROMPT)
+    child.send("exit 7\r")
+    assert ends(child) == 7
+
+
+@pytest.mark.parametrize("image", ["vmlinuz", "vmlinux"])
+def test_a_newer_kernel(start: Start, image: str) -> None:
+    child = start(image, "--cpus", "2", guest=NEWER)
+    child.expect_exact(PROMPT)
+    child.send("echo $(nproc) CPUs, Linux $(uname -r)\r")
+    child.expect_exact("2 CPUs, Linux 6.12.")
     child.expect_exact(PROMPT)
     child.send("exit 7\r")
     assert ends(child) == 7

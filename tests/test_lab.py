@@ -236,7 +236,7 @@ def run(l1, tar, seconds, on_line):
 machine.prepare, machine.run = prepare, run
 payload.write = lambda *_: None
 import lab.guest
-lab.guest.folder = lambda: None
+lab.guest.folders = lambda: {}
 """
 RECORD = """
 import json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,16 @@ def kernel_package() -> str:
     if not names:
         raise LabError("lab: apt knows no linux-image-cloud-amd64: apt-get update?")
     return names[0]
+
+
+def newer_kernel_package(series: str) -> str:
+    """The name of the newest cloud kernel of a series that Debian carries beside its own."""
+    names = run(["apt-cache", "pkgnames", f"linux-image-{series}."]).split()
+    pattern = re.compile(rf"linux-image-{re.escape(series)}\.(\d+)\+deb\d+-cloud-amd64-unsigned")
+    found = [(int(match[1]), name) for name in names if (match := pattern.fullmatch(name))]
+    if not found:
+        raise LabError(f"lab: apt knows no cloud kernel {series}: apt-get update?")
+    return max(found)[1]
 
 
 def version(package: str) -> str:

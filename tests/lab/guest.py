@@ -1,4 +1,4 @@
-"""A guest for L1's own guests: Debian's cloud kernel and an initramfs, by `avmm image`'s parts."""
+"""Guests of L1's own: Debian's cloud kernels, each with an initramfs, by `avmm image`'s parts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ import avmm.image.initramfs
 from avmm.boot import bzimage
 from avmm.boot.image import open_image
 from lab.cache import artefact
-from lab.debian import download, kernel_package
+from lab.debian import download, kernel_package, newer_kernel_package
 
-SENT_AS: Final = "sent/debian"
 _MOST: Final = 1 << 30
 
 
-def folder() -> Path:
-    """The folder with vmlinuz, vmlinux and initrd.cpio.gz, built if need be."""
-    packages = [download(kernel_package()), download("busybox-static")]
+def folders() -> dict[str, Path]:
+    """By the name under which they are sent, folders with vmlinuz, vmlinux and initrd.cpio.gz."""
+    newer = newer_kernel_package("6.12")
+    return {
+        "sent/debian": _folder("guest", kernel_package()),
+        "sent/debian-6.12": _folder("guest-6.12", newer),
+    }
+
+
+def _folder(name: str, kernel: str) -> Path:
+    packages = [download(kernel), download("busybox-static")]
     own = [Path(avmm.image.build.__file__), Path(avmm.image.initramfs.__file__)]
     own += [own[0].with_name("init.sh"), own[0].with_name("finish.c")]
     made_from = ([package.name for package in packages], [file.read_text() for file in own])
@@ -37,4 +44,4 @@ def folder() -> Path:
                 source.seek(0)
                 shutil.copyfileobj(source, out)
 
-    return artefact("guest", made_from, build)
+    return artefact(name, made_from, build)

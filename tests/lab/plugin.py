@@ -94,8 +94,7 @@ class _Run:
             l1 = machine.prepare(self._kind)
             with tempfile.TemporaryDirectory() as scratch:
                 tar = Path(scratch, "payload.tar")
-                files = {guest.SENT_AS: guest.folder()}
-                payload.write(tar, self._kind, script, nodes, files)
+                payload.write(tar, self._kind, script, nodes, guest.folders())
                 self._said = machine.run(l1, tar, SECONDS, self._take)
         except LabError as error:
             self._said = str(error)
