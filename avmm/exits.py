@@ -246,10 +246,11 @@ _REFUSED: Final = (
 
 def _refused(page: Struct) -> bytes:
     """The instruction that KVM could not emulate; empty where it was none, or is not told."""
+    if page.exit_reason != constants.KVM_EXIT_INTERNAL_ERROR:
+        return b""
     error, failure = page.internal, page.emulation_failure
     if (
-        page.exit_reason == constants.KVM_EXIT_INTERNAL_ERROR
-        and error.suberror == constants.KVM_INTERNAL_ERROR_EMULATION
+        error.suberror == constants.KVM_INTERNAL_ERROR_EMULATION
         and error.ndata >= 3
         and failure.flags & constants.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
     ):
