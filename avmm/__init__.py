@@ -21,6 +21,7 @@ from avmm.kvm import KvmError, KvmUnavailable
 from avmm.machine import Machine
 from avmm.memory import GuestMemory
 from avmm.outcome import Cause, Outcome
+from avmm.placing import virtio
 
 __all__ = [
     "AvmmError",
@@ -51,4 +52,5 @@ __all__ = [
     "mmio",
     "msr",
     "pio",
+    "virtio",
 ]

@@ -29,7 +29,7 @@ from avmm.calls import CallHandler
 from avmm.coalesced import CoalescedWrites
 from avmm.completion import CompletionPolicy, Mode
 from avmm.config import UNCLAIMED, MachineConfig, Settings
-from avmm.devices.base import Device, InterruptLine
+from avmm.devices.base import Device, Doorbell, InterruptLine
 from avmm.devices.cmos import Cmos
 from avmm.devices.console import ConsoleStream
 from avmm.devices.exit import DebugExit, ExitStatus
@@ -39,6 +39,7 @@ from avmm.devices.post import DebugConsole, PostCode
 from avmm.devices.power import SIZE as POWER_PORTS
 from avmm.devices.power import Power
 from avmm.devices.serial import Serial
+from avmm.doorbell import EventDoorbell
 from avmm.errors import AvmmError, ConfigError, GuestMemoryError, ImageError, StateError
 from avmm.exits import Exits
 from avmm.group import VcpuGroup
@@ -50,6 +51,7 @@ from avmm.loop import VcpuLoop, Wakeup, device_lock
 from avmm.memory import HOLE_END, GuestMemory
 from avmm.migration import Coordinator
 from avmm.outcome import Cause, Outcome
+from avmm.placing import Unplaced, allocate, named
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +79,15 @@ _MSRS: Final = 1 << 32
 class _Host:
     """What one device gets; see `avmm.devices.base.Host`."""
 
-    def __init__(self, memory: GuestMemory, interrupt: InterruptLine | None) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        interrupt: InterruptLine | None,
+        doorbell: Callable[[int, int, int, bool], Doorbell],
+    ) -> None:
         self.memory = memory
         self.interrupt = interrupt
+        self._doorbell = doorbell
         self.lock: AbstractContextManager[Any] = device_lock()
         self.posted: PostedWrites | None = None
         self._nursery: trio.Nursery | None = None
@@ -96,6 +104,9 @@ class _Host:
     def wakeup(self) -> Wakeup:
         return Wakeup()
 
+    def doorbell(self, offset: int, size: int, value: int, *, by_exit: bool = False) -> Doorbell:
+        return self._doorbell(offset, size, value, by_exit)
+
 
 class Parts:
     """A machine that does not run yet: VM, memory with the guest loaded, devices, vCPUs.
@@ -107,7 +118,7 @@ class Parts:
     def __init__(
         self,
         config: MachineConfig,
-        devices: Sequence[Placement] = (),
+        devices: Sequence[Placement | Unplaced] = (),
         end: Callable[[Outcome], None] = lambda outcome: None,
         calls: CallHandler | None = None,
         state: Mapping[str, Any] | None = None,
@@ -128,13 +139,15 @@ class Parts:
             for gpa, rom in config.roms:
                 self.memory.add_readonly(gpa, _read_rom(rom, config.memory))
             self.serial = Serial()
-            places = [*self._standard_devices(config), *devices]
+            standard = self._standard_devices(config)
+            devices = allocate(devices, standard)
+            places = [*standard, *devices]
             entry = None
             if state is None:
                 entry = load(
                     self.memory,
                     config.kernel or guests.path("shell"),
-                    cmdline=config.cmdline,
+                    cmdline=config.cmdline if config.acpi else named(config.cmdline, devices),
                     initrd=config.initrd,
                     modules=config.modules,
                     cpus=config.cpus,
@@ -154,7 +167,7 @@ class Parts:
             self._calls = calls
             self._coalescing = {id(p.device) for p in devices if getattr(p, "coalesced", False)}
             for place in places:
-                self._place(place)
+                self._place(place, places, stack)
             # Asked for only where somebody answers: without, nothing leaves the guest for it.
             if filtered := [(p.base, p.size) for p in devices if p.space == "msr"]:
                 self.vm.filter_msrs(filtered)
@@ -226,7 +239,28 @@ class Parts:
     def _end_with(self, status: int) -> None:
         self._end(Outcome(Cause.EXIT, status))
 
-    def _place(self, place: Placement) -> None:
+    def _doorbell(
+        self,
+        device: Device,
+        places: Sequence[Placement],
+        stack: ExitStack,
+        offset: int,
+        size: int,
+        value: int,
+        by_exit: bool,
+    ) -> Doorbell:
+        bell = EventDoorbell()
+        stack.callback(bell.close)
+        for place in places:
+            at = place.base + offset - place.offset
+            if not isinstance(place, Placement) or place.device is not device:
+                continue  # what is none is refused in its turn
+            mine = place.space in ("pio", "mmio")
+            if mine and not by_exit and place.base <= at <= place.base + place.size - size:
+                bell.listen(self.vm, at, size, value, port=place.space == "pio")
+        return bell
+
+    def _place(self, place: Placement, places: Sequence[Placement], stack: ExitStack) -> None:
         if not isinstance(place, Placement):
             raise ConfigError(f"{place!r} is not placed: expected avmm.pio(...) or avmm.mmio(...)")
         device = place.device
@@ -242,7 +276,7 @@ class Parts:
         host = self.hosts[known[0]] if known else None
         if host is None:
             line = None if place.irq is None else self.interrupts.line(place.irq, device.name)
-            host = _Host(self.memory, line)
+            host = _Host(self.memory, line, partial(self._doorbell, device, places, stack))
             if id(device) in self._coalescing:
                 host.posted = PostedWrites(device, host.lock)
             self.devices.append(device)
@@ -355,9 +389,9 @@ class Machine:
             print(await vm.wait())
 
     Settings are those of `MachineConfig`; without `kernel` it runs the bundled shell.
-    `devices` are the user's own, placed by `avmm.pio`, `avmm.mmio` and `avmm.msr`; `calls`
-    answers the guest's hypercalls. With a `state` that `save` gave of a machine like this one,
-    it goes on from there instead of booting.
+    `devices` are the user's own, placed by `avmm.pio`, `avmm.mmio` and `avmm.msr`, and virtio
+    devices, given by `avmm.virtio`; `calls` answers the guest's hypercalls. With a `state` that
+    `save` gave of a machine like this one, it goes on from there instead of booting.
 
     Entering it raises `ConfigError` for what cannot be, `KvmError` where KVM fails. A device's
     exception, and a vCPU that cannot go on (`VcpuError`), cancel the block and are raised from
@@ -368,7 +402,7 @@ class Machine:
         self,
         config: MachineConfig | None = None,
         *,
-        devices: Sequence[Placement] = (),
+        devices: Sequence[Placement | Unplaced] = (),
         calls: CallHandler | None = None,
         state: Mapping[str, Any] | None = None,
         **settings: Unpack[Settings],

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from avmm.errors import ConfigError, GuestMemoryError
+from avmm.vring import RamTable
 
 PAGE: Final = 4096
 HOLE_START: Final = 0xC000_0000
@@ -86,7 +87,12 @@ class GuestMemory:
             self._regions.append(Region(HOLE_END, size - low, low))
         whole = memoryview(self._maps[0])
         self._views = [whole[r.offset : r.offset + r.size] for r in self._regions]
-        whole.release()
+        self.whole = whole
+        """RAM without its hole, one region after the other; offsets are `Region.offset`."""
+        self.table = RamTable()
+        """Where RAM is, for rings (`avmm.vring`); empty once the memory is closed."""
+        for region, view in zip(self._regions, self._views, strict=True):
+            self.table.add(region.gpa, region.size, region.offset, view)
         self._closed = False
 
     @property
@@ -177,6 +183,8 @@ class GuestMemory:
         if self._closed:
             return
         self._closed = True
+        self.table.clear()
+        self.whole.release()
         for view in self._views:
             view.release()
         self._views = []

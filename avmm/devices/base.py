@@ -60,6 +60,17 @@ class Wakeup(Protocol):
         """Return once `set` was called since the last return. Cancelling loses no wake-up."""
 
 
+class Doorbell(Protocol):
+    """Tells a task of the device that the guest wrote a certain value to a certain register."""
+
+    def ring(self) -> None:
+        """Wake the waiter, or the next one, as the guest's write does. Any thread."""
+
+    async def wait(self) -> None:
+        """Return once it was rung since the last return; one task waits. Cancelling loses no
+        ring."""
+
+
 class Host(Protocol):
     """What a device gets from the machine it is part of."""
 
@@ -81,6 +92,13 @@ class Host(Protocol):
 
     def wakeup(self) -> Wakeup:
         """A new wake-up, not set."""
+
+    def doorbell(self, offset: int, size: int, value: int, *, by_exit: bool = False) -> Doorbell:
+        """A doorbell that the guest rings by writing `value` (`size` bytes) at `offset`.
+
+        Where KVM can, such writes leave no exit and never reach `write`; where it cannot, and with
+        `by_exit`, they do, and `write` is to ring it. It lives as long as the machine.
+        """
 
 
 class Device:

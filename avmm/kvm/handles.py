@@ -241,6 +241,27 @@ class Vm(_Handle):
             "KVM_IRQFD", ffi.new("struct kvm_irqfd *", {"fd": fd, "gsi": gsi, "flags": flags})
         )
 
+    def ioeventfd(
+        self,
+        fd: int,
+        address: int,
+        size: int,
+        value: int,
+        *,
+        port: bool = False,
+        assign: bool = True,
+    ) -> bool:
+        """KVM_IOEVENTFD: let a write of `value` (`size` bytes) at `address` raise eventfd `fd`,
+        without an exit, or stop it. False where this KVM cannot do that."""
+        if not self.check("KVM_CAP_IOEVENTFD"):
+            return False
+        flags = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        flags |= lib.KVM_IOEVENTFD_FLAG_PIO if port else 0
+        flags |= 0 if assign else lib.KVM_IOEVENTFD_FLAG_DEASSIGN
+        watch = {"datamatch": value, "addr": address, "len": size, "fd": fd, "flags": flags}
+        self._ioctl("KVM_IOEVENTFD", ffi.new("struct kvm_ioeventfd *", watch))
+        return True
+
     def irq_line(self, gsi: int, level: bool) -> None:
         """Drive the interrupt input `gsi`."""
         self._ioctl(

@@ -1,4 +1,5 @@
-/* The C that cffi compiles into avmm.kvm._kvm: ioctls, the kick, the bridge, the parking lot. */
+/* The C that cffi compiles into avmm.kvm._kvm: ioctls, the kick, the bridge, the parking
+ * lot, virtqueues. */
 
 #include <errno.h>
 #include <linux/kvm.h>
@@ -12,6 +13,7 @@
 #include <unistd.h>
 
 #include "bridge.h"
+#include "vring.h"
 
 /* Numbers newer than the oldest header that avmm builds with (Linux 5.10). They are part of
  * the kernel's stable interface; a newer header's own definition wins. */

@@ -75,8 +75,12 @@ HIMEM: Final = 0x10_0000
 INITRD_LIMIT: Final = HOLE_START
 """Initrd and modules end at or below this: their addresses must fit in 32 bits."""
 
+VIRTIO: Final = HOLE_START
+"""Where virtio devices get their registers that have no place of their own."""
+VIRTIO_STEP: Final = 0x1000
+VIRTIO_END: Final = 0xD000_0000
 MMIO: Final = 0xD000_0000
-"""The window from which virtio-mmio and other devices get their registers."""
+"""The window that is kept free for devices which are placed by hand."""
 MMIO_END: Final = 0xE000_0000
 POWER_PORT: Final = 0x600
 """Sleep control, sleep status and reset (`avmm.devices.power`)."""

@@ -1,0 +1,295 @@
+"""A split virtqueue as a device uses it (VIRTIO 1.2, 2.7): chains out of guest memory, and back.
+
+A chain that was popped and not yet pushed is *in flight*. `hold` takes back what is in flight:
+it is given out again, in its old order, by later `pop`s, here or after a `load` elsewhere. So
+whoever works on a chain may be cancelled at any moment, and nothing of the guest's is lost.
+
+All checks are in C (avmm/kvm/vring.h). A chain may be longer than the queue where it lies in an
+indirect table, although 2.7.5.3.1 forbids that to drivers: Linux does it (its network driver
+sends up to 19 parts, whatever the queue's size), and other VMMs take up to 1024, too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Protocol
+
+from avmm.devices.state import Fields
+from avmm.errors import DeviceError
+from avmm.memory import GuestMemory
+from avmm.vring import QueueError, SplitRing
+
+__all__ = ["Chain", "Queue", "QueueError", "Virtqueue"]
+
+MAX_SIZE: Final = 32768
+_FIELDS: Final = (
+    "size",
+    "desc",
+    "driver",
+    "device",
+    "ready",
+    "next_avail",
+    "next_used",
+    "in_flight",
+)
+
+
+class Chain:
+    """A chain of descriptors: what the guest sends and where it wants its answer.
+
+    `readable` and `writable` are views of guest RAM itself, no copies: the guest may change what
+    is read at any moment, so what was checked must have been copied before (`take`). The
+    lists are this chain's own; `os.preadv`, `os.pwritev` and `sendmsg` take them as they are.
+    """
+
+    __slots__ = ("done", "head", "readable", "writable")
+
+    def __init__(
+        self, head: int, readable: list[memoryview], writable: list[memoryview], done: int = 0
+    ) -> None:
+        self.head = head
+        """The number of its first descriptor, by which the guest knows it."""
+        self.readable = readable
+        self.writable = writable
+        self.done = done
+        """How far its work has got, in the device's own units: survives `hold` and a save."""
+
+    @property
+    def readable_bytes(self) -> int:
+        """How much there is (still) to be read."""
+        return sum(map(len, self.readable))
+
+    @property
+    def writable_bytes(self) -> int:
+        """How much may (still) be written."""
+        return sum(map(len, self.writable))
+
+    def take(self, count: int) -> bytes:
+        """Copy the next `count` bytes of what is readable, or what is left; `readable` then
+        begins after them."""
+        if self.readable and len(self.readable[0]) > count:  # the usual header
+            part = self.readable[0]
+            self.readable[0] = part[count:]
+            return bytes(part[:count])
+        return b"".join(_cut(self.readable, count))
+
+    def skip(self, count: int) -> None:
+        """Let `readable` begin `count` bytes later."""
+        _cut(self.readable, count)
+
+    def put(self, data: bytes | bytearray | memoryview) -> int:
+        """Write as much of `data` as fits; `writable` then begins after it. How much it was."""
+        view = memoryview(data).cast("B")
+        at = 0
+        for part in _cut(self.writable, len(view)):
+            part[:] = view[at : at + len(part)]
+            at += len(part)
+        return at
+
+    def cut_writable(self, count: int) -> list[memoryview]:
+        """Take the next `count` writable bytes, or what is left, out of `writable`."""
+        return _cut(self.writable, count)
+
+    def cut_last_writable(self, count: int) -> list[memoryview]:
+        """Take the last `count` writable bytes out of `writable` (where a status goes)."""
+        before = _cut(self.writable, max(0, self.writable_bytes - count))
+        last, self.writable = self.writable, before
+        return last
+
+    def release(self) -> None:
+        """Let go of guest memory: the views cannot be used any more."""
+        for view in (*self.readable, *self.writable):
+            view.release()
+
+
+def _cut(parts: list[memoryview], count: int) -> list[memoryview]:
+    """The first `count` bytes of `parts`, which lose them."""
+    taken = []
+    whole = 0
+    for part in parts:
+        if len(part) > count:
+            if count > 0:
+                taken.append(part[:count])
+                parts[whole] = part[count:]
+            break
+        taken.append(part)
+        count -= len(part)
+        whole += 1
+    del parts[:whole]
+    return taken
+
+
+class Queue(Protocol):
+    """What a device needs of a virtqueue, whatever its layout (split, or packed one day)."""
+
+    def pop(self) -> Chain | None:
+        """The next chain, None where there is none. Raises `QueueError`."""
+
+    def push(self, chain: Chain, written: int) -> None:
+        """Give a chain back, with `written` bytes written to it. Raises `QueueError`."""
+
+    def wants_interrupt(self) -> bool:
+        """Is the guest to be interrupted for what was pushed since this was last asked?"""
+
+    def listen(self) -> bool:
+        """Ask to be notified; is there a chain already?"""
+
+    def ignore(self) -> None:
+        """Ask not to be notified: `pop` is called anyway."""
+
+
+class Virtqueue:
+    """A split virtqueue. The driver's settings first, then `start`; see `Queue` for the rest."""
+
+    def __init__(self, memory: GuestMemory, max_size: int) -> None:
+        if type(max_size) is not int or not 0 < max_size <= MAX_SIZE or max_size & (max_size - 1):
+            raise DeviceError(f"a queue of {max_size!r} entries: expected a power of 2 to 32768")
+        self._memory = memory
+        self.max_size = max_size
+        self._in_flight: dict[int, Chain] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Become as new; what is in flight is forgotten, and pushing it does nothing."""
+        for chain in self._in_flight.values():
+            chain.release()
+        self._in_flight.clear()
+        self.size = self.max_size
+        self.desc = 0
+        self.driver = 0
+        self.device = 0
+        self.ready = False
+        self._ring: SplitRing | None = None
+        self._event_idx = False
+        self._again: deque[tuple[int, int]] = deque()
+        self._position = (0, 0)
+
+    def start(self, *, event_idx: bool, indirect: bool) -> None:
+        """Begin, or go on after `hold` or `load`. Raises `QueueError` where its settings are
+        such that it cannot be."""
+        if self._ring is None:
+            if self.size > self.max_size:
+                raise QueueError(f"a queue of {self.size} entries, {self.max_size} are possible")
+            ring = SplitRing(
+                self._memory.table,
+                self.size,
+                self.desc,
+                self.driver,
+                self.device,
+                event_idx=event_idx,
+                indirect=indirect,
+            )
+            ring.struct.next_avail, ring.struct.next_used = self._position
+            self._ring = ring
+            self._event_idx = event_idx
+
+    def stop(self) -> None:
+        """The driver takes the queue back, its settings stay (4.2.2.2, QueueReady)."""
+        size, places = self.size, (self.desc, self.driver, self.device)
+        self.reset()
+        self.size = size
+        self.desc, self.driver, self.device = places
+
+    def hold(self) -> None:
+        """Take back what is in flight, to be popped again. Its views are released."""
+        self._again.extendleft(
+            (chain.head, chain.done) for chain in reversed(self._in_flight.values())
+        )
+        for chain in self._in_flight.values():
+            chain.release()
+        self._in_flight.clear()
+
+    @property
+    def in_flight(self) -> int:
+        """How many chains are popped and not pushed."""
+        return len(self._in_flight)
+
+    def pop(self) -> Chain | None:
+        """See `Queue`."""
+        ring = self._ring
+        if ring is None:
+            return None
+        done = 0
+        if self._again:
+            head, done = self._again[0]
+            ring.walk(head)
+            self._again.popleft()
+        elif not ring.pop():
+            return None
+        fields, parts, whole = ring.struct, ring.parts, self._memory.whole
+        count = fields.readable
+        end = 2 * (count + fields.writable)
+        views = [whole[(at := parts[part]) : at + parts[part + 1]] for part in range(0, end, 2)]
+        head = fields.head
+        if head in self._in_flight:
+            raise QueueError(f"descriptor {head} is made available while it is in use")
+        chain = self._in_flight[head] = Chain(head, views[:count], views[count:], done)
+        return chain
+
+    def push(self, chain: Chain, written: int) -> None:
+        """See `Queue`. Does nothing with a chain that was taken back by `hold` or `reset`."""
+        if self._ring is not None and self._in_flight.get(chain.head) is chain:
+            self._ring.push(chain.head, written)
+            del self._in_flight[chain.head]
+
+    def wants_interrupt(self) -> bool:
+        """See `Queue`."""
+        return self._ring is not None and self._ring.wants_interrupt()
+
+    def listen(self) -> bool:
+        """See `Queue`."""
+        if self._ring is None:
+            return False
+        return self._ring.listen(True) or bool(self._again)
+
+    def ignore(self) -> None:
+        """See `Queue`."""
+        # With EVENT_IDX not asking again is enough.
+        if self._ring is not None and not self._event_idx:
+            self._ring.listen(False)
+
+    def save(self) -> dict[str, Any]:
+        """Its state; what is in flight is saved to be popped again."""
+        avail, used = self._position
+        if self._ring is not None:
+            avail, used = self._ring.struct.next_avail, self._ring.struct.next_used
+        flying = [*((c.head, c.done) for c in self._in_flight.values()), *self._again]
+        return {
+            "size": self.size,
+            "desc": self.desc,
+            "driver": self.driver,
+            "device": self.device,
+            "ready": self.ready,
+            "next_avail": avail,
+            "next_used": used,
+            "in_flight": [list(pair) for pair in flying],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `save` gave, or raise `DeviceError` and stay as it was."""
+        fields = Fields("a virtqueue", state, _FIELDS)
+        address = (1 << 64) - 1
+        size = fields.number("size", (1 << 32) - 1)
+        places = [fields.number(name, address) for name in ("desc", "driver", "device")]
+        ready = fields.flag("ready")
+        position = (fields.number("next_avail", 0xFFFF), fields.number("next_used", 0xFFFF))
+        again = list(_pairs(fields, state["in_flight"], self.max_size))
+        self.reset()
+        self.size, self.ready, self._position = size, ready, position
+        self.desc, self.driver, self.device = places
+        self._again.extend(again)
+
+
+def _pairs(fields: Fields, value: object, most: int) -> Iterable[tuple[int, int]]:
+    heads = set()
+    if type(value) is not list or len(value) > most:
+        raise fields.error("in_flight", f"a list of at most {most} chains")
+    for pair in value:
+        if type(pair) is not list or [type(number) for number in pair] != [int, int]:
+            raise fields.error("in_flight", "a list of [descriptor, progress]")
+        head, done = pair
+        if not 0 <= head < MAX_SIZE or head in heads or not 0 <= done < 1 << 32:
+            raise fields.error("in_flight", "each descriptor once, and progress below 2^32")
+        heads.add(head)
+        yield head, done

@@ -1,0 +1,251 @@
+/* A split virtqueue in guest RAM, from the device's side (VIRTIO 1.2, 2.7).
+ *
+ * All of it is the guest's to change at any moment, from another CPU: each word is read once,
+ * and what was read is checked before it is used. Nothing outside of the table of RAM regions is
+ * ever touched; an empty table, as a closed machine has it, makes every call fail.
+ */
+
+#include <endian.h>
+#include <stdint.h>
+
+enum { AVMM_RAM_REGIONS = 8, AVMM_VRING_PARTS = 1024, AVMM_VRING_SIZE_MAX = 32768 };
+
+enum avmm_vring_error {
+    AVMM_VRING_SHAPE = 1,
+    AVMM_VRING_PLACE,
+    AVMM_VRING_AHEAD,
+    AVMM_VRING_INDEX,
+    AVMM_VRING_LOOP,
+    AVMM_VRING_OUTSIDE,
+    AVMM_VRING_ORDER,
+    AVMM_VRING_LENGTH,
+    AVMM_VRING_PARTS_MAX,
+    AVMM_VRING_INDIRECT,
+    AVMM_VRING_TABLE,
+};
+
+struct avmm_ram_region {
+    uint64_t gpa, size, offset;
+    uint8_t *host;
+};
+
+struct avmm_ram {
+    uint32_t count;
+    struct avmm_ram_region regions[AVMM_RAM_REGIONS];
+};
+
+struct avmm_part {
+    uint64_t offset, length;
+};
+
+struct avmm_vring {
+    const struct avmm_ram *ram;
+    uint64_t desc, avail, used;
+    uint32_t size;
+    uint8_t event_idx, indirect, signalled_once;
+    uint16_t next_avail, next_used, signalled;
+    /* The chain that was walked last: first the readable parts, then the writable ones. */
+    uint16_t head;
+    uint32_t readable, writable;
+    struct avmm_part parts[AVMM_VRING_PARTS];
+};
+
+enum { DESC_NEXT = 1, DESC_WRITE = 2, DESC_INDIRECT = 4, DESC_BYTES = 16 };
+enum { AVAIL_NO_INTERRUPT = 1, USED_NO_NOTIFY = 1 };
+
+/* The empty asm keeps the compiler from reading guest memory a second time. */
+#define LOAD(bits)                                                     \
+    static uint##bits##_t load##bits(const uint8_t *from)              \
+    {                                                                  \
+        uint##bits##_t value;                                          \
+        __builtin_memcpy(&value, from, sizeof value);                  \
+        __asm__ __volatile__("" : "+r"(value));                        \
+        return le##bits##toh(value);                                   \
+    }
+LOAD(16)
+LOAD(32)
+LOAD(64)
+#undef LOAD
+
+static uint16_t load16_acquire(const uint8_t *from)
+{
+    return le16toh(__atomic_load_n((const uint16_t *)from, __ATOMIC_ACQUIRE));
+}
+
+static void store16_release(uint8_t *to, uint16_t value)
+{
+    __atomic_store_n((uint16_t *)to, htole16(value), __ATOMIC_RELEASE);
+}
+
+static void store32(uint8_t *to, uint32_t value)
+{
+    __atomic_store_n((uint32_t *)to, htole32(value), __ATOMIC_RELAXED);
+}
+
+static uint8_t *ram_at(const struct avmm_ram *ram, uint64_t gpa, uint64_t length, uint64_t *offset)
+{
+    for (uint32_t i = 0; i < ram->count; i++) {
+        const struct avmm_ram_region *region = &ram->regions[i];
+        uint64_t start = gpa - region->gpa;
+        if (gpa >= region->gpa && start <= region->size && length <= region->size - start) {
+            if (offset)
+                *offset = region->offset + start;
+            return region->host + start;
+        }
+    }
+    return NULL;
+}
+
+static uint8_t *vring_desc(const struct avmm_vring *ring)
+{
+    return ram_at(ring->ram, ring->desc, (uint64_t)DESC_BYTES * ring->size, NULL);
+}
+
+static uint8_t *vring_avail(const struct avmm_vring *ring)
+{
+    return ram_at(ring->ram, ring->avail, 6 + 2ull * ring->size, NULL);
+}
+
+static uint8_t *vring_used(const struct avmm_vring *ring)
+{
+    return ram_at(ring->ram, ring->used, 6 + 8ull * ring->size, NULL);
+}
+
+/* 0, or why a queue cannot be so: to be called before anything else (2.7, table of alignments). */
+static int avmm_vring_check(const struct avmm_vring *ring)
+{
+    uint32_t size = ring->size;
+    if (!size || size > AVMM_VRING_SIZE_MAX || size & (size - 1))
+        return -AVMM_VRING_SHAPE;
+    if (ring->desc % 16 || ring->avail % 2 || ring->used % 4)
+        return -AVMM_VRING_SHAPE;
+    if (!vring_desc(ring) || !vring_avail(ring) || !vring_used(ring))
+        return -AVMM_VRING_PLACE;
+    return 0;
+}
+
+/* Find the parts of the chain that begins with descriptor `head`: 1, or a negative error. */
+static int avmm_vring_walk(struct avmm_vring *ring, uint16_t head)
+{
+    const uint8_t *table = vring_desc(ring);
+    uint32_t entries = ring->size, index = head, seen = 0, count = 0;
+    int within_table = 0, writing = 0;
+    uint64_t total = 0;
+    if (!table)
+        return -AVMM_VRING_PLACE;
+    ring->head = head;
+    ring->readable = ring->writable = 0;
+    for (;;) {
+        if (index >= entries)
+            return -AVMM_VRING_INDEX;
+        if (++seen > entries)
+            return -AVMM_VRING_LOOP;
+        const uint8_t *entry = table + (uint64_t)DESC_BYTES * index;
+        uint64_t address = load64(entry);
+        uint32_t length = load32(entry + 8);
+        uint16_t flags = load16(entry + 12), next = load16(entry + 14);
+        if (flags & DESC_INDIRECT) {
+            /* 2.7.5.3.2: the write flag of such a descriptor means nothing. */
+            if (!ring->indirect || within_table || flags & DESC_NEXT)
+                return -AVMM_VRING_INDIRECT;
+            if (!length || length % DESC_BYTES || length / DESC_BYTES > AVMM_VRING_PARTS)
+                return -AVMM_VRING_TABLE;
+            table = ram_at(ring->ram, address, length, NULL);
+            if (!table)
+                return -AVMM_VRING_OUTSIDE;
+            entries = length / DESC_BYTES;
+            index = seen = 0;
+            within_table = 1;
+            continue;
+        }
+        if (flags & DESC_WRITE)
+            writing = 1;
+        else if (writing)
+            return -AVMM_VRING_ORDER;
+        total += length;
+        if (total > UINT32_MAX)
+            return -AVMM_VRING_LENGTH;
+        if (length) {
+            if (count == AVMM_VRING_PARTS)
+                return -AVMM_VRING_PARTS_MAX;
+            struct avmm_part *part = &ring->parts[count];
+            if (!ram_at(ring->ram, address, length, &part->offset))
+                return -AVMM_VRING_OUTSIDE;
+            part->length = length;
+            count++;
+            if (writing)
+                ring->writable++;
+            else
+                ring->readable++;
+        }
+        if (!(flags & DESC_NEXT))
+            return 1;
+        index = next;
+    }
+}
+
+/* Take the next chain: 1, 0 where there is none, or a negative error. */
+static int avmm_vring_pop(struct avmm_vring *ring)
+{
+    const uint8_t *avail = vring_avail(ring);
+    if (!avail)
+        return -AVMM_VRING_PLACE;
+    uint16_t waiting = load16_acquire(avail + 2) - ring->next_avail;
+    if (!waiting)
+        return 0;
+    if (waiting > ring->size)
+        return -AVMM_VRING_AHEAD;
+    uint16_t head = load16(avail + 4 + 2 * (ring->next_avail & (ring->size - 1)));
+    int answer = avmm_vring_walk(ring, head);
+    if (answer > 0)
+        ring->next_avail++;
+    return answer;
+}
+
+/* Give the chain of `head` back, with `written` bytes written to it: 0, or a negative error. */
+static int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t written)
+{
+    uint8_t *used = vring_used(ring);
+    if (!used)
+        return -AVMM_VRING_PLACE;
+    uint8_t *entry = used + 4 + 8 * (ring->next_used & (ring->size - 1));
+    store32(entry, head);
+    store32(entry + 4, written);
+    store16_release(used + 2, ++ring->next_used);
+    return 0;
+}
+
+/* Is the guest to be interrupted for what was pushed since the last call (2.7.7)? 1, 0, error.
+ * What was pushed must be visible before it is read what the guest wants: it writes that first
+ * and then looks for what was pushed. */
+static int avmm_vring_wants_interrupt(struct avmm_vring *ring)
+{
+    const uint8_t *avail = vring_avail(ring);
+    if (!avail)
+        return -AVMM_VRING_PLACE;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (!ring->event_idx)
+        return !(load16(avail) & AVAIL_NO_INTERRUPT);
+    uint16_t before = ring->signalled, now = ring->next_used;
+    int first = !ring->signalled_once;
+    uint16_t event = load16(avail + 4 + 2 * ring->size);
+    ring->signalled = now;
+    ring->signalled_once = 1;
+    return first || (uint16_t)(now - event - 1) < (uint16_t)(now - before);
+}
+
+/* Ask the guest to notify, or not to (2.7.10). 1: there is something already, 0, or error.
+ * The same two steps as above, with the sides exchanged. */
+static int avmm_vring_listen(struct avmm_vring *ring, int wanted)
+{
+    const uint8_t *avail = vring_avail(ring);
+    uint8_t *used = vring_used(ring);
+    if (!avail || !used)
+        return -AVMM_VRING_PLACE;
+    if (!ring->event_idx)
+        store16_release(used, wanted ? 0 : USED_NO_NOTIFY);
+    else if (wanted)
+        store16_release(used + 4 + 8 * ring->size, ring->next_avail);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return load16_acquire(avail + 2) != ring->next_avail;
+}
