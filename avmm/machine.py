@@ -39,6 +39,9 @@ from avmm.devices.post import DebugConsole, PostCode
 from avmm.devices.power import SIZE as POWER_PORTS
 from avmm.devices.power import Power
 from avmm.devices.serial import Serial
+from avmm.devices.virtio.console import Console
+from avmm.devices.virtio.mmio import VirtioMmio
+from avmm.devices.virtio.port import Port
 from avmm.doorbell import EventDoorbell
 from avmm.errors import AvmmError, ConfigError, GuestMemoryError, ImageError, StateError
 from avmm.exits import Exits
@@ -425,6 +428,16 @@ class Machine:
     def console(self) -> ConsoleStream:
         """The guest's serial console as a trio stream."""
         return self._running.serial.stream
+
+    @property
+    def ports(self) -> dict[str, Port]:
+        """The ports of the virtio consoles among the devices, by their names."""
+        return {
+            name: port
+            for device in self._running.devices
+            if isinstance(device, VirtioMmio) and isinstance(device.model, Console)
+            for name, port in device.model.ports.items()
+        }
 
     @property
     def memory(self) -> GuestMemory:

@@ -1,19 +1,35 @@
-"""The host's end of a serial port, as trio sees it: a stream.
+"""The host's end of a serial or virtio port, as trio sees it: a stream.
 
-`ConsoleStream` is the outer half of `avmm.devices.serial.Serial`, whose private methods it calls:
-they take the lock and move the bytes, the stream waits where there was nothing to move.
+`ConsoleStream` is the outer half of `avmm.devices.serial.Serial` and of
+`avmm.devices.virtio.port.Port`, whose private methods it calls: they move the bytes (and take the
+lock, where there is one), the stream waits where there was nothing to move.
 """
 
 from __future__ import annotations
 
 import operator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import trio
 
-if TYPE_CHECKING:
-    from avmm.devices.serial import Serial
+
+class _Waitable(Protocol):
+    async def wait(self) -> None:
+        """Return once there may be something to move."""
+
+
+class Cable(Protocol):
+    """What a port has for its stream; its methods raise trio's errors where it is closed."""
+
+    @property
+    def _output(self) -> _Waitable: ...
+    @property
+    def _room(self) -> _Waitable: ...
+    def _take(self, most: int | None) -> bytes | None: ...
+    def _feed(self, data: memoryview) -> int: ...
+    def _has_room(self) -> bool: ...
+    def _close(self) -> None: ...
 
 
 class _OneTask:
@@ -38,20 +54,20 @@ class _OneTask:
 
 
 class ConsoleStream(trio.abc.Stream):
-    """The host's end of a serial port: what the guest writes is received, and the reverse.
+    """The host's end of a port: what the guest writes is received, and the reverse.
 
     One task may receive and one may send at a time; others get `trio.BusyResourceError`. After
     the guest has ended, what is buffered can still be received, and then comes the end
     (``b""``); sending raises `trio.BrokenResourceError`. After `aclose` every method raises
-    `trio.ClosedResourceError`, and the guest's output goes nowhere (counted in `Serial.lost`);
+    `trio.ClosedResourceError`, and the guest's output goes nowhere (counted in the port's `lost`);
     input that was accepted still reaches the guest.
     """
 
     accepted: int
     """How many bytes of the data of the last `send_all` were accepted; see there."""
 
-    def __init__(self, serial: Serial) -> None:
-        self._serial = serial
+    def __init__(self, cable: Cable) -> None:
+        self._cable = cable
         self._sending = _OneTask("sending to")
         self._receiving = _OneTask("receiving from")
         self.accepted = 0
@@ -63,22 +79,22 @@ class ConsoleStream(trio.abc.Stream):
         or raises, the first `accepted` bytes of `data` were accepted, and no others:
         ``send_all(data[stream.accepted:])`` goes on where it stopped.
         """
-        serial = self._serial
+        cable = self._cable
         with self._sending, memoryview(data).cast("B") as view:
             self.accepted = 0
             await trio.lowlevel.checkpoint()
             while True:
-                self.accepted += serial._feed(view[self.accepted :])
+                self.accepted += cable._feed(view[self.accepted :])
                 if self.accepted == len(view):
                     return
-                await serial._room.wait()
+                await cable._room.wait()
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until at least one byte would be accepted at once. Cancelling changes nothing."""
         with self._sending:
             await trio.lowlevel.checkpoint()
-            while not self._serial._has_room():
-                await self._serial._room.wait()
+            while not self._cable._has_room():
+                await self._cable._room.wait()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Wait for output of the guest: at least one byte, at most `max_bytes`, or b"" at its
@@ -89,11 +105,11 @@ class ConsoleStream(trio.abc.Stream):
                 raise ValueError("max_bytes must be at least 1")
         with self._receiving:
             await trio.lowlevel.checkpoint()
-            while (data := self._serial._take(max_bytes)) is None:
-                await self._serial._output.wait()
+            while (data := self._cable._take(max_bytes)) is None:
+                await self._cable._output.wait()
             return data
 
     async def aclose(self) -> None:
         """Close this end at once, even if cancelled; does nothing the second time."""
-        self._serial._close()
+        self._cable._close()
         await trio.lowlevel.checkpoint()

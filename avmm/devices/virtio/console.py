@@ -1,0 +1,244 @@
+"""The console device with its ports (VIRTIO 1.2, 5.3).
+
+A driver that does not know F_MULTIPORT sees the first port alone. To others ports are announced
+by control messages (5.3.6.2). Those that wait for the driver are kept one of a kind for each port,
+the latest, so that a driver which asks and never reads costs no memory.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar, Final
+
+import trio
+
+from avmm.devices.state import Fields
+from avmm.devices.virtio.device import GuestQueue, VirtioDevice
+from avmm.devices.virtio.port import Port, Waiters
+from avmm.errors import ConfigError
+
+F_SIZE: Final = 1 << 0
+F_MULTIPORT: Final = 1 << 1
+
+DEVICE_READY: Final = 0
+DEVICE_ADD: Final = 1
+PORT_READY: Final = 3
+CONSOLE_PORT: Final = 4
+RESIZE: Final = 5
+PORT_OPEN: Final = 6
+PORT_NAME: Final = 7
+
+_CONTROL: Final = struct.Struct("<IHH")
+_CONTROL_IN, _CONTROL_OUT = 2, 3
+_MOST_PORTS: Final = 31
+"""As many as Linux's early versions took; and each is two queues."""
+_CHUNK: Final = 64 * 1024
+_SIDE: Final = 0xFFFF
+_SENT: Final = (DEVICE_ADD, CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME)
+_LONGEST: Final = 8 + 255
+
+
+class Console(VirtioDevice):
+    """A console: give it its ports, the first of which is the driver's console (hvc0).
+
+    Without ports it has the one, a console by the name of "hvc0". `columns` and `rows` are the
+    size that the guest is told, `queue_size` the entries of each queue. `rows_first` is for
+    Linux before 6.15, which reads a new size the wrong way round (its commit 5326ab737a47).
+    """
+
+    device_id: ClassVar[int] = 3
+    features = F_SIZE | F_MULTIPORT
+
+    def __init__(
+        self,
+        *ports: Port,
+        columns: int = 80,
+        rows: int = 25,
+        queue_size: int = 16,
+        rows_first: bool = False,
+    ) -> None:
+        ports = ports or (Port("hvc0", console=True),)
+        if len(ports) > _MOST_PORTS:
+            raise ConfigError(f"a console of {len(ports)} ports: expected at most {_MOST_PORTS}")
+        self.ports = {port.name: port for port in ports}
+        """By their names; in the order of their numbers."""
+        if len(self.ports) != len(ports):
+            raise ConfigError("two ports of a console have the same name")
+        self._ports = ports
+        self.queue_sizes = (queue_size,) * 2 * (len(ports) + 1)
+        self._size = _checked_size(columns, rows)
+        self._rows_first = rows_first
+        self._messages: dict[tuple[int, int], bytes] = {}
+        """What the driver is to be told: (event, port) → message; the oldest first."""
+        self._told = Waiters()
+        for number, port in enumerate(ports):
+            port.on_close = partial(self._host_closed, number)
+
+    @property
+    def name(self) -> str:
+        return "console"
+
+    @property
+    def config(self) -> bytes:
+        return struct.pack("<HHII", *self._size, len(self._ports), 0)
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Tell the guest that its terminal has this size now. From trio."""
+        self._size = _checked_size(columns, rows)
+        for number, port in enumerate(self._ports):
+            if port.is_console and port.ready:
+                self._tell_size(number)
+        self.link.config_changed()
+
+    # -- queues ------------------------------------------------------------------------------
+
+    async def serve(self, queues: Mapping[int, GuestQueue], features: int) -> None:
+        multiport = bool(features & F_MULTIPORT)
+        if not multiport and not self._ports[0].is_open:
+            self._ports[0].set_open(True)
+        async with trio.open_nursery() as nursery:
+            for number, port in enumerate(self._ports if multiport else self._ports[:1]):
+                first = 2 * number + 2 if number else 0
+                if first in queues:
+                    nursery.start_soon(self._receive, queues[first], port)
+                if first + 1 in queues:
+                    nursery.start_soon(self._transmit, queues[first + 1], port)
+            if multiport and _CONTROL_IN in queues:
+                nursery.start_soon(self._tell, queues[_CONTROL_IN])
+            if multiport and _CONTROL_OUT in queues:
+                nursery.start_soon(self._listen, queues[_CONTROL_OUT])
+
+    async def _receive(self, queue: GuestQueue, port: Port) -> None:
+        """Input of the host's, to the guest."""
+        while True:
+            await port.some_input()
+            chain = await queue.next()
+            data = await port.some_input()  # closed meanwhile, the chain waits for the next
+            written = chain.put(data[: chain.writable_bytes])
+            port.took(written)
+            queue.push(chain, written)
+
+    async def _transmit(self, queue: GuestQueue, port: Port) -> None:
+        """Output of the guest's; how much of a chain was taken is noted as it is taken."""
+        while True:
+            chain = await queue.next()
+            chain.skip(chain.done)
+            left = chain.readable_bytes
+            while left:
+                data = chain.take(min(await port.room(), left, _CHUNK))
+                port.give(data)
+                chain.done += len(data)
+                left -= len(data)
+                if left:
+                    await trio.lowlevel.checkpoint()
+            queue.push(chain)
+
+    # -- control messages --------------------------------------------------------------------
+
+    async def _listen(self, queue: GuestQueue) -> None:
+        while True:
+            chain = await queue.next()
+            message = chain.take(_CONTROL.size)
+            if len(message) == _CONTROL.size:
+                self._told_by_driver(*_CONTROL.unpack(message))
+            queue.push(chain)
+
+    def _told_by_driver(self, number: int, event: int, value: int) -> None:
+        if event == DEVICE_READY and value == 1:
+            for each in range(len(self._ports)):
+                self._say(each, DEVICE_ADD, 1)
+        if number >= len(self._ports):
+            return
+        port = self._ports[number]
+        if event == PORT_READY and value == 1:
+            port.ready = True
+            if port.is_console:
+                self._say(number, CONSOLE_PORT, 1)
+                self._tell_size(number)
+            self._say(number, PORT_NAME, 1, port.name.encode())
+            if port.is_connected:
+                self._say(number, PORT_OPEN, 1)
+        elif event == PORT_OPEN:
+            port.set_open(value == 1)
+
+    def _say(self, number: int, event: int, value: int, rest: bytes = b"") -> None:
+        self._messages[event, number] = _CONTROL.pack(number, event, value) + rest
+        self._told.set()
+
+    def _tell_size(self, number: int) -> None:
+        sides = reversed(self._size) if self._rows_first else self._size
+        self._say(number, RESIZE, 0, struct.pack("<HH", *sides))
+
+    def _host_closed(self, number: int) -> None:
+        if self._ports[number].ready:
+            self._say(number, PORT_OPEN, 0)
+
+    async def _tell(self, queue: GuestQueue) -> None:
+        while True:
+            while not self._messages:
+                await self._told.wait()
+            chain = await queue.next()
+            key = next(iter(self._messages))
+            queue.push(chain, chain.put(self._messages.pop(key)))
+
+    # -- its life ------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        self._messages.clear()
+        for port in self._ports:
+            port.forget()
+
+    def finish(self) -> None:
+        for port in self._ports:
+            port.finish()
+
+    def save(self) -> Mapping[str, Any]:
+        return {
+            "size": list(self._size),
+            "ports": [[port.name, port.save()] for port in self._ports],
+            "messages": [[*key, message] for key, message in self._messages.items()],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        fields = Fields(self.name, state, ("size", "ports", "messages"))
+        size, ports, messages = state["size"], state["ports"], state["messages"]
+        if type(size) is not list or [type(side) for side in size] != [int, int]:
+            raise fields.error("size", "[columns, rows]")
+        if not all(0 <= side <= _SIDE for side in size):
+            raise fields.error("size", "numbers up to 65535")
+        pairs = _rows(fields, "ports", ports, (str, dict))
+        if [name for name, _ in pairs] != list(self.ports):
+            raise fields.error("ports", f"those of {', '.join(self.ports)}")
+        for port, (_, port_state) in zip(self._ports, pairs, strict=True):
+            port.check(port_state)
+        loaded: dict[tuple[int, int], bytes] = {}
+        for event, number, message in _rows(fields, "messages", messages, (int, int, bytes)):
+            if not 0 <= number < len(self._ports) or len(message) < _CONTROL.size:
+                raise fields.error("messages", "control messages of ports that there are")
+            if event not in _SENT or (event, number) in loaded or len(message) > _LONGEST:
+                raise fields.error("messages", "each control message once")
+            loaded[event, number] = message
+        self._size = (size[0], size[1])
+        self._messages = loaded
+        for port, (_, port_state) in zip(self._ports, pairs, strict=True):
+            port.load(port_state)
+        self._told.set()
+
+
+def _rows(
+    fields: Fields, name: str, value: object, types: tuple[type, ...]
+) -> list[tuple[Any, ...]]:
+    """A list of rows with these types out of a hostile state."""
+    if type(value) is not list or not all(
+        type(row) is list and tuple(map(type, row)) == types for row in value
+    ):
+        raise fields.error(name, f"a list of {[kind.__name__ for kind in types]}")
+    return [tuple(row) for row in value]
+
+
+def _checked_size(columns: int, rows: int) -> tuple[int, int]:
+    if not (0 <= columns <= _SIDE and 0 <= rows <= _SIDE):
+        raise ConfigError(f"a terminal of {columns} by {rows}: expected at most 65535 each")
+    return columns, rows

@@ -1,0 +1,256 @@
+"""A port of a virtio console: two bounded buffers, and the host's end of them as a trio stream.
+
+**Output** (the guest's). While its buffer is full the device takes no more from the guest, which
+waits. Linux waits for hvc0 in a loop that holds a lock, so a console that nobody reads would hang
+its guest: if there was no room for `stall` seconds the port is *stalled*, and until somebody reads
+its buffer is a ring that keeps the newest, and counts what is `lost`. With `stall=0` it always
+is; with `stall=math.inf`, the default of ports that are no console, nothing is ever lost.
+
+**Input** waits until the guest has the port open: Linux throws away what comes before.
+
+Everything here runs in trio, so there is no lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import trio
+
+from avmm.devices.console import ConsoleStream
+from avmm.devices.state import Fields
+from avmm.errors import ConfigError
+
+logger = logging.getLogger("avmm.virtio")
+
+_LONGEST_NAME: Final = 255
+_FIELDS: Final = ("ready", "is_open", "output", "input", "stalled", "lost")
+
+
+class Waiters:
+    """Tasks that wait for something to have changed; who waits looks first, and looks again."""
+
+    def __init__(self) -> None:
+        self._lot = trio.lowlevel.ParkingLot()
+
+    async def wait(self) -> None:
+        """Until the next `set`."""
+        await self._lot.park()
+
+    def set(self) -> None:
+        """Let them all look again."""
+        self._lot.unpark_all()
+
+
+class Port(ConsoleStream):
+    """The host's end of a port: a trio stream (see `ConsoleStream`), with events.
+
+    `name` is what the guest knows it by (Linux: /dev/virtio-ports/NAME); a `console` is one for
+    Linux as well, hvc0 the first. Sizes are in bytes, `stall` in seconds: see above.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        console: bool = False,
+        output_size: int = 64 * 1024,
+        input_size: int = 4096,
+        stall: float | None = None,
+    ) -> None:
+        super().__init__(self)
+        if not 0 < len(name.encode()) <= _LONGEST_NAME or "\0" in name:
+            raise ConfigError(f"port name {name!r}: expected 1 to {_LONGEST_NAME} bytes")
+        for what, size in (("output_size", output_size), ("input_size", input_size)):
+            if type(size) is not int or size < 1:
+                raise ConfigError(f"port {name}: {what} is {size!r}, expected a number of bytes")
+        if stall is None:
+            stall = 1.0 if console else math.inf
+        if not stall >= 0:
+            raise ConfigError(f"port {name}: stall is {stall!r}, expected a number of seconds")
+        self.name = name
+        self.is_console = console
+        self.output_size = output_size
+        self.input_size = input_size
+        self.stall = stall
+        self.lost = 0
+        """How many bytes the guest wrote that nobody read in time."""
+        self.is_open = False
+        """Has the guest the port open?"""
+        self.is_connected = True
+        """Is there a host's end: not closed?"""
+        self.ready = False
+        """Does the guest's driver know the port?"""
+        self.output = bytearray()
+        self.input = bytearray()
+        self.stalled = False
+        self.drained = Waiters()
+        """For the device: there may be room for output."""
+        self.wanted = Waiters()
+        """For the device: there may be input for a guest that wants it."""
+        self._output = Waiters()
+        self._room = Waiters()
+        self._changed = Waiters()
+        self._finished = False
+        self._full_since: float | None = None
+        self.on_close: Callable[[], None] = lambda: None
+        """For the device: called when the host closes its end."""
+
+    # -- the host's side ---------------------------------------------------------------------
+
+    async def opened(self) -> None:
+        """Return when the guest has the port open. Raises `trio.BrokenResourceError` where the
+        guest ends without that."""
+        await self._until(True)
+
+    async def closed(self) -> None:
+        """Return when the guest has the port closed, or has ended."""
+        await self._until(False)
+
+    async def _until(self, is_open: bool) -> None:
+        await trio.lowlevel.checkpoint()
+        while self.is_open is not is_open:
+            if self._finished:
+                raise trio.BrokenResourceError("the guest has ended")
+            await self._changed.wait()
+
+    # What `ConsoleStream` needs of a cable.
+
+    def _take(self, most: int | None) -> bytes | None:
+        if not self.is_connected:
+            raise trio.ClosedResourceError("this end of the port was closed")
+        output = self.output
+        data = bytes(output if most is None else output[:most])
+        del output[: len(data)]
+        if data:
+            self._full_since = None
+            if self.stalled and len(output) < self.output_size:
+                self.stalled = False
+                if self.lost and self.stall:
+                    logger.warning("port %s: read again; %d bytes were lost", self.name, self.lost)
+            self.drained.set()
+        return data if data or self._finished else None
+
+    def _feed(self, data: memoryview) -> int:
+        if not self._has_room():
+            return 0
+        part = data[: self.input_size - len(self.input)]
+        self.input += part
+        self.wanted.set()
+        return len(part)
+
+    def _has_room(self) -> bool:
+        if not self.is_connected:
+            raise trio.ClosedResourceError("this end of the port was closed")
+        if self._finished:
+            raise trio.BrokenResourceError("the guest has ended")
+        return len(self.input) < self.input_size
+
+    def _close(self) -> None:
+        if self.is_connected:
+            self.is_connected = False
+            self.lost += len(self.output)
+            self.output.clear()
+            for waiters in (self._output, self._room, self.drained):
+                waiters.set()
+            self.on_close()
+
+    # -- the device's side -------------------------------------------------------------------
+
+    async def room(self) -> int:
+        """How many bytes of output to take from the guest next; waits until that is some."""
+        while True:
+            if not self.is_connected or self.stalled:
+                return self.output_size
+            if (room := self.output_size - len(self.output)) > 0:
+                return room
+            now = trio.current_time()
+            if self._full_since is None:
+                self._full_since = now
+            if (wait := self._full_since + self.stall - now) <= 0:
+                self.stalled, self._full_since = True, None
+                if self.stall:
+                    logger.warning(
+                        "port %s: nobody has read the guest's output for %g s: the oldest of it "
+                        "is lost now, until somebody does",
+                        self.name,
+                        self.stall,
+                    )
+            else:
+                with trio.move_on_after(wait):
+                    await self.drained.wait()
+
+    def give(self, data: bytes) -> None:
+        """Output of the guest, as much as `room` told at most."""
+        if not self.is_connected:
+            self.lost += len(data)
+            return
+        self.output += data
+        if (excess := len(self.output) - self.output_size) > 0:
+            del self.output[:excess]
+            self.lost += excess
+        self._output.set()
+
+    async def some_input(self) -> bytearray:
+        """The input, as soon as there is some and the guest has the port open."""
+        while not (self.input and self.is_open):
+            await self.wanted.wait()
+        return self.input
+
+    def took(self, count: int) -> None:
+        """The guest has got `count` bytes of the input."""
+        del self.input[:count]
+        self._room.set()
+
+    def set_open(self, is_open: bool) -> None:
+        """The guest has opened or closed the port."""
+        self.is_open = is_open
+        self._changed.set()
+        self.wanted.set()
+
+    def forget(self) -> None:
+        """The driver has gone: it knows no port any more."""
+        self.ready = False
+        self.set_open(False)
+
+    def finish(self) -> None:
+        """The guest has ended: output ends after what is buffered."""
+        self._finished = True
+        self.is_open = False
+        for waiters in (self._output, self._room, self._changed):
+            waiters.set()
+
+    def save(self) -> dict[str, Any]:
+        """Its state and all bytes under way."""
+        return {
+            "ready": self.ready,
+            "is_open": self.is_open,
+            "output": bytes(self.output),
+            "input": bytes(self.input),
+            "stalled": self.stalled,
+            "lost": self.lost,
+        }
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise `DeviceError` where `state` is none that `save` gives."""
+        fields = Fields(f"port {self.name}", state, _FIELDS)
+        for name in ("ready", "is_open", "stalled"):
+            fields.flag(name)
+        fields.data("output", self.output_size)
+        fields.data("input", self.input_size)
+        fields.number("lost", 1 << 63)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `save` gave; `check` it before."""
+        self.ready, self.stalled, self.lost = state["ready"], state["stalled"], state["lost"]
+        self.output, self.input = bytearray(state["output"]), bytearray(state["input"])
+        self._full_since = None
+        if not self.is_connected:
+            self.lost += len(self.output)
+            self.output.clear()
+        self.set_open(state["is_open"])
+        for waiters in (self._output, self._room):
+            waiters.set()
