@@ -45,6 +45,7 @@ class Settings(TypedDict, total=False):
     flat: FlatOptions | str | None
     protocol: Protocol | str
     acpi: bool
+    rng: bool
     debug_exit: int | None
     unclaimed: str
     completion: str
@@ -75,6 +76,8 @@ class MachineConfig:
     """How a Linux kernel is entered: "auto", "pvh" or "linux64"."""
     acpi: bool = True
     """Tell the guest of CPUs, devices and the power switch by ACPI tables, too."""
+    rng: bool = False
+    """Give the guest a virtio source of entropy, fed by the host's kernel."""
     debug_exit: int | None = 0xF4
     """Port of QEMU's isa-debug-exit, or None for no such device."""
     unclaimed: str = "info"
@@ -113,8 +116,9 @@ class MachineConfig:
             raise ConfigError(
                 "flat: expected a kernel to run so; the bundled shell is no flat one"
             )
-        if not isinstance(self.acpi, bool):
-            raise ConfigError(f"acpi {self.acpi!r}: expected true or false")
+        for name in ("acpi", "rng"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} {value!r}: expected true or false")
         try:
             put(self, "protocol", Protocol(self.protocol))
         except ValueError:

@@ -42,6 +42,7 @@ from avmm.devices.serial import Serial
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.port import Port
+from avmm.devices.virtio.rng import Rng
 from avmm.doorbell import EventDoorbell
 from avmm.errors import AvmmError, ConfigError, GuestMemoryError, ImageError, StateError
 from avmm.exits import Exits
@@ -54,7 +55,7 @@ from avmm.loop import VcpuLoop, Wakeup, device_lock
 from avmm.memory import HOLE_END, GuestMemory
 from avmm.migration import Coordinator
 from avmm.outcome import Cause, Outcome
-from avmm.placing import Unplaced, allocate, named
+from avmm.placing import Unplaced, allocate, named, virtio
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,8 @@ class Parts:
                 self.memory.add_readonly(gpa, _read_rom(rom, config.memory))
             self.serial = Serial()
             standard = self._standard_devices(config)
-            devices = allocate(devices, standard)
+            configured = [virtio(Rng())] if config.rng else []
+            devices = allocate([*devices, *configured], standard)
             places = [*standard, *devices]
             entry = None
             if state is None:

@@ -80,6 +80,13 @@ def test_a_shell_on_the_interrupt_driven_serial_port(vmlinux: Path, tmp_path: Pa
     assert child.exitstatus == 0
 
 
+SHELL_ON_CONSOLE = "exec sh < /dev/console > /dev/console 2>&1"
+
+
+def test_a_shell_on_the_virtio_console(vmlinux: Path, tmp_path: Path) -> None:
+    initrd = userspace.initrd(tmp_path / "initrd", SHELL_ON_CONSOLE)
+    command = [*AVMM[1:], str(vmlinux), "--initrd", str(initrd), "--memory", "32M"]
+    options = ["--no-acpi", "--rng", "--console", "virtio", "--cmdline", f"{CMDLINE} quiet"]
 def test_bench_boot_compares_with_qemu(vmlinux: Path, tmp_path: Path) -> None:
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("QEMU is not installed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,8 +15,11 @@ from avmm.boot import Protocol
 from avmm.cli import console
 from avmm.completion import Mode
 from avmm.config import UNCLAIMED, MachineConfig, read_toml
+from avmm.devices.virtio.console import Console
+from avmm.errors import ConfigError
 from avmm.machine import Machine
 from avmm.outcome import Cause, Outcome
+from avmm.placing import virtio
 
 
 class Port(click.ParamType[int | str]):
@@ -57,7 +61,8 @@ PATH = click.Path(path_type=Path)
     "--console",
     "console_target",
     metavar="TARGET",
-    help="stdio, pty, unix:PATH or file:PATH.  [default: stdio]",
+    help="stdio, pty, unix:PATH or file:PATH; virtio, or virtio: before one of these, is hvc0.  "
+    "[default: stdio]",
 )
 @click.option(
     "--debug-exit",
@@ -70,6 +75,7 @@ PATH = click.Path(path_type=Path)
     type=click.Choice([protocol.value for protocol in Protocol]),
     help="How a Linux kernel is entered.  [default: auto]",
 )
+@click.option("--rng/--no-rng", default=None, help="A virtio source of entropy.")
 @click.option("--acpi/--no-acpi", default=None, help="ACPI tables.  [default: acpi]")
 @click.option(
     "--unclaimed",
@@ -107,6 +113,11 @@ def command(
     settings |= {name: value for name, value in options.items() if value is not None}
     machine_config = MachineConfig.make(**settings)
     target = console.parse(machine_config.console)
+    if target.virtio:
+        if machine_config.kernel is None:
+            raise ConfigError("console virtio: expected a kernel; the bundled shell knows none")
+        cmdline = f"{machine_config.cmdline} console=hvc0".lstrip()
+        machine_config = replace(machine_config, cmdline=cmdline)
     outcome = trio.run(_run, machine_config, target)
     if outcome.cause is not Cause.EXIT and outcome.cause is not Cause.STOPPED:
         click.echo(f"avmm: the guest ended: {outcome}", err=True)
@@ -114,11 +125,13 @@ def command(
 
 
 async def _run(config: MachineConfig, target: console.Target) -> Outcome:
-    async with Machine(config) as vm:
+    virtio_console = Console() if target.virtio else None
+    devices = [virtio(virtio_console)] if virtio_console is not None else []
+    async with Machine(config, devices=devices) as vm:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_on_signal, vm, nursery.cancel_scope)
             # Returns by itself when the guest has ended and the last of its output is out.
-            await console.connect(target, vm)
+            await console.connect(target, vm, virtio_console)
             nursery.cancel_scope.cancel()
         return await vm.wait()
 
