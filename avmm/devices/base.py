@@ -97,7 +97,8 @@ class Host(Protocol):
         """A doorbell that the guest rings by writing `value` (`size` bytes) at `offset`.
 
         Where KVM can, such writes leave no exit and never reach `write`; where it cannot, and with
-        `by_exit`, they do, and `write` is to ring it. It lives as long as the machine; ask for it in `attach`.
+        `by_exit`, they do, and `write` is to ring it. It lives as long as the machine; ask
+        for it in `attach`.
         """
 
 
