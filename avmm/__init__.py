@@ -6,6 +6,11 @@ from avmm.calls import Call
 from avmm.config import MachineConfig
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
+from avmm.devices.virtio.console import Console
+from avmm.devices.virtio.device import GuestQueue, VirtioDevice
+from avmm.devices.virtio.port import Port
+from avmm.devices.virtio.queue import Chain
+from avmm.devices.virtio.rng import Rng
 from avmm.errors import (
     AvmmError,
     ConfigError,
@@ -27,13 +32,16 @@ __all__ = [
     "AvmmError",
     "Call",
     "Cause",
+    "Chain",
     "ConfigError",
+    "Console",
     "ConsoleStream",
     "Device",
     "DeviceError",
     "FlatOptions",
     "GuestMemory",
     "GuestMemoryError",
+    "GuestQueue",
     "Host",
     "ImageError",
     "InterruptLine",
@@ -46,8 +54,11 @@ __all__ = [
     "Outcome",
     "PauseTimeout",
     "Placement",
+    "Port",
+    "Rng",
     "StateError",
     "VcpuError",
+    "VirtioDevice",
     "Wakeup",
     "mmio",
     "msr",

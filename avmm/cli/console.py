@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import stat
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, closing, suppress
@@ -22,6 +20,7 @@ from avmm.cli import terminal
 from avmm.cli.hostfd import HostFd
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.console import Console
+from avmm.ends import listen
 from avmm.errors import AvmmError, ConfigError
 from avmm.machine import Machine
 
@@ -203,7 +202,7 @@ async def _file(target: Target, vm: Machine, stream: ConsoleStream) -> None:
 
 async def _unix(target: Target, vm: Machine, stream: ConsoleStream) -> None:
     """One client at a time; what the guest prints meanwhile waits in the port's buffer."""
-    listener = await _listen(target.path)
+    listener = await listen(target.path)
     try:
         while (connection := await _next_client(listener, vm)) is not None:
             await _serve_client(trio.SocketStream(connection), stream)
@@ -244,27 +243,6 @@ async def _serve_client(client: trio.SocketStream, stream: ConsoleStream) -> Non
         with suppress(trio.BrokenResourceError):
             await _output(stream, client.send_all)
         nursery.cancel_scope.cancel()
-
-
-async def _listen(path: str) -> trio.socket.SocketType:
-    """A socket that only its user may connect to; takes the place of one that nobody serves."""
-    with suppress(OSError):  # what is in the way shows when it is bound
-        if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
-            Path(path).unlink()
-    listener = trio.socket.socket(socket.AF_UNIX)
-    try:
-        await listener.bind(path)
-        Path(path).chmod(0o600)  # before anybody can connect
-        listener.listen(1)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"console socket {path}: {error.strerror or error}") from None
-    return listener
-
-
-def _served(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(path) == 0
 
 
 _KINDS: Final[dict[str, Callable[[Target, Machine, ConsoleStream], Awaitable[None]]]] = {

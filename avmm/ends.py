@@ -1,0 +1,186 @@
+"""Ends for a console or port: who connects, and when, is up to them.
+
+    async with trio.open_nursery() as nursery:
+        log = Scrollback(vm.ports["hvc0"], size=65536)
+        nursery.start_soon(log.run)
+        nursery.start_soon(serve_unix, log, "/run/guest/console")
+        nursery.start_soon(write_file, log, "/var/log/guest")
+
+A `Scrollback` reads the stream all the time, so that the guest never waits for anybody, and keeps
+the newest `size` bytes. Whoever follows it gets those first and then what comes; who is slower
+than the guest misses what has left the buffer meanwhile. Nothing else is buffered.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import tty
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from avmm.errors import AvmmError, ConfigError
+
+_LAST_OUTPUT_SECONDS: Final = 1.0
+_CHUNK: Final = 16 * 1024
+
+
+class Scrollback:
+    """The newest output of `stream`, for any number of followers; nobody else may read it."""
+
+    def __init__(self, stream: trio.abc.Stream, size: int = 64 * 1024) -> None:
+        if type(size) is not int or size < 1:
+            raise ConfigError(f"a scrollback of {size!r} bytes: expected at least 1")
+        self._stream = stream
+        self._size = size
+        self._kept = bytearray()
+        self._end = 0
+        self._ended = trio.Event()
+        self._news = trio.lowlevel.ParkingLot()
+
+    @property
+    def contents(self) -> bytes:
+        """What is kept now, oldest first."""
+        return bytes(self._kept)
+
+    async def run(self) -> None:
+        """Read the stream until its end. Cancelling loses what was not read yet for nobody."""
+        with suppress(trio.ClosedResourceError):
+            while data := await self._stream.receive_some():
+                self._kept += data
+                del self._kept[: -self._size]
+                self._end += len(data)
+                self._news.unpark_all()
+        self._ended.set()
+        self._news.unpark_all()
+
+    async def follow(self, send: Callable[[bytes], Awaitable[object]]) -> None:
+        """Await `send` with what is kept, then with what comes, until the stream has ended."""
+        at = 0
+        while True:
+            first = self._end - len(self._kept)
+            at = max(at, first)
+            if data := bytes(self._kept[at - first : at - first + _CHUNK]):
+                at += len(data)
+                await send(data)
+            elif self._ended.is_set():
+                return
+            else:
+                await self._news.park()
+
+    async def send(self, data: bytes) -> None:
+        """Input for the guest, from whichever follower."""
+        await self._stream.send_all(data)
+
+    async def ended(self) -> None:
+        """Return when the stream has ended."""
+        await self._ended.wait()
+
+
+async def write_file(log: Scrollback, path: str | os.PathLike[str]) -> None:
+    """Write what the guest prints to the file at `path`, until its end.
+
+    Raises `AvmmError` where that fails.
+    """
+    try:
+        async with await trio.open_file(path, "wb", buffering=0) as file:
+            await log.follow(file.write)
+    except OSError as error:
+        raise AvmmError(f"console file {os.fspath(path)}: {error.strerror}") from None
+
+
+async def serve_unix(
+    log: Scrollback,
+    path: str | os.PathLike[str],
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Let any number of clients connect to a socket at `path` that only its user may use.
+
+    Started by `nursery.start`, it can be connected to when that returns. Returns when the
+    stream has ended and the clients have its last output, or have left it for a second. Raises
+    `ConfigError` where there can be no such socket. The socket is removed.
+    """
+    listener = await listen(os.fspath(path))
+    task_status.started()
+    try:
+        async with trio.open_nursery() as clients:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_accept, listener, log, clients)
+                await log.ended()
+                nursery.cancel_scope.cancel()
+            clients.cancel_scope.deadline = trio.current_time() + _LAST_OUTPUT_SECONDS
+    finally:
+        listener.close()
+        with suppress(FileNotFoundError):
+            Path(path).unlink()
+
+
+async def serve_pty(log: Scrollback, announce: Callable[[str], None]) -> None:
+    """Make a terminal of it; `announce` gets its path. Returns at the end of the stream."""
+    # Our own descriptor of the far end stays open: without it, the near end would give an
+    # error whenever nobody is connected.
+    near, far = os.openpty()
+    try:
+        tty.setraw(far)
+        async with trio.lowlevel.FdStream(near) as host:
+            announce(os.ttyname(far))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_exchange, log, host)
+                await log.ended()
+                nursery.cancel_scope.deadline = trio.current_time() + _LAST_OUTPUT_SECONDS
+    finally:
+        os.close(far)
+
+
+async def _accept(
+    listener: trio.socket.SocketType, log: Scrollback, clients: trio.Nursery
+) -> None:
+    while True:
+        connection, _ = await listener.accept()
+        clients.start_soon(_exchange, log, trio.SocketStream(connection))
+
+
+async def _exchange(log: Scrollback, client: trio.abc.Stream) -> None:
+    """Both ways, until the client leaves or the stream has ended."""
+
+    async def listen_to() -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async for data in client:
+                await log.send(bytes(data))
+        nursery.cancel_scope.cancel()
+
+    async with client, trio.open_nursery() as nursery:
+        nursery.start_soon(listen_to)
+        with suppress(trio.BrokenResourceError):
+            await log.follow(client.send_all)
+        nursery.cancel_scope.cancel()
+
+
+async def listen(path: str) -> trio.socket.SocketType:
+    """A socket that only its user may connect to; takes the place of one that nobody serves.
+
+    Raises `ConfigError` where there can be none.
+    """
+    with suppress(OSError):  # what is in the way shows when it is bound
+        if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
+            Path(path).unlink()
+    listener = trio.socket.socket(socket.AF_UNIX)
+    try:
+        await listener.bind(path)
+        Path(path).chmod(0o600)  # before anybody can connect
+        listener.listen(1)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"console socket {path}: {error.strerror or error}") from None
+    return listener
+
+
+def _served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
