@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import struct
+import subprocess
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.virtio_driver import INDIRECT, NEXT, WRITE, Ring
 
+import avmm
 from avmm.devices.virtio.queue import Chain, QueueError, Virtqueue
 from avmm.errors import DeviceError
 from avmm.memory import GuestMemory
@@ -430,3 +433,24 @@ def test_whatever_is_in_a_ring_stays_in_ram(direct, indirect, heads, count, even
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             memory.close()
+
+
+@pytest.fixture(scope="module")
+def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("stress") / "vring_stress"
+    source = Path(__file__).parents[2] / "support" / "vring_stress.c"
+    header = Path(avmm.__file__).parent / "kvm"
+    command = ["cc", "-O2", "-std=gnu11", "-pthread", f"-I{header}", "-o", str(program)]
+    subprocess.run([*command, str(source)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("event_idx", ["1", "0"], ids=["event_idx", "flags"])
+@pytest.mark.parametrize("chains", ["200000", pytest.param("3000000", marks=pytest.mark.slow)])
+def test_no_notification_is_lost_between_two_threads(
+    stress: Path, chains: str, event_idx: str
+) -> None:
+    done = subprocess.run(
+        [stress, chains, event_idx], capture_output=True, text=True, timeout=55, check=False
+    )
+    assert done.stdout == "ok\n"
