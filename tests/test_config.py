@@ -302,3 +302,9 @@ def test_modules_are_a_list(tmp_path: Path, value: str) -> None:
 def test_a_value_of_the_wrong_type_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         MachineConfig.make(**read_toml(toml(tmp_path, text)))
+
+
+def test_rng_is_yes_or_no() -> None:
+    assert MachineConfig.make(rng=True).rng
+    with pytest.raises(ConfigError, match="rng 'yes': expected true or false"):
+        MachineConfig.make(rng="yes")

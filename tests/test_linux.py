@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pexpect
 import pytest
+import trio
 from lab.cache import LabError
 from linux import kernel, userspace
 from linux.kernel import CMDLINE
+
+import avmm
 
 pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(120)]
 
@@ -87,6 +90,68 @@ def test_a_shell_on_the_virtio_console(vmlinux: Path, tmp_path: Path) -> None:
     initrd = userspace.initrd(tmp_path / "initrd", SHELL_ON_CONSOLE)
     command = [*AVMM[1:], str(vmlinux), "--initrd", str(initrd), "--memory", "32M"]
     options = ["--no-acpi", "--rng", "--console", "virtio", "--cmdline", f"{CMDLINE} quiet"]
+    child = pexpect.spawn(
+        AVMM[0], [*command, *options], timeout=60, encoding="utf-8", dimensions=(33, 77)
+    )
+    try:
+        child.expect_exact("# ")
+        child.send("echo $((6 * 7))\r")
+        child.expect_exact("42\r\n")
+        child.send("cat /sys/bus/virtio/devices/*/device\r")
+        child.expect(r"0x0003\s+0x0004")
+        child.expect_exact("# ")
+        child.send("cat /proc/interrupts\r")
+        child.expect(r"5:\s+(\d+).*virtio0")
+        assert int(child.match[1]) > 0
+        child.expect_exact("# ")
+        child.send("cat /proc/cmdline\r")
+        child.expect(r"virtio_mmio.device=0x200@0xc0000000:5 ")
+        child.expect_exact("# ")
+        child.send("exit\r")
+        child.expect(pexpect.EOF)
+    finally:
+        child.close(force=True)
+    assert child.exitstatus == 0
+
+
+async def test_saved_and_loaded_in_the_midst_of_console_output(
+    vmlinux: Path, tmp_path: Path
+) -> None:
+    """Each state is taken while output is under way, in rings and buffers: no line is lost or
+    comes twice, and what is typed goes on to arrive."""
+    script = (
+        "exec < /dev/hvc0 > /dev/hvc0 2>&1\n"
+        "i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done\n"
+        "echo ready; read word; echo got $word"
+    )
+    initrd = userspace.initrd(tmp_path / "initrd", script)
+    settings = {"memory": "32M", "acpi": False, "initrd": initrd, "kernel": vmlinux}
+    cmdline, output, state = f"{CMDLINE} quiet", b"", None
+    for rounds in range(5):
+        places = [avmm.virtio(avmm.Console())]
+        machine = avmm.Machine(devices=places, state=state, cmdline=cmdline, **settings)
+        async with machine as vm:
+            await vm.console.aclose()
+            port = vm.ports["hvc0"]
+            if rounds < 4:
+                end = len(output) + 2000
+                while len(output) < end:
+                    output += await port.receive_some(500)
+                await trio.sleep(0.05)
+                async with vm.paused(deadline=10):
+                    state = vm.save()
+                continue
+            while b"ready" not in output:
+                output += await port.receive_some()
+            await port.send_all(b"word\n")
+            while b"got word" not in output:
+                output += await port.receive_some()
+    lines = output.replace(b"\r", b"").split(b"\n")
+    assert [line for line in lines if line.startswith(b"line")] == [
+        b"line %d" % n for n in range(2000)
+    ]
+
+
 def test_bench_boot_compares_with_qemu(vmlinux: Path, tmp_path: Path) -> None:
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("QEMU is not installed")

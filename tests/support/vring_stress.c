@@ -72,7 +72,10 @@ static void *driver(void *unused)
     for (int done = 0; done < chains;) {
         uint16_t before = added;
         int batch = 1 + (chance() >> 30);
-        while (batch-- && (uint16_t)(added - seen) < SIZE && done + (uint16_t)(added - seen) < chains) {
+        for (; batch; batch--) {
+            uint16_t flying = added - seen;
+            if (flying == SIZE || done + flying >= chains)
+                break;
             uint8_t *descriptor = ram + DESC + 16 * (added % SIZE);
             uint32_t length = 1 + added % 100;
             memcpy(descriptor + 8, &length, 4);

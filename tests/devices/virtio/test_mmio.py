@@ -13,7 +13,7 @@ from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.mmio import SIZE, VirtioMmio
 from avmm.devices.virtio.rng import Rng
 from avmm.errors import ConfigError, DeviceError
-from avmm.machine import Machine
+from avmm.machine import Machine, _described
 from avmm.placing import allocate, named
 
 MAGIC, VERSION, ID, VENDOR = 0x0, 0x4, 0x8, 0xC
@@ -329,6 +329,12 @@ def test_places_are_given_in_order_around_what_is_taken() -> None:
     assert named("quiet", places[:1]) == "quiet virtio_mmio.device=0x200@0xc0000000:5"
     assert named("", places[:1]) == "virtio_mmio.device=0x200@0xc0000000:5"
     assert named("quiet", []) == "quiet"
+
+
+def test_acpi_tells_where_they_are() -> None:
+    (described,) = _described(allocate([avmm.virtio(Rng())], []))
+    assert described.hid == "LNRO0005"
+    assert (described.windows, described.gsi) == ([(0xC000_0000, 0x200)], 5)
 
 
 def test_interrupts_run_out() -> None:
