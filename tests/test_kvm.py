@@ -293,6 +293,21 @@ def test_a_vcpu_too_many_is_refused(vm: Vm) -> None:
         vm.create_vcpu(1 << 20)
 
 
+def test_a_write_rings_one_eventfd_at_a_time(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = avmm.kvm.eventfd()
+    try:
+        assert vm.ioeventfd(fd, 0xC000_0050, 4, 1)
+        assert vm.ioeventfd(fd, 0xC000_0050, 4, 2)
+        with pytest.raises(KvmError, match="KVM_IOEVENTFD failed"):
+            vm.ioeventfd(fd, 0xC000_0050, 4, 1)
+        assert vm.ioeventfd(fd, 0xC000_0050, 4, 1, assign=False)
+        assert vm.ioeventfd(fd, 0xC000_0050, 4, 1)
+        monkeypatch.setattr(vm, "check", lambda _: 0)
+        assert not vm.ioeventfd(fd, 0xC000_0050, 4, 3)
+    finally:
+        os.close(fd)
+
+
 def test_an_msr_that_kvm_does_not_know_is_named(vcpu: Vcpu) -> None:
     efer, nonsense = 0xC000_0080, 0xBAD_F00D
     vcpu.set_msrs({efer: 0})

@@ -112,6 +112,30 @@ class GuestQueue:
         if self._queue.wants_interrupt():
             self._interrupt()
 
+    def end(self) -> None:
+        """The session is over, for the transport to say: whoever still has this queue gets
+        nothing from it and does nothing to it."""
+        self._queue = _Ended()
+
+
+class _Ended:
+    """A queue whose session is over."""
+
+    def pop(self) -> Chain | None:
+        raise DeviceError("a virtqueue was used outside of serve()")
+
+    def listen(self) -> bool:
+        raise DeviceError("a virtqueue was used outside of serve()")
+
+    def push(self, chain: Chain, written: int) -> None:
+        """Nothing: what was in flight is given out again, or forgotten."""
+
+    def wants_interrupt(self) -> bool:
+        return False
+
+    def ignore(self) -> None:
+        """Nothing."""
+
 
 class VirtioDevice:
     """A virtio device model. Subclass it; see the top of this file."""

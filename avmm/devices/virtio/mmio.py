@@ -106,6 +106,7 @@ class _Session:
     """The device at work."""
 
     def __init__(self) -> None:
+        self.queues: dict[int, GuestQueue] = {}
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
 
@@ -356,21 +357,22 @@ class VirtioMmio(Device):
                     session = self._session = _Session()
                 try:
                     with session.scope:
-                        await self._serve()
+                        await self._serve(session.queues)
                         await trio.sleep_forever()
                 finally:
+                    for guest_queue in session.queues.values():
+                        guest_queue.end()
                     with self.host.lock:
                         for queue in self._queues:
                             queue.hold()
                     self._session = None
                     session.ended.set()
 
-    async def _serve(self) -> None:
+    async def _serve(self, queues: dict[int, GuestQueue]) -> None:
         """Until cancelled, or until the guest has broken a rule: then the device needs a reset."""
         features = self._driver_features
         event_idx, indirect = bool(features & F_EVENT_IDX), bool(features & F_INDIRECT_DESC)
         try:
-            queues = {}
             for index, (queue, bell) in enumerate(zip(self._queues, self._bells, strict=True)):
                 if queue.ready:
                     queue.start(event_idx=event_idx, indirect=indirect)

@@ -275,6 +275,32 @@ async def test_a_device_that_fails_ends_the_machine() -> None:
             await driver.start()
 
 
+async def test_a_queue_is_of_no_use_after_its_session(bench: Bench) -> None:
+    class Keeps(Echo):
+        async def serve_queue(self, queue: GuestQueue) -> None:
+            self.kept = queue
+            self.chain = await queue.next()
+            await trio.sleep_forever()
+
+    bench = Bench(Keeps())
+    async with bench.running() as driver:
+        rings = await driver.start()
+        for ring in rings.values():
+            ring.add([(0x8000, 4, True)])
+            ring.kick()
+        await settle()
+        await bench.device.quiesce()
+        kept, pulses = bench.model.kept, bench.line.pulses
+        kept.push(bench.model.chain, 4)
+        kept.signal()
+        assert (rings[0].take(), rings[1].take(), bench.line.pulses) == ([], [], pulses)
+        for use in (kept.next, kept.wait):
+            with pytest.raises(DeviceError, match="outside of serve"):
+                await use()
+        with pytest.raises(DeviceError, match="outside of serve"):
+            kept.pop()
+
+
 async def test_a_busy_queue_lets_other_tasks_run() -> None:
     """A guest that refills its queue for ever."""
     bench = Bench(Echo())
