@@ -1,4 +1,4 @@
-"""Debian's own kernel as a guest: what its users boot, on a KVM that can run it."""
+"""Debian's own kernels as guests, and libkrun's: what people boot, on a KVM that can run it."""
 
 from __future__ import annotations
 
@@ -74,6 +74,34 @@ def test_a_newer_kernel(start: Start, image: str) -> None:
     child.expect_exact(PROMPT)
     child.send("exit 7\r")
     assert ends(child) == 7
+
+
+def test_a_shell_on_the_virtio_console_that_acpi_tells_of(start: Start) -> None:
+    options = ["--console", "virtio", "--rng", "--cmdline", "quiet panic=-1", "--cpus", "2"]
+    child = start("vmlinuz", *options)
+    child.expect_exact(PROMPT)
+    child.send("cat /proc/interrupts; ls /sys/bus/virtio/devices | tr '\\n' ' '; tty\r")
+    child.expect(r"(\d+)\s+(\d+)\s+IO-APIC\s+5-edge\s+virtio0")
+    assert int(child.match[1]) + int(child.match[2]) > 0
+    child.expect(r"virtio0 virtio1 .*/dev/hvc0")
+    child.expect_exact(PROMPT)
+    child.send("exit 7\r")
+    assert ends(child) == 7
+
+
+def test_the_kernel_of_a_libkrunfw(start: Start) -> None:
+    # It has virtio devices only, named on the command line, and cannot switch itself off.
+    cmdline = ["--no-acpi", "--cmdline", "quiet panic=-1"]
+    child = start(
+        "../krunfw/libkrunfw.so", *cmdline, "--console", "virtio", "--rng", "--cpus", "2"
+    )
+    child.expect_exact(PROMPT)
+    child.send("echo $(nproc) CPUs; od -An -N64 -x /dev/hwrng | wc -l\r")
+    child.expect_exact("2 CPUs\r\n4\r\n")
+    child.expect_exact(PROMPT)
+    child.send("exit 7\r")
+    child.expect_exact("the guest ended: reset")
+    assert ends(child) == 0
 
 
 def test_what_the_guest_finds_by_acpi(start: Start) -> None:

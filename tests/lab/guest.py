@@ -1,4 +1,4 @@
-"""Guests of L1's own: Debian's cloud kernels, each with an initramfs, by `avmm image`'s parts."""
+"""Guests for L1: Debian's cloud kernels with an initramfs, by `avmm image`'s parts, and more."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import avmm.image.build
 import avmm.image.initramfs
 from avmm.boot import bzimage
 from avmm.boot.image import open_image
+from lab import krunfw
 from lab.cache import artefact
 from lab.debian import download, kernel_package, newer_kernel_package
 
@@ -18,11 +19,13 @@ _MOST: Final = 1 << 30
 
 
 def folders() -> dict[str, Path]:
-    """By the name under which they are sent, folders with vmlinuz, vmlinux and initrd.cpio.gz."""
+    """What is sent, by its name there: for each of Debian's kernels a folder with vmlinuz, vmlinux
+    and initrd.cpio.gz; one with a libkrunfw.so."""
     newer = newer_kernel_package("6.12")
     return {
         "sent/debian": _folder("guest", kernel_package()),
         "sent/debian-6.12": _folder("guest-6.12", newer),
+        "sent/krunfw": krunfw.folder(),
     }
 
 
