@@ -149,10 +149,13 @@ class Parts:
             places = [*standard, *devices]
             entry = None
             if state is None:
+                # The bundled guests read no ACPI tables.
+                has_acpi = config.acpi and config.kernel is not None
+                cmdline = config.cmdline if has_acpi else named(config.cmdline, devices)
                 entry = load(
                     self.memory,
                     config.kernel or guests.path("shell"),
-                    cmdline=config.cmdline if config.acpi else named(config.cmdline, devices),
+                    cmdline=cmdline,
                     initrd=config.initrd,
                     modules=config.modules,
                     cpus=config.cpus,

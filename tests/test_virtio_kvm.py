@@ -163,3 +163,46 @@ async def test_a_reset_that_waits_for_the_device(tmp_path: Path) -> None:
         used = vm.memory.read(USED, 4)
         await trio.sleep(0.05)
         assert vm.memory.read(USED, 4) == used
+
+
+@pytest.mark.timeout(120)
+async def test_the_bundled_shell_saved_and_loaded_in_the_midst_of_counting() -> None:
+    """Each state is taken while output is in rings and buffers: each number comes once."""
+    output, state = b"", None
+    for turn in range(20):
+        console = avmm.virtio(avmm.Console())
+        async with avmm.Machine(devices=[console], cmdline="console=hvc0", state=state) as vm:
+            port = vm.ports["hvc0"]
+            if turn == 0:
+                await port.send_all(b"count 10000\r")
+            if turn < 19:
+                end = len(output) + 1000 + 97 * turn
+                while len(output) < end:
+                    output += await port.receive_some(333)
+                async with vm.paused(deadline=10):
+                    state = vm.save()
+                continue
+            while b"\n10000\r\n" not in output:
+                output += await port.receive_some()
+            await port.send_all(b"echo all arrived\r")
+            while b"\r\nall arrived\r\n" not in output:
+                output += await port.receive_some()
+    numbers = [int(line) for line in output.replace(b"\r", b"").split(b"\n") if line.isdigit()]
+    assert numbers == list(range(1, 10001))
+
+
+@pytest.mark.timeout(60)
+async def test_the_bundled_shell_takes_more_than_its_queue_holds() -> None:
+    console = avmm.virtio(avmm.Console())
+    async with avmm.Machine(devices=[console], cmdline="console=hvc0") as vm:
+        port = vm.ports["hvc0"]
+        commands = b"".join(b"echo line %d\r" % number for number in range(500))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(port.send_all, commands + b"exit 3\r")
+            output = b"".join([data async for data in port])
+        assert (await vm.wait()).status == 3
+    lines = output.replace(b"\r", b"").split(b"\n")
+    assert [line for line in lines if line.startswith(b"line")] == [
+        b"line %d" % number for number in range(500)
+    ]

@@ -16,7 +16,6 @@ from avmm.cli import console
 from avmm.completion import Mode
 from avmm.config import UNCLAIMED, MachineConfig, read_toml
 from avmm.devices.virtio.console import Console
-from avmm.errors import ConfigError
 from avmm.machine import Machine
 from avmm.outcome import Cause, Outcome
 from avmm.placing import virtio
@@ -114,8 +113,6 @@ def command(
     machine_config = MachineConfig.make(**settings)
     target = console.parse(machine_config.console)
     if target.virtio:
-        if machine_config.kernel is None:
-            raise ConfigError("console virtio: expected a kernel; the bundled shell knows none")
         cmdline = f"{machine_config.cmdline} console=hvc0".lstrip()
         machine_config = replace(machine_config, cmdline=cmdline)
     outcome = trio.run(_run, machine_config, target)

@@ -7,7 +7,10 @@
 #include <stdarg.h>
 #include <stdbool.h>
 
+#include "boot.h"
 #include "cpu.h"
+#include "hvc.h"
+#include "text.h"
 #include "uart.h"
 
 static int fifo_depth, fifo_room;
@@ -31,7 +34,27 @@ void console_init(void)
         fifo_depth = (in8(UART_IIR) & IIR_FIFO) == IIR_FIFO ? 16 : 1;
 }
 
-void put_char(char c)
+bool console_is_virtual;
+
+void console_choose(void)
+{
+        static char text[sizeof(boot.command_line)];
+        char *rest = text, *word;
+        bool wanted = false;
+
+        copy_text(text, boot.command_line, sizeof(text));
+        while ((word = next_word(&rest)))
+                wanted |= same(word, "console=hvc0");
+        console_is_virtual = wanted && hvc_init();
+}
+
+void console_drain(void)
+{
+        if (console_is_virtual)
+                hvc_drain();
+}
+
+static void put_serial(char c)
 {
         if (fifo_room == 0) {
                 while (!(in8(UART_LSR) & LSR_THRE))
@@ -42,13 +65,40 @@ void put_char(char c)
         out8(UART_DATA, c);
 }
 
-void put_string(const char *s)
+/* A virtual one is told of characters when all of a text is there. */
+static void put(char c)
+{
+        if (console_is_virtual)
+                hvc_put(c);
+        else
+                put_serial(c);
+}
+
+static void flush(void)
+{
+        if (console_is_virtual)
+                hvc_flush();
+}
+
+static void put_text(const char *s)
 {
         for (; *s; s++) {
                 if (*s == '\n')
-                        put_char('\r');
-                put_char(*s);
+                        put('\r');
+                put(*s);
         }
+}
+
+void put_char(char c)
+{
+        put(c);
+        flush();
+}
+
+void put_string(const char *s)
+{
+        put_text(s);
+        flush();
 }
 
 static void put_padded(const char *s, int width, char fill, bool left)
@@ -56,10 +106,10 @@ static void put_padded(const char *s, int width, char fill, bool left)
         for (const char *c = s; *c; c++)
                 width--;
         for (; !left && width > 0; width--)
-                put_char(fill);
-        put_string(s);
+                put(fill);
+        put_text(s);
         for (; width > 0; width--)
-                put_char(' ');
+                put(' ');
 }
 
 void print(const char *format, ...)
@@ -74,8 +124,8 @@ void print(const char *format, ...)
 
                 if (*f != '%') {
                         if (*f == '\n')
-                                put_char('\r');
-                        put_char(*f);
+                                put('\r');
+                        put(*f);
                         continue;
                 }
                 f++;
@@ -113,4 +163,5 @@ void print(const char *format, ...)
                 put_padded(s, width, fill, left);
         }
         va_end(arguments);
+        flush();
 }

@@ -3,6 +3,7 @@
  */
 #include "finish.h"
 
+#include "console.h"
 #include "cpu.h"
 
 #define AVMM_EXIT       0xf8    /* avmm ends with just this status */
@@ -25,12 +26,14 @@ _Noreturn void triple_fault(void)
 
 _Noreturn void reboot(void)
 {
+        console_drain();
         out8(I8042_COMMAND, I8042_RESET);
         triple_fault();
 }
 
 _Noreturn void finish(uint32_t status)
 {
+        console_drain();
         out32(AVMM_EXIT, status);
         out32(QEMU_EXIT, status);
         reboot();

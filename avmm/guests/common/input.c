@@ -1,12 +1,14 @@
 /*
  * A queue between the receive interrupt, which alone moves `head`, and the reader, which alone
- * moves `tail`. If it is full, what has not been read stays in the UART: the sender is held up,
- * and not a character is lost. Then the reader fetches the rest, for the interrupt line, which
- * is edge triggered, is still up and will not ask again.
+ * moves `tail`. If it is full, what has not been read stays in the device: the sender is held up,
+ * and not a character is lost. Then the reader fetches the rest, for the interrupt, which is edge
+ * triggered, will not come again.
  */
 #include "input.h"
 
+#include "console.h"
 #include "cpu.h"
+#include "hvc.h"
 #include "irq.h"
 #include "trap.h"
 #include "uart.h"
@@ -21,22 +23,29 @@ static bool after_return;
 
 volatile unsigned interrupted;
 
+bool input_has_room(void)
+{
+        left_behind = head - tail == QUEUE;
+        return !left_behind;
+}
+
+void input_put(char c)
+{
+        if (c == CTRL_C)
+                interrupted++;
+        if (c != '\n' || !after_return)
+                queue[head++ % QUEUE] = c;
+        after_return = c == '\r';
+}
+
 /* With interrupts off. */
 static void receive(void)
 {
-        while (in8(UART_LSR) & LSR_RECEIVED) {
-                char c;
-
-                left_behind = head - tail == QUEUE;
-                if (left_behind)
-                        return;
-                c = in8(UART_DATA);
-                if (c == CTRL_C)
-                        interrupted++;
-                if (c != '\n' || !after_return)
-                        queue[head++ % QUEUE] = c;
-                after_return = c == '\r';
-        }
+        if (console_is_virtual)
+                hvc_receive();
+        else
+                while (in8(UART_LSR) & LSR_RECEIVED && input_has_room())
+                        input_put(in8(UART_DATA));
 }
 
 static void on_receive(void)
@@ -48,6 +57,10 @@ static void on_receive(void)
 
 void input_init(void)
 {
+        if (console_is_virtual) {
+                hvc_listen();
+                return;
+        }
         on_interrupt(VECTOR_IRQ + IRQ_SERIAL, on_receive);
         irq_enable(IRQ_SERIAL);
         out8(UART_IER, IER_RECEIVED);

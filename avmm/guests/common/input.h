@@ -1,5 +1,5 @@
 /*
- * Characters from the serial console, through the receive interrupt and a queue.
+ * Characters from the console, through its receive interrupt and a queue.
  */
 #pragma once
 
@@ -13,6 +13,10 @@ void input_init(void);
 int get_char(void);
 
 bool key_pressed(void);
+
+/* For whoever receives, with interrupts off: a character that has come in, where there is room. */
+bool input_has_room(void);
+void input_put(char c);
 
 /*
  * How many Ctrl-C are in the queue, that is: whether to stop what is being done. get_char()

@@ -39,6 +39,7 @@ void guest_main(uint64_t start_info)
         console_init();
         trap_init();
         read_start_info(start_info);
+        console_choose();
         lapic_init(true);
         read_mp_table();
         irq_init();

@@ -1,0 +1,114 @@
+#include "hvc.h"
+
+#include <stdint.h>
+
+#include "cpu.h"
+#include "input.h"
+#include "irq.h"
+#include "layout.h"
+#include "trap.h"
+#include "virtio.h"
+
+#define BYTES           128             /* of a slot */
+#define PATIENCE        (1ull << 31)    /* TSC cycles, about a second */
+
+enum { RECEIVE, TRANSMIT, QUEUES };
+
+static struct virtio_device device;
+static struct virtqueue queues[QUEUES];
+static char received[VIRTQUEUE_SIZE][BYTES], sent[VIRTQUEUE_SIZE][BYTES];
+static uint32_t filled;                 /* bytes of the slot that is being filled */
+static uint16_t filling, in_flight;
+
+/* What has come in and found no room, yet. */
+static int partial = -1;
+static uint32_t partial_at, partial_length;
+
+bool hvc_init(void)
+{
+        if (!virtio_find(VIRTIO_CONSOLE, &device) || !virtio_start(&device, queues, QUEUES))
+                return false;
+        virtqueue_silence(&queues[TRANSMIT]);
+        for (int slot = 0; slot < VIRTQUEUE_SIZE; slot++)
+                virtqueue_offer(&queues[RECEIVE], slot, received[slot], BYTES, true);
+        virtqueue_notify(&queues[RECEIVE]);
+        return true;
+}
+
+/* Transmitted slots come back in whichever order, and count only by their number. */
+static void reclaim(void)
+{
+        uint32_t unused;
+
+        while (virtqueue_take(&queues[TRANSMIT], &unused) >= 0)
+                in_flight--;
+}
+
+void hvc_put(char c)
+{
+        sent[filling][filled++] = c;
+        if (filled == BYTES)
+                hvc_flush();
+}
+
+void hvc_flush(void)
+{
+        if (!filled)
+                return;
+        virtqueue_offer(&queues[TRANSMIT], filling, sent[filling], filled, false);
+        virtqueue_notify(&queues[TRANSMIT]);
+        filled = 0;
+        filling = (filling + 1) % VIRTQUEUE_SIZE;
+        in_flight++;
+        /* A console gives slots back in order: with one of them back, the next one is. */
+        for (reclaim(); in_flight == VIRTQUEUE_SIZE; reclaim())
+                pause();
+}
+
+void hvc_drain(void)
+{
+        const uint64_t begin = tsc();
+
+        hvc_flush();
+        for (reclaim(); in_flight && tsc() - begin < PATIENCE; reclaim())
+                pause();
+}
+
+void hvc_receive(void)
+{
+        bool returned = false;
+
+        for (;;) {
+                if (partial < 0) {
+                        partial = virtqueue_take(&queues[RECEIVE], &partial_length);
+                        partial_at = 0;
+                        if (partial < 0)
+                                break;
+                }
+                while (partial_at < partial_length && input_has_room())
+                        input_put(received[partial][partial_at++]);
+                if (partial_at < partial_length)
+                        break;
+                virtqueue_offer(&queues[RECEIVE], partial, received[partial], BYTES, true);
+                partial = -1;
+                returned = true;
+        }
+        if (returned)
+                virtqueue_notify(&queues[RECEIVE]);
+}
+
+static void on_interrupt_of_hvc(void)
+{
+        virtio_acknowledge(&device);
+        hvc_receive();
+        irq_acknowledge(device.irq);
+}
+
+void hvc_listen(void)
+{
+        on_interrupt(VECTOR_IRQ + device.irq, on_interrupt_of_hvc);
+        irq_enable(device.irq);
+        interrupts_off();
+        hvc_receive();                  /* what came before we listened */
+        interrupts_on();
+}

@@ -1,0 +1,178 @@
+#include "virtio.h"
+
+#include "boot.h"
+#include "cpu.h"
+#include "text.h"
+
+enum register_offset {
+        MAGIC = 0x000,
+        VERSION = 0x004,
+        DEVICE_ID = 0x008,
+        DRIVER_FEATURES = 0x020,
+        DRIVER_FEATURES_SEL = 0x024,
+        QUEUE_SEL = 0x030,
+        QUEUE_SIZE_MAX = 0x034,
+        QUEUE_SIZE = 0x038,
+        QUEUE_READY = 0x044,
+        QUEUE_NOTIFY = 0x050,
+        INTERRUPT_STATUS = 0x060,
+        INTERRUPT_ACK = 0x064,
+        STATUS = 0x070,
+        QUEUE_DESC = 0x080,
+        QUEUE_DRIVER = 0x090,
+        QUEUE_DEVICE = 0x0a0,
+};
+
+#define MAGIC_VALUE             0x74726976
+#define VERSION_1               1               /* of features 32 to 63 */
+#define ACKNOWLEDGE             1
+#define DRIVER                  2
+#define DRIVER_OK               4
+#define FEATURES_OK             8
+#define DEVICE_WRITES           2
+#define NO_INTERRUPT            1
+#define PIC_INPUTS              16
+
+static uint32_t get(const struct virtio_device *device, enum register_offset offset)
+{
+        return *(volatile uint32_t *)(device->base + offset);
+}
+
+static void set(const struct virtio_device *device, enum register_offset offset, uint32_t value)
+{
+        *(volatile uint32_t *)(device->base + offset) = value;
+}
+
+/* Ends a number at `end`; what follows, or NULL if there is no number that is so ended. */
+static char *number_until(char *text, char end, uint64_t *number)
+{
+        char *at = text;
+
+        while (*at && *at != end)
+                at++;
+        if (*at != end)
+                return 0;
+        *at = '\0';
+        return parse_number(text, number) ? at + 1 : 0;
+}
+
+/* virtio_mmio.device=SIZE@BASE:IRQ */
+static bool parse(char *word, struct virtio_device *device)
+{
+        static const char name[] = "virtio_mmio.device=";
+        uint64_t size, irq;
+
+        if (length(word) < sizeof(name) || memcmp(word, name, sizeof(name) - 1))
+                return false;
+        word = number_until(word + sizeof(name) - 1, '@', &size);
+        if (!word)
+                return false;
+        word = number_until(word, ':', &device->base);
+        if (!word || !parse_number(word, &irq) || irq >= PIC_INPUTS)
+                return false;
+        device->irq = irq;
+        return true;
+}
+
+bool virtio_find(uint32_t id, struct virtio_device *device)
+{
+        static char text[sizeof(boot.command_line)];
+        char *rest = text, *word;
+
+        copy_text(text, boot.command_line, sizeof(text));
+        while ((word = next_word(&rest))) {
+                if (!parse(word, device) || get(device, MAGIC) != MAGIC_VALUE ||
+                    get(device, VERSION) != 2)
+                        continue;
+                device->id = get(device, DEVICE_ID);
+                if (device->id == id)
+                        return true;
+        }
+        return false;
+}
+
+static void set_address(const struct virtio_device *device, enum register_offset offset,
+                        volatile void *address)
+{
+        set(device, offset, (uint64_t)address);
+        set(device, offset + 4, (uint64_t)address >> 32);
+}
+
+static bool start_queue(const struct virtio_device *device, struct virtqueue *queue, int number)
+{
+        set(device, QUEUE_SEL, number);
+        if (get(device, QUEUE_SIZE_MAX) < VIRTQUEUE_SIZE)
+                return false;
+        queue->device = device;
+        queue->number = number;
+        set(device, QUEUE_SIZE, VIRTQUEUE_SIZE);
+        set_address(device, QUEUE_DESC, queue->descriptors);
+        set_address(device, QUEUE_DRIVER, &queue->available);
+        set_address(device, QUEUE_DEVICE, &queue->used);
+        set(device, QUEUE_READY, 1);
+        return true;
+}
+
+bool virtio_start(const struct virtio_device *device, struct virtqueue *queues, int count)
+{
+        set(device, STATUS, 0);
+        set(device, STATUS, ACKNOWLEDGE | DRIVER);
+        set(device, DRIVER_FEATURES_SEL, 0);
+        set(device, DRIVER_FEATURES, 0);
+        set(device, DRIVER_FEATURES_SEL, 1);
+        set(device, DRIVER_FEATURES, VERSION_1);
+        set(device, STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        if (!(get(device, STATUS) & FEATURES_OK))
+                return false;
+        for (int i = 0; i < count; i++)
+                if (!start_queue(device, &queues[i], i))
+                        return false;
+        set(device, STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        return true;
+}
+
+void virtio_acknowledge(const struct virtio_device *device)
+{
+        set(device, INTERRUPT_ACK, get(device, INTERRUPT_STATUS));
+}
+
+void virtqueue_silence(struct virtqueue *queue)
+{
+        queue->available.flags = NO_INTERRUPT;
+}
+
+/* x86 keeps stores in order, and the compiler volatile ones; the rest is the compiler's. */
+static void order_stores(void)
+{
+        asm volatile("" : : : "memory");
+}
+
+void virtqueue_offer(struct virtqueue *queue, uint16_t slot, const void *data, uint32_t length,
+                     bool is_input)
+{
+        const uint16_t index = queue->available.index;
+
+        queue->descriptors[slot].address = (uint64_t)data;
+        queue->descriptors[slot].length = length;
+        queue->descriptors[slot].flags = is_input ? DEVICE_WRITES : 0;
+        queue->available.ring[index % VIRTQUEUE_SIZE] = slot;
+        order_stores();
+        queue->available.index = index + 1;
+}
+
+void virtqueue_notify(const struct virtqueue *queue)
+{
+        set(queue->device, QUEUE_NOTIFY, queue->number);
+}
+
+int virtqueue_take(struct virtqueue *queue, uint32_t *length)
+{
+        uint16_t at = queue->taken;
+
+        if (queue->used.index == at)
+                return -1;
+        queue->taken++;
+        at %= VIRTQUEUE_SIZE;
+        *length = queue->used.ring[at].length;
+        return queue->used.ring[at].slot;
+}

@@ -1,0 +1,57 @@
+/*
+ * virtio-mmio devices with split rings: VIRTIO 1.2, 4.2 and 2.7. No feature but VERSION_1, one
+ * descriptor a request.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define VIRTIO_CONSOLE          3
+#define VIRTQUEUE_SIZE          16      /* a power of two */
+
+struct virtio_device {
+        uint64_t base;
+        uint32_t id;
+        int irq;                        /* of the two 8259s */
+};
+
+struct virtqueue {
+        struct {
+                uint64_t address;
+                uint32_t length;
+                uint16_t flags, next;
+        } descriptors[VIRTQUEUE_SIZE];
+        volatile struct {
+                uint16_t flags, index, ring[VIRTQUEUE_SIZE];
+        } available;
+        volatile struct {
+                uint16_t flags, index;
+                struct {
+                        uint32_t slot, length;
+                } ring[VIRTQUEUE_SIZE];
+        } used __attribute__((aligned(4)));
+        uint16_t taken;                 /* of the used ring, by us */
+        uint16_t number;
+        const struct virtio_device *device;
+} __attribute__((aligned(16)));
+
+/* The first such device of those that the command line names, as for Linux. */
+bool virtio_find(uint32_t id, struct virtio_device *device);
+
+/* Sets the device up with these queues; interrupts are the caller's. False: it refuses. */
+bool virtio_start(const struct virtio_device *device, struct virtqueue *queues, int count);
+
+/* Once for each interrupt, before the used rings are looked at. */
+void virtio_acknowledge(const struct virtio_device *device);
+
+/* No interrupt for what comes back by this queue. */
+void virtqueue_silence(struct virtqueue *queue);
+
+/* Gives the device slot number `slot`, to read or (is_input) to write. */
+void virtqueue_offer(struct virtqueue *queue, uint16_t slot, const void *data, uint32_t length,
+                     bool is_input);
+void virtqueue_notify(const struct virtqueue *queue);
+
+/* A slot that has come back, and how many bytes the device has written; -1: none. */
+int virtqueue_take(struct virtqueue *queue, uint32_t *length);
