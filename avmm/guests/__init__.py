@@ -5,7 +5,7 @@ Their sources stand next to this file; the package build compiles them (see buil
 
 from pathlib import Path
 
-NAMES = ("shell", "exits", "torture")
+NAMES = ("shell", "exits", "rings", "torture")
 
 
 def path(name: str) -> Path:

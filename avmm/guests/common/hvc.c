@@ -24,13 +24,20 @@ static uint16_t filling, in_flight;
 static int partial = -1;
 static uint32_t partial_at, partial_length;
 
+static void offer_input(uint16_t slot)
+{
+        const struct virtio_part part = { received[slot], BYTES, true };
+
+        virtqueue_offer(&queues[RECEIVE], slot, &part, 1);
+}
+
 bool hvc_init(void)
 {
         if (!virtio_find(VIRTIO_CONSOLE, &device) || !virtio_start(&device, queues, QUEUES))
                 return false;
         virtqueue_silence(&queues[TRANSMIT]);
-        for (int slot = 0; slot < VIRTQUEUE_SIZE; slot++)
-                virtqueue_offer(&queues[RECEIVE], slot, received[slot], BYTES, true);
+        for (int slot = 0; slot < queues[RECEIVE].size; slot++)
+                offer_input(slot);
         virtqueue_notify(&queues[RECEIVE]);
         return true;
 }
@@ -53,15 +60,17 @@ void hvc_put(char c)
 
 void hvc_flush(void)
 {
+        const struct virtio_part part = { sent[filling], filled, false };
+
         if (!filled)
                 return;
-        virtqueue_offer(&queues[TRANSMIT], filling, sent[filling], filled, false);
+        virtqueue_offer(&queues[TRANSMIT], filling, &part, 1);
         virtqueue_notify(&queues[TRANSMIT]);
         filled = 0;
-        filling = (filling + 1) % VIRTQUEUE_SIZE;
+        filling = (filling + 1) % queues[TRANSMIT].size;
         in_flight++;
         /* A console gives slots back in order: with one of them back, the next one is. */
-        for (reclaim(); in_flight == VIRTQUEUE_SIZE; reclaim())
+        for (reclaim(); in_flight == queues[TRANSMIT].size; reclaim())
                 pause();
 }
 
@@ -89,7 +98,7 @@ void hvc_receive(void)
                         input_put(received[partial][partial_at++]);
                 if (partial_at < partial_length)
                         break;
-                virtqueue_offer(&queues[RECEIVE], partial, received[partial], BYTES, true);
+                offer_input(partial);
                 partial = -1;
                 returned = true;
         }

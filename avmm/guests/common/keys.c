@@ -16,6 +16,8 @@ static bool parse_value(const struct key *key, const char *text, uint64_t *value
 {
         if (!key->words[0])
                 return parse_number(text, value);
+        if (same(key->words[0], ANY_WORD))
+                return true;
         for (uint64_t i = 0; i < 3 && key->words[i]; i++) {
                 if (same(text, key->words[i])) {
                         *value = i;

@@ -21,6 +21,7 @@ enum register_offset {
         QUEUE_DESC = 0x080,
         QUEUE_DRIVER = 0x090,
         QUEUE_DEVICE = 0x0a0,
+        CONFIG = 0x100,
 };
 
 #define MAGIC_VALUE             0x74726976
@@ -29,6 +30,7 @@ enum register_offset {
 #define DRIVER                  2
 #define DRIVER_OK               4
 #define FEATURES_OK             8
+#define NEXT                    1
 #define DEVICE_WRITES           2
 #define NO_INTERRUPT            1
 #define PIC_INPUTS              16
@@ -101,11 +103,14 @@ static void set_address(const struct virtio_device *device, enum register_offset
 static bool start_queue(const struct virtio_device *device, struct virtqueue *queue, int number)
 {
         set(device, QUEUE_SEL, number);
-        if (get(device, QUEUE_SIZE_MAX) < VIRTQUEUE_SIZE)
+        queue->size = VIRTQUEUE_SIZE;
+        while (queue->size > get(device, QUEUE_SIZE_MAX))
+                queue->size /= 2;
+        if (!queue->size)
                 return false;
         queue->device = device;
         queue->number = number;
-        set(device, QUEUE_SIZE, VIRTQUEUE_SIZE);
+        set(device, QUEUE_SIZE, queue->size);
         set_address(device, QUEUE_DESC, queue->descriptors);
         set_address(device, QUEUE_DRIVER, &queue->available);
         set_address(device, QUEUE_DEVICE, &queue->used);
@@ -131,6 +136,13 @@ bool virtio_start(const struct virtio_device *device, struct virtqueue *queues, 
         return true;
 }
 
+uint64_t virtio_config(const struct virtio_device *device, uint32_t offset)
+{
+        const uint64_t low = get(device, CONFIG + offset);
+
+        return (uint64_t)get(device, CONFIG + offset + 4) << 32 | low;
+}
+
 void virtio_acknowledge(const struct virtio_device *device)
 {
         set(device, INTERRUPT_ACK, get(device, INTERRUPT_STATUS));
@@ -147,15 +159,21 @@ static void order_stores(void)
         asm volatile("" : : : "memory");
 }
 
-void virtqueue_offer(struct virtqueue *queue, uint16_t slot, const void *data, uint32_t length,
-                     bool is_input)
+void virtqueue_offer(struct virtqueue *queue, uint16_t slot, const struct virtio_part *parts,
+                     int count)
 {
         const uint16_t index = queue->available.index;
 
-        queue->descriptors[slot].address = (uint64_t)data;
-        queue->descriptors[slot].length = length;
-        queue->descriptors[slot].flags = is_input ? DEVICE_WRITES : 0;
-        queue->available.ring[index % VIRTQUEUE_SIZE] = slot;
+        for (int i = 0; i < count; i++) {
+                const bool is_last = i == count - 1;
+
+                queue->descriptors[slot + i].address = (uint64_t)parts[i].data;
+                queue->descriptors[slot + i].length = parts[i].length;
+                queue->descriptors[slot + i].flags = (parts[i].is_input ? DEVICE_WRITES : 0) |
+                                                     (is_last ? 0 : NEXT);
+                queue->descriptors[slot + i].next = slot + i + 1;
+        }
+        queue->available.ring[index % queue->size] = slot;
         order_stores();
         queue->available.index = index + 1;
 }
@@ -172,7 +190,7 @@ int virtqueue_take(struct virtqueue *queue, uint32_t *length)
         if (queue->used.index == at)
                 return -1;
         queue->taken++;
-        at %= VIRTQUEUE_SIZE;
+        at %= queue->size;
         *length = queue->used.ring[at].length;
         return queue->used.ring[at].slot;
 }

@@ -1,14 +1,14 @@
 /*
- * virtio-mmio devices with split rings: VIRTIO 1.2, 4.2 and 2.7. No feature but VERSION_1, one
- * descriptor a request.
+ * virtio-mmio devices with split rings: VIRTIO 1.2, 4.2 and 2.7. No feature but VERSION_1.
  */
 #pragma once
 
 #include <stdbool.h>
 #include <stdint.h>
 
+#define VIRTIO_BLOCK            2
 #define VIRTIO_CONSOLE          3
-#define VIRTQUEUE_SIZE          16      /* a power of two */
+#define VIRTQUEUE_SIZE          64      /* at most */
 
 struct virtio_device {
         uint64_t base;
@@ -31,6 +31,7 @@ struct virtqueue {
                         uint32_t slot, length;
                 } ring[VIRTQUEUE_SIZE];
         } used __attribute__((aligned(4)));
+        uint16_t size;                  /* a power of two; slots are below it */
         uint16_t taken;                 /* of the used ring, by us */
         uint16_t number;
         const struct virtio_device *device;
@@ -48,10 +49,20 @@ void virtio_acknowledge(const struct virtio_device *device);
 /* No interrupt for what comes back by this queue. */
 void virtqueue_silence(struct virtqueue *queue);
 
-/* Gives the device slot number `slot`, to read or (is_input) to write. */
-void virtqueue_offer(struct virtqueue *queue, uint16_t slot, const void *data, uint32_t length,
-                     bool is_input);
+/* The device's configuration, 8 bytes of it. */
+uint64_t virtio_config(const struct virtio_device *device, uint32_t offset);
+
+/* A piece of a request, for the device to read or (is_input) to write. */
+struct virtio_part {
+        const void *data;
+        uint32_t length;
+        bool is_input;
+};
+
+/* Gives the device a request in the descriptors from `slot` on, one a part. */
+void virtqueue_offer(struct virtqueue *queue, uint16_t slot, const struct virtio_part *parts,
+                     int count);
 void virtqueue_notify(const struct virtqueue *queue);
 
-/* A slot that has come back, and how many bytes the device has written; -1: none. */
+/* The first slot of a request that has come back, and how many bytes the device has written; -1: none. */
 int virtqueue_take(struct virtqueue *queue, uint32_t *length);
