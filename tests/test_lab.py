@@ -161,6 +161,12 @@ def test_a_run_that_does_not_end_is_given_up(fake: Fake) -> None:
         run(fake("echo up >$sent; exec sleep 100"), seconds=1)
 
 
+def test_a_run_that_falls_silent_is_given_up(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "SILENT_SECONDS", 1)
+    with pytest.raises(machine.Hung, match="L1 has sent nothing for 1 s; its console:\nOops"):
+        run(fake("echo up >$sent; echo Oops >$console; exec sleep 100"))
+
+
 def test_a_qemu_that_fails_is_told_with_what_it_said(fake: Fake) -> None:
     with pytest.raises(LabError, match="QEMU failed with status 3: no such machine"):
         run(fake("echo up >$sent; echo no such machine >&2; exit 3"))
@@ -216,11 +222,11 @@ def test_skips(): pytest.skip("not here")
 def test_is_lost(): pass
 """
 REPLAY = """
-import json, subprocess, sys
+import os
 from pathlib import Path
-import pytest
 from lab import machine, payload
-from lab.cache import KEPT_SECONDS, LabError
+from lab.cache import LabError
+from lab.machine import Hung
 
 def prepare(kind): return kind
 
@@ -231,7 +237,7 @@ def run(l1, tar, seconds, on_line):
     for line in Path("reports").read_text().splitlines():
         if "is_lost" not in line:
             on_line(line)
-    raise LabError("L1 died; its console: Oops")
+    raise (Hung if os.environ.pop("HANGS", "") else LabError)("L1 died; its console: Oops")
 
 machine.prepare, machine.run = prepare, run
 payload.write = lambda *_: None
@@ -273,3 +279,7 @@ def test_reports_from_there_are_as_if_made_here(tmp_path: Path) -> None:
     assert "not here" in said
     assert "FAILED test_there.py::test_is_lost - the lab ended without a result" in said
     assert "L1 died; its console: Oops" in said
+    environment["HANGS"] = "1"
+    said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock")
+    assert "lab: once more, without the tests that have a result" in said
+    assert "FAILED test_there.py::test_is_lost - the lab ended without a result" in said

@@ -18,8 +18,8 @@ from lab.debian import NEEDED, demand
 KINDS: Final = ("stock", "proposing")
 BOOT_SECONDS: Final = 90
 """After which a boot that has said nothing is given up, once."""
-SILENT_SECONDS: Final = 1300
-"""After which a machine that has sent nothing is given up; longer than any one test."""
+SILENT_SECONDS: Final = 180
+"""After which a machine that has sent nothing, no sign of life either, is given up."""
 _PR_SET_PDEATHSIG: Final = 1
 _POLL_SECONDS: Final = 0.1
 _MACHINE: Final = (
@@ -54,6 +54,10 @@ class HungBoot(LabError):
     """L1 has not come up; this happens once in some forty times."""
 
 
+class Hung(LabError):
+    """L1 was at work and has fallen silent."""
+
+
 def run(
     l1: L1,
     payload: Path,
@@ -64,7 +68,8 @@ def run(
     """Boot L1 with the tar `payload`, whose run.sh it executes; gives its console's text.
 
     Lines that it writes to /dev/ttyS1 are handed to `on_line` as they come. A boot that hangs
-    is tried once more. Raises `LabError` where L1 has not ended after `seconds`.
+    is tried once more. Raises `LabError` where L1 has not ended after `seconds`, `Hung` where it
+    sends nothing for long.
     """
     try:
         return _run(l1, payload, seconds, on_line, boot_seconds)
@@ -121,7 +126,7 @@ def _wait(
         if passed > seconds:
             raise LabError(f"lab: L1 has not ended after {seconds:.0f} s")
         if lines.count and time.monotonic() - lines.last > SILENT_SECONDS:
-            raise LabError(f"lab: L1 has sent nothing for {SILENT_SECONDS} s")
+            raise Hung(f"lab: L1 has sent nothing for {SILENT_SECONDS} s")
 
 
 class _Lines:

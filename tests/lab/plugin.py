@@ -2,7 +2,8 @@
 
 Each test's reports are made in L1 (`inside`), come as lines of JSON, and go to pytest's own hooks;
 so counts, failures with their output, durations and --junitxml are what they always are. Where
-L1 dies half-way, the tests that have no result yet fail with the end of its console.
+L1 hangs, the tests that have no result yet are run in a second one; where it dies, or hangs again,
+they fail with the end of its console.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Final
 import pytest
 
 from lab.cache import LabError
-from lab.machine import KINDS
+from lab.machine import KINDS, L1
 
 KIND: Final = "AVMM_LAB"
 """The variable that tells which lab it is, in L1."""
@@ -84,22 +85,31 @@ class _Run:
         self._said = ""
 
     def play(self) -> None:
-        from lab import guest, machine, payload  # noqa: PLC0415 - only here
+        from lab import machine  # noqa: PLC0415 - only here
 
-        timeout = SLOWER * float(self._config.getini("timeout") or 60)
-        marks = self._config.option.markexpr
-        script = _SCRIPT.format(timeout=timeout, marks=marks)
-        nodes = {"nodes": "".join(f"{nodeid}\n" for nodeid in self._left)}
         try:
             l1 = machine.prepare(self._kind)
-            with tempfile.TemporaryDirectory() as scratch:
-                tar = Path(scratch, "payload.tar")
-                payload.write(tar, self._kind, script, nodes, guest.folders())
-                self._said = machine.run(l1, tar, SECONDS, self._take)
+            try:
+                self._play_in(l1)
+            except machine.Hung as error:
+                print(f"\n{error}\nlab: once more, without the tests that have a result")
+                self._play_in(l1)
         except LabError as error:
             self._said = str(error)
         for nodeid, item in list(self._left.items()):
             self._report_lost(nodeid, item)
+
+    def _play_in(self, l1: L1) -> None:
+        """Run what is left."""
+        from lab import guest, machine, payload  # noqa: PLC0415 - only here
+
+        timeout = SLOWER * float(self._config.getini("timeout") or 60)
+        script = _SCRIPT.format(timeout=timeout, marks=self._config.option.markexpr)
+        nodes = {"nodes": "".join(f"{nodeid}\n" for nodeid in self._left)}
+        with tempfile.TemporaryDirectory() as scratch:
+            tar = Path(scratch, "payload.tar")
+            payload.write(tar, self._kind, script, nodes, guest.folders())
+            self._said = machine.run(l1, tar, SECONDS, self._take)
 
     def _take(self, line: str) -> None:
         try:
