@@ -370,3 +370,9 @@ int avmm_vring_pop(struct avmm_vring *ring);
 int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t written);
 int avmm_vring_wants_interrupt(struct avmm_vring *ring);
 int avmm_vring_listen(struct avmm_vring *ring, int wanted);
+
+/* fallocate(2), whose modes Python does not give. */
+#define FALLOC_FL_KEEP_SIZE ...
+#define FALLOC_FL_PUNCH_HOLE ...
+#define FALLOC_FL_ZERO_RANGE ...
+int fallocate(int fd, int mode, int64_t offset, int64_t length);

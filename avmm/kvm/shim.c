@@ -2,6 +2,7 @@
  * lot, virtqueues. */
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/kvm.h>
 #include <linux/kvm_para.h>
 #include <pthread.h>

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
+from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.device import VirtioDevice
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.rng import Rng
+from avmm.disks.base import Disk
 from support.virtio_driver import Driver
 
 
@@ -26,6 +29,8 @@ class Case:
     let_go: Callable[[Any], None]
     queue: int
     written: int
+    another: Callable[[Driver], list[tuple[int, int, bool]]] | None = None
+    """One more request, after `submit`; None: any 8 bytes are one."""
 
 
 def _rng() -> Rng:
@@ -66,7 +71,59 @@ def _read_console(console: Console) -> None:
     port.drained.set()
 
 
+class GatedDisk(Disk):
+    """1 MiB in memory, which answers nothing before its gate is opened."""
+
+    name, size, can_discard = "gated", 1 << 20, True
+
+    def __init__(self) -> None:
+        self.gate = trio.Event()
+        self.data = bytearray(b"d" * self.size)
+
+    async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        await self.gate.wait()
+        for buffer in buffers:
+            buffer[:] = self.data[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+    async def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        await self.gate.wait()
+        data = b"".join(buffers)
+        self.data[offset : offset + len(data)] = data
+
+    async def flush(self) -> None:
+        await self.gate.wait()
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.gate.wait()
+        self.data[offset : offset + length] = bytes(length)
+
+
+def _submit_block(driver: Driver) -> None:
+    """Two reads and a write."""
+    ring, memory, at = driver.rings[0], driver.bench.memory, driver.end
+    for n, (kind, writable) in enumerate([(0, True), (1, False), (0, True)]):
+        memory.write(at + 16 * n, struct.pack("<IIQ", kind, 0, 8 * n))
+        data = at + 0x1000 + 0x400 * n
+        ring.add([(at + 16 * n, 16, False), (data, 0x400, writable), (at + 64 + n, 1, True)])
+    ring.kick()
+
+
+def _another_block(driver: Driver) -> list[tuple[int, int, bool]]:
+    at = driver.end
+    return [(at, 16, False), (at + 0x1000, 0x400, True), (at + 64, 1, True)]
+
+
 CASES = [
     Case("rng", _rng, _submit_rng, lambda rng: rng.gate.set(), 0, 192),
     Case("console", _console, _submit_console, _read_console, 1, 0),
+    Case(
+        "block",
+        lambda: VirtioBlock(GatedDisk(), queue_size=16),
+        _submit_block,
+        lambda block: block.disk.gate.set(),
+        0,
+        2 * 0x401 + 1,
+        _another_block,
+    ),
 ]

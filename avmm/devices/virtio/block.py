@@ -1,0 +1,393 @@
+"""The block device (VIRTIO 1.2, 5.2): one queue of requests to an `avmm.disks` disk.
+
+Everything found in the ring is begun before the guest is interrupted once for what was done at
+once. What the disk has to wait for goes on in tasks, side by side, at most one for each entry of
+the queue, and is given back in whichever order it ends.
+
+A request that was not given back at a pause is made again from its beginning. That is safe, for
+each kind can be made twice, and the guest has not been told that it was made at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+import trio
+
+from avmm.devices.state import Fields
+from avmm.devices.virtio.device import GuestQueue, VirtioDevice
+from avmm.devices.virtio.queue import Chain, QueueError
+from avmm.disks.base import SECTOR, Disk
+from avmm.errors import ConfigError
+
+logger = logging.getLogger("avmm.disk")
+
+# 5.2.3
+F_SEG_MAX: Final = 1 << 2
+F_RO: Final = 1 << 5
+F_BLK_SIZE: Final = 1 << 6
+F_FLUSH: Final = 1 << 9
+F_TOPOLOGY: Final = 1 << 10
+F_DISCARD: Final = 1 << 13
+F_WRITE_ZEROES: Final = 1 << 14
+
+# 5.2.6
+IN: Final = 0
+OUT: Final = 1
+FLUSH: Final = 4
+GET_ID: Final = 8
+DISCARD: Final = 11
+WRITE_ZEROES: Final = 13
+_CHANGES: Final = (OUT, DISCARD, WRITE_ZEROES)
+_VERBS: Final = {
+    IN: "read",
+    OUT: "written",
+    FLUSH: "flushed",
+    DISCARD: "discarded",
+    WRITE_ZEROES: "zeroed",
+}
+
+OK: Final = 0
+IOERR: Final = 1
+UNSUPP: Final = 2
+
+_HEADER: Final = struct.Struct("<I4xQ")
+_RANGE: Final = struct.Struct("<QII")
+_UNMAP: Final = 1
+_ID_BYTES: Final = 20
+_RANGES: Final = 16
+_RANGE_SECTORS: Final = 1 << 16
+"""32 MiB: what a host without holes can write in a moment."""
+_PHYSICAL: Final = 3
+"""log2 of the sectors in a block that the host prefers: 4 KiB."""
+_AT_ONCE: Final = 64 * 1024
+"""The largest request, in bytes, that is copied while other tasks of the program wait."""
+_BATCH: Final = 64
+"""The most requests begun before the guest is told of what was done."""
+_CONFIG: Final = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
+
+
+class VirtioBlock(VirtioDevice):
+    """A disk for the guest; what is behind it is `disk`, which stays its owner's to close.
+
+    `serial` is what the guest can ask it for, at most 20 ASCII characters, and part of its name.
+    `queue_size` is how many requests can be in flight, a power of 2.
+    """
+
+    device_id: ClassVar[int] = 2
+
+    def __init__(self, disk: Disk, *, serial: str = "", queue_size: int = 128) -> None:
+        if type(disk.size) is not int or disk.size <= 0 or disk.size % SECTOR:
+            raise ConfigError(
+                f"{disk.name} has {disk.size!r} bytes: expected a multiple of {SECTOR}"
+            )
+        if not serial.isascii() or len(serial) > _ID_BYTES or not serial.isprintable():
+            raise ConfigError(
+                f"disk {disk.name}: serial {serial!r}: expected at most {_ID_BYTES} ASCII "
+                "characters"
+            )
+        if queue_size < 4:
+            raise ConfigError(f"disk {disk.name}: a queue of {queue_size}: expected 4 or more")
+        self.disk = disk
+        self.queue_sizes = (queue_size,)
+        self._serial = serial
+        self.sectors = disk.size // SECTOR
+        self.identity = serial.encode().ljust(_ID_BYTES, b"\0")
+        self._failing: set[int] = set()
+        discards = disk.can_discard and not disk.read_only
+        self.supported = {IN, FLUSH, GET_ID}
+        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
+        if disk.read_only:
+            self.features |= F_RO
+        else:
+            self.features |= F_WRITE_ZEROES
+            self.supported |= {OUT, WRITE_ZEROES}
+        if discards:
+            self.features |= F_DISCARD
+            self.supported.add(DISCARD)
+        self._config = _CONFIG.pack(
+            self.sectors,
+            0,  # size_max: not offered
+            queue_size - 2,  # header and status take one part each
+            SECTOR,
+            _PHYSICAL,
+            0,
+            1 << _PHYSICAL,
+            0,
+            0,  # write-through or not is told by F_FLUSH
+            0,
+            _RANGE_SECTORS if discards else 0,
+            _RANGES if discards else 0,
+            1 << _PHYSICAL if discards else 0,
+            0 if disk.read_only else _RANGE_SECTORS,
+            0 if disk.read_only else _RANGES,
+            int(discards),
+        )
+
+    @property
+    def name(self) -> str:
+        return f"disk {self._serial}" if self._serial else "disk"
+
+    @property
+    def config(self) -> bytes:
+        return self._config
+
+    async def serve(self, queues: Mapping[int, GuestQueue], features: int) -> None:
+        if 0 in queues:
+            await _Service(self, queues[0], flushes=bool(features & F_FLUSH)).run()
+
+    def failed(self, kind: int, sector: int, error: OSError) -> None:
+        """One line, and no more until such a request has succeeded."""
+        if kind not in self._failing:
+            self._failing.add(kind)
+            logger.error(
+                "%s (%s) cannot be %s at sector %d: %s; the guest gets an I/O error",
+                self.name,
+                self.disk.name,
+                _VERBS[kind],
+                sector,
+                error.strerror or error,
+            )
+
+    def succeeded(self, kind: int) -> None:
+        """See `failed`."""
+        self._failing.discard(kind)
+
+    def save(self) -> Mapping[str, Any]:
+        return {
+            "sectors": self.sectors,
+            "read_only": self.disk.read_only,
+            "disk": dict(self.disk.save()),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        fields = Fields(self.name, state, ("sectors", "read_only", "disk"))
+        if fields.number("sectors", (1 << 64) - 1) != self.sectors:
+            raise fields.error("sectors", f"the {self.sectors} of {self.disk.name}")
+        if fields.flag("read_only") is not self.disk.read_only:
+            raise fields.error("read_only", f"{self.disk.read_only}, as {self.disk.name} is")
+        self.disk.load(state["disk"])
+
+
+class _Request:
+    """What of a chain is left to be answered."""
+
+    __slots__ = ("chain", "kind", "sector", "status")
+
+    def __init__(self, chain: Chain, status: memoryview, kind: int, sector: int) -> None:
+        self.chain = chain
+        self.status = status
+        self.kind = kind
+        self.sector = sector
+
+
+class _Service:
+    """The queue at work, until cancelled."""
+
+    def __init__(self, device: VirtioBlock, queue: GuestQueue, *, flushes: bool) -> None:
+        self._device = device
+        self._disk = device.disk
+        self._queue = queue
+        self._flushes = flushes
+        self._pushed = False
+        self._finished = trio.Event()
+        self._changes: dict[int, None] = {}
+        """The requests that change the disk and have not ended, by number, the oldest first."""
+        self._begun = 0
+        self._ended = trio.lowlevel.ParkingLot()
+        self._nursery: trio.Nursery
+
+    async def run(self) -> None:
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._tell)
+                await self._take()
+        finally:
+            self._signal()
+
+    async def _take(self) -> None:
+        queue = self._queue
+        while True:
+            chain: Chain | None = await queue.next()
+            left = _BATCH
+            while chain is not None:
+                self._begin(chain)
+                left -= 1
+                chain = queue.pop() if left else None
+            self._signal()
+
+    async def _tell(self) -> None:
+        """Interrupt the guest once for all that has ended in the same round of the scheduler."""
+        while True:
+            await self._finished.wait()
+            self._finished = trio.Event()
+            self._signal()
+
+    def _signal(self) -> None:
+        if self._pushed:
+            self._pushed = False
+            self._queue.signal()
+
+    # -- one request -----------------------------------------------------------------------------
+
+    def _begin(self, chain: Chain) -> None:
+        """Do it, if that can be done at once, or start a task for it."""
+        header = chain.take(_HEADER.size)
+        if len(header) < _HEADER.size or not chain.writable:
+            raise QueueError("a disk's request without a header or without room for its status")
+        (status,) = chain.cut_last_writable(1)
+        kind, sector = _HEADER.unpack(header)
+        request = _Request(chain, status, kind, sector)
+        if kind == IN:
+            self._begin_read(request)
+        elif kind == GET_ID:
+            written = chain.put(self._device.identity)
+            self._finish(request, OK, written)
+        elif self._disk.read_only and kind in _CHANGES:
+            self._finish(request, IOERR)
+        elif kind not in self._device.supported:
+            self._finish(request, UNSUPP)
+        elif kind == OUT:
+            self._begin_write(request)
+        elif kind == FLUSH:
+            self._nursery.start_soon(self._flush, request, self._begun)
+        else:
+            self._begin_ranges(request)
+
+    def _begin_read(self, request: _Request) -> None:
+        buffers = request.chain.writable
+        length = sum(map(len, buffers))
+        if not self._is_within(request.sector, length):
+            self._finish(request, IOERR)
+            return
+        if length <= _AT_ONCE:
+            try:
+                done = self._disk.read_now(request.sector * SECTOR, buffers)
+            except OSError as error:
+                self._fail(request, error)
+                return
+            if done:
+                self._finish(request, OK, length)
+                return
+        self._nursery.start_soon(self._read, request, buffers, length)
+
+    async def _read(self, request: _Request, buffers: Sequence[memoryview], length: int) -> None:
+        try:
+            await self._disk.read(request.sector * SECTOR, buffers)
+        except OSError as error:
+            self._fail(request, error)
+        else:
+            self._finish(request, OK, length)
+        self._finished.set()
+
+    def _begin_write(self, request: _Request) -> None:
+        buffers = request.chain.readable
+        length = request.chain.readable_bytes
+        if not self._is_within(request.sector, length):
+            self._finish(request, IOERR)
+            return
+        if length <= _AT_ONCE and self._flushes:
+            try:
+                done = self._disk.write_now(request.sector * SECTOR, buffers)
+            except OSError as error:
+                self._fail(request, error)
+                return
+            if done:
+                self._finish(request, OK)
+                return
+        self._nursery.start_soon(self._write, request, buffers, self._number())
+
+    async def _write(self, request: _Request, buffers: Sequence[memoryview], number: int) -> None:
+        try:
+            await self._disk.write(request.sector * SECTOR, buffers)
+            if not self._flushes:  # 5.2.6.2: such a driver takes a write for durable
+                await self._disk.flush()
+        except OSError as error:
+            self._fail(request, error)
+        else:
+            self._finish(request, OK)
+        self._end(number)
+
+    async def _flush(self, request: _Request, begun: int) -> None:
+        """Wait for all changes that came before, not only for those that had ended."""
+        try:
+            while self._changes and next(iter(self._changes)) <= begun:
+                await self._ended.park()
+            await self._disk.flush()
+        except OSError as error:
+            self._fail(request, error)
+        else:
+            self._finish(request, OK)
+        self._finished.set()
+
+    def _begin_ranges(self, request: _Request) -> None:
+        data = request.chain.take(_RANGES * _RANGE.size + 1)
+        if not data or len(data) % _RANGE.size or len(data) > _RANGES * _RANGE.size:
+            self._finish(request, IOERR)
+            return
+        ranges = list(_RANGE.iter_unpack(data))
+        known = _UNMAP if request.kind == WRITE_ZEROES else 0
+        if any(flags & ~known for _, _, flags in ranges):
+            self._finish(request, UNSUPP)
+        elif any(
+            count > _RANGE_SECTORS or not self._is_within(sector, count * SECTOR)
+            for sector, count, _ in ranges
+        ):
+            self._finish(request, IOERR)
+        else:
+            self._nursery.start_soon(self._change_ranges, request, ranges, self._number())
+
+    async def _change_ranges(
+        self, request: _Request, ranges: Sequence[tuple[int, int, int]], number: int
+    ) -> None:
+        try:
+            for sector, count, flags in ranges:
+                offset, length = sector * SECTOR, count * SECTOR
+                if request.kind == DISCARD and length:
+                    await self._disk.discard(offset, length)
+                elif length:
+                    await self._disk.write_zeroes(offset, length, unmap=bool(flags & _UNMAP))
+            if not self._flushes:
+                await self._disk.flush()
+        except OSError as error:
+            self._fail(request, error)
+        else:
+            self._finish(request, OK)
+        self._end(number)
+
+    # -- its end ---------------------------------------------------------------------------------
+
+    def _is_within(self, sector: int, length: int) -> bool:
+        return not length % SECTOR and sector + length // SECTOR <= self._device.sectors
+
+    def _number(self) -> int:
+        self._begun += 1
+        self._changes[self._begun] = None
+        return self._begun
+
+    def _end(self, number: int) -> None:
+        del self._changes[number]
+        self._ended.unpark_all()
+        self._finished.set()
+
+    def _fail(self, request: _Request, error: OSError) -> None:
+        self._device.failed(request.kind, request.sector, error)
+        self._finish(request, IOERR)
+
+    def _finish(self, request: _Request, status: int, written: int = 0) -> None:
+        """Answer it; `written` bytes were put before its status.
+
+        Told to the driver is what was written from the beginning of its buffers on without a gap
+        (2.7.8.2), and so the status only where all before it was.
+        """
+        if status == OK:
+            self._device.succeeded(request.kind)
+        request.status[0] = status
+        chain = request.chain
+        room = sum(map(len, chain.writable))
+        whole = room == (0 if request.kind == GET_ID else written)
+        self._queue.push(chain, written + whole, signal=False)
+        self._pushed = True

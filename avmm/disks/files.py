@@ -1,0 +1,155 @@
+"""What the disks that are files need of the host: opening, locking, whole transfers, holes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from avmm.disks.base import SECTOR
+from avmm.errors import ConfigError
+from avmm.kvm._kvm import ffi, lib
+
+_CANNOT: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)
+"""What a file system or block device answers that has no holes, or none that lie so."""
+_ZEROES: Final = memoryview(bytes(256 * 1024))
+_PARTS: Final = 1024
+"""The kernel's limit for one call (IOV_MAX)."""
+
+
+def open_locked(path: Path, *, read_only: bool) -> tuple[int, int]:
+    """The file or block device as (descriptor, size in bytes), locked until it is closed.
+
+    Whoever writes is alone with it, any number may read. The lock (of the open file description,
+    fcntl(2)) keeps out other processes, and other disks of this one; it is advice to programs
+    that look for none. Raises `ConfigError`.
+    """
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
+    try:
+        if stat.S_ISBLK(path.stat().st_mode) and not read_only:
+            flags |= os.O_EXCL  # refused while it is mounted
+        fd = os.open(path, flags)
+    except OSError as error:
+        raise ConfigError(f"disk {path}: {error.strerror}") from None
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise ConfigError(f"disk {path}: expected a file or a block device")
+        _lock(fd, path, read_only=read_only)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        if not size or size % SECTOR:
+            raise ConfigError(
+                f"disk {path}: its size is {size} bytes, expected a multiple of {SECTOR}"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, size
+
+
+def _lock(fd: int, path: Path, *, read_only: bool) -> None:
+    kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
+    whole_file = struct.pack("@hhqqi0q", kind, os.SEEK_SET, 0, 0, 0)  # struct flock
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, whole_file)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise ConfigError(f"disk {path}: it cannot be locked: {error.strerror}") from None
+        wanted = "read" if read_only else "written, and by nobody else"
+        raise ConfigError(
+            f"disk {path}: it is in use; expected one that can be {wanted}"
+        ) from None
+
+
+def read_fully(fd: int, offset: int, buffers: Sequence[memoryview]) -> None:
+    """Fill `buffers` from `offset` on. Raises `OSError`, also where the file ends before."""
+    left = buffers
+    while left:
+        done = os.preadv(fd, left[:_PARTS], offset)
+        if not done:
+            raise OSError(errno.EIO, "the file is shorter than it was")
+        offset += done
+        left = _after(left, done)
+
+
+def write_fully(fd: int, offset: int, buffers: Sequence[memoryview]) -> None:
+    """Write all of `buffers` at `offset`. Raises `OSError`."""
+    left = buffers
+    while left:
+        done = os.pwritev(fd, left[:_PARTS], offset)
+        offset += done
+        left = _after(left, done)
+
+
+def read_at_once(fd: int, offset: int, buffers: Sequence[memoryview]) -> bool:
+    """`read_fully` where the kernel has all of it in its cache, else False. Raises `OSError`."""
+    try:
+        return os.preadv(fd, buffers, offset, os.RWF_NOWAIT) == sum(map(len, buffers))
+    except BlockingIOError:
+        return False
+
+
+def write_at_once(fd: int, offset: int, buffers: Sequence[memoryview]) -> bool:
+    """`write_fully` where the kernel can take it into its cache at once. Raises `OSError`."""
+    try:
+        return os.pwritev(fd, buffers, offset, os.RWF_NOWAIT) == sum(map(len, buffers))
+    except BlockingIOError:
+        return False
+
+
+def cut(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """The first `count` bytes of `buffers`, which lose them."""
+    taken = []
+    while count:
+        if count < len(buffers[0]):
+            taken.append(buffers[0][:count])
+            buffers[0] = buffers[0][count:]
+            break
+        count -= len(buffers[0])
+        taken.append(buffers.pop(0))
+    return taken
+
+
+def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of `buffers` without their first `count` bytes."""
+    for at, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[at + 1 :]]
+        count -= len(buffer)
+    return []
+
+
+def punch(fd: int, offset: int, length: int) -> bool:
+    """Let the bytes be zero and give their room back; False where that cannot be. Raises
+    `OSError`."""
+    return _allocate(fd, lib.FALLOC_FL_PUNCH_HOLE, offset, length)
+
+
+def zero(fd: int, offset: int, length: int) -> bool:
+    """Let the bytes be zero and keep room for them; False where that cannot be. Raises
+    `OSError`."""
+    return _allocate(fd, lib.FALLOC_FL_ZERO_RANGE, offset, length)
+
+
+def write_zeroes(fd: int, offset: int, length: int) -> None:
+    """Write zeroes, where nothing quicker can be. Raises `OSError`."""
+    while length:
+        count = min(length, len(_ZEROES))
+        write_fully(fd, offset, [_ZEROES[:count]])
+        offset += count
+        length -= count
+
+
+def _allocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    while lib.fallocate(fd, mode | lib.FALLOC_FL_KEEP_SIZE, offset, length):
+        if ffi.errno == errno.EINTR:
+            continue
+        if ffi.errno in _CANNOT:
+            return False
+        raise OSError(ffi.errno, os.strerror(ffi.errno))
+    return True

@@ -1,0 +1,155 @@
+"""A disk whose changes are thrown away: they go to a temporary file, the base is only read.
+
+The file is sparse, has no name, and holds each changed sector at its own offset. Which sectors
+those are is a map of one byte each, in memory that takes room only where something was changed.
+As every request is whole sectors, nothing is ever copied up, and a sector is of the one file or
+of the other: writers need no lock among themselves.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from avmm.devices.state import Fields
+from avmm.disks import files
+from avmm.disks.base import SECTOR, Disk
+from avmm.disks.pool import Pool
+from avmm.disks.raw import THREADS
+
+_BASE, _OWN = b"\0", b"\1"
+_CHUNK = 1 << 20
+
+
+class OverlayDisk(Disk):
+    """What is at `path` (a file or block device, opened read-only: many may share it), and over
+    it what the guest has changed, until `close`.
+
+    Changes take room in `folder`: by default $TMPDIR, or /var/tmp, which is rarely memory. Raises
+    `ConfigError` where the base cannot be opened, `OSError` where there is no room for a file.
+    Saved with a machine, the changes are part of its state.
+    """
+
+    can_discard = True
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, folder: str | os.PathLike[str] | None = None
+    ) -> None:
+        self._base, self.size = files.open_locked(Path(path), read_only=True)
+        self.name = f"overlay of {os.fspath(path)}"
+        self._pool = Pool(f"avmm {self.name}", THREADS)
+        try:
+            place = folder or os.environ.get("TMPDIR") or "/var/tmp"
+            self._file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115 - close() does
+            self._fd = self._file.fileno()
+            os.ftruncate(self._fd, self.size)
+            self._map = mmap.mmap(-1, self.size // SECTOR)
+        except BaseException:
+            os.close(self._base)
+            raise
+        self._closed = False
+        self._can_try = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Throw the changes away; idempotent. Not while a machine uses it."""
+        if not self._closed:
+            self._closed = True
+            self._pool.close()
+            self._file.close()
+            self._map.close()
+            os.close(self._base)
+
+    def _runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
+        """(is it changed, offset, length) of each run of sectors in the range."""
+        at, end = offset // SECTOR, (offset + length) // SECTOR
+        while at < end:
+            own = self._map[at] == _OWN[0]
+            stop = self._map.find(_BASE if own else _OWN, at, end)
+            stop = end if stop < 0 else stop
+            yield own, at * SECTOR, (stop - at) * SECTOR
+            at = stop
+
+    def _mark(self, offset: int, length: int) -> None:
+        self._map[offset // SECTOR : (offset + length) // SECTOR] = _OWN * (length // SECTOR)
+
+    async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        await self._pool.run(self._read, offset, buffers)
+
+    def _read(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        left = list(buffers)
+        for own, start, length in self._runs(offset, sum(map(len, buffers))):
+            files.read_fully(self._fd if own else self._base, start, files.cut(left, length))
+
+    def read_now(self, offset: int, buffers: Sequence[memoryview]) -> bool:
+        if not self._can_try:
+            return False
+        left = list(buffers)
+        try:
+            return all(
+                files.read_at_once(self._fd if own else self._base, at, files.cut(left, length))
+                for own, at, length in self._runs(offset, sum(map(len, buffers)))
+            )
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            self._can_try = False
+            return False
+
+    async def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        await self._pool.run(self._write, offset, buffers)
+
+    def _write(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        files.write_fully(self._fd, offset, buffers)
+        self._mark(offset, sum(map(len, buffers)))
+
+    async def flush(self) -> None:
+        """Does nothing: what is thrown away with the process needs no safe place."""
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._pool.run(self._zero, offset, length)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        await self._pool.run(self._zero, offset, length)
+
+    def _zero(self, offset: int, length: int) -> None:
+        if not files.punch(self._fd, offset, length):
+            files.write_zeroes(self._fd, offset, length)
+        self._mark(offset, length)
+
+    def save(self) -> Mapping[str, Any]:
+        changes = []
+        for own, start, length in self._runs(0, self.size):
+            for at in range(start, start + length, _CHUNK) if own else ():
+                data = bytearray(min(_CHUNK, start + length - at))
+                files.read_fully(self._fd, at, [memoryview(data)])
+                changes.append([at, bytes(data)])
+        return {"changes": changes}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        fields = Fields(self.name, state, ("changes",))
+        changes = state["changes"]
+        if type(changes) is not list or not all(map(self._is_change, changes)):
+            raise fields.error("changes", f"[offset, data] pairs of whole sectors in {self.size}")
+        self._map[:] = bytes(len(self._map))
+        os.ftruncate(self._fd, 0)
+        os.ftruncate(self._fd, self.size)
+        for offset, data in changes:
+            self._write(offset, [memoryview(data)])
+
+    def _is_change(self, pair: object) -> bool:
+        if type(pair) is not list or [type(part) for part in pair] != [int, bytes]:
+            return False
+        offset, data = pair
+        end = offset + len(data)
+        return 0 <= offset < end <= self.size and not offset % SECTOR and not end % SECTOR

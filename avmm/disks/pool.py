@@ -1,0 +1,87 @@
+"""Threads for file I/O that may have to wait: one wake-up of trio for all that finished meanwhile.
+
+`trio.to_thread.run_sync` costs each call a new hand-over in both directions. Here jobs go into
+one queue, which a thread that is awake just goes on with, and come back in batches.
+
+Threads start when there is work for them and stay until `close`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+import outcome
+import trio
+
+
+class _Job:
+    __slots__ = ("args", "function", "result", "task", "token")
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.function = function
+        self.args = args
+        self.task = trio.lowlevel.current_task()
+        self.token = trio.lowlevel.current_trio_token()
+        self.result: outcome.Outcome[Any]
+
+
+class Pool:
+    """At most `most` threads. Belongs to one thread's trio; `name` is what the threads are
+    called."""
+
+    def __init__(self, name: str, most: int) -> None:
+        self._name = name
+        self._most = most
+        self._threads: list[threading.Thread] = []
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._done: deque[_Job] = deque()
+        self._pending = 0
+
+    async def run(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call it in a thread; raises what it raises.
+
+        A call that has begun cannot be taken back: cancelling waits for its end, and is then
+        delivered at the next checkpoint.
+        """
+        job = _Job(function, args)
+        self._pending += 1
+        if self._pending > len(self._threads) < self._most:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._jobs.put(job)
+        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.result = outcome.capture(job.function, *job.args)
+            # Guest memory is let go of here, not when the next job comes.
+            job.function, job.args = _nothing, ()
+            token = job.token
+            self._done.append(job)
+            del job
+            with suppress(trio.RunFinishedError):  # trio has crashed: nobody waits any more
+                token.run_sync_soon(self._deliver, idempotent=True)
+
+    def _deliver(self) -> None:
+        while self._done:
+            job = self._done.popleft()
+            self._pending -= 1
+            trio.lowlevel.reschedule(job.task, job.result)
+
+    def close(self) -> None:
+        """End the threads, after what they have in hand; idempotent."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+
+def _nothing() -> None:
+    """What a finished job holds on to."""

@@ -1,0 +1,105 @@
+"""A disk that is a file or block device, byte for byte.
+
+What the host's page cache can serve at once is served in trio (RWF_NOWAIT); the rest goes to a few
+threads, which move the bytes between the file and guest memory without a copy in between.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Self
+
+from avmm.disks import files
+from avmm.disks.base import Disk
+from avmm.disks.pool import Pool
+
+THREADS: Final = 4
+"""How many requests of one disk may wait for the host's storage at the same time."""
+
+
+class RawDisk(Disk):
+    """The file or block device at `path`, opened and locked at once: one writer, or any number of
+    readers. Raises `ConfigError` where that cannot be.
+
+    Close it, or leave its `with` block, when the machine has ended; a `Machine` closes those of
+    its config itself.
+    """
+
+    can_discard = True
+
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
+        self._fd, self.size = files.open_locked(Path(path), read_only=read_only)
+        self.name = os.fspath(path)
+        self.read_only = read_only
+        self.can_discard = not read_only
+        self._pool = Pool(f"avmm disk {Path(path).name}", THREADS)
+        self._at_once = {"read": True, "write": True}
+        self._flush_error: OSError | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End its threads, unlock and close it; idempotent. Not while a machine uses it."""
+        self._pool.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        await self._pool.run(files.read_fully, self._fd, offset, buffers)
+
+    async def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        await self._pool.run(files.write_fully, self._fd, offset, buffers)
+
+    def read_now(self, offset: int, buffers: Sequence[memoryview]) -> bool:
+        return self._try("read", offset, buffers)
+
+    def write_now(self, offset: int, buffers: Sequence[memoryview]) -> bool:
+        return self._try("write", offset, buffers)
+
+    def _try(self, what: str, offset: int, buffers: Sequence[memoryview]) -> bool:
+        """File systems differ in what they can do so; ext4 cannot write."""
+        if not self._at_once[what]:
+            return False
+        transfer = files.read_at_once if what == "read" else files.write_at_once
+        try:
+            return transfer(self._fd, offset, buffers)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            self._at_once[what] = False
+            return False
+
+    async def flush(self) -> None:
+        """fdatasync(2). Once it has failed it fails for ever: the kernel tells of lost data
+        once, and forgets it."""
+        if not self.read_only:
+            await self._pool.run(self._flush)
+
+    def _flush(self) -> None:
+        if self._flush_error is not None:
+            raise OSError(*self._flush_error.args)
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self._flush_error = OSError(*error.args)
+            raise
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._pool.run(files.punch, self._fd, offset, length)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        await self._pool.run(self._zero, offset, length, unmap)
+
+    def _zero(self, offset: int, length: int, unmap: bool) -> None:
+        if unmap and files.punch(self._fd, offset, length):
+            return
+        if not files.zero(self._fd, offset, length):
+            files.write_zeroes(self._fd, offset, length)
