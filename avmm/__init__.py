@@ -6,11 +6,14 @@ from avmm.calls import Call
 from avmm.config import MachineConfig
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
+from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.queue import Chain
 from avmm.devices.virtio.rng import Rng
+from avmm.disks import DiskOptions, OverlayDisk, RawDisk
+from avmm.disks.base import Disk
 from avmm.errors import (
     AvmmError,
     ConfigError,
@@ -38,6 +41,8 @@ __all__ = [
     "ConsoleStream",
     "Device",
     "DeviceError",
+    "Disk",
+    "DiskOptions",
     "FlatOptions",
     "GuestMemory",
     "GuestMemoryError",
@@ -52,12 +57,15 @@ __all__ = [
     "Mode",
     "MsrFault",
     "Outcome",
+    "OverlayDisk",
     "PauseTimeout",
     "Placement",
     "Port",
+    "RawDisk",
     "Rng",
     "StateError",
     "VcpuError",
+    "VirtioBlock",
     "VirtioDevice",
     "Wakeup",
     "mmio",

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from avmm.boot import FlatOptions, Mode, Protocol
 from avmm.completion import Mode as CompletionMode
+from avmm.disks.options import DiskOptions
 from avmm.errors import ConfigError
 from avmm.memory import parse_size
 
@@ -46,6 +47,7 @@ class Settings(TypedDict, total=False):
     protocol: Protocol | str
     acpi: bool
     rng: bool
+    disks: Sequence[str | DiskOptions]
     debug_exit: int | None
     unclaimed: str
     completion: str
@@ -78,6 +80,9 @@ class MachineConfig:
     """Tell the guest of CPUs, devices and the power switch by ACPI tables, too."""
     rng: bool = False
     """Give the guest a virtio source of entropy, fed by the host's kernel."""
+    disks: tuple[DiskOptions, ...] = ()
+    """Files that the guest gets as virtio disks, the first as Linux's vda; text like
+    "FILE,ro", "FILE,overlay,serial=root"."""
     debug_exit: int | None = 0xF4
     """Port of QEMU's isa-debug-exit, or None for no such device."""
     unclaimed: str = "info"
@@ -103,6 +108,9 @@ class MachineConfig:
         if not isinstance(self.roms, list | tuple):
             raise ConfigError(f"roms {self.roms!r}: expected a list like ['0xfff00000=bios.bin']")
         put(self, "roms", tuple(_rom(rom) for rom in self.roms))
+        if not isinstance(self.disks, list | tuple):
+            raise ConfigError(f"disks {self.disks!r}: expected a list like ['root.img,overlay']")
+        put(self, "disks", tuple(_disk(disk) for disk in self.disks))
         put(self, "memory", parse_size(self.memory))
         if self.memory <= 0:
             raise ConfigError(
@@ -196,6 +204,9 @@ def read_toml(path: str | PathLike[str]) -> dict[str, Any]:
     if isinstance(settings.get("roms"), list):
         roms = [_rom(rom) for rom in settings["roms"]]
         settings["roms"] = [(address, path.parent / rom) for address, rom in roms]
+    if isinstance(settings.get("disks"), list):
+        disks = [_disk(disk) for disk in settings["disks"]]
+        settings["disks"] = [replace(disk, file=path.parent / disk.file) for disk in disks]
     if "modules" in settings:
         if not isinstance(settings["modules"], list):
             raise ConfigError(f"config {path}: modules: expected a list of paths")
@@ -211,6 +222,14 @@ def _rom(rom: object) -> tuple[int, Path]:
         with suppress(ValueError):
             return int(text, 0), _path("roms", file)
     raise ConfigError(f"rom {rom!r}: expected ADDRESS=PATH, like '0xfff00000=bios.bin'")
+
+
+def _disk(disk: object) -> DiskOptions:
+    if isinstance(disk, str):
+        return DiskOptions.parse(disk)
+    if not isinstance(disk, DiskOptions):
+        raise ConfigError(f"disk {disk!r}: expected text like 'root.img,overlay'")
+    return disk
 
 
 def _parse_flat(text: str) -> FlatOptions:

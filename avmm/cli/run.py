@@ -74,6 +74,14 @@ PATH = click.Path(path_type=Path)
     type=click.Choice([protocol.value for protocol in Protocol]),
     help="How a Linux kernel is entered.  [default: auto]",
 )
+@click.option(
+    "--disk",
+    "disks",
+    metavar="FILE[,ro][,overlay][,serial=NAME]",
+    multiple=True,
+    help="A virtio disk (vda, vdb, ...); ro: read-only, overlay: changes are thrown away; "
+    "repeatable.",
+)
 @click.option("--rng/--no-rng", default=None, help="A virtio source of entropy.")
 @click.option("--acpi/--no-acpi", default=None, help="ACPI tables.  [default: acpi]")
 @click.option(
@@ -97,6 +105,7 @@ def command(
     image: Path | None,
     modules: tuple[Path, ...],
     roms: tuple[str, ...],
+    disks: tuple[str, ...],
     console_target: str | None,
     config: Path | None,
     **options: Any,
@@ -108,7 +117,7 @@ def command(
     """
     settings = read_toml(config) if config is not None else {}
     options |= {"kernel": image, "console": console_target, "modules": modules or None}
-    options["roms"] = list(roms) or None
+    options |= {"roms": list(roms) or None, "disks": list(disks) or None}
     settings |= {name: value for name, value in options.items() if value is not None}
     machine_config = MachineConfig.make(**settings)
     target = console.parse(machine_config.console)

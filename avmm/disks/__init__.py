@@ -1,1 +1,16 @@
 """What is behind a virtio disk: `base` says what a disk is, the rest are disks."""
+
+from __future__ import annotations
+
+from avmm.disks.options import DiskOptions
+from avmm.disks.overlay import OverlayDisk
+from avmm.disks.raw import RawDisk
+
+__all__ = ["DiskOptions", "OverlayDisk", "RawDisk", "open_disk"]
+
+
+def open_disk(options: DiskOptions) -> RawDisk | OverlayDisk:
+    """The disk that these options mean, for the caller to close. Raises `ConfigError`."""
+    if options.overlay:
+        return OverlayDisk(options.file)
+    return RawDisk(options.file, read_only=options.read_only)
