@@ -73,6 +73,8 @@ class Pool:
             job = self._done.popleft()
             self._pending -= 1
             trio.lowlevel.reschedule(job.task, job.result)
+            # An error knows the frame of `run`, which knows the job: no circle, it holds buffers.
+            del job.result
 
     def close(self) -> None:
         """End the threads, after what they have in hand; idempotent."""
