@@ -10,6 +10,7 @@ import pytest
 
 from avmm.boot import FlatOptions, Mode
 from avmm.config import UNCLAIMED, MachineConfig, read_toml
+from avmm.disks import DiskOptions
 from avmm.errors import ConfigError
 
 MIB = 1 << 20
@@ -308,3 +309,19 @@ def test_rng_is_yes_or_no() -> None:
     assert MachineConfig.make(rng=True).rng
     with pytest.raises(ConfigError, match="rng 'yes': expected true or false"):
         MachineConfig.make(rng="yes")
+
+
+def test_disks_by_text_and_relative_to_the_file(tmp_path: Path) -> None:
+    config = MachineConfig.make(disks=["a.img,ro", DiskOptions(Path("b"), overlay=True)])
+    assert [disk.file for disk in config.disks] == [Path("a.img"), Path("b")]
+    assert config.disks[0].read_only
+    path = tmp_path / "guest.toml"
+    path.write_text('disks = ["a.img,overlay,serial=x", "/b"]')
+    disks = MachineConfig.make(**read_toml(path)).disks
+    assert disks == (
+        DiskOptions(tmp_path / "a.img", overlay=True, serial="x"),
+        DiskOptions(Path("/b")),
+    )
+    for wrong, why in [("a", "a list like"), ([5], "disk 5: expected text"), (["a,b"], "'b'")]:
+        with pytest.raises(ConfigError, match=why):
+            MachineConfig.make(disks=wrong)

@@ -21,6 +21,7 @@ from avmm.disks import files
 from avmm.disks.base import SECTOR, Disk
 from avmm.disks.pool import Pool
 from avmm.disks.raw import THREADS
+from avmm.errors import ConfigError
 
 _BASE, _OWN = b"\0", b"\1"
 _CHUNK = 1 << 20
@@ -31,8 +32,8 @@ class OverlayDisk(Disk):
     it what the guest has changed, until `close`.
 
     Changes take room in `folder`: by default $TMPDIR, or /var/tmp, which is rarely memory. Raises
-    `ConfigError` where the base cannot be opened, `OSError` where there is no room for a file.
-    Saved with a machine, the changes are part of its state.
+    `ConfigError` where the base cannot be opened, or no such file can be there. Saved with a
+    machine, the changes are part of its state.
     """
 
     can_discard = True
@@ -43,15 +44,18 @@ class OverlayDisk(Disk):
         self._base, self.size = files.open_locked(Path(path), read_only=True)
         self.name = f"overlay of {os.fspath(path)}"
         self._pool = Pool(f"avmm {self.name}", THREADS)
+        place = os.fspath(folder or os.environ.get("TMPDIR") or "/var/tmp")
         try:
-            place = folder or os.environ.get("TMPDIR") or "/var/tmp"
             self._file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115 - close() does
             self._fd = self._file.fileno()
             os.ftruncate(self._fd, self.size)
             self._map = mmap.mmap(-1, self.size // SECTOR)
-        except BaseException:
+        except OSError as error:
             os.close(self._base)
-            raise
+            raise ConfigError(
+                f"disk {self.name}: expected room for a file of {self.size} bytes in {place}: "
+                f"{error.strerror}"
+            ) from None
         self._closed = False
         self._can_try = True
 

@@ -1,0 +1,206 @@
+"""Linux on virtio disks: file systems and raw bytes that both sides agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import trio
+from lab.cache import LabError
+from linux import kernel, userspace
+from linux.kernel import CMDLINE
+
+import avmm
+
+pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(900)]
+
+AVMM = [sys.executable, "-m", "avmm", "run"]
+IMAGE = 4 << 20
+
+
+@pytest.fixture(scope="module")
+def vmlinux() -> Path:
+    try:
+        return kernel.vmlinux()
+    except LabError as error:
+        pytest.skip(str(error))
+
+
+def run(vmlinux: Path, folder: Path, script: str, *disks: str) -> str:
+    initrd = userspace.initrd(folder / "initrd", f"{script}\nreboot")
+    options = [option for disk in disks for option in ("--disk", disk)]
+    command = [*AVMM, str(vmlinux), "--initrd", str(initrd), "--memory", "32M", "--no-acpi"]
+    done = subprocess.run(
+        [*command, *options, "--cmdline", CMDLINE + " quiet"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ext2(path: Path, folder: Path) -> None:
+    if shutil.which("mke2fs") is None:
+        pytest.skip("mke2fs is not installed (Debian: e2fsprogs)")
+    with path.open("wb") as file:
+        file.truncate(IMAGE)
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext2", "-d", folder, path], check=True)
+
+
+def from_ext2(path: Path, name: str) -> bytes:
+    """The file `name` in an image, as the host's tools read it."""
+    return subprocess.run(
+        ["debugfs", "-R", f"cat {name}", path], capture_output=True, check=True
+    ).stdout
+
+
+def test_a_file_system_of_both_sides(vmlinux: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "hello").write_text("WRITTEN BY THE HOST\n")
+    big = os.urandom(300_000)
+    (root / "big").write_bytes(big)
+    image = tmp_path / "image"
+    ext2(image, root)
+    script = """
+        mount -t ext2 /dev/vda /mnt
+        cat /mnt/hello /sys/block/vda/serial
+        dd if=/mnt/big of=/mnt/copy bs=64k
+        echo written by the guest > /mnt/reply
+        umount /mnt
+    """
+    out = run(vmlinux, tmp_path, script, f"{image},serial=both-sides")
+    assert "WRITTEN BY THE HOST" in out
+    assert "both-sides" in out
+    checked = subprocess.run(["e2fsck", "-fn", image], capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    assert from_ext2(image, "reply") == b"written by the guest\n"
+    assert hashlib.sha1(from_ext2(image, "copy")).digest() == hashlib.sha1(big).digest()
+
+
+def test_raw_bytes_and_the_order_of_disks(vmlinux: Path, tmp_path: Path) -> None:
+    """vda is read-only, vdb takes its bytes, vdc's are thrown away."""
+    data = os.urandom(1 << 20)
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for path, content in zip(files, (data, bytes(1 << 20), b"c" * (1 << 20)), strict=True):
+        path.write_bytes(content)
+    script = """
+        dd if=/dev/vda of=/dev/vdb bs=32k conv=fsync
+        dd if=/dev/vdb of=/dev/vdc bs=128k conv=fsync
+        cat /sys/block/vda/ro /sys/block/vdb/ro /sys/block/vdc/serial
+        sync
+    """
+    disks = (f"{files[0]},ro", f"{files[1]}", f"{files[2]},overlay")
+    out = run(vmlinux, tmp_path, script, *disks)
+    assert "1\n0\ndisk2" in out.replace("\r", "")
+    assert hashlib.sha1(files[1].read_bytes()).digest() == hashlib.sha1(data).digest()
+    assert files[0].read_bytes() == data
+    assert files[2].read_bytes() == b"c" * (1 << 20)
+
+
+class Remote(avmm.Disk):
+    """An embedder's disk: each answer comes from afar."""
+
+    name, size = "remote", 1 << 20
+
+    def __init__(self) -> None:
+        self.data = bytearray(os.urandom(self.size))
+        self.asked = 0
+
+    async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self.asked += 1
+        await trio.sleep(0.01)
+        for buffer in buffers:
+            buffer[:] = self.data[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+    async def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self.asked += 1
+        await trio.sleep(0.01)
+        data = b"".join(buffers)
+        self.data[offset : offset + len(data)] = data
+
+    async def flush(self) -> None:
+        await trio.sleep(0.01)
+
+
+async def test_pauses_while_linux_copies(vmlinux: Path, tmp_path: Path) -> None:
+    """Between two disks of an embedder's, paused all the time, saved, loaded."""
+    initrd = userspace.initrd(
+        tmp_path / "initrd", "dd if=/dev/vda of=/dev/vdb bs=16k conv=fsync\nsync\nreboot"
+    )
+    disks = Remote(), Remote()
+    state = None
+    outcome = None
+    pauses = 0
+    while outcome is None:
+        async with (
+            avmm.Machine(
+                kernel=vmlinux,
+                initrd=initrd,
+                memory="32M",
+                acpi=False,
+                cmdline=CMDLINE + " quiet",
+                devices=[avmm.virtio(avmm.VirtioBlock(disk)) for disk in disks],
+                state=state,
+            ) as vm,
+            trio.open_nursery() as nursery,
+        ):
+
+            @nursery.start_soon
+            async def drain() -> None:
+                async for _ in vm.console:
+                    pass
+
+            asked = disks[0].asked
+            while disks[0].asked < asked + 10 and outcome is None:
+                with trio.move_on_after(0.05):
+                    outcome = await vm.wait()
+                if disks[0].asked and outcome is None:
+                    async with vm.paused(deadline=20):
+                        pauses += 1
+            if outcome is None:
+                async with vm.paused(deadline=20):
+                    state = vm.save()
+            nursery.cancel_scope.cancel()
+    assert pauses > 3
+    assert disks[1].data == disks[0].data
+
+
+async def test_a_disk_that_does_not_answer_is_named(vmlinux: Path, tmp_path: Path) -> None:
+    class Stuck(Remote):
+        release = trio.Event()
+
+        async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
+            self.asked += 1
+            with trio.CancelScope(shield=True):
+                await self.release.wait()
+            await super().read(offset, buffers)
+
+    initrd = userspace.initrd(tmp_path / "initrd", "sleep 1000")
+    disk = Stuck()
+    async with avmm.Machine(
+        kernel=vmlinux,
+        initrd=initrd,
+        memory="32M",
+        acpi=False,
+        cmdline=CMDLINE + " quiet",
+        devices=[avmm.virtio(avmm.VirtioBlock(disk, serial="slow"))],
+    ) as vm:
+        with trio.fail_after(60):
+            while not disk.asked:  # noqa: ASYNC110 - the guest sets no event
+                await trio.sleep(0.05)
+        with pytest.raises(avmm.PauseTimeout, match="disk slow"):
+            async with vm.paused(deadline=0.2):
+                pass
+        disk.release.set()
+        async with vm.paused(deadline=20):
+            pass
