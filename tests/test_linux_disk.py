@@ -93,8 +93,8 @@ def test_raw_bytes_and_the_order_of_disks(vmlinux: Path, tmp_path: Path) -> None
     for path, content in zip(files, (data, bytes(1 << 20), b"c" * (1 << 20)), strict=True):
         path.write_bytes(content)
     script = """
-        dd if=/dev/vda of=/dev/vdb bs=32k conv=fsync
-        dd if=/dev/vdb of=/dev/vdc bs=128k conv=fsync
+        dd if=/dev/vda of=/dev/vdb bs=32k
+        dd if=/dev/vdb of=/dev/vdc bs=128k
         cat /sys/block/vda/ro /sys/block/vdb/ro /sys/block/vdc/serial
         sync
     """
@@ -135,7 +135,7 @@ class Remote(avmm.Disk):
 async def test_pauses_while_linux_copies(vmlinux: Path, tmp_path: Path) -> None:
     """Between two disks of an embedder's, paused all the time, saved, loaded."""
     initrd = userspace.initrd(
-        tmp_path / "initrd", "dd if=/dev/vda of=/dev/vdb bs=16k conv=fsync\nsync\nreboot"
+        tmp_path / "initrd", "dd if=/dev/vda of=/dev/vdb bs=16k\nsync\nreboot"
     )
     disks = Remote(), Remote()
     state = None
@@ -185,7 +185,9 @@ async def test_a_disk_that_does_not_answer_is_named(vmlinux: Path, tmp_path: Pat
                 await self.release.wait()
             await super().read(offset, buffers)
 
-    initrd = userspace.initrd(tmp_path / "initrd", "sleep 1000")
+    initrd = userspace.initrd(
+        tmp_path / "initrd", "dd if=/dev/vda of=/tmp/one count=1\nsleep 1000"
+    )
     disk = Stuck()
     async with avmm.Machine(
         kernel=vmlinux,
