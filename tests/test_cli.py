@@ -405,3 +405,25 @@ def test_toml_says_none_as_the_command_does(tmp_path: Path) -> None:
     toml = 'kernel = "guest.bin"\nflat = "real@0x8000"\nmemory = "4M"\ndebug-exit = "none"\n'
     (tmp_path / "guest.toml").write_text(toml)
     assert avmm("run", "--config", str(tmp_path / "guest.toml")).returncode == 9
+
+
+def test_disks_that_cannot_be(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4096))
+    for disk, why in [
+        (f"{tmp_path}/none", "none: expected one to read and write: No such file"),
+        (f"{image},rw", "image: unknown option 'rw'; expected ro, overlay or serial=NAME"),
+        (f"{image},serial={'x' * 21}", "image: serial 'xxxxxxxxxxxxxxxxxxxxx': expected at most"),
+    ]:
+        done = avmm("run", "--disk", disk)
+        assert done.returncode == 2
+        assert why in done.stderr
+    done = avmm("run", "--disk", str(image), "--disk", str(image))
+    assert (done.returncode, "image: it is in use" in done.stderr) == (2, True)
+
+
+def test_disks_beside_a_guest_that_knows_none(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4096))
+    done = avmm("run", "--disk", f"{image},overlay", "--disk", f"{image},ro", given="exit 3\n")
+    assert done.returncode == 3

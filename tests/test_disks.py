@@ -178,7 +178,7 @@ def test_files_that_are_no_disks(tmp_path: Path) -> None:
     (tmp_path / "odd").write_bytes(bytes(1000))
     os.mkfifo(tmp_path / "fifo")
     for name, why in [
-        ("none", "none: No such file"),
+        ("none", "none: expected one to read and write: No such file"),
         ("", "Is a directory"),
         ("empty", "empty: its size is 0 bytes, expected a multiple of 512"),
         ("odd", "odd: its size is 1000 bytes, expected a multiple of 512"),

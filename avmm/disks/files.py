@@ -35,7 +35,8 @@ def open_locked(path: Path, *, read_only: bool) -> tuple[int, int]:
             flags |= os.O_EXCL  # refused while it is mounted
         fd = os.open(path, flags)
     except OSError as error:
-        raise ConfigError(f"disk {path}: {error.strerror}") from None
+        wanted = "one to read" if read_only else "one to read and write"
+        raise ConfigError(f"disk {path}: expected {wanted}: {error.strerror}") from None
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
