@@ -67,6 +67,8 @@ _AT_ONCE: Final = 64 * 1024
 """The largest request, in bytes, that is copied while other tasks of the program wait."""
 _BATCH: Final = 64
 """The most requests begun before the guest is told of what was done."""
+_LINES: Final = 64
+"""The most lines in the log about one disk's errors."""
 _CONFIG: Final = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
 
 
@@ -97,6 +99,7 @@ class VirtioBlock(VirtioDevice):
         self.sectors = disk.size // SECTOR
         self.identity = serial.encode().ljust(_ID_BYTES, b"\0")
         self._failing: set[int] = set()
+        self._lines_left = _LINES
         discards = disk.can_discard and not disk.read_only
         self.supported = {IN, FLUSH, GET_ID}
         self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
@@ -140,9 +143,11 @@ class VirtioBlock(VirtioDevice):
             await _Service(self, queues[0], flushes=bool(features & F_FLUSH)).run()
 
     def failed(self, kind: int, sector: int, error: OSError) -> None:
-        """One line, and no more until such a request has succeeded."""
-        if kind not in self._failing:
+        """One line, and no more until such a request has succeeded; bounded, for the guest
+        decides how often it asks."""
+        if kind not in self._failing and self._lines_left:
             self._failing.add(kind)
+            self._lines_left -= 1
             logger.error(
                 "%s (%s) cannot be %s at sector %d: %s; the guest gets an I/O error",
                 self.name,

@@ -419,6 +419,15 @@ async def test_errors_of_the_host_are_the_guests(
             assert (await requests.do(kind, 5, data, room))[0] == OK
 
 
+async def test_a_guest_cannot_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    disk = MemoryDisk()
+    async with served(disk) as requests:
+        for n in range(200):
+            disk.error = OSError(errno.EIO, "x") if n % 2 else None
+            assert (await requests.do(IN, 0, room=512))[0] == n % 2
+    assert len(caplog.records) == 64
+
+
 async def test_a_file_that_was_cut_short(image: Path, caplog: pytest.LogCaptureFixture) -> None:
     with RawDisk(image) as disk:
         image.write_bytes(b"short")

@@ -1,0 +1,79 @@
+"""Disks under a guest of avmm's own: run to the end, paused and moved in the midst of requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import avmm
+from avmm import guests
+
+pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(b"i" * (1 << 20))
+    return path
+
+
+def config(op: str, count: int, *disks: str, depth: int = 8) -> dict[str, Any]:
+    cmdline = f"op={op} size=4096 depth={depth} count={count}"
+    return {"kernel": guests.path("blocks"), "cmdline": cmdline, "disks": list(disks)}
+
+
+async def said(vm: avmm.Machine) -> str:
+    output = b""
+    async for data in vm.console:
+        output += data
+    return output.decode()
+
+
+@pytest.mark.parametrize("options", ["", ",overlay"])
+@pytest.mark.parametrize("op", ["read", "write"])
+async def test_a_guest_on_a_disk(image: Path, op: str, options: str) -> None:
+    with trio.fail_after(60):
+        async with avmm.Machine(**config(op, 300, f"{image}{options}")) as vm:
+            assert f"blocks op={op} size=4096 depth=8 count=300" in await said(vm)
+    changed = op == "write" and not options
+    assert (image.read_bytes() != b"i" * (1 << 20)) is changed
+
+
+async def test_a_read_only_disk_refuses_the_guest(image: Path) -> None:
+    with trio.fail_after(60):
+        async with avmm.Machine(**config("write", 10, f"{image},ro")) as vm:
+            assert "error: the disk answers 1" in await said(vm)
+    assert image.read_bytes() == b"i" * (1 << 20)
+
+
+async def test_pauses_in_the_midst_of_requests(image: Path) -> None:
+    with trio.fail_after(100):
+        async with avmm.Machine(**config("write", 3000, str(image))) as vm:
+            for _ in range(30):
+                await trio.sleep(0.003)
+                async with vm.paused(deadline=10):
+                    frozen = vm.memory.read(0, vm.memory.size), image.read_bytes()
+                    await trio.sleep(0.002)
+                    assert (vm.memory.read(0, vm.memory.size), image.read_bytes()) == frozen
+            assert "count=3000" in await said(vm)
+
+
+@pytest.mark.parametrize("options", ["", ",overlay"])
+async def test_moved_in_the_midst_of_requests(image: Path, options: str) -> None:
+    """Whoever loads opens the file after it was closed: it is locked as long as it is in use."""
+    settings = config("write", 4000, f"{image}{options}")
+    state = None
+    with trio.fail_after(100):
+        for _ in range(5):
+            async with avmm.Machine(**settings, state=state) as vm:
+                await trio.sleep(0.05)
+                async with vm.paused(deadline=10):
+                    with pytest.raises(avmm.ConfigError, match="in use"):
+                        avmm.RawDisk(image)
+                    state = vm.save()
+        async with avmm.Machine(**settings, state=state) as vm:
+            assert "count=4000" in await said(vm)
