@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -427,3 +428,13 @@ def test_disks_beside_a_guest_that_knows_none(tmp_path: Path) -> None:
     image.write_bytes(bytes(4096))
     done = avmm("run", "--disk", f"{image},overlay", "--disk", f"{image},ro", given="exit 3\n")
     assert done.returncode == 3
+
+
+def test_bench_virtio_compares_with_qemu() -> None:
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("QEMU is not installed")
+    done = avmm("bench", "virtio", "--json", "--count", "20", "--rounds", "1")
+    rows = json.loads(done.stdout)
+    assert len({row["case"] for row in rows}) == len(rows) == 9
+    assert all(row["ratio"] == pytest.approx(row["us"] / row["raw_us"]) for row in rows)
+    assert all(row["per_second"] == pytest.approx(1e6 / row["us"]) for row in rows)

@@ -16,16 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
+from avmm.bench.qemu import MICROVM, QEMU
 from avmm.bench.row import Row
 from avmm.errors import AvmmError, ConfigError
-
-_QEMU = "qemu-system-x86_64"
-_MICROVM = (
-    *("-M", "microvm,x-option-roms=off,pit=on,pic=on,rtc=on,isa-serial=on", "-accel", "kvm"),
-    # A named model: "host" fails on hosts whose KVM lacks some of the host's own MSRs.
-    *("-cpu", "qemu64", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"),
-    *("-serial", "stdio"),
-)
 
 
 def measure(
@@ -41,8 +34,8 @@ def measure(
     `progress` is called at each of `steps(rounds)` steps. Raises `ConfigError` where there is no
     QEMU, `AvmmError` where either ends with another status than 0.
     """
-    if shutil.which(_QEMU) is None:
-        raise ConfigError(f"{_QEMU} is not installed (Debian: apt-get install qemu-system-x86)")
+    if shutil.which(QEMU) is None:
+        raise ConfigError(f"{QEMU} is not installed (Debian: apt-get install qemu-system-x86)")
     more = ["--initrd", str(initrd)] if initrd else []
     options = ["--cmdline", cmdline, "--memory", memory]
     ours = [sys.executable, "-m", "avmm", "run", str(kernel), *more, *options]
@@ -50,7 +43,7 @@ def measure(
         plain.write(_gunzipped(kernel))
         plain.flush()
         more = ["-initrd", str(initrd)] if initrd else []
-        theirs = [_QEMU, *_MICROVM, "-kernel", plain.name, *more, "-append", cmdline, "-m", memory]
+        theirs = [QEMU, *MICROVM, "-kernel", plain.name, *more, "-append", cmdline, "-m", memory]
         pairs = []
         for _ in range(rounds):
             base = _seconds(theirs)

@@ -13,3 +13,11 @@ class Row:
     us: float
     raw_us: float
     ratio: float
+
+
+@dataclass(frozen=True)
+class RateRow(Row):
+    """`Row` of a request, `raw_us` is QEMU's; and how many, and megabytes, avmm does a second."""
+
+    per_second: float
+    mb_per_second: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,9 +14,10 @@ import trio
 from avmm.bench import boot as bench_boot
 from avmm.bench import exits as bench_exits
 from avmm.bench import pause as bench_pause
+from avmm.bench import virtio as bench_virtio
 from avmm.bench.row import Row
 
-Measure = Callable[[Callable[[], None]], list[Row]]
+Measure = Callable[[Callable[[], None]], Sequence[Row]]
 
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="A list of objects: case, us, raw_us, ratio."
@@ -71,6 +72,21 @@ def boot(
         return bench_boot.measure(kernel, initrd, cmdline, memory, rounds, progress)
 
     _run(measure, bench_boot.steps(rounds), as_json)
+
+
+@command.command()
+@JSON
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "--count", type=click.IntRange(10), default=10_000, show_default=True, help="Requests."
+)
+def virtio(as_json: bool, count: int, rounds: int) -> None:
+    """Notifications, console and disk, as a ratio to the same guest on QEMU's devices."""
+    _run(
+        lambda progress: bench_virtio.measure(count, rounds, progress),
+        bench_virtio.steps(rounds),
+        as_json,
+    )
 
 
 def _run(measure: Measure, steps: int, as_json: bool) -> None:

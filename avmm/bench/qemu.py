@@ -1,0 +1,13 @@
+"""QEMU's microvm, the machine of its that is most like ours."""
+
+from __future__ import annotations
+
+from typing import Final
+
+QEMU: Final = "qemu-system-x86_64"
+MICROVM: Final = (
+    *("-M", "microvm,x-option-roms=off,pit=on,pic=on,rtc=on,isa-serial=on", "-accel", "kvm"),
+    # A named model: "host" fails on hosts whose KVM lacks some of the host's own MSRs.
+    *("-cpu", "qemu64", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"),
+    *("-serial", "stdio"),
+)
