@@ -14,8 +14,6 @@ than the guest misses what has left the buffer meanwhile. Nothing else is buffer
 from __future__ import annotations
 
 import os
-import socket
-import stat
 import tty
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -24,6 +22,7 @@ from typing import Final
 
 import trio
 
+from avmm.devices import sockets
 from avmm.errors import AvmmError, ConfigError
 
 _LAST_OUTPUT_SECONDS: Final = 1.0
@@ -106,7 +105,7 @@ async def serve_unix(
     stream has ended and the clients have its last output, or have left it for a second. Raises
     `ConfigError` where there can be no such socket. The socket is removed.
     """
-    listener = await listen(os.fspath(path))
+    listener = listen(os.fspath(path))
     task_status.started()
     try:
         async with trio.open_nursery() as clients:
@@ -162,25 +161,6 @@ async def _exchange(log: Scrollback, client: trio.abc.Stream) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def listen(path: str) -> trio.socket.SocketType:
-    """A socket that only its user may connect to; takes the place of one that nobody serves.
-
-    Raises `ConfigError` where there can be none.
-    """
-    with suppress(OSError):  # what is in the way shows when it is bound
-        if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
-            Path(path).unlink()
-    listener = trio.socket.socket(socket.AF_UNIX)
-    try:
-        await listener.bind(path)
-        Path(path).chmod(0o600)  # before anybody can connect
-        listener.listen(1)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"console socket {path}: {error.strerror or error}") from None
-    return listener
-
-
-def _served(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(path) == 0
+def listen(path: str) -> trio.socket.SocketType:
+    """A listening socket at `path`; see `avmm.devices.sockets.listen`."""
+    return trio.socket.from_stdlib_socket(sockets.listen(path, "console"))

@@ -17,7 +17,7 @@ from contextlib import (
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, Unpack
+from typing import Any, Final, Self, TypeVar, Unpack
 
 import trio
 
@@ -41,10 +41,12 @@ from avmm.devices.power import Power
 from avmm.devices.serial import Serial
 from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.console import Console
+from avmm.devices.virtio.device import VirtioDevice
 from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.rng import Rng
 from avmm.disks import open_disk
+from avmm.devices.virtio.vsock import Vsock
 from avmm.doorbell import EventDoorbell
 from avmm.errors import AvmmError, ConfigError, GuestMemoryError, ImageError, StateError
 from avmm.exits import Exits
@@ -80,6 +82,7 @@ _IN_KERNEL: Final = (
 _GPA_LIMIT: Final = 1 << 52
 _PORTS: Final = 1 << 16
 _MSRS: Final = 1 << 32
+_Model = TypeVar("_Model", bound=VirtioDevice)
 
 
 class _Host:
@@ -453,6 +456,17 @@ class Machine:
             if isinstance(device, VirtioMmio) and isinstance(device.model, Console)
             for name, port in device.model.ports.items()
         }
+
+    @property
+    def vsock(self) -> Vsock:
+        """The guest's socket device; `AvmmError` where it has none."""
+        return self._only_model(Vsock, "socket device (the setting vsock)")
+
+    def _only_model(self, kind: type[_Model], what: str) -> _Model:
+        for device in self._running.devices:
+            if isinstance(device, VirtioMmio) and isinstance(device.model, kind):
+                return device.model
+        raise AvmmError(f"this machine has no {what}")
 
     @property
     def memory(self) -> GuestMemory:

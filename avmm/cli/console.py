@@ -202,7 +202,7 @@ async def _file(target: Target, vm: Machine, stream: ConsoleStream) -> None:
 
 async def _unix(target: Target, vm: Machine, stream: ConsoleStream) -> None:
     """One client at a time; what the guest prints meanwhile waits in the port's buffer."""
-    listener = await listen(target.path)
+    listener = listen(target.path)
     try:
         while (connection := await _next_client(listener, vm)) is not None:
             await _serve_client(trio.SocketStream(connection), stream)

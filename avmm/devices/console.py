@@ -32,7 +32,7 @@ class Cable(Protocol):
     def _close(self) -> None: ...
 
 
-class _OneTask:
+class OneTask:
     """Detects a second task in the same half of the stream (as trio's own streams do it)."""
 
     def __init__(self, doing: str) -> None:
@@ -41,7 +41,7 @@ class _OneTask:
 
     def __enter__(self) -> None:
         if self._held:
-            raise trio.BusyResourceError(f"another task is {self._doing} this console")
+            raise trio.BusyResourceError(f"another task is {self._doing}")
         self._held = True
 
     def __exit__(
@@ -68,8 +68,8 @@ class ConsoleStream(trio.abc.Stream):
 
     def __init__(self, cable: Cable) -> None:
         self._cable = cable
-        self._sending = _OneTask("sending to")
-        self._receiving = _OneTask("receiving from")
+        self._sending = OneTask("sending to this console")
+        self._receiving = OneTask("receiving from this console")
         self.accepted = 0
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:

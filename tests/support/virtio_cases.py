@@ -15,6 +15,7 @@ from avmm.devices.virtio.device import VirtioDevice
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.rng import Rng
 from avmm.disks.base import Disk
+from avmm.devices.virtio.vsock import Vsock
 from support.virtio_driver import Driver
 
 
@@ -31,6 +32,8 @@ class Case:
     written: int
     another: Callable[[Driver], list[tuple[int, int, bool]]] | None = None
     """One more request, after `submit`; None: any 8 bytes are one."""
+    listened: int | None = None
+    """A queue that it takes chains from at once, where `queue` is none."""
 
 
 def _rng() -> Rng:
@@ -112,6 +115,18 @@ def _submit_block(driver: Driver) -> None:
 def _another_block(driver: Driver) -> list[tuple[int, int, bool]]:
     at = driver.end
     return [(at, 16, False), (at + 0x1000, 0x400, True), (at + 64, 1, True)]
+def _submit_vsock(driver: Driver) -> None:
+    """Room for packets, and for the event that a load makes."""
+    for index, count in ((0, 3), (2, 1)):
+        ring = driver.rings[index]
+        for n in range(count):
+            ring.add([(driver.end + 128 * n, 128, True)])
+        ring.kick()
+
+
+def _connect_three(vsock: Vsock) -> None:
+    for port in range(3):
+        vsock.request(port)
 
 
 CASES = [
@@ -126,4 +141,5 @@ CASES = [
         2 * 0x401 + 1,
         _another_block,
     ),
+    Case("vsock", Vsock, _submit_vsock, _connect_three, 0, 3 * 44, 1),
 ]

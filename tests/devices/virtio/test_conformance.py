@@ -262,8 +262,9 @@ async def test_a_broken_rule_stops_the_device_until_it_is_reset(
     async with bench.running() as driver:
         for _ in range(3):
             await driver.start()
-            breaks(driver, case.queue)
-            driver.rings[case.queue].kick(always=True)
+            queue = case.queue if case.listened is None else case.listened
+            breaks(driver, queue)
+            driver.rings[queue].kick(always=True)
             await settle()
             assert driver.needs_reset
             assert bench.read(0x60) & 2

@@ -1,0 +1,351 @@
+"""A connection between a guest's socket and the host (VIRTIO 1.2, 5.10.6): a trio stream.
+
+Both directions are bounded. **To the guest** `send_all` fills a buffer, and waits while that is
+full; out of it goes what the guest has room for, by the credit that it tells (5.10.6.3). **From
+the guest** comes no more than `BUFFER` bytes that nobody has received yet: a guest that sends
+more breaks the connection.
+
+Everything here runs in trio, so there is no lock.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from avmm.devices.console import OneTask
+from avmm.devices.virtio.port import Waiters
+
+BUFFER: Final = 256 * 1024
+"""Bytes of the guest's that wait to be received at most; as Linux has it for its own sockets."""
+_OUTPUT: Final = 64 * 1024
+"""Bytes accepted by `send_all` that wait for credit and buffers of the guest's, at most."""
+_MOST: Final = 64 * 1024
+"""The longest packet; as Linux has it."""
+_WORD: Final = 0xFFFF_FFFF
+_WINDOW: Final = 1 << 30
+"""The most that is ever under way, so that counters of 32 bits can be compared."""
+NO_MORE_RECEIVED: Final = 1
+NO_MORE_SENT: Final = 2
+BOTH: Final = NO_MORE_RECEIVED | NO_MORE_SENT
+
+
+class Op(enum.IntEnum):
+    """What a packet is for (5.10.6)."""
+
+    REQUEST = 1
+    RESPONSE = 2
+    RST = 3
+    SHUTDOWN = 4
+    RW = 5
+    CREDIT_UPDATE = 6
+    CREDIT_REQUEST = 7
+
+
+class _Stage(enum.Enum):
+    REQUESTED = enum.auto()
+    """The host has asked, the guest has not answered."""
+    OFFERED = enum.auto()
+    """The guest has asked, the host has not answered."""
+    OPEN = enum.auto()
+    GONE = enum.auto()
+    """The guest knows nothing of it (any more); what was received before is still there."""
+
+
+class VsockStream(trio.abc.HalfCloseableStream):
+    """The host's end of a connection. One task may send and one may receive at a time.
+
+    When the guest has gone (its driver was reset, its machine loaded from a state, or it reset the
+    connection), what was received before can still be had; then `receive_some` raises
+    `trio.BrokenResourceError`, and `send_all` at once.
+    """
+
+    def __init__(
+        self,
+        host_port: int,
+        guest_port: int,
+        *,
+        offered: bool,
+        due: Callable[[VsockStream], None],
+        closed: Callable[[VsockStream], None],
+    ) -> None:
+        self.host_port = host_port
+        self.guest_port = guest_port
+        self._stage = _Stage.OFFERED if offered else _Stage.REQUESTED
+        self._on_due = due
+        self._on_closed = closed
+        self._ops = set[Op]() if offered else {Op.REQUEST}
+        """Packets without data that are to be sent; at most one of a kind."""
+        self._requested = False
+        self._refused = False
+        self._input = bytearray()
+        self._output = bytearray()
+        self._guest_sends = self._guest_receives = True
+        self._ending = False
+        self._closed = False
+        self._shut = 0
+        # Free-running counters of 32 bits: bytes sent, and of these what the guest has taken;
+        # bytes that were received here, and the latest number of them that it was told.
+        self._sent = self._taken = self._room = 0
+        self._forwarded = self._told = 0
+        self._asked = False
+        self._sending = OneTask("sending to this connection")
+        self._receiving = OneTask("receiving from this connection")
+        self._changed = Waiters()
+        self.deadline = float("inf")
+        """When the device gives up waiting for the guest to agree to its end."""
+        self.is_counted = True
+        """For the device: does it count among those that there are?"""
+
+    def __repr__(self) -> str:
+        return f"<VsockStream host port {self.host_port}, guest port {self.guest_port}>"
+
+    # -- the host's side -----------------------------------------------------------------------
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send `data`; returns when all of it is accepted for delivery. Cancelled, an unknown
+        part of it was. Raises as trio's streams do."""
+        with self._sending, memoryview(data).cast("B") as view:
+            await trio.lowlevel.checkpoint()
+            at = 0
+            while True:
+                self._check_sendable()
+                part = view[at : at + max(0, _OUTPUT - len(self._output))]
+                self._output += part
+                at += len(part)
+                self._tell()
+                if at == len(view):
+                    return
+                await self._changed.wait()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until at least one byte would be accepted at once, or sending would fail."""
+        with self._sending:
+            await trio.lowlevel.checkpoint()
+            if self._closed:
+                raise trio.ClosedResourceError("this connection was closed")
+            while self._is_sendable and len(self._output) >= _OUTPUT:
+                await self._changed.wait()
+
+    async def send_eof(self) -> None:
+        """Tell the guest, after what was accepted, that nothing more will be sent."""
+        with self._sending:
+            if self._closed:
+                raise trio.ClosedResourceError("this connection was closed")
+            self._ending = True
+            self._tell()
+            await trio.lowlevel.checkpoint()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Wait for data: at least one byte, at most `max_bytes`, or b"" at the guest's end of it.
+        Cancelling loses nothing."""
+        if max_bytes is not None and (max_bytes := operator.index(max_bytes)) < 1:
+            raise ValueError("max_bytes must be at least 1")
+        with self._receiving:
+            await trio.lowlevel.checkpoint()
+            while True:
+                if self._closed:
+                    raise trio.ClosedResourceError("this connection was closed")
+                if self._input:
+                    data = bytes(self._input if max_bytes is None else self._input[:max_bytes])
+                    del self._input[: len(data)]
+                    self._forward(len(data))
+                    return data
+                if not self._guest_sends:
+                    return b""
+                if self._stage is _Stage.GONE:
+                    raise trio.BrokenResourceError("the guest has reset the connection")
+                await self._changed.wait()
+
+    async def aclose(self) -> None:
+        """Close it: what was accepted still reaches a guest that reads it. Never waits."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        """As `aclose`, from code that is not async; does nothing the second time."""
+        if self._closed:
+            return
+        self._closed = True
+        self._forward(len(self._input))
+        self._input.clear()
+        if self._stage is _Stage.OPEN:
+            self._tell()
+        elif self._stage is not _Stage.GONE:
+            self.refuse()
+        self._changed.set()
+        self._on_closed(self)
+
+    @property
+    def _is_sendable(self) -> bool:
+        return self._stage is _Stage.OPEN and self._guest_receives and not self._closed
+
+    def _check_sendable(self) -> None:
+        if self._closed or self._ending:
+            raise trio.ClosedResourceError("this connection was closed")
+        if not self._is_sendable:
+            raise trio.BrokenResourceError("the guest receives no more")
+
+    def _forward(self, count: int) -> None:
+        self._forwarded = self._forwarded + count & _WORD
+        # Not at once: a packet for each read would cost the guest more than reading.
+        untold = self._forwarded - self._told & _WORD
+        if untold >= BUFFER // 4 and self._stage is _Stage.OPEN:
+            self._ops.add(Op.CREDIT_UPDATE)
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.is_due:
+            self._on_due(self)
+
+    # -- the device's side ---------------------------------------------------------------------
+
+    async def connected(self) -> None:
+        """Return when the guest has accepted; raises `ConnectionRefusedError`."""
+        while self._stage is _Stage.REQUESTED:
+            await self._changed.wait()
+        if self._refused or self._closed:
+            raise ConnectionRefusedError(
+                f"nobody in the guest accepts connections at vsock port {self.guest_port}"
+            )
+
+    def accept(self) -> None:
+        """Answer the guest that it is connected; does nothing where it has gone meanwhile."""
+        if self._stage is _Stage.OFFERED:
+            self._stage = _Stage.OPEN
+            self._ops.add(Op.RESPONSE)
+            self._tell()
+
+    def refuse(self) -> None:
+        """End it with a reset; what is buffered for the guest is dropped."""
+        if self._stage is _Stage.GONE:
+            return
+        known = self._stage is not _Stage.REQUESTED or self._requested
+        self.lose()
+        if known:
+            self._ops.add(Op.RST)
+            self._tell()
+
+    def lose(self) -> None:
+        """The guest does not know it any more."""
+        self._refused |= self._stage is _Stage.REQUESTED
+        self._stage = _Stage.GONE
+        self._output.clear()
+        self._ops.clear()
+        self._changed.set()
+
+    @property
+    def is_gone(self) -> bool:
+        """Has it ended, with nothing left to tell the guest?"""
+        return self._stage is _Stage.GONE and not self._ops
+
+    @property
+    def is_closed(self) -> bool:
+        """Has the host closed it?"""
+        return self._closed
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Has the guest not been asked yet? Then a guest that begins anew still can be."""
+        return self._stage is _Stage.REQUESTED and not self._requested
+
+    @property
+    def _credit(self) -> int:
+        return min(self._room, _WINDOW) - (self._sent - self._taken & _WORD)
+
+    @property
+    def _wanted_shut(self) -> int:
+        if self._stage is not _Stage.OPEN or self._output:
+            return 0
+        return BOTH if self._closed else NO_MORE_SENT if self._ending else 0
+
+    @property
+    def is_due(self) -> bool:
+        """Is there something to be sent to the guest now?"""
+        if self._ops or self._wanted_shut & ~self._shut:
+            return True
+        return bool(self._output) and (self._credit > 0 or not self._asked)
+
+    def next_packet(self, most: int) -> tuple[Op, int, bytes]:
+        """What to send next where something `is_due`: (op, flags, data of at most `most`
+        bytes)."""
+        for op in (Op.RST, Op.REQUEST, Op.RESPONSE):
+            if op in self._ops:
+                self._ops.remove(op)
+                self._requested |= op is Op.REQUEST
+                return op, 0, b""
+        count = min(len(self._output), self._credit, most, _MOST)
+        if count > 0:
+            data = bytes(self._output[:count])
+            del self._output[:count]
+            self._sent = self._sent + count & _WORD
+            self._changed.set()
+            return Op.RW, 0, data
+        if not self._output and (shut := self._wanted_shut) & ~self._shut:
+            self._shut |= shut
+            return Op.SHUTDOWN, self._shut, b""
+        if self._output and self._credit <= 0 and not self._asked:
+            self._asked = True
+            return Op.CREDIT_REQUEST, 0, b""
+        self._ops.discard(Op.CREDIT_UPDATE)
+        return Op.CREDIT_UPDATE, 0, b""
+
+    def told(self) -> int:
+        """How much was taken of what the guest has sent: goes along with each packet."""
+        self._told = self._forwarded
+        self._ops.discard(Op.CREDIT_UPDATE)
+        return self._forwarded
+
+    def take(self, op: int, flags: int, data: bytes, room: int, taken: int) -> bool:
+        """A packet of the guest's, with its credit; False where it breaks the rules."""
+        if not self.take_credit(room, taken):
+            return False
+        if op == Op.RESPONSE and self._stage is _Stage.REQUESTED and self._requested:
+            self._stage = _Stage.OPEN
+            self._changed.set()
+        elif self._stage is not _Stage.OPEN:
+            return False
+        elif op == Op.RW:
+            return self._take_data(data)
+        elif op == Op.SHUTDOWN:
+            self._guest_receives &= not flags & NO_MORE_RECEIVED
+            self._guest_sends &= not flags & NO_MORE_SENT
+            if not self._guest_receives:
+                self._output.clear()
+            self._changed.set()
+            if not (self._guest_sends or self._guest_receives):
+                self.refuse()  # 5.10.6.5: that is how its end is agreed to
+        elif op == Op.CREDIT_REQUEST:
+            self._ops.add(Op.CREDIT_UPDATE)
+        elif op != Op.CREDIT_UPDATE:
+            return False
+        self._tell()
+        return True
+
+    def take_credit(self, room: int, taken: int) -> bool:
+        """What the guest tells of its buffer; False where it cannot be so."""
+        under_way = self._sent - self._taken & _WORD
+        if (self._sent - taken & _WORD) <= under_way:
+            self._taken = taken
+        elif (taken - self._sent & _WORD) <= _WINDOW:
+            return False  # it has taken more than there was
+        # Else it is older than what was told: Linux's senders overtake each other.
+        self._room = room
+        if self._credit > 0:
+            self._asked = False
+        return True
+
+    def _take_data(self, data: bytes) -> bool:
+        if not self._guest_sends or len(self._input) + len(data) > BUFFER:
+            return False
+        if self._closed:
+            self._forward(len(data))
+        else:
+            self._input += data
+            self._changed.set()
+        self._tell()
+        return True

@@ -1,0 +1,135 @@
+"""A guest's sockets as unix sockets of the host, as Firecracker and cloud-hypervisor have them.
+
+- A program on the host connects to PATH and sends "CONNECT <port>\\n". When somebody in the guest
+  listens at that port, it gets "OK <host port>\\n", and from there on it is the connection. Else
+  it is closed.
+- A program in the guest that connects to port P of the host's reaches the unix socket PATH_P.
+  Where nobody listens there it is refused, as it is where the program on the host does not
+  accept.
+
+The end of one direction (a half-close) is passed on in both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from avmm.devices import sockets
+from avmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from avmm.devices.virtio.vsock import Vsock
+    from avmm.devices.virtio.vsock_stream import VsockStream
+
+_CONNECT: Final = re.compile(rb"CONNECT (\d{1,10})\r?\n")
+_LONGEST_LINE: Final = 32
+_LINE_SECONDS: Final = 10.0
+_CLIENTS: Final = 256
+"""Programs that are served at once, in either direction; others wait or are refused."""
+_BROKEN: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
+_LONGEST_PATH: Final = 107 - len("_4294967295")
+
+
+async def serve(vsock: Vsock, path: str | PathLike[str]) -> None:
+    """Serve PATH until cancelled. Raises `ConfigError` where it cannot listen there."""
+    path = fspath(path)
+    if len(path.encode()) > _LONGEST_PATH:
+        raise ConfigError(f"vsock socket {path}: expected a path of at most {_LONGEST_PATH} bytes")
+    listener = sockets.listen(path, "vsock", backlog=16)
+    free = trio.Semaphore(_CLIENTS)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_serve_guest, vsock, path, free, nursery)
+            while True:
+                await free.acquire()
+                client, _ = await trio.socket.from_stdlib_socket(listener).accept()
+                nursery.start_soon(_serve_client, vsock, trio.SocketStream(client), free)
+    finally:
+        listener.close()
+        with suppress(FileNotFoundError):
+            Path(path).unlink()
+
+
+async def _serve_client(vsock: Vsock, client: trio.SocketStream, free: trio.Semaphore) -> None:
+    with _one_of(free), suppress(*_BROKEN, OSError):
+        async with client:
+            port, rest = await _read_line(client)
+            if port is None:
+                return
+            async with await vsock.connect(port) as stream:
+                await client.send_all(b"OK %d\n" % stream.host_port)
+                await stream.send_all(rest)
+                await _join(client, stream)
+
+
+async def _read_line(client: trio.SocketStream) -> tuple[int | None, bytes]:
+    """The port that is asked for, and what came after the line; None for no proper request."""
+    data = b""
+    with trio.move_on_after(_LINE_SECONDS):
+        while b"\n" not in data:
+            more = await client.receive_some(4096)
+            data += more
+            if not more or (b"\n" not in data and len(data) > _LONGEST_LINE):
+                break
+    match = _CONNECT.match(data)
+    if match is None or (port := int(match[1])) >= 0xFFFF_FFFF:
+        return None, b""
+    return port, data[match.end() :]
+
+
+async def _serve_guest(
+    vsock: Vsock, path: str, free: trio.Semaphore, nursery: trio.Nursery
+) -> None:
+    async with vsock.listen(None) as requests:
+        while True:
+            stream = await requests.accept()
+            try:
+                free.acquire_nowait()
+            except trio.WouldBlock:
+                await stream.aclose()
+            else:
+                nursery.start_soon(_serve_request, path, stream, free)
+
+
+async def _serve_request(path: str, stream: VsockStream, free: trio.Semaphore) -> None:
+    with _one_of(free):
+        async with stream:
+            try:
+                host = await trio.open_unix_socket(f"{path}_{stream.host_port}")
+            except OSError:
+                return  # closing it unanswered refuses it
+            async with host:
+                stream.accept()
+                await _join(host, stream)
+
+
+async def _join(host: trio.SocketStream, guest: VsockStream) -> None:
+    """Until both have ended, or one of them is broken."""
+    async with trio.open_nursery() as nursery:
+
+        async def copy(source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream) -> None:
+            try:
+                async for data in source:
+                    await sink.send_all(data)
+                await sink.send_eof()
+            except _BROKEN:
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(copy, host, guest)
+        await copy(guest, host)
+
+
+@contextlib.contextmanager
+def _one_of(free: trio.Semaphore) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        free.release()
