@@ -84,9 +84,9 @@ class SplitRing:
         """Walk the chain of descriptor `head` (once more)."""
         _checked(lib.avmm_vring_walk(self.struct, head))
 
-    def push(self, head: int, written: int) -> None:
-        """Give the chain back to the guest."""
-        _checked(lib.avmm_vring_push(self.struct, head, written))
+    def push(self, head: int, written: int, more: bool = False) -> None:
+        """Give the chain back to the guest; with `more` it sees it only with the next."""
+        _checked(lib.avmm_vring_push(self.struct, head, written, more))
 
     def wants_interrupt(self) -> bool:
         """Is the guest to be interrupted for what was pushed since the last call?"""

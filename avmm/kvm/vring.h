@@ -202,8 +202,9 @@ static int avmm_vring_pop(struct avmm_vring *ring)
     return answer;
 }
 
-/* Give the chain of `head` back, with `written` bytes written to it: 0, or a negative error. */
-static int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t written)
+/* Give the chain of `head` back, with `written` bytes written to it: 0, or a negative error.
+ * With `more` the guest sees it only together with the next one. */
+static int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t written, int more)
 {
     uint8_t *used = vring_used(ring);
     if (!used)
@@ -211,7 +212,9 @@ static int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t writ
     uint8_t *entry = used + 4 + 8 * (ring->next_used & (ring->size - 1));
     store32(entry, head);
     store32(entry + 4, written);
-    store16_release(used + 2, ++ring->next_used);
+    ring->next_used++;
+    if (!more)
+        store16_release(used + 2, ring->next_used);
     return 0;
 }
 

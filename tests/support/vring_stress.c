@@ -151,7 +151,7 @@ int main(int argc, char **argv)
             continue;
         }
         spin();
-        avmm_vring_push(&ring, ring.head, (uint32_t)ring.parts[0].length);
+        avmm_vring_push(&ring, ring.head, (uint32_t)ring.parts[0].length, 0);
         done++;
         if (avmm_vring_wants_interrupt(&ring))
             ring_bell(interrupt, &interrupts);

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import trio
 
-from avmm.devices.base import Doorbell
+from avmm.devices.base import Doorbell, Wakeup
 from avmm.devices.virtio.queue import Chain, Queue
 from avmm.errors import DeviceError
 
@@ -58,6 +58,9 @@ class Link(Protocol):
 
     def config_changed(self) -> None:
         """Tell the driver that config space has changed; from trio, after it did."""
+
+    def wakeup(self) -> Wakeup:
+        """A new wake-up, by which `write_config` tells a task of the device."""
 
 
 class GuestQueue:
@@ -97,12 +100,18 @@ class GuestQueue:
             self._yielded = time.perf_counter()
         self._queue.ignore()
 
-    def push(self, chain: Chain, written: int = 0, *, signal: bool = True) -> None:
+    def push(
+        self, chain: Chain, written: int = 0, *, signal: bool = True, more: bool = False
+    ) -> None:
         """Give a chain back; `written` is how many bytes of it were written, from its beginning.
 
         Interrupts the guest where it wants that, unless `signal` is False: then call `signal`
-        after the last chain of several.
+        after the last chain of several. With `more` the guest sees it only together with the
+        next one, before which there must be no `await`.
         """
+        if more:
+            self._queue.stage(chain, written)
+            return
         self._queue.push(chain, written)
         if signal and self._queue.wants_interrupt():
             self._interrupt()
@@ -129,6 +138,8 @@ class _Ended:
 
     def push(self, chain: Chain, written: int) -> None:
         """Nothing: what was in flight is given out again, or forgotten."""
+
+    stage = push
 
     def wants_interrupt(self) -> bool:
         return False

@@ -413,6 +413,10 @@ class VirtioMmio(Device):
         if tell and not self._held:
             self._pulse()
 
+    def wakeup(self) -> Wakeup:
+        """See `Link`."""
+        return self.host.wakeup()
+
     def _pulse(self) -> None:
         # Also where the bit is set already: a driver may look at its rings before it
         # acknowledges, and would never hear of what came in between.

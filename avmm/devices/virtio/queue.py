@@ -129,6 +129,9 @@ class Queue(Protocol):
     def push(self, chain: Chain, written: int) -> None:
         """Give a chain back, with `written` bytes written to it. Raises `QueueError`."""
 
+    def stage(self, chain: Chain, written: int) -> None:
+        """As `push`, but the guest sees it only together with the next that is pushed."""
+
     def wants_interrupt(self) -> bool:
         """Is the guest to be interrupted for what was pushed since this was last asked?"""
 
@@ -231,6 +234,12 @@ class Virtqueue:
         """See `Queue`. Does nothing with a chain that was taken back by `hold` or `reset`."""
         if self._ring is not None and self._in_flight.get(chain.head) is chain:
             self._ring.push(chain.head, written)
+            del self._in_flight[chain.head]
+
+    def stage(self, chain: Chain, written: int) -> None:
+        """See `Queue`. Does nothing where `push` does nothing."""
+        if self._ring is not None and self._in_flight.get(chain.head) is chain:
+            self._ring.push(chain.head, written, more=True)
             del self._in_flight[chain.head]
 
     def wants_interrupt(self) -> bool:

@@ -51,6 +51,18 @@ def table(memory: GuestMemory, at: int, *rows: tuple[int, int, int, int]) -> Non
     memory.write(at, b"".join(struct.pack("<QIHH", *row) for row in rows))
 
 
+def test_chains_that_the_guest_is_to_see_together(fix: Fixture) -> None:
+    for _ in range(3):
+        fix.ring.add([(0x8000, 8, True)])
+    chains = [fix.queue.pop() for _ in range(3)]
+    for chain in chains[:2]:
+        fix.queue.stage(chain, 8)
+        assert fix.ring.take() == []
+    fix.queue.push(chains[2], 4)
+    assert fix.ring.take() == [(0, 8), (1, 8), (2, 4)]
+    assert fix.queue.wants_interrupt()
+
+
 def test_a_chain_is_the_guests_memory_itself(fix: Fixture) -> None:
     fix.memory.write(0x8000, b"hello, ")
     fix.memory.write(0x9000, b"world")
