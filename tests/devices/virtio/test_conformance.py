@@ -291,8 +291,8 @@ async def test_a_guest_that_refills_for_ever_keeps_nobody_from_a_pause_or_reset(
     async with bench.running() as driver:
         case.let_go(bench.model)
         await driver.start()
-        ring = driver.rings[case.queue]
-        queue = bench.device._queues[case.queue]
+        number = case.queue if case.listened is None else case.listened
+        ring, queue = driver.rings[number], bench.device._queues[number]
         push, served = queue.push, 0
 
         def push_and_refill(chain, written) -> None:
@@ -306,6 +306,9 @@ async def test_a_guest_that_refills_for_ever_keeps_nobody_from_a_pause_or_reset(
 
         queue.push = push_and_refill
         case.submit(driver)
+        if number != case.queue:
+            ring.add([(driver.end, 8, False)])
+            ring.kick()
         with trio.fail_after(5):
             while served < 1000:
                 await trio.lowlevel.checkpoint()
