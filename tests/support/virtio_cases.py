@@ -12,6 +12,8 @@ import trio
 from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.device import VirtioDevice
+from avmm.devices.virtio.frame import Backend, Frame
+from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.rng import Rng
 from avmm.disks.base import Disk
@@ -129,6 +131,41 @@ def _connect_three(vsock: Vsock) -> None:
         vsock.request(port)
 
 
+class Gated(Backend):
+    """A network on which nothing goes either way before the gate is open; then frames come for
+    ever."""
+
+    def __init__(self) -> None:
+        self.gate = trio.Event()
+
+    async def receive(self) -> Frame:
+        await self.gate.wait()
+        await trio.lowlevel.checkpoint()
+        return Frame(bytes(60))
+
+    async def send(self, frame: Frame) -> None:
+        await self.gate.wait()
+        await trio.lowlevel.checkpoint()
+
+
+def _submit_frames(driver: Driver) -> None:
+    ring = driver.rings[1]
+    for n in range(3):
+        ring.add([(driver.end + 128 * n, 12, False), (driver.end + 128 * n + 12, 60, False)])
+    ring.kick()
+
+
+def _submit_buffers(driver: Driver) -> None:
+    ring = driver.rings[0]
+    for n in range(3):
+        ring.add([(driver.end + 128 * n, 128, True)])
+    ring.kick()
+
+
+def _open_net(net: Net) -> None:
+    net.backend.gate.set()  # type: ignore[attr-defined]
+
+
 CASES = [
     Case("rng", _rng, _submit_rng, lambda rng: rng.gate.set(), 0, 192),
     Case("console", _console, _submit_console, _read_console, 1, 0),
@@ -142,4 +179,6 @@ CASES = [
         _another_block,
     ),
     Case("vsock", Vsock, _submit_vsock, _connect_three, 0, 3 * 44, 1),
+    Case("net out", lambda: Net(Gated()), _submit_frames, _open_net, 1, 0),
+    Case("net in", lambda: Net(Gated()), _submit_buffers, _open_net, 0, 3 * 72, 1),
 ]

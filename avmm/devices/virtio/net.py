@@ -1,0 +1,215 @@
+"""The network device (VIRTIO 1.2, 5.1): one pair of queues between the guest and a `Backend`.
+
+**Checksums.** The guest may leave them to the device, and take frames whose checksum is not
+complete. Such frames go as they are to backends that can (a TAP), else they are completed here.
+
+**What waits.** A frame is only received from the backend when the last one has been given to the
+guest. So for a guest that gives no buffers, or has no driver yet, one frame waits here and the
+others at the backend, which has a bound of its own (a TAP's queue drops what does not fit, a
+socket's sender waits). Where the backend takes no frame, the guest's queue fills up.
+
+A frame that waits here when the state is taken is lost, as on any Ethernet.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import struct
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+import trio
+
+from avmm.devices.state import Fields
+from avmm.devices.virtio.device import GuestQueue, VirtioDevice
+from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
+from avmm.devices.virtio.queue import Chain
+from avmm.errors import ConfigError
+
+F_CSUM: Final = 1 << 0
+F_GUEST_CSUM: Final = 1 << 1
+F_MTU: Final = 1 << 3
+F_MAC: Final = 1 << 5
+F_MRG_RXBUF: Final = 1 << 15
+F_STATUS: Final = 1 << 16
+LINK_UP: Final = 1
+_HEADER: Final = struct.Struct("<BBHHHHH")
+_NEEDS_CSUM: Final = 1
+_DATA_VALID: Final = 2
+_GSO_NONE: Final = 0
+_RX, _TX = 0, 1
+_SHORTEST: Final = 14
+_MOST_BUFFERS: Final = 64
+"""Of which a frame for the guest may take up so many; Linux's hold 1500 bytes or more."""
+_LEAST_MTU, _MOST_MTU = 68, 65535
+_MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", re.IGNORECASE | re.ASCII)
+
+
+def parse_mac(text: str) -> bytes:
+    """The 6 bytes of an address like "52:54:00:12:34:56"; raises `ConfigError`."""
+    if not isinstance(text, str) or not _MAC.fullmatch(text):
+        raise ConfigError(f"mac {text!r}: expected six bytes like 52:54:00:12:34:56")
+    mac = bytes.fromhex(text.replace(":", ""))
+    if mac[0] & 1 or not any(mac):
+        raise ConfigError(f"mac {text!r}: expected the address of one station")
+    return mac
+
+
+def parse_mtu(mtu: object) -> int:
+    """`mtu`, where it is one; raises `ConfigError`."""
+    if type(mtu) is not int or not _LEAST_MTU <= mtu <= _MOST_MTU:
+        raise ConfigError(f"mtu {mtu!r}: expected a number from {_LEAST_MTU} to {_MOST_MTU}")
+    return mtu
+
+
+class Net(VirtioDevice):
+    """A network device whose other side is `backend`.
+
+    `mac` is the guest's address, a random one by default; `mtu` the longest packet, in bytes.
+    """
+
+    device_id: ClassVar[int] = 1
+    features = F_CSUM | F_GUEST_CSUM | F_MTU | F_MAC | F_MRG_RXBUF | F_STATUS
+    queue_sizes = (256, 256)
+
+    def __init__(self, backend: Backend, *, mac: str | None = None, mtu: int = 1500) -> None:
+        self.backend = backend
+        # Local, of one station: of the range that QEMU uses.
+        self.mac = parse_mac(mac) if mac is not None else b"\x52\x54\0" + secrets.token_bytes(3)
+        """The guest's address, 6 bytes."""
+        self.mtu = parse_mtu(mtu)
+        self.dropped = 0
+        """Frames that went nowhere: malformed, too long for the guest's buffers, or while there
+        was no link."""
+        self._link_wanted = True
+        self._plugged = backend.is_connected
+        self._is_loaded = False
+        self._frame: Frame | None = None
+
+    @property
+    def name(self) -> str:
+        return "net"
+
+    @property
+    def config(self) -> bytes:
+        return struct.pack("<6sHHH", self.mac, LINK_UP if self.link_up else 0, 1, self.mtu)
+
+    @property
+    def link_up(self) -> bool:
+        """Has the guest a link: is it wanted, and is somebody at the other end?"""
+        return self._link_wanted and self._plugged
+
+    def set_link(self, up: bool) -> None:
+        """Plug the guest's cable in, or pull it: then frames go nowhere. From trio."""
+        self._change(up, self._plugged)
+
+    def _change(self, wanted: bool, plugged: bool) -> None:
+        before = self.link_up
+        self._link_wanted, self._plugged = wanted, plugged
+        if self.link_up is not before:
+            self.link.config_changed()
+
+    # -- queues --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        if not self._plugged:
+            await self.backend.connected()
+            self._change(self._link_wanted, True)
+
+    async def serve(self, queues: Mapping[int, GuestQueue], features: int) -> None:
+        if self._is_loaded:  # the link may not be what it was where the state was taken
+            self._is_loaded = False
+            self.link.config_changed()
+        async with trio.open_nursery() as nursery:
+            if _RX in queues:
+                nursery.start_soon(self._receive, queues[_RX], features)
+            if _TX in queues:
+                nursery.start_soon(self._transmit, queues[_TX], features)
+
+    async def _transmit(self, queue: GuestQueue, features: int) -> None:
+        """Frames of the guest's."""
+        while True:
+            chain = await queue.next()
+            frame = _taken(chain, features)
+            if frame is None or not self.link_up:
+                self.dropped += 1
+            else:
+                try:
+                    await self.backend.send(
+                        frame if self.backend.completes else Frame(frame.complete())
+                    )
+                except trio.BrokenResourceError:
+                    self.dropped += 1
+                    self._change(self._link_wanted, False)
+            queue.push(chain)
+
+    async def _receive(self, queue: GuestQueue, features: int) -> None:
+        """Frames for the guest."""
+        chains: list[Chain] = []
+        most = _MOST_BUFFERS if features & F_MRG_RXBUF else 1
+        while True:
+            if self._frame is None:
+                try:
+                    self._frame = await self.backend.receive()
+                except trio.EndOfChannel:
+                    self._change(self._link_wanted, False)
+                    return
+            frame = self._frame
+            needed = _HEADER.size + len(frame.data)
+            while (room := sum(chain.writable_bytes for chain in chains)) < needed or not chains:
+                if len(chains) == most:
+                    break
+                chains.append(await queue.next())
+            self._frame = None  # from here to the end there is no `await`: it is given once
+            if room < needed or not self.link_up or not frame.is_sound:
+                self.dropped += 1
+                continue
+            packet = memoryview(_packet(frame, features, len(chains)))
+            for chain in chains:
+                written = chain.put(packet)
+                packet = packet[written:]
+                queue.push(chain, written, more=chain is not chains[-1])
+            chains = []
+
+    # -- its life ------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        self._frame = None
+
+    def save(self) -> Mapping[str, Any]:
+        return {"mac": self.mac, "mtu": self.mtu, "link": self._link_wanted}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        fields = Fields("net", state, ("mac", "mtu", "link"))
+        mac = fields.data("mac", 6, least=6)
+        mtu = fields.number("mtu", _MOST_MTU, least=_LEAST_MTU)
+        link = fields.flag("link")
+        self.mac, self.mtu, self._link_wanted, self._frame = mac, mtu, link, None
+        self._is_loaded = True
+
+
+def _packet(frame: Frame, features: int, buffers: int) -> bytes:
+    """What goes to the guest: the header and the frame."""
+    if frame.start is None:
+        flags = _DATA_VALID if frame.is_valid and features & F_GUEST_CSUM else 0
+        return _HEADER.pack(flags, _GSO_NONE, 0, 0, 0, 0, buffers) + frame.data
+    if not features & F_GUEST_CSUM:
+        return _HEADER.pack(0, _GSO_NONE, 0, 0, 0, 0, buffers) + frame.complete()
+    places = (frame.start, frame.offset)
+    return _HEADER.pack(_NEEDS_CSUM, _GSO_NONE, 0, 0, *places, buffers) + frame.data
+
+
+def _taken(chain: Chain, features: int) -> Frame | None:
+    """The frame that the guest sends, None where it is none."""
+    header = chain.take(_HEADER.size)
+    if len(header) < _HEADER.size or not _SHORTEST <= chain.readable_bytes <= MOST_BYTES:
+        return None
+    flags, gso, _, _, start, offset, _ = _HEADER.unpack(header)
+    if gso != _GSO_NONE:
+        return None
+    data = chain.take(MOST_BYTES)
+    if not flags & _NEEDS_CSUM:
+        return Frame(data)
+    frame = Frame(data, start, offset)
+    return frame if features & F_CSUM and frame.is_sound else None

@@ -1,0 +1,118 @@
+"""A TAP: an Ethernet interface of the host (Documentation/networking/tuntap.rst).
+
+Checksums that are not complete pass both ways, in the header that the kernel has for that (the
+one of virtio itself). What the guest does not take waits in the interface's queue, as long as
+`txqueuelen` says, and is then dropped by the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from typing import Final
+
+import trio
+
+from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
+from avmm.errors import ConfigError
+
+# include/uapi/linux/if_tun.h
+_TUNSETIFF: Final = 0x400454CA
+_TUNSETOFFLOAD: Final = 0x400454D0
+_TUNSETVNETHDRSZ: Final = 0x400454D8
+_TUNSETVNETLE: Final = 0x400454DC
+_IFF_TAP: Final = 0x0002
+_IFF_NO_PI: Final = 0x1000
+_IFF_VNET_HDR: Final = 0x4000
+_TUN_F_CSUM: Final = 1
+_HEADER: Final = struct.Struct("<BBHHHHH")
+_NEEDS_CSUM: Final = 1
+_DATA_VALID: Final = 2
+_LONGEST_NAME: Final = 15
+_REFUSED: Final = (errno.EIO, errno.EINVAL, errno.ENOMEM, errno.ENOBUFS)
+"""Frames that the kernel does not take: the interface is down, or they are none."""
+
+
+class Tap(Backend):
+    """The interface `name` of the network namespace that the process is in.
+
+    Where there is none yet it is made, and goes when this is closed; that, and an interface of
+    another user's, takes CAP_NET_ADMIN. Raises `ConfigError` where it cannot be had.
+    """
+
+    completes = True
+
+    def __init__(self, name: str) -> None:
+        if not isinstance(name, str) or not 0 < len(name.encode()) <= _LONGEST_NAME or "/" in name:
+            raise ConfigError(
+                f"tap {name!r}: expected the name of an interface, 1 to {_LONGEST_NAME} bytes"
+            )
+        self.name = name
+        try:
+            self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(f"tap {name}: /dev/net/tun: {error.strerror}") from None
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+        try:
+            fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+            fcntl.ioctl(self._fd, _TUNSETVNETHDRSZ, struct.pack("i", _HEADER.size))
+            fcntl.ioctl(self._fd, _TUNSETVNETLE, struct.pack("i", 1))
+            fcntl.ioctl(self._fd, _TUNSETOFFLOAD, _TUN_F_CSUM)
+        except OSError as error:
+            os.close(self._fd)
+            raise ConfigError(f"tap {name}: {_why(error)}") from None
+
+    async def receive(self) -> Frame:
+        """See `Backend`; ends when the interface is removed."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                packet = os.read(self._fd, _HEADER.size + MOST_BYTES)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._fd)
+            except OSError:
+                raise trio.EndOfChannel from None
+            else:
+                break
+        flags, _, _, _, start, offset, _ = _HEADER.unpack_from(packet)
+        data = packet[_HEADER.size :]
+        if flags & _NEEDS_CSUM:
+            return Frame(data, start, offset)
+        return Frame(data, is_valid=bool(flags & _DATA_VALID))
+
+    async def send(self, frame: Frame) -> None:
+        """See `Backend`. What the kernel refuses, also while the interface is down, is lost."""
+        await trio.lowlevel.checkpoint()
+        flags, places = 0, (0, 0)
+        if frame.start is not None:
+            flags, places = _NEEDS_CSUM, (frame.start, frame.offset)
+        header = _HEADER.pack(flags, 0, 0, 0, *places, 0)
+        while True:
+            try:
+                os.writev(self._fd, [header, frame.data])
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._fd)
+            except OSError as error:
+                if error.errno in _REFUSED:
+                    return
+                raise trio.BrokenResourceError(f"tap {self.name}: {error.strerror}") from None
+            else:
+                return
+
+    def close(self) -> None:
+        """Let go of the interface; idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _why(error: OSError) -> str:
+    known = {
+        errno.EPERM: "this user may not have it: expected root, or an interface made with "
+        "`ip tuntap add NAME mode tap vnet_hdr user USER`",
+        errno.EBUSY: "another program has it already",
+        errno.EINVAL: "it is no TAP, or one with several queues",
+    }
+    return known.get(error.errno or 0, error.strerror or str(error))
