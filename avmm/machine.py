@@ -40,9 +40,11 @@ from avmm.devices.power import SIZE as POWER_PORTS
 from avmm.devices.power import Power
 from avmm.devices.serial import Serial
 from avmm.devices.virtio.block import VirtioBlock
+from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.device import VirtioDevice
 from avmm.devices.virtio.mmio import VirtioMmio
+from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.rng import Rng
 from avmm.disks import open_disk
@@ -461,6 +463,17 @@ class Machine:
     def vsock(self) -> Vsock:
         """The guest's socket device; `AvmmError` where it has none."""
         return self._only_model(Vsock, "socket device (the setting vsock)")
+
+    @property
+    def balloon(self) -> Balloon:
+        """The guest's memory balloon; `AvmmError` where it has none."""
+        return self._only_model(Balloon, "balloon (the setting balloon)")
+
+    @property
+    def nets(self) -> tuple[Net, ...]:
+        """The guest's network devices, in the order in which it was given them."""
+        models = (d.model for d in self._running.devices if isinstance(d, VirtioMmio))
+        return tuple(model for model in models if isinstance(model, Net))
 
     def _only_model(self, kind: type[_Model], what: str) -> _Model:
         for device in self._running.devices:

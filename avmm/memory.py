@@ -156,6 +156,18 @@ class GuestMemory:
                 raise GuestMemoryError(f"{len(data)} bytes at {gpa:#x} are read-only")
             view[:] = data
 
+    def discard(self, gpa: int, length: int) -> None:
+        """Give the pages of RAM at `gpa` back to the host: they read as zeros then, to
+        everybody. Raises `GuestMemoryError` where they are no whole pages of RAM."""
+        if gpa % PAGE == 0 == length % PAGE and length > 0:
+            for region in self.ram:
+                if region.gpa <= gpa and gpa + length <= region.end:
+                    # Of a shared mapping: it frees the file's pages, not the mapping's alone.
+                    at = gpa - region.gpa + region.offset
+                    self._maps[0].madvise(mmap.MADV_REMOVE, at, length)
+                    return
+        raise GuestMemoryError(f"{length} bytes at {gpa:#x} are no whole pages of RAM")
+
     def contents(self) -> Iterator[tuple[int, bytes]]:
         """What RAM holds, as (GPA, bytes) runs; what was never touched, and is zero, is left out.
 

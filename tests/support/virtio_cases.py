@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from avmm.devices.virtio.block import VirtioBlock
+from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.device import VirtioDevice
 from avmm.devices.virtio.frame import Backend, Frame
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
+from avmm.devices.virtio.queue import Chain
 from avmm.devices.virtio.rng import Rng
 from avmm.disks.base import Disk
 from avmm.devices.virtio.vsock import Vsock
@@ -166,6 +169,27 @@ def _open_net(net: Net) -> None:
     net.backend.gate.set()  # type: ignore[attr-defined]
 
 
+class HeldBalloon(Balloon):
+    """Takes nothing before it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = trio.Event()
+
+    async def _inflate(self, chain: Chain) -> None:
+        await self.gate.wait()
+        await super()._inflate(chain)
+
+
+def _submit_pages(driver: Driver) -> None:
+    ring = driver.rings[0]
+    pages = struct.pack("<2I", driver.end // 4096 + 8, driver.end // 4096 + 9)
+    driver.bench.memory.write(driver.end, pages)
+    for _ in range(3):
+        ring.add([(driver.end, 8, False)])
+    ring.kick()
+
+
 CASES = [
     Case("rng", _rng, _submit_rng, lambda rng: rng.gate.set(), 0, 192),
     Case("console", _console, _submit_console, _read_console, 1, 0),
@@ -181,4 +205,5 @@ CASES = [
     Case("vsock", Vsock, _submit_vsock, _connect_three, 0, 3 * 44, 1),
     Case("net out", lambda: Net(Gated()), _submit_frames, _open_net, 1, 0),
     Case("net in", lambda: Net(Gated()), _submit_buffers, _open_net, 0, 3 * 72, 1),
+    Case("balloon", HeldBalloon, _submit_pages, lambda balloon: balloon.gate.set(), 0, 0),
 ]

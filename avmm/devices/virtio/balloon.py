@@ -1,0 +1,219 @@
+"""The memory balloon (VIRTIO 1.2, 5.5): pages that the guest lends back to the host.
+
+    await vm.balloon.set_target(256 << 20)   # returns when the guest has given as much
+
+The guest puts pages into its balloon (inflates it) and they go back to the host at once: RAM
+there reads as zeros when the guest takes them out again. With DEFLATE_ON_OOM it takes pages back
+by itself before it runs out of memory, whatever the target.
+
+Page numbers are the guest's word: those that are not RAM are refused, the rest is its own loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Final
+
+import trio
+
+from avmm.devices.state import Fields
+from avmm.devices.virtio.device import GuestQueue, Link, VirtioDevice
+from avmm.devices.virtio.port import Waiters
+from avmm.devices.virtio.queue import Chain
+from avmm.errors import ConfigError, GuestMemoryError
+from avmm.memory import PAGE
+
+logger = logging.getLogger("avmm.virtio")
+
+F_STATS_VQ: Final = 1 << 1
+F_DEFLATE_ON_OOM: Final = 1 << 2
+_INFLATE, _DEFLATE, _STATS = 0, 1, 2
+_CONFIG: Final = struct.Struct("<II")
+_ACTUAL: Final = 4
+_STAT: Final = struct.Struct("<HQ")
+_SLICE: Final = 4096
+"""Bytes of page numbers that are worked off before other tasks have their turn."""
+_MOST_PAGES: Final = (1 << 32) - 1
+_MOST_STATS: Final = 64
+_NAMES: Final = (
+    "swap_in",
+    "swap_out",
+    "major_faults",
+    "minor_faults",
+    "free_memory",
+    "total_memory",
+    "available_memory",
+    "disk_caches",
+    "hugetlb_allocations",
+    "hugetlb_failures",
+)
+"""5.5.6.4, in the order of their tags; the ones of memory are in bytes."""
+
+
+class Balloon(VirtioDevice):
+    """A balloon; `deflate_on_oom`: may the guest take pages back rather than run out of them?"""
+
+    device_id: ClassVar[int] = 5
+    queue_sizes = (128, 128, 16)
+
+    def __init__(self, *, deflate_on_oom: bool = True) -> None:
+        self.features = F_STATS_VQ | (F_DEFLATE_ON_OOM if deflate_on_oom else 0)
+        self._target = 0
+        self._actual = 0
+        self.refused = 0
+        """Pages that the guest gave which are none of its RAM."""
+        self._changed = Waiters()
+        self._stats: dict[str, int] = {}
+        # Rounds of asking: the one that somebody waits for, the last begun, the last ended.
+        self._stats_wanted = self._stats_asked = self._stats_given = 0
+        self._ask = Waiters()
+
+    @property
+    def name(self) -> str:
+        return "balloon"
+
+    @property
+    def config(self) -> bytes:
+        return _CONFIG.pack(self._target, self._actual)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        both = bytearray(self.config)
+        if offset >= _ACTUAL:
+            both[offset : offset + len(data)] = data
+            self._actual = _CONFIG.unpack_from(both)[1]
+            self._wakeup.set()
+
+    def attach(self, link: Link) -> None:
+        super().attach(link)
+        self._wakeup = link.wakeup()
+
+    # -- the host's side -----------------------------------------------------------------------
+
+    @property
+    def target(self) -> int:
+        """How large the balloon is to be, in bytes."""
+        return self._target * PAGE
+
+    @property
+    def actual(self) -> int:
+        """How large the guest says that it is, in bytes."""
+        return self._actual * PAGE
+
+    async def set_target(self, size: int) -> None:
+        """Ask the guest for a balloon of `size` bytes; returns when it has one, or when another
+        size is asked for.
+
+        A guest without a driver, or without that much to give, lets it wait: cancelling leaves
+        what was asked for as it is. Raises `ConfigError` for a size that cannot be.
+        """
+        memory = sum(region.size for region in self.link.memory.ram)
+        if type(size) is not int or size % PAGE or not 0 <= size <= memory:
+            raise ConfigError(
+                f"a balloon of {size!r} bytes: expected a multiple of {PAGE} up to {memory}"
+            )
+        self._target = size // PAGE
+        self.link.config_changed()
+        self._changed.set()
+        await trio.lowlevel.checkpoint()
+        while self._target == size // PAGE != self._actual:
+            await self._changed.wait()
+
+    async def stats(self) -> dict[str, int]:
+        """What the guest tells of its memory, by names like "free_memory" (bytes).
+
+        Waits for the guest's driver. Cancelling changes nothing.
+        """
+        wanted = self._stats_wanted = self._stats_asked + 1
+        self._ask.set()
+        await trio.lowlevel.checkpoint()
+        while self._stats_given < wanted:
+            await self._changed.wait()
+        return dict(self._stats)
+
+    # -- queues --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Tell who waits that the guest has told a new size."""
+        while True:
+            await self._wakeup.wait()
+            self._changed.set()
+
+    async def serve_queue(self, queue: GuestQueue) -> None:
+        if queue.index == _STATS:
+            await self._serve_stats(queue)
+        while True:
+            chain = await queue.next()
+            if queue.index == _INFLATE:
+                await self._inflate(chain)
+            queue.push(chain)  # what is taken out comes back by being touched
+
+    async def _inflate(self, chain: Chain) -> None:
+        """Begun anew after a pause: giving back twice is as giving back once."""
+        while data := chain.take(_SLICE):
+            for first, count in _runs(data):
+                self._give_back(first, count)
+            if chain.readable:
+                await trio.lowlevel.checkpoint()
+
+    def _give_back(self, first: int, count: int) -> None:
+        try:
+            self.link.memory.discard(first * PAGE, count * PAGE)
+        except GuestMemoryError:
+            if count > 1:  # some of them may be
+                for page in range(first, first + count):
+                    self._give_back(page, 1)
+                return
+            if not self.refused:
+                logger.warning("balloon: the guest gives page %#x, which is not its RAM", first)
+            self.refused += 1
+
+    async def _serve_stats(self, queue: GuestQueue) -> None:
+        """The driver's one buffer is kept until somebody asks; given back, it comes filled."""
+        while True:
+            chain = await queue.next()
+            self._stats = dict(_stats(chain.take(_MOST_STATS * _STAT.size)))
+            self._stats_given = self._stats_asked
+            self._changed.set()
+            while self._stats_wanted <= self._stats_given:
+                await self._ask.wait()
+            self._stats_asked += 1
+            queue.push(chain)
+
+    # -- its life ------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        self._actual = 0
+        self._changed.set()
+
+    def save(self) -> Mapping[str, Any]:
+        return {"target": self._target, "actual": self._actual}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        fields = Fields("balloon", state, ("target", "actual"))
+        target, actual = (fields.number(name, _MOST_PAGES) for name in ("target", "actual"))
+        self._target, self._actual = target, actual
+        self._changed.set()
+
+
+def _runs(data: bytes) -> Iterator[tuple[int, int]]:
+    """The page numbers in `data` as (first, count); Linux's come in falling order."""
+    numbers = sorted(number for (number,) in struct.iter_unpack("<I", data[: len(data) & ~3]))
+    first = count = 0
+    for number in numbers:
+        if count and number == first + count:
+            count += 1
+        elif not count or number != first + count - 1:
+            if count:
+                yield first, count
+            first, count = number, 1
+    if count:
+        yield first, count
+
+
+def _stats(data: bytes) -> Iterator[tuple[str, int]]:
+    """What is known of `data`."""
+    for tag, value in struct.iter_unpack(_STAT.format, data[: len(data) // 10 * 10]):
+        if tag < len(_NAMES):
+            yield _NAMES[tag], value
