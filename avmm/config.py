@@ -8,7 +8,7 @@ image that does not fit) is checked where it shows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -19,6 +19,7 @@ from avmm.boot import FlatOptions, Mode, Protocol
 from avmm.completion import Mode as CompletionMode
 from avmm.disks.options import DiskOptions
 from avmm.errors import ConfigError
+from avmm.links import NetOptions, VsockOptions
 from avmm.memory import parse_size
 
 UNCLAIMED: Final = {
@@ -48,6 +49,9 @@ class Settings(TypedDict, total=False):
     acpi: bool
     rng: bool
     disks: Sequence[str | DiskOptions]
+    balloon: bool
+    vsock: VsockOptions | str | Mapping[str, Any] | None
+    net: Sequence[NetOptions | str | Mapping[str, Any]]
     debug_exit: int | None
     unclaimed: str
     completion: str
@@ -83,6 +87,13 @@ class MachineConfig:
     disks: tuple[DiskOptions, ...] = ()
     """Files that the guest gets as virtio disks, the first as Linux's vda; text like
     "FILE,ro", "FILE,overlay,serial=root"."""
+    balloon: bool = False
+    """Give the guest a memory balloon; see `Machine.balloon`."""
+    vsock: VsockOptions | None = None
+    """Give the guest a socket device; text "cid=3" or "cid=3,unix=PATH"."""
+    net: tuple[NetOptions, ...] = ()
+    """Network devices; each text like "tap=NAME", "unix=PATH" or "listen=PATH", with
+    ",mac=52:54:00:12:34:56" and ",mtu=1500" where that is wanted."""
     debug_exit: int | None = 0xF4
     """Port of QEMU's isa-debug-exit, or None for no such device."""
     unclaimed: str = "info"
@@ -124,7 +135,12 @@ class MachineConfig:
             raise ConfigError(
                 "flat: expected a kernel to run so; the bundled shell is no flat one"
             )
-        for name in ("acpi", "rng"):
+        if self.vsock is not None:
+            put(self, "vsock", VsockOptions.parse(self.vsock))
+        if not isinstance(self.net, list | tuple):
+            raise ConfigError(f"net {self.net!r}: expected a list like ['tap=tap0']")
+        put(self, "net", tuple(NetOptions.parse(net) for net in self.net))
+        for name in ("acpi", "rng", "balloon"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name} {value!r}: expected true or false")
         try:
@@ -207,6 +223,10 @@ def read_toml(path: str | PathLike[str]) -> dict[str, Any]:
     if isinstance(settings.get("disks"), list):
         disks = [_disk(disk) for disk in settings["disks"]]
         settings["disks"] = [replace(disk, file=path.parent / disk.file) for disk in disks]
+    if settings.get("vsock") is not None:
+        settings["vsock"] = VsockOptions.parse(settings["vsock"]).beside(path.parent)
+    if isinstance(settings.get("net"), list):
+        settings["net"] = [NetOptions.parse(net).beside(path.parent) for net in settings["net"]]
     if "modules" in settings:
         if not isinstance(settings["modules"], list):
             raise ConfigError(f"config {path}: modules: expected a list of paths")

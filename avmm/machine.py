@@ -153,6 +153,7 @@ class Parts:
             standard = self._standard_devices(config)
             configured = self._open_disks(config, stack)
             configured += [virtio(Rng())] if config.rng else []
+            configured = _configured(config, stack)
             devices = allocate([*devices, *configured], standard)
             places = [*standard, *devices]
             entry = None
@@ -601,6 +602,22 @@ class Machine:
         if self._parts is None:
             raise AvmmError("the machine does not exist yet: use it inside its `async with`")
         return self._parts
+
+
+def _configured(config: MachineConfig, stack: ExitStack) -> list[Unplaced]:
+    """The virtio devices that the settings ask for, always in the same order."""
+    models: list[VirtioDevice] = []
+    if config.rng:
+        models.append(Rng())
+    if config.balloon:
+        models.append(Balloon())
+    if config.vsock is not None:
+        models.append(config.vsock.open())
+    for options in config.net:
+        net = options.open()
+        stack.callback(net.backend.close)
+        models.append(net)
+    return [virtio(model) for model in models]
 
 
 def _described(places: Sequence[Placement]) -> list[acpi.Described]:

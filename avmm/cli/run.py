@@ -83,6 +83,16 @@ PATH = click.Path(path_type=Path)
     "repeatable.",
 )
 @click.option("--rng/--no-rng", default=None, help="A virtio source of entropy.")
+@click.option("--balloon/--no-balloon", default=None, help="A virtio memory balloon.")
+@click.option(
+    "--vsock", metavar="cid=N[,unix=PATH]", help="A virtio socket device, found at unix sockets."
+)
+@click.option(
+    "--net",
+    metavar="LINK[,mac=..][,mtu=..]",
+    multiple=True,
+    help="A virtio network device; LINK is tap=NAME, unix=PATH or listen=PATH; repeatable.",
+)
 @click.option("--acpi/--no-acpi", default=None, help="ACPI tables.  [default: acpi]")
 @click.option(
     "--unclaimed",
@@ -108,6 +118,7 @@ def command(
     disks: tuple[str, ...],
     console_target: str | None,
     config: Path | None,
+    net: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Run IMAGE (vmlinux, bzImage, ELF, multiboot; may be compressed), or the bundled shell.
@@ -118,6 +129,7 @@ def command(
     settings = read_toml(config) if config is not None else {}
     options |= {"kernel": image, "console": console_target, "modules": modules or None}
     options |= {"roms": list(roms) or None, "disks": list(disks) or None}
+    options |= {"roms": list(roms) or None, "net": list(net) or None}
     settings |= {name: value for name, value in options.items() if value is not None}
     machine_config = MachineConfig.make(**settings)
     target = console.parse(machine_config.console)
