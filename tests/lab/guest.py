@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
+import subprocess
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import avmm.image.build
@@ -16,6 +17,8 @@ from lab.cache import artefact
 from lab.debian import download, kernel_package, newer_kernel_package
 
 _MOST: Final = 1 << 30
+_MODULES: Final = ("virtio_balloon", "vmw_vsock_virtio_transport")
+_TOOL: Final = Path(__file__).parents[1] / "support" / "vsock_tool.c"
 
 
 def folders() -> dict[str, Path]:
@@ -32,11 +35,16 @@ def folders() -> dict[str, Path]:
 def _folder(name: str, kernel: str) -> Path:
     packages = [download(kernel), download("busybox-static")]
     own = [Path(avmm.image.build.__file__), Path(avmm.image.initramfs.__file__)]
-    own += [own[0].with_name("init.sh"), own[0].with_name("finish.c")]
-    made_from = ([package.name for package in packages], [file.read_text() for file in own])
+    own += [own[0].with_name("init.sh"), own[0].with_name("finish.c"), _TOOL]
+    names, texts = [package.name for package in packages], [file.read_text() for file in own]
+    made_from = (names, _MODULES, texts)
 
     def build(place: Path) -> None:
-        made = avmm.image.build.build(packages, place)
+        tool = place / "vsock"
+        subprocess.run(["cc", "-static", "-O2", "-o", tool, _TOOL], check=True)
+        made = avmm.image.build.build(
+            packages, place, modules=_MODULES, added={PurePosixPath("/bin/vsock"): tool}
+        )
         with (
             open_image(made.kernel) as image,
             bzimage.unpack(image, _MOST) as (vmlinux, _),
