@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.virtio_cases import CASES, Case
 from support.virtio_driver import EVENT_IDX, INDIRECT, NEXT, VERSION_1, Bench, Driver, settle
 
-from avmm.errors import DeviceError
+from avmm.errors import DeviceError, GuestMemoryError
 from avmm.memory import GuestMemory
 
 FEATURES = [VERSION_1 | EVENT_IDX, VERSION_1]
@@ -357,6 +357,11 @@ class Island(GuestMemory):
         region.host += HALF // 2
         self.whole[:] = CANARY * 2 * HALF
         self.whole[HALF // 2 : -HALF // 2] = bytes(HALF)
+
+    def discard(self, gpa: int, length: int) -> None:
+        if not (0 <= gpa <= HALF - length and gpa + length <= HALF):
+            raise GuestMemoryError("outside of the island")
+        super().discard(HALF // 2 + gpa, length)
 
     def canaries_live(self) -> bool:
         around = bytes(self.whole[: HALF // 2]) + bytes(self.whole[-HALF // 2 :])
