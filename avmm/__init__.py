@@ -7,13 +7,17 @@ from avmm.config import MachineConfig
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.block import VirtioBlock
+from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
+from avmm.devices.virtio.frame import Backend, Frame
+from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.queue import Chain
 from avmm.devices.virtio.rng import Rng
 from avmm.disks import DiskOptions, OverlayDisk, RawDisk
 from avmm.disks.base import Disk
+from avmm.devices.virtio.vsock import Vsock
 from avmm.errors import (
     AvmmError,
     ConfigError,
@@ -33,6 +37,8 @@ from avmm.placing import virtio
 
 __all__ = [
     "AvmmError",
+    "Backend",
+    "Balloon",
     "Call",
     "Cause",
     "Chain",
@@ -44,6 +50,7 @@ __all__ = [
     "Disk",
     "DiskOptions",
     "FlatOptions",
+    "Frame",
     "GuestMemory",
     "GuestMemoryError",
     "GuestQueue",
@@ -56,6 +63,7 @@ __all__ = [
     "MachineConfig",
     "Mode",
     "MsrFault",
+    "Net",
     "Outcome",
     "OverlayDisk",
     "PauseTimeout",
@@ -67,6 +75,7 @@ __all__ = [
     "VcpuError",
     "VirtioBlock",
     "VirtioDevice",
+    "Vsock",
     "Wakeup",
     "mmio",
     "msr",
