@@ -53,6 +53,8 @@ def summed(data: bytes) -> int:
 class Guest:
     def __init__(self, driver: Driver) -> None:
         self.driver, self.memory, self.rings = driver, driver.bench.memory, driver.rings
+        self.slots: list[int] = []
+        self.came: list[bytes] = []
         for n in range(16):
             self.give(driver.end + 2048 * n)
         self.out = driver.end + 16 * 2048
@@ -60,7 +62,6 @@ class Guest:
     def give(self, at: int) -> None:
         self.rings[0].add([(at, 2048, True)])
         self.rings[0].kick()
-        self.slots = getattr(self, "slots", [])
         self.slots.append(at)
 
     def send(self, frame: bytes, start: int = 0, offset: int = 0) -> None:
@@ -74,14 +75,15 @@ class Guest:
         """The next frame of the Ethernet type `kind`, with its header."""
         while True:
             with trio.fail_after(5):
-                while not (done := self.rings[0].take()):  # noqa: ASYNC110
+                while not self.came:
                     await trio.sleep(0.001)
-            for _, written in done:
-                at = self.slots.pop(0)
-                data = self.memory.read(at, written)
-                self.give(at)
-                if data[24:26] == kind.to_bytes(2, "big"):
-                    return struct.unpack("<BBHHHHH", data[:12]), data[12:]
+                    for _, written in self.rings[0].take():
+                        at = self.slots.pop(0)
+                        self.came.append(self.memory.read(at, written))
+                        self.give(at)
+            data = self.came.pop(0)
+            if data[24:26] == kind.to_bytes(2, "big"):
+                return struct.unpack("<BBHHHHH", data[:12]), data[12:]
 
 
 async def main() -> None:
