@@ -6,8 +6,8 @@ from avmm.calls import Call
 from avmm.config import MachineConfig
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
-from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.balloon import Balloon
+from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.frame import Backend, Frame
@@ -15,9 +15,9 @@ from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.queue import Chain
 from avmm.devices.virtio.rng import Rng
+from avmm.devices.virtio.vsock import Vsock
 from avmm.disks import DiskOptions, OverlayDisk, RawDisk
 from avmm.disks.base import Disk
-from avmm.devices.virtio.vsock import Vsock
 from avmm.errors import (
     AvmmError,
     ConfigError,

@@ -8,7 +8,7 @@ image that does not fit) is checked where it shows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -113,15 +113,10 @@ class MachineConfig:
         for name in ("kernel", "initrd"):
             if (path := getattr(self, name)) is not None:
                 put(self, name, _path(name, path))
-        if not isinstance(self.modules, list | tuple):
-            raise ConfigError(f"modules {self.modules!r}: expected a list of paths")
-        put(self, "modules", tuple(_path("modules", path) for path in self.modules))
-        if not isinstance(self.roms, list | tuple):
-            raise ConfigError(f"roms {self.roms!r}: expected a list like ['0xfff00000=bios.bin']")
-        put(self, "roms", tuple(_rom(rom) for rom in self.roms))
-        if not isinstance(self.disks, list | tuple):
-            raise ConfigError(f"disks {self.disks!r}: expected a list like ['root.img,overlay']")
-        put(self, "disks", tuple(_disk(disk) for disk in self.disks))
+        for name, (parse, expected) in _LISTS.items():
+            if not isinstance(values := getattr(self, name), list | tuple):
+                raise ConfigError(f"{name} {values!r}: expected a list {expected}")
+            put(self, name, tuple(parse(value) for value in values))
         put(self, "memory", parse_size(self.memory))
         if self.memory <= 0:
             raise ConfigError(
@@ -137,9 +132,6 @@ class MachineConfig:
             )
         if self.vsock is not None:
             put(self, "vsock", VsockOptions.parse(self.vsock))
-        if not isinstance(self.net, list | tuple):
-            raise ConfigError(f"net {self.net!r}: expected a list like ['tap=tap0']")
-        put(self, "net", tuple(NetOptions.parse(net) for net in self.net))
         for name in ("acpi", "rng", "balloon"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name} {value!r}: expected true or false")
@@ -250,6 +242,14 @@ def _disk(disk: object) -> DiskOptions:
     if not isinstance(disk, DiskOptions):
         raise ConfigError(f"disk {disk!r}: expected text like 'root.img,overlay'")
     return disk
+
+
+_LISTS: Final[dict[str, tuple[Callable[[Any], object], str]]] = {
+    "modules": (lambda path: _path("modules", path), "of paths"),
+    "roms": (_rom, "like ['0xfff00000=bios.bin']"),
+    "disks": (_disk, "like ['root.img,overlay']"),
+    "net": (NetOptions.parse, "like ['tap=tap0']"),
+}
 
 
 def _parse_flat(text: str) -> FlatOptions:

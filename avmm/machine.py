@@ -39,16 +39,16 @@ from avmm.devices.post import DebugConsole, PostCode
 from avmm.devices.power import SIZE as POWER_PORTS
 from avmm.devices.power import Power
 from avmm.devices.serial import Serial
-from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.balloon import Balloon
+from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.device import VirtioDevice
 from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.rng import Rng
-from avmm.disks import open_disk
 from avmm.devices.virtio.vsock import Vsock
+from avmm.disks import open_disk
 from avmm.doorbell import EventDoorbell
 from avmm.errors import AvmmError, ConfigError, GuestMemoryError, ImageError, StateError
 from avmm.exits import Exits
@@ -151,10 +151,7 @@ class Parts:
                 self.memory.add_readonly(gpa, _read_rom(rom, config.memory))
             self.serial = Serial()
             standard = self._standard_devices(config)
-            configured = self._open_disks(config, stack)
-            configured += [virtio(Rng())] if config.rng else []
-            configured = _configured(config, stack)
-            devices = allocate([*devices, *configured], standard)
+            devices = allocate([*devices, *_configured(config, stack)], standard)
             places = [*standard, *devices]
             entry = None
             if state is None:
@@ -199,13 +196,6 @@ class Parts:
                 self._load(state)
             self.group = self._group(stack)
             self._stack = stack.pop_all()
-
-    def _open_disks(self, config: MachineConfig, stack: ExitStack) -> list[Unplaced]:
-        devices = []
-        for number, options in enumerate(config.disks):
-            disk = stack.enter_context(open_disk(options))
-            devices.append(virtio(VirtioBlock(disk, serial=options.serial or f"disk{number}")))
-        return devices
 
     def _create_vm(self, stack: ExitStack) -> Vm:
         vm = self.system.create_vm()
@@ -607,6 +597,9 @@ class Machine:
 def _configured(config: MachineConfig, stack: ExitStack) -> list[Unplaced]:
     """The virtio devices that the settings ask for, always in the same order."""
     models: list[VirtioDevice] = []
+    for number, disk in enumerate(config.disks):
+        backend = stack.enter_context(open_disk(disk))
+        models.append(VirtioBlock(backend, serial=disk.serial or f"disk{number}"))
     if config.rng:
         models.append(Rng())
     if config.balloon:

@@ -128,8 +128,8 @@ def command(
     """
     settings = read_toml(config) if config is not None else {}
     options |= {"kernel": image, "console": console_target, "modules": modules or None}
-    options |= {"roms": list(roms) or None, "disks": list(disks) or None}
-    options |= {"roms": list(roms) or None, "net": list(net) or None}
+    repeated = {"roms": roms, "disks": disks, "net": net}
+    options |= {name: list(values) or None for name, values in repeated.items()}
     settings |= {name: value for name, value in options.items() if value is not None}
     machine_config = MachineConfig.make(**settings)
     target = console.parse(machine_config.console)

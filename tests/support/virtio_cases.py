@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
-from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.balloon import Balloon
+from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.device import VirtioDevice
 from avmm.devices.virtio.frame import Backend, Frame
@@ -19,8 +18,8 @@ from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.queue import Chain
 from avmm.devices.virtio.rng import Rng
-from avmm.disks.base import Disk
 from avmm.devices.virtio.vsock import Vsock
+from avmm.disks.base import Disk
 from support.virtio_driver import Driver
 
 
@@ -120,6 +119,8 @@ def _submit_block(driver: Driver) -> None:
 def _another_block(driver: Driver) -> list[tuple[int, int, bool]]:
     at = driver.end
     return [(at, 16, False), (at + 0x1000, 0x400, True), (at + 64, 1, True)]
+
+
 def _submit_vsock(driver: Driver) -> None:
     """Room for packets, and for the event that a load makes."""
     for index, count in ((0, 3), (2, 1)):
@@ -202,8 +203,8 @@ CASES = [
         2 * 0x401 + 1,
         _another_block,
     ),
-    Case("vsock", Vsock, _submit_vsock, _connect_three, 0, 3 * 44, 1),
+    Case("vsock", Vsock, _submit_vsock, _connect_three, 0, 3 * 44, listened=1),
     Case("net out", lambda: Net(Gated()), _submit_frames, _open_net, 1, 0),
-    Case("net in", lambda: Net(Gated()), _submit_buffers, _open_net, 0, 3 * 72, 1),
+    Case("net in", lambda: Net(Gated()), _submit_buffers, _open_net, 0, 3 * 72, listened=1),
     Case("balloon", HeldBalloon, _submit_pages, lambda balloon: balloon.gate.set(), 0, 0),
 ]
