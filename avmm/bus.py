@@ -240,12 +240,15 @@ class Bus:
                 piece = value >> 8 * (part - address) & MASKS[length]
                 there.posted.post(part - there.shift, length, piece)
 
-    def owner(self, address: int) -> str:
-        """The name of the device that answers there, for messages."""
-        index = bisect_right(self._bases, address) - 1
-        if index >= 0 and address < self._ranges[index].end:
-            return self._ranges[index].device.name
-        return "no device"
+    def owner(self, address: int, size: int = 1) -> str:
+        """The names of the devices that answer so many bytes there, for messages."""
+        first = max(0, bisect_right(self._bases, address) - 1)
+        names = [
+            each.device.name
+            for each in self._ranges[first : bisect_right(self._bases, address + size - 1)]
+            if each.base < address + size and address < each.end
+        ]
+        return " or ".join(dict.fromkeys(names)) or "no device"
 
     def _read_parts(self, address: int, size: int) -> ReadAnswer:
         parts = self._split(address, size)

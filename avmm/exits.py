@@ -204,11 +204,12 @@ class Exits:
 
     def owner(self) -> str:
         """The access that `kvm_run` holds and the device that is to answer it, in words."""
-        reason = self._page.exit_reason
+        page, reason = self._page, self._page.exit_reason
         if reason == constants.KVM_EXIT_IO:
-            return f"{self._pio.owner(self._page.io.port)} at {self.describe()}"
+            return f"{self._pio.owner(page.io.port, page.io.size)} at {self.describe()}"
         if reason == constants.KVM_EXIT_MMIO:
-            return f"{self._mmio.owner(self._page.mmio.phys_addr)} at {self.describe()}"
+            mmio = page.mmio
+            return f"{self._mmio.owner(mmio.phys_addr, mmio.len)} at {self.describe()}"
         if reason in (constants.KVM_EXIT_X86_RDMSR, constants.KVM_EXIT_X86_WRMSR):
             return f"{self._msrs.owner(8 * self._page.msr.index)} at {self.describe()}"
         return f"the handler of calls at {self.describe()}"

@@ -45,7 +45,7 @@ import trio
 
 from avmm.completion import CompletionPolicy, drain, is_output
 from avmm.errors import VcpuError
-from avmm.kvm import KvmError
+from avmm.kvm import KvmError, constants
 from avmm.kvm.bridge import Bridge
 
 if TYPE_CHECKING:
@@ -151,7 +151,12 @@ class VcpuLoop:
         """What keeps the vCPU from parking, for a person; from trio."""
         since = self._handed_over
         if since is None:
-            return f"vCPU {self.index} has not left the guest"
+            if self._vcpu.page.exit_reason in (
+                constants.KVM_EXIT_UNKNOWN,
+                constants.KVM_EXIT_INTR,
+            ):
+                return f"vCPU {self.index} has not left the guest"
+            return f"vCPU {self.index} is at {self._exits.owner()}, which has not returned"
         waiting = time.monotonic() - since
         return f"vCPU {self.index} waits for {self._exits.owner()}, since {waiting:.1f} s"
 

@@ -87,6 +87,10 @@ _MSRS: Final = 1 << 32
 _Model = TypeVar("_Model", bound=VirtioDevice)
 
 
+def _nothing() -> None:
+    pass
+
+
 class _Host:
     """What one device gets; see `avmm.devices.base.Host`."""
 
@@ -101,12 +105,16 @@ class _Host:
         self._doorbell = doorbell
         self.lock: AbstractContextManager[Any] = device_lock()
         self.posted: PostedWrites | None = None
+        self.on_nursery: Callable[[], None] = _nothing
+        """Called when the device first takes its nursery."""
         self._nursery: trio.Nursery | None = None
 
     @property
     def nursery(self) -> trio.Nursery:
         if self._nursery is None:
             raise AvmmError("the machine does not run yet: it has no nursery")
+        self.on_nursery()
+        self.on_nursery = _nothing
         return self._nursery
 
     def start(self, nursery: trio.Nursery) -> None:
@@ -332,7 +340,8 @@ class Parts:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         """Take over what `save` gave. Raises `StateError` where it is not of such a machine."""
-        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if type(version) is not int or version != STATE_VERSION:
             raise StateError(f"no state of a machine in version {STATE_VERSION}")
         if state.get("memory_size") != self.memory.size:
             raise StateError(
@@ -546,13 +555,7 @@ class Machine:
         self._state = None
         self._parts = parts
         try:
-            # A device without a task of its own has nothing that goes on by itself.
-            active = (Device.run, Device.quiesce)
-            quiescable = [
-                device
-                for device in parts.devices
-                if (type(device).run, type(device).quiesce) != active
-            ]
+            quiescable = self._quiescable(parts)
             self._coordinator = Coordinator(parts.group, quiescable, parts.deliver_coalesced)
             if self._outcomes:  # stopped before it was entered
                 self.stop()
@@ -568,6 +571,23 @@ class Machine:
                     nursery.cancel_scope.cancel()
         finally:
             parts.close()
+
+    @staticmethod
+    def _quiescable(parts: Parts) -> list[Device]:
+        """Who is to be asked at a pause; grows as devices begin tasks."""
+        devices = []
+        for device, host in zip(parts.devices, parts.hosts, strict=True):
+            # A device without a task of its own has nothing that goes on by itself.
+            if (type(device).run, type(device).quiesce) != (Device.run, Device.quiesce):
+                devices.append(device)
+                continue
+
+            def has_tasks(device: Device = device) -> None:
+                device.has_tasks = True
+                devices.append(device)
+
+            host.on_nursery = has_tasks
+        return devices
 
     async def _run_vcpus(self, parts: Parts) -> None:
         try:

@@ -17,6 +17,7 @@ same is undone in reverse, and the guest runs on as if nothing had been asked.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol
@@ -24,6 +25,8 @@ from typing import Protocol
 import trio
 
 from avmm.errors import PauseTimeout
+
+logger = logging.getLogger(__name__)
 
 
 class PausableVcpus(Protocol):
@@ -62,6 +65,9 @@ class Coordinator:
         # meanwhile waits, within its own deadline; no vCPU and no device ever takes it.
         self._moving = trio.Lock()
         self._waiting_for = ""
+        """What the pause that failed last had waited for."""
+        self._stage = ""
+        """What the way to a standstill or back waits for, other than vCPUs; for a person."""
 
     @property
     def is_paused(self) -> bool:
@@ -77,13 +83,15 @@ class Coordinator:
         waited for, and what a device raises at it. Cancelling is a checkpoint's, at any
         moment on the way there; after any of these the guest runs on.
         """
+        why = ""
         with trio.move_on_after(float("inf") if deadline is None else deadline) as scope:
-            await self._hold()
+            try:
+                await self._hold()
+            except trio.Cancelled:
+                why = self._waiting_for
+                raise
         if scope.cancelled_caught:
-            raise PauseTimeout(
-                f"the pause was given up after {deadline} s: "
-                f"{self._waiting_for or 'another pause has not come to its end'}"
-            )
+            raise PauseTimeout(f"the pause was given up after {deadline} s: {why}")
         try:
             yield
         finally:
@@ -94,13 +102,20 @@ class Coordinator:
         try:
             self._moving.acquire_nowait()  # no round of the scheduler before the first kick
         except trio.WouldBlock:
-            await self._moving.acquire()
+            try:
+                await self._moving.acquire()
+            except trio.Cancelled:
+                self._waiting_for = f"another pause is under way: {self._describe()}"
+                raise
         try:
             if self._standstill is None:
                 self._standstill = await self._stand_still()
             self._holders += 1
         finally:
             self._moving.release()
+
+    def _describe(self) -> str:
+        return "; ".join(self._vcpus.late()) or self._stage or "nothing keeps it any more"
 
     async def _release(self) -> None:
         async with self._moving:
@@ -112,19 +127,30 @@ class Coordinator:
     async def _stand_still(self) -> AsyncExitStack:
         """All steps; gives what undoes them, and undoes them itself where it fails."""
         undo = AsyncExitStack()
-        self._waiting_for = ""
         try:
             undo.callback(self._vcpus.resume)
             self._vcpus.pause()
             await self._vcpus.parked()
             self._deliver_coalesced()
             for device in self._devices:
-                undo.push_async_callback(device.resume)
-                self._waiting_for = f"{device.name} has not finished what it has in flight"
+                undo.push_async_callback(self._resume, device)
+                self._stage = f"{device.name} has not finished what it has in flight"
                 await device.quiesce()
-        except BaseException:
-            self._waiting_for = "; ".join(self._vcpus.late()) or self._waiting_for
+        except BaseException as error:
+            self._waiting_for = self._describe()
             with trio.CancelScope(shield=True):
-                await undo.aclose()
+                try:
+                    await undo.aclose()
+                except Exception as failure:
+                    # The guest runs on; why it was not paused is what is to be known.
+                    logger.exception("a pause was given up, and on the way back:")
+                    error.add_note(f"and on the way back: {failure!r}")
             raise
+        finally:
+            self._stage = ""
         return undo
+
+    async def _resume(self, device: QuiescableDevice) -> None:
+        self._stage = f"{device.name} has not resumed"
+        await device.resume()
+        self._stage = ""

@@ -35,7 +35,11 @@ def resources() -> tuple[set[str], set[str], set[str]]:
             fds.add(f"{entry.name} -> {entry.readlink()}")
         except FileNotFoundError:
             continue
-    threads = {f"{thread.name} {thread.ident}" for thread in threading.enumerate()}
+    threads = {
+        f"{thread.name} {thread.ident}"
+        for thread in threading.enumerate()
+        if not thread.name.startswith("Trio thread")  # trio keeps and ends its own
+    }
     maps = {
         line
         for line in Path("/proc/self/maps").read_text().splitlines()

@@ -120,7 +120,7 @@ def test_what_the_guest_finds_by_acpi(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "text"), [("poweroff -f", "shutdown"), ("reboot -f", "reset")]
+    ("command", "text"), [("poweroff", "shutdown"), ("reboot", "reset"), ("reboot -f", "reset")]
 )
 def test_powering_off_and_rebooting_end_the_run_as_such(
     start: Start, command: str, text: str

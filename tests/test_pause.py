@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from support.guest import machine
 
 import avmm
@@ -109,6 +110,68 @@ async def test_a_device_that_does_not_quiesce_fails_the_pause_by_name(tmp_path: 
 class Unpausable(Recorder):
     async def run(self) -> None:
         await trio.sleep_forever()
+
+
+async def test_whoever_waits_for_another_pause_is_told_what_that_waits_for(tmp_path: Path) -> None:
+    device = Recorder(slow=True)
+    async with machine(tmp_path, COUNTING, devices=[avmm.pio(device, PORT, 4)]) as vm:
+        await device.asked.wait()
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                async with vm.paused():
+                    pass
+
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(avmm.PauseTimeout) as caught:
+                async with vm.paused(deadline=0.2):
+                    pytest.fail("the other pause has not come to its end")
+            device.go_on.set()
+    assert "another pause is under way: vCPU 0 waits for Recorder at KVM_EXIT_IO" in str(
+        caught.value
+    )
+
+
+class Unresumable(Recorder):
+    async def quiesce(self) -> None:
+        raise avmm.DeviceError("the reason")
+
+    async def resume(self) -> None:
+        raise KeyError("on the way back")
+
+
+async def test_why_a_pause_failed_is_not_hidden_by_what_fails_on_the_way_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = Unresumable()
+    async with machine(tmp_path, COUNTING, devices=[avmm.pio(device, PORT, 4)]) as vm:
+        with pytest.raises(avmm.DeviceError, match="the reason") as caught:
+            async with vm.paused():
+                pytest.fail("it cannot be quiesced")
+        assert caught.value.__notes__ == ["and on the way back: KeyError('on the way back')"]
+        await device.more()
+    assert "on the way back" in caplog.text
+
+
+class Sneaky(Recorder):
+    def write(self, offset: int, size: int, value: int) -> avmm.devices.base.WriteAnswer:
+        async def begin() -> None:
+            self.host.nursery.start_soon(trio.sleep_forever)
+
+        super().write(offset, size, value)
+        return begin() if value == 0 else None
+
+
+async def test_a_device_with_tasks_that_lacks_quiesce_is_refused(tmp_path: Path) -> None:
+    device = Sneaky()
+    async with machine(tmp_path, COUNTING, devices=[avmm.pio(device, PORT, 4)]) as vm:
+        while len(device.seen) < 2:
+            await trio.lowlevel.checkpoint()
+        with pytest.raises(avmm.DeviceError, match="Sneaky runs a task and cannot be quiesced"):
+            async with vm.paused():
+                pytest.fail("it cannot be quiesced")
+        await device.more()
 
 
 async def test_a_device_that_cannot_quiesce_says_so_and_the_guest_runs_on(tmp_path: Path) -> None:

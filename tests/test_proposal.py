@@ -102,6 +102,17 @@ async def test_the_kernel_proves_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cpus", ["1", "2"])
 def test_the_torture_guest_with_the_flag_alone_deciding(cpus: str) -> None:
     options = ["--capability", str(PROPOSED), "--cpus", cpus, "--every", "23", "--first", "3"]
+    torture(*options, *(["--hypercall"] if cpus == "1" else []))
+
+
+@pytest.mark.lab(only="stock")
+@pytest.mark.timeout(180)
+def test_the_torture_guest_with_its_hypercalls() -> None:
+    torture("--hypercall", "--every", "23", "--first", "3")
+
+
+def torture(*options: str) -> None:
+    """The guest, moved at some of its exits."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "support.torture", *options],
         cwd=Path(__file__).parent,

@@ -92,6 +92,20 @@ async def saved(tmp_path: Path) -> dict[str, Any]:
 Spoil = Callable[[dict[str, Any]], object]
 
 
+def _promise(state: dict[str, Any], function: int, column: int, bits: int) -> None:
+    """Bits that no KVM offers: RDT-A and a reserved one."""
+    for leaf in state["vcpus"][1]["cpuid"]:
+        if leaf[:2] == [function, 0]:
+            leaf[column] |= bits
+
+
+def _ahead(state: dict[str, Any]) -> None:
+    """The guest's TSC is years ahead of this host's, as if this KVM could not set it."""
+    for pair in state["vcpus"][1]["msrs"]:
+        if pair[0] == 0x10:
+            pair[1] = 1 << 62
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -107,14 +121,24 @@ Spoil = Callable[[dict[str, Any]], object]
         (lambda s: s["vm"].pop("pit"), "the VM's state has no pit"),
         (lambda s: s["vm"].update(pit=b"short"), "5 bytes, expected"),
         (lambda s: s["vm"].update(clock=-1), "clock: expected"),
-        (lambda s: s["vm"]["irqchips"].pop(), "expected 3 interrupt chips"),
-        (lambda s: s["vm"].update(irqchips=[b"", b"", b""]), "irqchip: 0 bytes"),
+        (lambda s: s["vm"]["irqchips"].pop(), "expected the bytes of 3 interrupt chips"),
+        (lambda s: s["vm"].update(irqchips=[520] * 3), "expected the bytes of 3 interrupt chips"),
+        (lambda s: s["vm"].update(irqchips=[b"", b"", b""]), "two PICs and an IOAPIC"),
+        (lambda s: s["vm"]["irqchips"].reverse(), "two PICs and an IOAPIC"),
+        (lambda s: s["vm"].update(irqchips=[c[:9] for c in s["vm"]["irqchips"]]), "9 bytes, exp"),
+        (lambda s: s.update(version=True), "no state of a machine"),
+        (lambda s: s["vm"].update(version=True), "the VM's state has version True"),
         (lambda s: s["vcpus"][1].pop("lapic"), "the vCPU's state has no lapic"),
         (lambda s: s["vcpus"][1].update(regs=b"x"), "regs: 1 bytes, expected 144"),
         (lambda s: s["vcpus"][1].update(xsave=b"x" * 64), "XSAVE area has 64 bytes"),
         (lambda s: s["vcpus"][1].update(cpuid=[[1, 2]]), "cpuid: expected 7 numbers"),
         (lambda s: s["vcpus"][1].update(msrs=[[1 << 70, 0]]), "msrs: expected 2 numbers"),
-        (lambda s: s["vcpus"][1].update(msrs=[[0x12345678, 0]]), "lacks MSRs .*0x12345678"),
+        (lambda s: s["vcpus"][1]["msrs"].append([0x12345678, 0]), "lacks MSRs .*0x12345678"),
+        (lambda s: s["vcpus"][1].update(msrs=[]), "holds no values of MSRs 0x10, 0x174"),
+        (lambda s: s["vcpus"][1].update(cpuid=[]), "tells of no processor"),
+        (lambda s: _promise(s, 7, 4, 1 << 15), "lacks features .*: 0x7.0 ebx bits 15$"),
+        (lambda s: _promise(s, 1, 5, 1 << 16), "lacks features .*: 0x1.0 ecx bits 16$"),
+        (_ahead, "would go back from"),
         (lambda s: s["vcpus"][1].update(tsc_khz=1), "cannot scale it|refuses"),
     ],
 )

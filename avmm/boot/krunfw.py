@@ -27,6 +27,8 @@ _ET_DYN: Final = b"\x03\x00"
 _MACHINE: Final = b"\x3e\x00"
 _MOST_SECTIONS: Final = 4 * MAX_PROGRAM_HEADERS
 _MOST_SYMBOLS: Final = 1 << 16
+_LONGEST_NAME: Final = 256
+"""Longer symbols are none of ours; and a table of names without ends costs no time."""
 _MOST_CODE: Final = 1 << 12
 _KERNEL: Final = "KERNEL_BUNDLE"
 _GETTER: Final = "krunfw_get_kernel"
@@ -124,7 +126,11 @@ def _symbols(image: Image) -> dict[str, tuple[int, int]]:
         index = symbol["st_shndx"]
         if not isinstance(index, int) or not 0 < index < count:
             continue
-        name = text[symbol["st_name"] :].split(b"\0", 1)[0].decode("ascii", "replace")
+        start = symbol["st_name"]
+        end = text.find(b"\0", start, start + _LONGEST_NAME)
+        if end < 0:
+            continue
+        name = text[start:end].decode("ascii", "replace")
         section = sections[index]
         offset = section["sh_offset"] + symbol["st_value"] - section["sh_addr"]
         symbols[name] = (offset, symbol["st_size"])

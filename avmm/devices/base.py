@@ -112,6 +112,10 @@ class Device:
     """The hardware id by which ACPI tells the guest of the device, such as "PNP0501", with its
     ports, memory and interrupt; empty: ACPI does not name it."""
 
+    has_tasks: bool = False
+    """Set by the machine when the device takes its host's nursery: then it must override
+    `quiesce`, as one that overrides `run`."""
+
     host: Host
     """Set by `attach`, before anything else is called."""
 
@@ -147,7 +151,7 @@ class Device:
         Called with every vCPU parked; may be called again while quiesced, and then does
         nothing. Cancelling it leaves the device as `resume` can set it going again.
         """
-        if type(self).run is not Device.run:
+        if self.has_tasks or type(self).run is not Device.run:
             raise DeviceError(
                 f"{self.name} runs a task and cannot be quiesced: it lacks quiesce()"
             )

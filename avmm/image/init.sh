@@ -40,9 +40,12 @@ console=console
 for name in $(cat /sys/class/tty/console/active); do console=$name; done
 cd /root
 
-if [ -x /etc/script ]; then
-    setsid -c /etc/script <"/dev/$console" >"/dev/$console" 2>&1
-else
-    setsid -c /bin/sh -l <"/dev/$console" >"/dev/$console" 2>&1
-fi
+# What busybox's poweroff, halt and reboot ask the first process for.
+trap 'sync; poweroff -f' USR1 USR2
+trap 'sync; reboot -f' TERM
+
+command="/bin/sh -l"
+[ -x /etc/script ] && command=/etc/script
+setsid -c $command <"/dev/$console" >"/dev/$console" 2>&1 &
+wait $!  # in the background: only so do the traps run at once
 finish $?

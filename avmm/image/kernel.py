@@ -25,11 +25,15 @@ def extract(package: Package, output: Path) -> str:
     """Write the package's kernel to `output`; gives its release. Raises `ImageError`."""
     for path, content in package.files():
         if match := _KERNEL.fullmatch(str(path)):
+            partial = output.with_name(f".{output.name}.partial")
             try:
-                with output.open("wb") as file:
+                with partial.open("wb") as file:
                     shutil.copyfileobj(content, file)
+                partial.replace(output)
             except OSError as error:
                 raise ImageError(f"{output}: cannot be written: {error.strerror}") from None
+            finally:
+                partial.unlink(missing_ok=True)
             return match["release"]
     raise ImageError(
         f"{package.path}: has no kernel (/boot/vmlinuz-*): expected a linux-image package; one "

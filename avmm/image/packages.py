@@ -6,7 +6,9 @@ files. It is read as a stream, once for each question; nothing is unpacked to it
 
 from __future__ import annotations
 
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -33,7 +35,7 @@ class Package:
         if magic != _MAGIC:
             raise ImageError(f"{path}: is no Debian package: expected an ar archive (.deb)")
 
-    def files(self) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
+    def files(self) -> Iterator[tuple[PurePosixPath, Content]]:
         """Its regular files in the package's order: (path from the root, content).
 
         A content can be read until the next one is asked for.
@@ -46,23 +48,50 @@ class Package:
                     raise ImageError(f"{self.path}: {member.name} is {member.size} bytes")
                 content = tar.extractfile(member)
                 assert content is not None
-                yield PurePosixPath("/", member.name.removeprefix("./")), content
+                yield (
+                    PurePosixPath("/", member.name.removeprefix("./")),
+                    Content(self.path, content),
+                )
 
     @contextmanager
     def _data(self) -> Iterator[tarfile.TarFile]:
         import arpy  # noqa: PLC0415 - only where a package is read
 
-        try:
-            with arpy.Archive(str(self.path)) as archive:
-                for member in archive:
-                    name = member.header.name.decode("ascii", "replace")
-                    if name.startswith("data.tar"):
-                        with _tar(member, name.removeprefix("data.tar")) as tar:
-                            yield tar
-                        return
-        except (arpy.ArchiveFormatError, tarfile.TarError, EOFError, OSError) as error:
-            raise ImageError(f"{self.path}: is damaged: {error}") from error
+        with _damage_told(self.path), arpy.Archive(str(self.path)) as archive:
+            for member in archive:
+                name = member.header.name.decode("ascii", "replace")
+                if name.startswith("data.tar"):
+                    with _tar(member, name.removeprefix("data.tar")) as tar:
+                        yield tar
+                    return
         raise ImageError(f"{self.path}: has no data.tar: expected a Debian package")
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """`ImageError` for all that the libraries raise where a package is cut off or damaged."""
+    import arpy  # noqa: PLC0415
+    import zstandard  # noqa: PLC0415
+
+    damage = (arpy.ArchiveFormatError, arpy.ArchiveAccessError, zstandard.ZstdError)
+    more = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError, OSError)
+    try:
+        yield
+    except (*damage, *more) as error:
+        raise ImageError(f"{path}: is damaged: {error}") from error
+
+
+class Content:
+    """A file in a package; reading it raises `ImageError` where the package is damaged."""
+
+    def __init__(self, package: Path, content: IO[bytes]) -> None:
+        self._package = package
+        self._content = content
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to `size` bytes, all that are left where it is negative."""
+        with _damage_told(self._package):
+            return self._content.read(size)
 
 
 def _tar(content: Any, suffix: str) -> tarfile.TarFile:

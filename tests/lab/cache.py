@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from avmm.errors import ImageError
+
 KEPT_SECONDS: Final = 7 * 86400
 _KEY: Final = 16
 """Digits of the content's hash in a folder's name."""
@@ -45,7 +47,14 @@ def artefact(name: str, made_from: object, build: Callable[[Path], None]) -> Pat
     if place.is_dir():
         os.utime(place)
         return place
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _built(folder, name, place, build)
+    except (OSError, ImageError) as error:
+        raise LabError(f"lab: {name} cannot be built in {folder}: {error}") from error
+
+
+def _built(folder: Path, name: str, place: Path, build: Callable[[Path], None]) -> Path:
     with _locked(folder / f"{name}.lock"):
         if place.is_dir():  # somebody else has built it meanwhile
             return place
@@ -59,8 +68,6 @@ def artefact(name: str, made_from: object, build: Callable[[Path], None]) -> Pat
             with step(f"lab: building {name}"):
                 build(partial)
             partial.rename(place)
-        except OSError as error:
-            raise LabError(f"lab: {name} cannot be built in {folder}: {error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return place

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import avmm.image.build
-import avmm.image.initramfs
 from avmm.boot import bzimage
 from avmm.boot.image import open_image
 from lab import krunfw
@@ -34,9 +33,13 @@ def folders() -> dict[str, Path]:
 
 def _folder(name: str, kernel: str) -> Path:
     packages = [download(kernel), download("busybox-static")]
-    own = [Path(avmm.image.build.__file__), Path(avmm.image.initramfs.__file__)]
-    own += [own[0].with_name("init.sh"), own[0].with_name("finish.c"), _TOOL]
-    names, texts = [package.name for package in packages], [file.read_text() for file in own]
+    code = Path(avmm.__file__).parent
+    own = [*code.glob("image/*.[pcs]*"), *code.glob("boot/*.py"), _TOOL]
+    own.sort()
+    names, texts = (
+        [package.name for package in packages],
+        [file.read_text() for file in own if file.is_file()],
+    )
     made_from = (names, _MODULES, texts)
 
     def build(place: Path) -> None:

@@ -94,7 +94,7 @@ class _Run:
             except machine.Hung as error:
                 print(f"\n{error}\nlab: once more, without the tests that have a result")
                 self._play_in(l1)
-        except LabError as error:
+        except (LabError, OSError) as error:  # a full disk here, too
             self._said = str(error)
         for nodeid, item in list(self._left.items()):
             self._report_lost(nodeid, item)

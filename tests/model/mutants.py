@@ -53,7 +53,12 @@ _ANSWER: Final = """\
 """
 _UNDO: Final = """\
             with trio.CancelScope(shield=True):
-                await undo.aclose()
+                try:
+                    await undo.aclose()
+                except Exception as failure:
+                    # The guest runs on; why it was not paused is what is to be known.
+                    logger.exception("a pause was given up, and on the way back:")
+                    error.add_note(f"and on the way back: {failure!r}")
             raise
 """
 _PARK: Final = """\
@@ -61,8 +66,8 @@ _PARK: Final = """\
 """
 _QUIESCE: Final = """\
             for device in self._devices:
-                undo.push_async_callback(device.resume)
-                self._waiting_for = f"{device.name} has not finished what it has in flight"
+                undo.push_async_callback(self._resume, device)
+                self._stage = f"{device.name} has not finished what it has in flight"
                 await device.quiesce()
 """
 BUGS: Final = (
@@ -232,7 +237,13 @@ BUGS: Final = (
     ),
     Bug(
         "resume forgotten after a cancellation",
-        (("migration", "        except BaseException:\n", "        except Exception:\n"),),
+        (
+            (
+                "migration",
+                "        except BaseException as error:\n",
+                "        except Exception as error:\n",
+            ),
+        ),
         "world",
     ),
     Bug(

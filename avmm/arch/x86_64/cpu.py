@@ -35,7 +35,7 @@ _DELIVER_EXTINT, _DELIVER_NMI = 0x700, 0x400
 
 def set_up(system: System, vcpu: Vcpu, cpus: int, entry: Entry | None) -> None:
     """Prepare `vcpu`, one of `cpus`; `entry` is the boot processor's start, None for others."""
-    vcpu.set_cpuid(_cpuid(system, vcpu.index, cpus))
+    vcpu.set_cpuid(cpuid(system, vcpu.index, cpus))
     vcpu.set_msrs(_STARTUP_MSRS)
     vcpu.set_fpu(fcw=0x37F, mxcsr=0x1F80)
     lapic = vcpu.lapic()
@@ -49,11 +49,11 @@ def set_up(system: System, vcpu: Vcpu, cpus: int, entry: Entry | None) -> None:
         vcpu.set_regs(regs)
 
 
-def _cpuid(system: System, index: int, cpus: int) -> Struct:
+def cpuid(system: System, index: int, cpus: int) -> Struct:
     """What the host offers, with this vCPU's APIC id and a topology of single-thread cores."""
-    cpuid = system.supported_cpuid()
+    offered = system.supported_cpuid()
     deadline = system.check("KVM_CAP_TSC_DEADLINE_TIMER")
-    for entry in cpuid.entries:
+    for entry in offered.entries:
         if entry.function == 1:
             entry.ebx = entry.ebx & 0xFFFF | min(cpus, 255) << 16 | (index & 0xFF) << 24
             entry.ecx |= _HYPERVISOR | (_TSC_DEADLINE if deadline else 0)
@@ -66,7 +66,7 @@ def _cpuid(system: System, index: int, cpus: int) -> Struct:
                 entry.eax, entry.ebx, entry.ecx = (cpus - 1).bit_length(), cpus, _CORE_LEVEL | 1
             else:
                 entry.eax, entry.ebx, entry.ecx = 0, 0, entry.index
-    return cpuid
+    return offered
 
 
 def _enter(entry: Entry, sregs: Struct, regs: Struct) -> None:

@@ -31,9 +31,11 @@ shape is checked here, the values by the kernel.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
+from avmm.arch.x86_64 import cpu, features
 from avmm.errors import StateError
 from avmm.kvm import KvmError, System, Vcpu, Vm, constants
 
@@ -63,7 +65,13 @@ _VCPU_KEYS: Final = {
 _VM_KEYS: Final = {"version": int, "irqchips": list, "pit": bytes, "clock": int}
 _TSC_TOLERANCE: Final = 250e-6
 """As much may TSC frequencies differ and still count as one (KVM's own default)."""
+_TSC_NOTICED: Final = 1000
+"""Milliseconds: a load takes less."""
+_ALWAYS: Final = (_TSC, 0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0084, 0xC000_0102)
+"""MSRs that every x86-64 KVM lists: TSC, SYSENTER's, STAR, LSTAR, FMASK, KERNEL_GS_BASE."""
 _U32, _U64 = 1 << 32, 1 << 64
+
+logger = logging.getLogger(__name__)
 
 
 def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
@@ -91,7 +99,10 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
     """
     _check_shape("vCPU", state, _VCPU_KEYS)
     leaves = [_numbers("cpuid", leaf, 7, _U32) for leaf in state["cpuid"]]
+    features.demand(leaves, _offered(system, vcpu))
     msrs = {msr[0]: msr[1] for msr in (_numbers("msrs", pair, 2, _U64) for pair in state["msrs"])}
+    if lost := [f"{index:#x}" for index in _ALWAYS if index not in msrs]:
+        raise StateError(f"the state holds no values of MSRs {', '.join(lost)}")
     missing = [f"{index:#x}" for index in msrs if index not in system.msr_indices()]
     if missing:
         raise StateError(f"this host's KVM lacks MSRs that the state holds: {', '.join(missing)}")
@@ -115,10 +126,33 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
             vcpu.set_msrs({_TSC_DEADLINE: msrs[_TSC_DEADLINE]})
         vcpu.set_state("events", state["events"])
         vcpu.clock_paused()
+        _check_tsc(vcpu, msrs[_TSC])
     except (KvmError, ValueError) as error:
         raise StateError(
             f"this host's KVM refuses the state of vCPU {vcpu.index}: {error}"
         ) from error
+
+
+def _offered(system: System, vcpu: Vcpu) -> list[features.Leaf]:
+    """The CPUID that a new vCPU shows its guest here; KVM may show more than it was told to
+    (kvm_pvm, whose guests see the hardware's)."""
+    vcpu.set_cpuid(cpu.cpuid(system, vcpu.index, cpus=vcpu.index + 1))
+    return vcpu.cpuid()
+
+
+def _check_tsc(vcpu: Vcpu, saved: int) -> None:
+    """Some KVMs (kvm_pvm) take a TSC and keep their own: bearable only where it is ahead."""
+    here = vcpu.msrs([_TSC])[_TSC]
+    if here < saved:
+        raise StateError(
+            f"this host's KVM does not set a guest's TSC: it would go back from {saved} to {here}"
+        )
+    if here - saved > _TSC_NOTICED * vcpu.tsc_khz():
+        logger.warning(
+            "vCPU %d: this host's KVM does not set a guest's TSC; it has jumped ahead by %.1f s",
+            vcpu.index,
+            (here - saved) / vcpu.tsc_khz() / 1000,
+        )
 
 
 def save_vm(vm: Vm) -> dict[str, Any]:
@@ -137,12 +171,15 @@ def load_vm(vm: Vm, state: Mapping[str, Any]) -> None:
     Raises `StateError` as `load_vcpu` does.
     """
     _check_shape("VM", state, _VM_KEYS)
-    if len(state["irqchips"]) != len(_CHIPS):
-        raise StateError(f"expected {len(_CHIPS)} interrupt chips, found {len(state['irqchips'])}")
+    chips = state["irqchips"]
+    if [type(chip) for chip in chips] != [bytes] * len(_CHIPS):
+        raise StateError(f"irqchips: expected the bytes of {len(_CHIPS)} interrupt chips")
+    if [int.from_bytes(chip[:4], "little") for chip in chips] != list(_CHIPS):
+        raise StateError("irqchips: expected two PICs and an IOAPIC, in this order")
     _numbers("clock", [state["clock"]], 1, _U64)
     try:
-        for chip in state["irqchips"]:
-            vm.set_irqchip(bytes(chip))
+        for chip in chips:
+            vm.set_irqchip(chip)
         vm.set_state("pit", state["pit"])
         vm.set_clock(state["clock"])
     except (KvmError, ValueError, TypeError) as error:
@@ -170,7 +207,7 @@ def _in_deadline_mode(lapic: bytes) -> bool:
 def _check_shape(what: str, state: object, keys: Mapping[str, type]) -> None:
     if not isinstance(state, Mapping):
         raise StateError(f"no state of a {what}: {type(state).__name__}, expected a mapping")
-    if state.get("version") != VERSION:
+    if type(state.get("version")) is not int or state["version"] != VERSION:
         raise StateError(
             f"the {what}'s state has version {state.get('version')!r}, expected {VERSION}"
         )
