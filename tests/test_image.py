@@ -6,6 +6,7 @@ import gzip
 import io
 import lzma
 import os
+import random
 import subprocess
 import sys
 import tarfile
@@ -195,6 +196,27 @@ def test_a_package_that_is_cut_off_is_told(linux: Path, tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(ImageError):
             build.build([path], tmp_path / "guest")
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".zst", ".gz", ""])
+def test_damage_anywhere_is_told_and_leaves_no_kernel(tmp_path: Path, suffix: str) -> None:
+    content = random.Random(1).randbytes(300_000)
+    whole = deb(tmp_path / "whole.deb", {"/boot/vmlinuz-6.1": content}, suffix).read_bytes()
+    path, output = tmp_path / "damaged.deb", tmp_path / "vmlinuz"
+    chance = random.Random(2)
+    refused = 0
+    for _ in range(60):
+        at = chance.randrange(8, len(whole))
+        cut = chance.random() < 0.5
+        path.write_bytes(whole[:at] if cut else whole[:at] + bytes(50) + whole[at + 50 :])
+        try:
+            kernel.extract(Package(path), output)
+        except ImageError as error:
+            assert str(path) in str(error)
+            assert not output.exists()
+            refused += 1
+        output.unlink(missing_ok=True)
+    assert refused > 20
 
 
 def test_what_is_missing_is_told(linux: Path, busybox: Path, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
-"""Hostile images: whatever the bytes, `load` loads them or raises a `ConfigError`, quickly."""
+"""Hostile images: `load` loads them or raises a `ConfigError`, in little time and memory."""
 
 from __future__ import annotations
 
 import gzip
 import itertools
+import resource
 import struct
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,8 @@ from .images import BzImage, Elf, Segment, multiboot_elf, multiboot_header, note
 pytestmark = pytest.mark.timeout(120)
 SECONDS = 5
 """More than any small image may take, on a busy machine too."""
+MEMORY = 512 << 20
+"""More bytes of address space than one may take: unpacked, an image may have 256 MiB here."""
 fuzz = settings(
     max_examples=200,
     deadline=None,
@@ -42,6 +46,9 @@ def attempt() -> Iterator[Try]:
             path.write_bytes(data)
             memory = GuestMemory("2M")
             start = time.process_time()
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, hard))
             try:
                 return load(memory, path, cmdline="x", cpus=2)
             except ImageError as error:
@@ -50,10 +57,40 @@ def attempt() -> Iterator[Try]:
             except ConfigError:
                 return None
             finally:
+                resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
                 memory.close()
                 assert time.process_time() - start < SECONDS
 
         yield attempt
+
+
+KRUNFW = """
+__attribute__((aligned(4096))) char KERNEL_BUNDLE[4096] = "K";
+char *krunfw_get_kernel(unsigned long *address, unsigned long *entry, unsigned long *size)
+{ *address = 0x100000; *entry = 0x100010; *size = 4096; return KERNEL_BUNDLE; }
+"""
+
+
+def krunfw() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "libkrunfw.so")
+        command = ["cc", "-shared", "-fPIC", "-O1", "-nostdlib", "-s", "-x", "c", "-", "-o", made]
+        subprocess.run(command, input=KRUNFW, text=True, check=True)
+        return made.read_bytes()
+
+
+def endless_names(count: int) -> bytes:
+    """A shared object with so many symbols, none of whose names comes to an end."""
+    names, entry = b"x" * (24 * count), struct.pack("<IBBHQQ", 0, 0x11, 0, 1, 0, 1)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH",
+        *(b"\x7fELF\2\1\1", 3, 62, 1, 0, 0, 64, 0, 64, 56, 0, 64, 3, 0),
+    )
+    rest = 64 + 3 * 64
+    sections = bytes(64)
+    sections += struct.pack("<IIQQQQIIQQ", 0, 11, 0, 0, rest, 24 * count, 2, 0, 8, 24)
+    sections += struct.pack("<IIQQQQIIQQ", 0, 3, 0, 0, rest + 24 * count, len(names), 0, 0, 1, 0)
+    return header + sections + entry * count + names
 
 
 ADDRESSES = multiboot_header(1 << 16, 0x100000, 0x100000, 0, 0, 0x100020)
@@ -63,6 +100,7 @@ GOOD = {
     "pvh32": bytes(pvh_elf(bits=32)),
     "multiboot": bytes(multiboot_elf()),
     "addresses": ADDRESSES + b"code" * 10,
+    "krunfw": krunfw(),
     "bzimage": bytes(BzImage(gzip.compress(bytes(Elf())), payload_offset=0)),
 }
 
@@ -72,13 +110,19 @@ interesting = st.one_of(
     st.integers(0, (1 << 64) - 1),
 )
 patches = st.lists(
-    st.tuples(st.integers(0, 700), st.sampled_from("BHIQ"), interesting), min_size=1, max_size=4
+    st.tuples(st.integers(0, 700) | st.integers(0, 20_000), st.sampled_from("BHIQ"), interesting),
+    min_size=1,
+    max_size=4,
 )
 
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_unharmed_images_load(attempt: Try, kind: str) -> None:
     assert attempt(GOOD[kind]) is not None
+
+
+def test_names_without_an_end(attempt: Try) -> None:
+    assert attempt(endless_names(1 << 16)) is None
 
 
 @pytest.mark.parametrize("kind", GOOD)
