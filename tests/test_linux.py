@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,34 @@ async def test_saved_and_loaded_in_the_midst_of_console_output(
     assert [line for line in lines if line.startswith(b"line")] == [
         b"line %d" % n for n in range(2000)
     ]
+
+
+async def test_a_megabyte_each_way_by_a_second_port(vmlinux: Path, tmp_path: Path) -> None:
+    script = (
+        "while [ ! -c /dev/vport0p1 ]; do sleep 1; done\n"
+        "cat 0<>/dev/vport0p1 1>&0\n"  # a port can be opened once
+        "reboot"
+    )
+    initrd = userspace.initrd(tmp_path / "initrd", script)
+    data = random.Random(1).randbytes(1 << 20)
+    received = bytearray()
+    async with avmm.Machine(
+        kernel=vmlinux,
+        initrd=initrd,
+        memory="32M",
+        acpi=False,
+        cmdline=f"{CMDLINE} quiet",
+        devices=[avmm.virtio(avmm.Console(avmm.Port("hvc0", console=True), avmm.Port("data")))],
+    ) as vm:
+        port = vm.ports["data"]
+        await port.opened()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(port.send_all, data)
+            while len(received) < len(data):
+                received += await port.receive_some()
+        await port.aclose()  # the guest's cat ends
+        assert (await vm.wait()).cause is avmm.Cause.TRIPLE_FAULT
+    assert bytes(received) == data
 
 
 def test_bench_boot_compares_with_qemu(vmlinux: Path, tmp_path: Path) -> None:
