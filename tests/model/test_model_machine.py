@@ -153,7 +153,7 @@ class Machine(RuleBasedStateMachine):
             self._join()
 
 
-def examined(code: Production, **more: Any) -> list[BaseException]:
+def examined(code: Production, examples: int = EXAMPLES, **more: Any) -> list[BaseException]:
     """Run the machine on this code; gives what it found, raises what hypothesis makes of it."""
     machine = type("Machine", (Machine,), {"code": code, "found": []})
     logging.disable(logging.WARNING)  # lying kernels are named in the log, by the hundred
@@ -161,7 +161,7 @@ def examined(code: Production, **more: Any) -> list[BaseException]:
         run_state_machine_as_test(
             machine,
             settings=settings(
-                max_examples=EXAMPLES,
+                max_examples=examples,
                 stateful_step_count=30,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
@@ -178,6 +178,12 @@ def examined(code: Production, **more: Any) -> list[BaseException]:
 
 def test_the_state_machine_finds_nothing() -> None:
     assert not examined(REAL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_state_machine_finds_nothing_in_many_examples() -> None:
+    assert not examined(REAL, 5_000)
 
 
 @pytest.mark.parametrize(
