@@ -156,22 +156,6 @@ async def test_an_msr_that_kvm_does_not_take_is_named(
             pytest.fail("it was loaded")
 
 
-async def test_a_young_guests_tsc_does_not_go_back(tmp_path: Path) -> None:
-    """KVM synchronises a TSC that is near what it expects with its own, which has just begun."""
-    code = "1: rdtsc; shl rdx, 32; or rax, rdx; mov [0x200000], rax; jmp 1b"
-    async with machine(tmp_path, code, cpus=2) as vm:
-        while vm.memory.read(0x200000, 8) == bytes(8):
-            await trio.lowlevel.checkpoint()
-        async with vm.paused(deadline=20):
-            state = vm.save()
-    async with machine(tmp_path, code, cpus=2, state=state) as vm:
-        with vm.memory.view(0x200000, 8) as seen:
-            before = bytes(seen)
-            while bytes(seen) == before:
-                await trio.lowlevel.checkpoint()
-            assert int.from_bytes(seen, "little") > int.from_bytes(before, "little")
-
-
 async def test_a_tsc_that_kvm_keeps_for_itself_is_not_let_go_back(
     saved: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -17,9 +17,7 @@ the LAPIC and the registers. VCPU_EVENTS comes last: what other reads settle sho
 6. LAPIC: its timer mode must be there before the deadline is written to an MSR.
 7. MSRs, the TSC before the TSC deadline, which is compared with it. KVM takes a TSC that is less
    than a second from what it expects for an attempt to synchronise, and keeps its own: a guest
-   saved in its first second would go back in time. So the first vCPU's is written twice, first
-   far off. The others' are then taken for what they are, synchronised with the first's, and a
-   guest of several CPUs sees one time. A deadline that reads 0 in
+   saved in its first second sees its TSC go back by less than that. A deadline that reads 0 in
    a timer that is in deadline mode has just fired or was never set; written as 0 it would
    disarm a timer whose interrupt is still on its way, so the TSC's value is written, which
    makes it fire at once: a spurious tick is harmless, a lost one stops a guest.
@@ -69,9 +67,8 @@ _VCPU_KEYS: Final = {
 _VM_KEYS: Final = {"version": int, "irqchips": list, "pit": bytes, "clock": int}
 _TSC_TOLERANCE: Final = 250e-6
 """As much may TSC frequencies differ and still count as one (KVM's own default)."""
-_FAR_OFF: Final = 1 << 61
-_TSC_SKEW, _TSC_NOTICED = 1, 1000
-"""Milliseconds: vCPUs are read one after the other; a load takes less than the second."""
+_TSC_NOTICED: Final = 1000
+"""Milliseconds: less is a load's own time, or KVM's synchronising."""
 _ALWAYS: Final = (_TSC, 0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0084, 0xC000_0102)
 """MSRs that every x86-64 KVM lists: TSC, SYSENTER's, STAR, LSTAR, FMASK, KERNEL_GS_BASE."""
 _U32, _U64 = 1 << 32, 1 << 64
@@ -125,8 +122,6 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
         vcpu.set_xsave(state["xsave"])
         for part in ("xcrs", "debugregs", "lapic"):
             vcpu.set_state(part, state[part])
-        if vcpu.index == 0:
-            vcpu.set_msrs({_TSC: msrs[_TSC] ^ _FAR_OFF})
         # The deadline last, of which the TSC is the measure.
         vcpu.set_msrs({i: v for i, v in msrs.items() if i != _TSC_DEADLINE})
         if _TSC_DEADLINE in msrs:
@@ -150,7 +145,7 @@ def _offered(system: System, vcpu: Vcpu) -> list[features.Leaf]:
 def _check_tsc(vcpu: Vcpu, saved: int) -> None:
     """Some KVMs (kvm_pvm) take a TSC and keep their own: bearable only where it is ahead."""
     here = vcpu.msrs([_TSC])[_TSC]
-    if here + _TSC_SKEW * vcpu.tsc_khz() < saved:
+    if here + _TSC_NOTICED * vcpu.tsc_khz() < saved:
         raise StateError(
             f"this host's KVM does not set a guest's TSC: it would go back from {saved} to {here}"
         )
