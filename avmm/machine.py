@@ -363,6 +363,7 @@ class Parts:
         cpu_state.load_vm(self.vm, state.get("vm", {}))
         for vcpu, vcpu_state in zip(self.vcpus, vcpus, strict=True):
             cpu_state.load_vcpu(self.system, vcpu, vcpu_state)
+        cpu_state.load_time(self.vcpus, vcpus)
         # Devices last. An edge that one raised just before the save may still have been on its
         # way through a work queue of the kernel's (irqfd), in no state that could be read. So a
         # device that has cause to interrupt does so again when it is loaded; interrupt chips

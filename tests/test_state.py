@@ -68,6 +68,7 @@ async def test_registers_survive_to_the_bit(tmp_path: Path) -> None:
     try:
         cpu_state.load_vm(kvm, state["vm"])
         cpu_state.load_vcpu(system, vcpu, state["vcpus"][0])
+        cpu_state.load_time([vcpu], state["vcpus"])
         again = cpu_state.save_vcpu(system, vcpu)
         assert cpu_state.save_vm(kvm)["irqchips"] == state["vm"]["irqchips"]
     finally:
@@ -166,6 +167,43 @@ async def test_a_tsc_that_kvm_keeps_for_itself_is_not_let_go_back(
         async with machine(tmp_path, EXIT.format(0), cpus=2, state=state):
             pass
     except avmm.StateError as error:
-        assert "would go back from" in str(error)
+        assert "would go back by" in str(error)
     else:
         pytest.skip("this KVM sets a guest's TSC")
+
+
+COUNT_CYCLES = "1: rdtsc; shl rdx, 32; or rax, rdx; mov [0x200000], rax; jmp 1b"
+
+
+async def test_a_young_guests_tsc_does_not_go_back(tmp_path: Path) -> None:
+    """KVM synchronises a TSC that is near what it expects with its own, which has just begun."""
+    async with machine(tmp_path, COUNT_CYCLES, cpus=2) as vm:
+        while vm.memory.read(0x200000, 8) == bytes(8):
+            await trio.lowlevel.checkpoint()
+        async with vm.paused(deadline=20):
+            state = vm.save()
+    async with machine(tmp_path, COUNT_CYCLES, cpus=2, state=state) as vm:
+        with vm.memory.view(0x200000, 8) as seen:
+            before = bytes(seen)
+            while bytes(seen) == before:
+                await trio.lowlevel.checkpoint()
+            assert int.from_bytes(seen, "little") > int.from_bytes(before, "little")
+
+
+async def test_tscs_keep_their_distance(tmp_path: Path) -> None:
+    """One vCPU's TSC is a second ahead of the others', as a guest may set it."""
+    async with machine(tmp_path, COUNT_CYCLES, cpus=3) as vm:
+        async with vm.paused(deadline=20):
+            state = vm.save()
+    offsets = [vcpu["tsc_offset"] for vcpu in state["vcpus"]]
+    if offsets[0] is None:
+        pytest.skip("this KVM does not tell TSC offsets")
+    ahead = 1000 * state["vcpus"][1]["tsc_khz"]
+    state["vcpus"][1]["tsc_offset"] = (offsets[1] + ahead) % (1 << 64)
+    async with machine(tmp_path, COUNT_CYCLES, cpus=3, state=state) as vm:
+        loaded = [vcpu.tsc_offset() for vcpu in vm._running.vcpus]
+    if not any(loaded):
+        pytest.skip("this KVM gives guests the host's TSC")
+    saved = [vcpu["tsc_offset"] for vcpu in state["vcpus"]]
+    distances = [[(offset - all_[0]) % (1 << 64) for offset in all_] for all_ in (saved, loaded)]
+    assert distances[0] == distances[1]

@@ -517,6 +517,26 @@ class Vcpu(_Handle):
         """The guest's TSC frequency in kHz."""
         return self._ioctl_value("KVM_GET_TSC_KHZ")
 
+    def tsc_offset(self) -> int | None:
+        """KVM_VCPU_TSC_OFFSET: by how much the guest's TSC is ahead of the host's, modulo 2**64;
+        None where this KVM does not tell (Linux before 5.16)."""
+        value = ffi.new("uint64_t *")
+        try:
+            self._tsc_offset("KVM_HAS_DEVICE_ATTR", value)
+        except KvmError:
+            return None
+        self._tsc_offset("KVM_GET_DEVICE_ATTR", value)
+        return int(value[0])
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """KVM_VCPU_TSC_OFFSET; where `tsc_offset` gives one."""
+        self._tsc_offset("KVM_SET_DEVICE_ATTR", ffi.new("uint64_t *", offset))
+
+    def _tsc_offset(self, ioctl: str, value: Struct) -> None:
+        where = {"group": lib.KVM_VCPU_TSC_CTRL, "attr": lib.KVM_VCPU_TSC_OFFSET}
+        address = int(ffi.cast("uintptr_t", value))
+        self._ioctl(ioctl, ffi.new("struct kvm_device_attr *", {**where, "addr": address}))
+
     def translate(self, linear: int) -> int | None:
         """KVM_TRANSLATE: the guest-physical address of `linear`, None where it is unmapped."""
         translation = ffi.new("struct kvm_translation *", {"linear_address": linear})

@@ -33,6 +33,10 @@
 #ifndef KVM_GET_XSAVE2
 #define KVM_GET_XSAVE2 _IOR(KVMIO, 0xcf, struct kvm_xsave)
 #endif
+#ifndef KVM_VCPU_TSC_CTRL
+#define KVM_VCPU_TSC_CTRL 0
+#define KVM_VCPU_TSC_OFFSET 0
+#endif
 #ifndef KVM_EXIT_AP_RESET_HOLD
 #define KVM_EXIT_AP_RESET_HOLD 32
 #endif

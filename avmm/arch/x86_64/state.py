@@ -15,14 +15,14 @@ the LAPIC and the registers. VCPU_EVENTS comes last: what other reads settle sho
    exception, so it precedes VCPU_EVENTS.
 5. XSAVE, XCRS, DEBUGREGS.
 6. LAPIC: its timer mode must be there before the deadline is written to an MSR.
-7. MSRs, the TSC before the TSC deadline, which is compared with it. KVM takes a TSC that is less
-   than a second from what it expects for an attempt to synchronise, and keeps its own: a guest
-   saved in its first second sees its TSC go back by less than that. A deadline that reads 0 in
-   a timer that is in deadline mode has just fired or was never set; written as 0 it would
-   disarm a timer whose interrupt is still on its way, so the TSC's value is written, which
-   makes it fire at once: a spurious tick is harmless, a lost one stops a guest.
+7. MSRs, but for the TSC and its deadline.
 8. VCPU_EVENTS: pending exceptions, interrupts and NMIs, after all that would clear them.
 9. KVMCLOCK_CTRL, so that the guest's watchdogs know that it stood still.
+10. When all vCPUs are so far, their TSCs, together (`avmm.arch.x86_64.tsc`), and last the TSC
+   deadlines, which are compared with them. A deadline that reads 0 in a timer that is in
+   deadline mode has just fired or was never set; written as 0 it would disarm a timer whose
+   interrupt is still on its way, so the TSC's value is written, which makes it fire at once: a
+   spurious tick is harmless, a lost one stops a guest.
 
 The VM's own state: PICs, IOAPIC, PIT and kvmclock. They are written before the vCPUs': an
 interrupt that an IOAPIC raises on being set must find LAPICs that are set after it.
@@ -33,16 +33,15 @@ shape is checked here, the values by the kernel.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from avmm.arch.x86_64 import cpu, features
+from avmm.arch.x86_64 import cpu, features, tsc
 from avmm.errors import StateError
 from avmm.kvm import KvmError, System, Vcpu, Vm, constants
 
 VERSION: Final = 1
-_TSC, _TSC_DEADLINE = 0x10, 0x6E0
+_TSC_DEADLINE = 0x6E0
 _LVT_TIMER = 0x320
 _TIMER_MODE, _MODE_DEADLINE = 3 << 17, 2 << 17
 _CHIPS: Final = (
@@ -67,13 +66,9 @@ _VCPU_KEYS: Final = {
 _VM_KEYS: Final = {"version": int, "irqchips": list, "pit": bytes, "clock": int}
 _TSC_TOLERANCE: Final = 250e-6
 """As much may TSC frequencies differ and still count as one (KVM's own default)."""
-_TSC_NOTICED: Final = 1000
-"""Milliseconds: less is a load's own time, or KVM's synchronising."""
-_ALWAYS: Final = (_TSC, 0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0084, 0xC000_0102)
+_ALWAYS: Final = (tsc.MSR, 0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0084, 0xC000_0102)
 """MSRs that every x86-64 KVM lists: TSC, SYSENTER's, STAR, LSTAR, FMASK, KERNEL_GS_BASE."""
 _U32, _U64 = 1 << 32, 1 << 64
-
-logger = logging.getLogger(__name__)
 
 
 def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
@@ -86,9 +81,10 @@ def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
         state[part] = vcpu.state(part)
     state["cpuid"] = [list(leaf) for leaf in vcpu.cpuid()]
     state["tsc_khz"] = vcpu.tsc_khz()
+    state["tsc_offset"] = vcpu.tsc_offset()
     msrs = vcpu.msrs(system.msr_indices())
     if _in_deadline_mode(state["lapic"]) and msrs.get(_TSC_DEADLINE) == 0:
-        msrs[_TSC_DEADLINE] = msrs[_TSC]
+        msrs[_TSC_DEADLINE] = msrs[tsc.MSR]
     state["msrs"] = [[index, value] for index, value in msrs.items()]
     state["events"] = vcpu.state("events")
     return state
@@ -122,13 +118,10 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
         vcpu.set_xsave(state["xsave"])
         for part in ("xcrs", "debugregs", "lapic"):
             vcpu.set_state(part, state[part])
-        # The deadline last, of which the TSC is the measure.
-        vcpu.set_msrs({i: v for i, v in msrs.items() if i != _TSC_DEADLINE})
-        if _TSC_DEADLINE in msrs:
-            vcpu.set_msrs({_TSC_DEADLINE: msrs[_TSC_DEADLINE]})
+        later = (tsc.MSR, _TSC_DEADLINE)
+        vcpu.set_msrs({index: value for index, value in msrs.items() if index not in later})
         vcpu.set_state("events", state["events"])
         vcpu.clock_paused()
-        _check_tsc(vcpu, msrs[_TSC])
     except (KvmError, ValueError) as error:
         raise StateError(
             f"this host's KVM refuses the state of vCPU {vcpu.index}: {error}"
@@ -142,19 +135,28 @@ def _offered(system: System, vcpu: Vcpu) -> list[features.Leaf]:
     return vcpu.cpuid()
 
 
-def _check_tsc(vcpu: Vcpu, saved: int) -> None:
-    """Some KVMs (kvm_pvm) take a TSC and keep their own: bearable only where it is ahead."""
-    here = vcpu.msrs([_TSC])[_TSC]
-    if here + _TSC_NOTICED * vcpu.tsc_khz() < saved:
-        raise StateError(
-            f"this host's KVM does not set a guest's TSC: it would go back from {saved} to {here}"
-        )
-    if here - saved > _TSC_NOTICED * vcpu.tsc_khz():
-        logger.warning(
-            "vCPU %d: this host's KVM does not set a guest's TSC; it has jumped ahead by %.1f s",
-            vcpu.index,
-            (here - saved) / vcpu.tsc_khz() / 1000,
-        )
+def load_time(vcpus: Sequence[Vcpu], states: Sequence[Mapping[str, Any]]) -> None:
+    """Set the TSCs of all vCPUs going, and their deadlines; after `load_vcpu` of each.
+
+    Raises `StateError` as that does.
+    """
+    msrs = [dict(state["msrs"]) for state in states]
+    saved = [
+        tsc.Saved(values[tsc.MSR], _offset(state))
+        for values, state in zip(msrs, states, strict=True)
+    ]
+    try:
+        tsc.load(vcpus, saved)
+        for vcpu, values in zip(vcpus, msrs, strict=True):
+            if _TSC_DEADLINE in values:
+                vcpu.set_msrs({_TSC_DEADLINE: values[_TSC_DEADLINE]})
+    except KvmError as error:
+        raise StateError(f"this host's KVM refuses the guest's time: {error}") from error
+
+
+def _offset(state: Mapping[str, Any]) -> int | None:
+    offset = state.get("tsc_offset")
+    return None if offset is None else _numbers("tsc_offset", [offset], 1, _U64)[0]
 
 
 def save_vm(vm: Vm) -> dict[str, Any]:
