@@ -192,9 +192,8 @@ async def test_a_young_guests_tsc_does_not_go_back(tmp_path: Path) -> None:
 
 async def test_tscs_keep_their_distance(tmp_path: Path) -> None:
     """One vCPU's TSC is a second ahead of the others', as a guest may set it."""
-    async with machine(tmp_path, COUNT_CYCLES, cpus=3) as vm:
-        async with vm.paused(deadline=20):
-            state = vm.save()
+    async with machine(tmp_path, COUNT_CYCLES, cpus=3) as vm, vm.paused(deadline=20):
+        state = vm.save()
     offsets = [vcpu["tsc_offset"] for vcpu in state["vcpus"]]
     if offsets[0] is None:
         pytest.skip("this KVM does not tell TSC offsets")

@@ -8,5 +8,5 @@ command there.
 
 `cache` keeps what is built, `debian` fetches packages, `proposal` builds the patched modules,
 `disk` and `initramfs` make what L1 boots from, `payload` what it is sent, `machine` runs it,
-`plugin` is pytest's side here and `inside` its side there.
+`anchor` keeps its kernel from a hang, `plugin` is pytest's side here and `inside` its side there.
 """

@@ -18,6 +18,7 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp PYTHONPATH=/lab:/lab/tests:/
 export PYTHONDONTWRITEBYTECODE=1 AVMM_REQUIRE_KVM=1 AVMM_LAB={kind} LC_ALL=C.UTF-8
 cd /lab
 stty raw -echo </dev/ttyS1 2>/dev/null || /usr/bin/busybox stty raw -echo </dev/ttyS1
+python3 -m lab.anchor &
 echo up >/dev/ttyS1
 """
 
