@@ -47,9 +47,9 @@ class VsockOptions:
         """The same, with its path taken as relative to `folder`."""
         return replace(self, unix=folder / self.unix) if self.unix is not None else self
 
-    def open(self) -> Vsock:
-        """The device."""
-        return Vsock(self.cid, unix=self.unix)
+    def open(self, *, held: bool = True) -> Vsock:
+        """The device; without `held` it is found at no unix socket before `acquire`."""
+        return Vsock(self.cid, unix=self.unix, held=held)
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,20 @@ class NetOptions:
         listen = folder / self.listen if self.listen is not None else None
         return replace(self, unix=unix, listen=listen)
 
-    def open(self) -> Net:
-        """The device; its `backend` is the caller's to close. Raises `ConfigError`."""
-        return Net(self._backend(), mac=self.mac, mtu=self.mtu)
+    def open(self, *, held: bool = True) -> Net:
+        """The device; its `backend` is the caller's to close. Raises `ConfigError`.
 
-    def _backend(self) -> Backend:
+        Without `held` the backend takes nothing of the host's before `acquire`.
+        """
+        return Net(self._backend(held), mac=self.mac, mtu=self.mtu)
+
+    def _backend(self, held: bool) -> Backend:
         if self.tap is not None:
-            return Tap(self.tap)
+            return Tap(self.tap, held=held)
         if self.listen is not None:
-            return UnixStream.listen(self.listen)
+            return UnixStream.listen(self.listen, held=held)
         assert self.unix is not None
-        return UnixStream.connect(self.unix)
+        return UnixStream.connect(self.unix, held=held)
 
 
 def _fields(what: str, value: object, known: tuple[str, ...], expected: str) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.rng import Rng
 from avmm.devices.virtio.vsock import Vsock
+from avmm.dirty import DirtyLog
 from avmm.disks import open_disk
 from avmm.doorbell import EventDoorbell
 from avmm.errors import AvmmError, ConfigError, GuestMemoryError, ImageError, StateError
@@ -130,8 +131,11 @@ class _Host:
 class Parts:
     """A machine that does not run yet: VM, memory with the guest loaded, devices, vCPUs.
 
-    `end` is called, in a vCPU's thread, when the guest ends the run. Raises `ConfigError` and
-    `KvmError`, and leaves nothing behind then.
+    `end` is called, in a vCPU's thread, when the guest ends the run. With a `state` nothing is
+    booted; RAM is then in `memory`, if that is given (which is closed with the machine, and at
+    once where this raises), else in the state. With `standby` the state comes later, by `load`,
+    and until then the machine holds nothing that another may still need (`acquire`). Raises
+    `ConfigError` and `KvmError`, and leaves nothing behind then.
     """
 
     def __init__(
@@ -141,28 +145,36 @@ class Parts:
         end: Callable[[Outcome], None] = lambda outcome: None,
         calls: CallHandler | None = None,
         state: Mapping[str, Any] | None = None,
+        *,
+        memory: GuestMemory | None = None,
+        standby: bool = False,
     ) -> None:
         # Reading images is most of what there is to import, and only needed from here on.
         from avmm.boot.formats import load  # noqa: PLC0415
 
         self._end = end
+        boots = state is None and not standby
         with ExitStack() as stack:
+            if memory is not None:
+                stack.callback(memory.close)
             self.system = System()
             stack.callback(self.system.close)
             if config.cpus > self.system.max_vcpus:
                 raise ConfigError(
                     f"cpus {config.cpus}: this host's KVM allows 1 to {self.system.max_vcpus}"
                 )
-            self.memory = GuestMemory(config.memory)
-            stack.callback(self.memory.close)
+            if memory is None:
+                memory = GuestMemory(config.memory)
+                stack.callback(memory.close)
+            self.memory = memory
             for gpa, rom in config.roms:
                 self.memory.add_readonly(gpa, _read_rom(rom, config.memory))
             self.serial = Serial()
             standard = self._standard_devices(config)
-            devices = allocate([*devices, *_configured(config, stack)], standard)
+            devices = allocate([*devices, *_configured(config, stack, held=not standby)], standard)
             places = [*standard, *devices]
             entry = None
-            if state is None:
+            if boots:
                 # The bundled guests read no ACPI tables.
                 has_acpi = config.acpi and config.kernel is not None
                 cmdline = config.cmdline if has_acpi else named(config.cmdline, devices)
@@ -197,11 +209,11 @@ class Parts:
                 self.vm.enable("KVM_CAP_EXIT_HYPERCALL", 1 << constants.KVM_HC_MAP_GPA_RANGE)
             self.vcpus = [self._create_vcpu(stack, i) for i in range(config.cpus)]
             self.coalesced = self._coalesce(devices)
-            if state is None:
+            if boots:
                 for vcpu in self.vcpus:
                     cpu.set_up(self.system, vcpu, config.cpus, entry if vcpu.index == 0 else None)
-            else:
-                self._load(state)
+            elif state is not None:
+                self.load(state)
             self.group = self._group(stack)
             self._stack = stack.pop_all()
 
@@ -327,19 +339,25 @@ class Parts:
         buses = {True: self.pio, False: self.mmio}
         return CoalescedWrites(WriteRing(self.vm, self.vcpus[0]), buses, posted)
 
-    def save(self) -> dict[str, Any]:
-        """All state, as plain data, of a machine that stands still."""
-        return {
+    def save(self, *, with_memory: bool = True) -> dict[str, Any]:
+        """All state, as plain data, of a machine that stands still; RAM only `with_memory`."""
+        state: dict[str, Any] = {
             "version": STATE_VERSION,
             "memory_size": self.memory.size,
             "vcpus": [cpu_state.save_vcpu(self.system, vcpu) for vcpu in self.vcpus],
             "vm": cpu_state.save_vm(self.vm),
             "devices": [[device.name, dict(device.save())] for device in self.devices],
-            "memory": [[gpa, data] for gpa, data in self.memory.contents()],
         }
+        if with_memory:
+            state["memory"] = [[gpa, data] for gpa, data in self.memory.contents()]
+        return state
 
-    def _load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `save` gave. Raises `StateError` where it is not of such a machine."""
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what `save` gave; RAM that is not in it is taken as it is.
+
+        Raises `StateError` where it is not of such a machine, `DeviceError` where a device does
+        not take its part.
+        """
         version = state.get("version") if isinstance(state, Mapping) else None
         if type(version) is not int or version != STATE_VERSION:
             raise StateError(f"no state of a machine in version {STATE_VERSION}")
@@ -355,7 +373,7 @@ class Parts:
         vcpus = state.get("vcpus")
         if not isinstance(vcpus, list) or len(vcpus) != len(self.vcpus):
             raise StateError(f"the state is not of {len(self.vcpus)} vCPUs")
-        for gpa, data in _pairs("memory", state.get("memory"), int):
+        for gpa, data in _pairs("memory", state.get("memory", []), int):
             try:
                 self.memory.write(gpa, data)
             except (GuestMemoryError, TypeError) as error:
@@ -370,6 +388,28 @@ class Parts:
         # that were loaded after it would forget that.
         for device, (_, device_state) in zip(self.devices, saved, strict=True):
             device.load(device_state)
+
+    async def release(self) -> None:
+        """Let go of what only one machine may hold (disks' locks, interfaces), for one that takes
+        over. Only while the machine stands still."""
+        for device in self.devices:
+            await device.release()
+
+    async def acquire(self) -> None:
+        """Take hold of it, again or, after `standby`, for the first time.
+
+        Raises `ConfigError` where somebody else has it; then this machine holds nothing of it.
+        """
+        try:
+            for device in self.devices:
+                await device.acquire()
+        except ConfigError:
+            await self.release()
+            raise
+
+    def dirty_log(self) -> DirtyLog:
+        """Begin to log which pages of RAM are written; close it."""
+        return DirtyLog(self.vm, self.memory)
 
     def exits(self, vcpu: Vcpu) -> Exits:
         """What serves the exits of `vcpu`."""
@@ -615,20 +655,23 @@ class Machine:
         return self._parts
 
 
-def _configured(config: MachineConfig, stack: ExitStack) -> list[Unplaced]:
-    """The virtio devices that the settings ask for, always in the same order."""
+def _configured(config: MachineConfig, stack: ExitStack, *, held: bool) -> list[Unplaced]:
+    """The virtio devices that the settings ask for, always in the same order.
+
+    Without `held` they do not yet hold what another machine may hold.
+    """
     models: list[VirtioDevice] = []
     for number, disk in enumerate(config.disks):
-        backend = stack.enter_context(open_disk(disk))
+        backend = stack.enter_context(open_disk(disk, held=held))
         models.append(VirtioBlock(backend, serial=disk.serial or f"disk{number}"))
     if config.rng:
         models.append(Rng())
     if config.balloon:
         models.append(Balloon())
     if config.vsock is not None:
-        models.append(config.vsock.open())
+        models.append(config.vsock.open(held=held))
     for options in config.net:
-        net = options.open()
+        net = options.open(held=held)
         stack.callback(net.backend.close)
         models.append(net)
     return [virtio(model) for model in models]

@@ -1,12 +1,22 @@
-"""Guest RAM: one memfd, mapped once, cut into memory slots.
+"""Guest RAM: one file, mapped once, cut into memory slots.
 
 RAM starts at guest-physical address (GPA) 0. On a PC the addresses just below 4 GiB belong
 to devices (LAPIC, IOAPIC, firmware, MMIO), so RAM that would reach past `HOLE_START` goes on
-at 4 GiB. Every region is a window into the same file, which is what lets a snapshot map it
-back and another process share it.
+at 4 GiB. Every region of RAM is a window into the same file.
 
 The host's view of RAM is a `memoryview` of the mapping: no copies, and every range is checked
 against the regions first, because addresses mostly come from the guest.
+
+**Shared or copy-on-write.** RAM of its own is a memfd, mapped shared. RAM that begins with what a
+file holds (a snapshot, or another guest's RAM at the moment of a `fork`) is mapped privately: a
+page is read from the file when it is first touched and copied when it is first written, so neither
+costs anything before. What the file holds must not change meanwhile. A guest that is forked goes
+on with a private mapping of its own memfd, at the same addresses, so KVM, rings and views know
+nothing of it; pages that it has written since an earlier fork are its own, and are copied.
+
+**Dirty pages.** Between `log` and `unlog` the host's writes are noted page by page: those of
+`write`, `discard` and of rings and their chains. KVM logs the guest's own (`avmm.dirty`). Nobody
+sees a write through a `view` that was kept: follow it with `mark`.
 """
 
 from __future__ import annotations
@@ -20,9 +30,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from avmm.errors import ConfigError, GuestMemoryError
+from avmm.pages import COPY_ON_WRITE, PAGE, Bitmap, own_pages, remap_private
 from avmm.vring import RamTable
 
-PAGE: Final = 4096
 HOLE_START: Final = 0xC000_0000
 """First GPA of the hole below 4 GiB in which RAM never lies."""
 HOLE_END: Final = 0x1_0000_0000
@@ -45,9 +55,24 @@ def parse_size(size: int | str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+def check_size(size: int | str) -> int:
+    """The bytes meant by `size` (`parse_size`), where a guest of this host can have as many.
+
+    Raises `ConfigError` unless it is a positive multiple of the page size and no more than the
+    host's own memory.
+    """
+    size = parse_size(size)
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size <= 0 or size % PAGE:
+        raise ConfigError(f"memory of {size} bytes: expected a positive multiple of {PAGE}")
+    if size > host:
+        raise ConfigError(f"memory of {size >> 20} MiB: this host has {host >> 20} MiB in all")
+    return size
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A run of guest-physical addresses backed by the file from `offset` on."""
+    """A run of guest-physical addresses; `offset` is where it begins in RAM without its hole."""
 
     gpa: int
     size: int
@@ -63,23 +88,26 @@ class GuestMemory:
     """The RAM of one guest (and any read-only regions laid beside it).
 
     `size` is in bytes or as in `parse_size`; it must be a positive multiple of the page size
-    and no more than the host's own memory, else `ConfigError`.
+    and no more than the host's own memory, else `ConfigError`. It is zero, or, copy-on-write,
+    what `base` (a descriptor, and where in its file it begins, at a whole page) holds.
     """
 
-    def __init__(self, size: int | str) -> None:
-        size = parse_size(size)
-        host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if size <= 0 or size % PAGE:
-            raise ConfigError(f"memory of {size} bytes: expected a positive multiple of {PAGE}")
-        if size > host:
-            raise ConfigError(f"memory of {size >> 20} MiB: this host has {host >> 20} MiB in all")
-        self.size = size
-        self.fd = os.memfd_create("avmm-ram", os.MFD_CLOEXEC)
+    def __init__(self, size: int | str, *, base: tuple[int, int] | None = None) -> None:
+        self.size = size = check_size(size)
+        self.is_private = base is not None
+        """Does it belong to nobody but this process, copied from a file when it is written?"""
+        if base is None:
+            fd, self._base = os.memfd_create("avmm-ram", os.MFD_CLOEXEC), 0
+        else:
+            fd, self._base = os.dup(base[0]), base[1]
+        self.fd = fd
         try:
-            os.ftruncate(self.fd, size)
-            self._maps = [mmap.mmap(self.fd, size)]
+            if base is None:
+                os.ftruncate(fd, size)
+            flags = mmap.MAP_SHARED if base is None else COPY_ON_WRITE
+            self._maps = [mmap.mmap(fd, size, flags=flags, offset=self._base)]
         except BaseException:
-            os.close(self.fd)
+            os.close(fd)
             raise
         low = min(size, HOLE_START)
         self._regions = [Region(0, low, 0)]
@@ -93,6 +121,7 @@ class GuestMemory:
         """Where RAM is, for rings (`avmm.vring`); empty once the memory is closed."""
         for region, view in zip(self._regions, self._views, strict=True):
             self.table.add(region.gpa, region.size, region.offset, view)
+        self._dirty: Bitmap | None = None
         self._closed = False
 
     @property
@@ -121,11 +150,9 @@ class GuestMemory:
                     f"read-only region {gpa:#x}-{gpa + size:#x} overlaps memory at "
                     f"{other.gpa:#x}-{other.end:#x}"
                 )
-        offset = os.fstat(self.fd).st_size
-        os.ftruncate(self.fd, offset + size)
-        mapping = mmap.mmap(self.fd, size, offset=offset)
+        mapping = mmap.mmap(-1, size)
         mapping[: len(data)] = data
-        region = Region(gpa, size, offset, readonly=True)
+        region = Region(gpa, size, 0, readonly=True)
         self._maps.append(mapping)
         self._regions.append(region)
         self._views.append(memoryview(mapping).toreadonly())
@@ -155,36 +182,105 @@ class GuestMemory:
             if view.readonly:
                 raise GuestMemoryError(f"{len(data)} bytes at {gpa:#x} are read-only")
             view[:] = data
+        self.mark(gpa, len(data))
 
     def discard(self, gpa: int, length: int) -> None:
-        """Give the pages of RAM at `gpa` back to the host: they read as zeros then, to
-        everybody. Raises `GuestMemoryError` where they are no whole pages of RAM."""
-        if gpa % PAGE == 0 == length % PAGE and length > 0:
-            for region in self.ram:
-                if region.gpa <= gpa and gpa + length <= region.end:
-                    # Of a shared mapping: it frees the file's pages, not the mapping's alone.
-                    at = gpa - region.gpa + region.offset
-                    self._maps[0].madvise(mmap.MADV_REMOVE, at, length)
-                    return
-        raise GuestMemoryError(f"{length} bytes at {gpa:#x} are no whole pages of RAM")
+        """Give the pages of RAM at `gpa` back to the host: what they held is gone.
+
+        They read as zeros then, or, of copy-on-write RAM, as what the guest had there when that
+        began. Raises `GuestMemoryError` where they are no whole pages of RAM.
+        """
+        at = self._offset(gpa, length)
+        if at is None or gpa % PAGE or length % PAGE:
+            raise GuestMemoryError(f"{length} bytes at {gpa:#x} are no whole pages of RAM")
+        # Of a shared mapping it has to be the file's pages, not the mapping's alone.
+        advice = mmap.MADV_DONTNEED if self.is_private else mmap.MADV_REMOVE
+        self._maps[0].madvise(advice, at, length)
+        self.mark(gpa, length)
+
+    def _offset(self, gpa: int, length: int) -> int | None:
+        """Where these bytes lie in RAM without its hole; None where they are not all of it."""
+        for region in self.ram:
+            if length > 0 and region.gpa <= gpa and gpa + length <= region.end:
+                return gpa - region.gpa + region.offset
+        return None
+
+    # -- dirty pages --------------------------------------------------------------------------
+
+    def log(self) -> None:
+        """Note from now on which pages the host writes; forgets what was noted before."""
+        self._dirty = Bitmap(self.size // PAGE)
+        self.table.log(self._dirty.data)
+
+    def unlog(self) -> None:
+        """Note it no more; idempotent."""
+        self.table.log(None)
+        self._dirty = None
+
+    def mark(self, gpa: int, length: int) -> None:
+        """The host has written these bytes of RAM, if it is RAM. Any thread."""
+        if self._dirty is not None and (at := self._offset(gpa, length)) is not None:
+            self._dirty.mark(at, length)
+
+    def take_dirty(self, into: Bitmap) -> None:
+        """Move what was noted since `log` or the last call into `into`."""
+        if self._dirty is not None:
+            self._dirty.move_into(into)
+
+    def populated(self) -> Bitmap:
+        """The pages that may hold anything but zeros: of RAM of its own, those that were ever
+        touched."""
+        found = Bitmap(self.size // PAGE)
+        at, end = self._base, self._base + self.size
+        while at < end:
+            try:
+                start = os.lseek(self.fd, at, os.SEEK_DATA)
+            except OSError:  # ENXIO: only a hole from here on
+                break
+            if start >= end:
+                break
+            at = min(os.lseek(self.fd, start, os.SEEK_HOLE), end)
+            found.mark(start - self._base, at - start)
+        if self.is_private:
+            own_pages(self.whole, found)
+        return found
+
+    # -- copies -------------------------------------------------------------------------------
+
+    def fork(self) -> GuestMemory:
+        """RAM that holds what this holds now, and from now on goes its own way, copy-on-write.
+
+        Only while nothing writes this. Read-only regions are not taken over. Takes as long as it
+        takes to copy what was written since the last `fork`.
+        """
+        copy = GuestMemory(self.size, base=(self.fd, self._base))
+        try:
+            if self.is_private:
+                changed = Bitmap(self.size // PAGE)
+                own_pages(self.whole, changed)
+                for start, end in changed.runs():
+                    copy.whole[start * PAGE : end * PAGE] = self.whole[start * PAGE : end * PAGE]
+            else:
+                remap_private(self.whole, self.fd, self._base)
+                self.is_private = True
+        except BaseException:
+            copy.close()
+            raise
+        return copy
 
     def contents(self) -> Iterator[tuple[int, bytes]]:
         """What RAM holds, as (GPA, bytes) runs; what was never touched, and is zero, is left out.
 
         Only meaningful while nothing writes it.
         """
+        runs = list(self.populated().runs())
         for region in self.ram:
-            at = region.offset
-            while True:
-                try:
-                    start = os.lseek(self.fd, at, os.SEEK_DATA)
-                except OSError:  # ENXIO: only a hole from here on
-                    break
-                if start >= region.offset + region.size:
-                    break
-                at = min(os.lseek(self.fd, start, os.SEEK_HOLE), region.offset + region.size)
-                gpa = region.gpa + start - region.offset
-                yield gpa, self.read(gpa, at - start)
+            first, last = region.offset // PAGE, (region.offset + region.size) // PAGE
+            for run in runs:
+                start, end = max(run[0], first), min(run[1], last)
+                if start < end:
+                    gpa = region.gpa + (start - first) * PAGE
+                    yield gpa, self.read(gpa, (end - start) * PAGE)
 
     def addresses(self) -> list[tuple[Region, memoryview]]:
         """Each region with the mapping that backs it, for the VM's memory slots."""
@@ -195,6 +291,7 @@ class GuestMemory:
         if self._closed:
             return
         self._closed = True
+        self.unlog()
         self.table.clear()
         self.whole.release()
         for view in self._views:

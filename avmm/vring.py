@@ -49,9 +49,18 @@ class RamTable:
         region.host = ffi.cast("uint8_t *", ffi.from_buffer(view))
         self.struct.count += 1
 
+    def log(self, bitmap: bytearray | None) -> None:
+        """Mark the pages that rings and devices write in `bitmap`, a bit for each of RAM as a
+        whole, from now on; None: no more."""
+        self._bitmap = bitmap
+        self.struct.dirty = (
+            ffi.NULL if bitmap is None else ffi.cast("uint64_t *", ffi.from_buffer(bitmap))
+        )
+
     def clear(self) -> None:
         """There is no RAM any more."""
         self.struct.count = 0
+        self.log(None)
 
 
 class SplitRing:
@@ -83,6 +92,11 @@ class SplitRing:
     def walk(self, head: int) -> None:
         """Walk the chain of descriptor `head` (once more)."""
         _checked(lib.avmm_vring_walk(self.struct, head))
+
+    def mark(self, head: int) -> None:
+        """The writable parts of this chain may have been written: log them as dirty, if anybody
+        wants to know."""
+        lib.avmm_vring_mark(self.struct, head)
 
     def push(self, head: int, written: int, more: bool = False) -> None:
         """Give the chain back to the guest; with `more` it sees it only with the next."""

@@ -159,6 +159,19 @@ class Device:
     async def resume(self) -> None:
         """Go on after `quiesce`; does nothing where the device is not quiesced."""
 
+    async def release(self) -> None:
+        """Let go of what only one machine may hold: a lock, an interface, the path of a socket.
+
+        Called quiesced, so that another machine, in which this one goes on, can `acquire` it.
+        Does nothing where it is not held.
+        """
+
+    async def acquire(self) -> None:
+        """Take hold of it, before the device goes on; does nothing where it is held.
+
+        Raises `ConfigError` where somebody else has it.
+        """
+
     def save(self) -> Mapping[str, Any]:
         """The device's state as plain data (numbers, bytes, text, lists, dicts of these)."""
         raise DeviceError(f"{self.name} cannot be saved: it lacks save()")

@@ -9,8 +9,11 @@ from avmm.disks.raw import RawDisk
 __all__ = ["DiskOptions", "OverlayDisk", "RawDisk", "open_disk"]
 
 
-def open_disk(options: DiskOptions) -> RawDisk | OverlayDisk:
-    """The disk that these options mean, for the caller to close. Raises `ConfigError`."""
+def open_disk(options: DiskOptions, *, held: bool = True) -> RawDisk | OverlayDisk:
+    """The disk that these options mean, for the caller to close. Raises `ConfigError`.
+
+    Without `held` another machine may write it until `acquire`.
+    """
     if options.overlay:
         return OverlayDisk(options.file)
-    return RawDisk(options.file, read_only=options.read_only)
+    return RawDisk(options.file, read_only=options.read_only, held=held)

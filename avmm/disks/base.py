@@ -85,6 +85,16 @@ class Disk:
         """Do what `write` does, if it can be done without waiting; False: call `write`."""
         return False
 
+    async def release(self) -> None:
+        """Let another machine write the same disk from now on: no call comes before `acquire`.
+
+        What was written must be where the other sees it. Does nothing where it is not held.
+        """
+
+    async def acquire(self) -> None:
+        """Be the one that writes it; does nothing where it is. Raises `ConfigError` where somebody
+        else does."""
+
     def save(self) -> Mapping[str, Any]:
         """What of its contents would be lost with this process, as plain data."""
         return {}

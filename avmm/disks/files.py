@@ -22,8 +22,8 @@ _PARTS: Final = 1024
 """The kernel's limit for one call (IOV_MAX)."""
 
 
-def open_locked(path: Path, *, read_only: bool) -> tuple[int, int]:
-    """The file or block device as (descriptor, size in bytes), locked until it is closed.
+def open_disk(path: Path, *, read_only: bool, lock: bool = True) -> tuple[int, int]:
+    """The file or block device as (descriptor, size in bytes), locked (`lock`) until it is closed.
 
     Whoever writes is alone with it, any number may read. The lock (of the open file description,
     fcntl(2)) keeps out other processes, and other disks of this one; it is advice to programs
@@ -31,7 +31,7 @@ def open_locked(path: Path, *, read_only: bool) -> tuple[int, int]:
     """
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
     try:
-        if stat.S_ISBLK(path.stat().st_mode) and not read_only:
+        if stat.S_ISBLK(path.stat().st_mode) and not read_only and lock:
             flags |= os.O_EXCL  # refused while it is mounted
         fd = os.open(path, flags)
     except OSError as error:
@@ -41,7 +41,8 @@ def open_locked(path: Path, *, read_only: bool) -> tuple[int, int]:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise ConfigError(f"disk {path}: expected a file or a block device")
-        _lock(fd, path, read_only=read_only)
+        if lock:
+            lock_file(fd, path, read_only=read_only)
         size = os.lseek(fd, 0, os.SEEK_END)
         if not size or size % SECTOR:
             raise ConfigError(
@@ -53,11 +54,10 @@ def open_locked(path: Path, *, read_only: bool) -> tuple[int, int]:
     return fd, size
 
 
-def _lock(fd: int, path: Path, *, read_only: bool) -> None:
-    kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
-    whole_file = struct.pack("@hhqqi0q", kind, os.SEEK_SET, 0, 0, 0)  # struct flock
+def lock_file(fd: int, path: Path, *, read_only: bool) -> None:
+    """Lock it as `open_disk` does, unless it is. Raises `ConfigError` where it is in use."""
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, whole_file)
+        _set_lock(fd, fcntl.F_RDLCK if read_only else fcntl.F_WRLCK)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise ConfigError(f"disk {path}: it cannot be locked: {error.strerror}") from None
@@ -65,6 +65,16 @@ def _lock(fd: int, path: Path, *, read_only: bool) -> None:
         raise ConfigError(
             f"disk {path}: it is in use; expected one that can be {wanted}"
         ) from None
+
+
+def unlock_file(fd: int) -> None:
+    """Let others have it, unless they have."""
+    _set_lock(fd, fcntl.F_UNLCK)
+
+
+def _set_lock(fd: int, kind: int) -> None:
+    whole_file = struct.pack("@hhqqi0q", kind, os.SEEK_SET, 0, 0, 0)  # struct flock
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, whole_file)
 
 
 def read_fully(fd: int, offset: int, buffers: Sequence[memoryview]) -> None:

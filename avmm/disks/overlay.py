@@ -41,7 +41,7 @@ class OverlayDisk(Disk):
     def __init__(
         self, path: str | os.PathLike[str], *, folder: str | os.PathLike[str] | None = None
     ) -> None:
-        self._base, self.size = files.open_locked(Path(path), read_only=True)
+        self._base, self.size = files.open_disk(Path(path), read_only=True)
         self.name = f"overlay of {os.fspath(path)}"
         self._pool = Pool(f"avmm {self.name}", THREADS)
         place = os.fspath(folder or os.environ.get("TMPDIR") or "/var/tmp")

@@ -22,7 +22,8 @@ THREADS: Final = 4
 
 class RawDisk(Disk):
     """The file or block device at `path`, opened and locked at once: one writer, or any number of
-    readers. Raises `ConfigError` where that cannot be.
+    readers. Raises `ConfigError` where that cannot be. Without `held` it is not locked before
+    `acquire`: another machine may write it until it hands over to this one.
 
     Close it, or leave its `with` block, when the machine has ended; a `Machine` closes those of
     its config itself.
@@ -30,8 +31,10 @@ class RawDisk(Disk):
 
     can_discard = True
 
-    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
-        self._fd, self.size = files.open_locked(Path(path), read_only=read_only)
+    def __init__(
+        self, path: str | os.PathLike[str], *, read_only: bool = False, held: bool = True
+    ) -> None:
+        self._fd, self.size = files.open_disk(Path(path), read_only=read_only, lock=held)
         self.name = os.fspath(path)
         self.read_only = read_only
         self.can_discard = not read_only
@@ -76,6 +79,13 @@ class RawDisk(Disk):
                 raise
             self._at_once[what] = False
             return False
+
+    async def release(self) -> None:
+        await self.flush()
+        files.unlock_file(self._fd)
+
+    async def acquire(self) -> None:
+        files.lock_file(self._fd, Path(self.name), read_only=self.read_only)
 
     async def flush(self) -> None:
         """fdatasync(2). Once it has failed it fails for ever: the kernel tells of lost data

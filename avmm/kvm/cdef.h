@@ -158,6 +158,8 @@
 
 #define KVM_API_VERSION ...
 #define KVM_MEM_READONLY ...
+#define KVM_MEM_LOG_DIRTY_PAGES ...
+#define KVM_GET_DIRTY_LOG ...
 #define KVM_PIT_SPEAKER_DUMMY ...
 #define KVM_IRQ_ROUTING_IRQCHIP ...
 #define KVM_IRQ_ROUTING_MSI ...
@@ -239,6 +241,7 @@ struct kvm_translation { uint64_t linear_address, physical_address; uint8_t vali
 
 struct kvm_pit_config { uint32_t flags; ...; };
 struct kvm_device_attr { uint32_t flags, group; uint64_t attr, addr; ...; };
+struct kvm_dirty_log { uint32_t slot; void *dirty_bitmap; ...; };
 struct kvm_irq_level { uint32_t irq, level; ...; };
 struct kvm_irqfd { uint32_t fd, gsi, flags; ...; };
 struct kvm_ioeventfd { uint64_t datamatch, addr; uint32_t len; int32_t fd; uint32_t flags; ...; };
@@ -358,7 +361,7 @@ int avmm_spot_run(struct avmm_spot *spot);
 #define AVMM_VRING_TABLE ...
 
 struct avmm_ram_region { uint64_t gpa, size, offset; uint8_t *host; ...; };
-struct avmm_ram { uint32_t count; struct avmm_ram_region regions[...]; ...; };
+struct avmm_ram { uint32_t count; uint64_t *dirty; struct avmm_ram_region regions[...]; ...; };
 struct avmm_part { uint64_t offset, length; ...; };
 struct avmm_vring {
     const struct avmm_ram *ram;
@@ -372,6 +375,7 @@ struct avmm_vring {
 };
 int avmm_vring_check(const struct avmm_vring *ring);
 int avmm_vring_walk(struct avmm_vring *ring, uint16_t head);
+void avmm_vring_mark(struct avmm_vring *ring, uint16_t head);
 int avmm_vring_pop(struct avmm_vring *ring);
 int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t written, int more);
 int avmm_vring_wants_interrupt(struct avmm_vring *ring);
@@ -382,3 +386,20 @@ int avmm_vring_listen(struct avmm_vring *ring, int wanted);
 #define FALLOC_FL_PUNCH_HOLE ...
 #define FALLOC_FL_ZERO_RANGE ...
 int fallocate(int fd, int mode, int64_t offset, int64_t length);
+
+#define MAP_NORESERVE ...
+#define AVMM_RUN_ZERO ...
+#define AVMM_RUN_DATA ...
+struct avmm_run { uint64_t page; uint32_t count, kind; ...; };
+uint64_t avmm_pages_run(const uint64_t *bitmap, uint64_t page, uint64_t pages, uint64_t *end);
+uint32_t avmm_pages_pack(const uint8_t *ram, uint64_t *bitmap, uint64_t pages, uint64_t *cursor,
+                         struct avmm_run *runs, uint32_t most_runs, uint8_t *data,
+                         uint32_t most_data, int skip_zeros, uint32_t *run_count);
+int avmm_pages_unpack(uint8_t *ram, uint64_t pages, const struct avmm_run *runs, uint32_t count,
+                      const uint8_t *data, uint64_t data_pages);
+void avmm_dirty_mark(uint64_t *dirty, uint64_t offset, uint64_t length);
+void avmm_dirty_take(uint64_t *from, uint64_t *into, uint64_t words);
+void avmm_pages_add(const uint64_t *from, uint64_t *into, uint64_t words);
+uint64_t avmm_pages_count(const uint64_t *bitmap, uint64_t words);
+int avmm_map_private(uint64_t address, uint64_t length, int fd, int64_t offset);
+void avmm_pagemap_own(const uint64_t *entries, uint64_t first, uint64_t count, uint64_t *bitmap);

@@ -207,15 +207,35 @@ class Vm(_Handle):
         """The vCPU number `index` (which is its APIC id too)."""
         return Vcpu(self._ioctl_value("KVM_CREATE_VCPU", index), index, self._system.run_size)
 
-    def set_memory(self, slot: int, gpa: int, view: memoryview, *, readonly: bool = False) -> None:
-        """Back `gpa` onwards with the memory under `view`, which must outlive the VM."""
+    def set_memory(
+        self,
+        slot: int,
+        gpa: int,
+        view: memoryview,
+        *,
+        readonly: bool = False,
+        log_dirty: bool = False,
+    ) -> None:
+        """Back `gpa` onwards with the memory under `view`, which must outlive the VM.
+
+        With `log_dirty` KVM logs which pages are written from now on (`dirty_log`); calling it
+        again with everything else the same turns that on or off.
+        """
         region = ffi.new("struct kvm_userspace_memory_region *")
         region.slot = slot
         region.flags = lib.KVM_MEM_READONLY if readonly else 0
+        region.flags |= lib.KVM_MEM_LOG_DIRTY_PAGES if log_dirty else 0
         region.guest_phys_addr = gpa
         region.memory_size = view.nbytes
         region.userspace_addr = int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
         self._ioctl("KVM_SET_USER_MEMORY_REGION", region)
+
+    def dirty_log(self, slot: int, bitmap: bytearray) -> None:
+        """KVM_GET_DIRTY_LOG: which pages of the slot were written since the last call, a bit for
+        each, in 64-bit words; `bitmap` must have room for all of them."""
+        pointer = ffi.from_buffer(bitmap)
+        log = ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": pointer})
+        self._ioctl("KVM_GET_DIRTY_LOG", log)
 
     def create_irqchip(self, identity_map: int, tss: int) -> None:
         """PIC, IOAPIC and a LAPIC for each vCPU, in the kernel; before any vCPU.

@@ -31,6 +31,7 @@ struct avmm_ram_region {
 
 struct avmm_ram {
     uint32_t count;
+    uint64_t *dirty;            /* NULL: nobody wants to know */
     struct avmm_ram_region regions[AVMM_RAM_REGIONS];
 };
 
@@ -111,6 +112,13 @@ static uint8_t *vring_used(const struct avmm_vring *ring)
     return ram_at(ring->ram, ring->used, 6 + 8ull * ring->size, NULL);
 }
 
+static void used_was_written(const struct avmm_vring *ring)
+{
+    uint64_t offset, length = 6 + 8ull * ring->size;
+    if (ring->ram->dirty && ram_at(ring->ram, ring->used, length, &offset))
+        avmm_dirty_mark(ring->ram->dirty, offset, length);
+}
+
 /* 0, or why a queue cannot be so: to be called before anything else (2.7, table of alignments). */
 static int avmm_vring_check(const struct avmm_vring *ring)
 {
@@ -184,6 +192,18 @@ static int avmm_vring_walk(struct avmm_vring *ring, uint16_t head)
     }
 }
 
+/* The device may have written what is writable of the chain of `head`: note it in the log of dirty
+ * pages, if there is one. The descriptors are read again; a driver that has changed them since
+ * loses what is its own. */
+static void avmm_vring_mark(struct avmm_vring *ring, uint16_t head)
+{
+    if (!ring->ram->dirty || avmm_vring_walk(ring, head) < 0)
+        return;
+    const struct avmm_part *part = ring->parts + ring->readable;
+    for (uint32_t i = 0; i < ring->writable; i++, part++)
+        avmm_dirty_mark(ring->ram->dirty, part->offset, part->length);
+}
+
 /* Take the next chain: 1, 0 where there is none, or a negative error. */
 static int avmm_vring_pop(struct avmm_vring *ring)
 {
@@ -209,12 +229,14 @@ static int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t writ
     uint8_t *used = vring_used(ring);
     if (!used)
         return -AVMM_VRING_PLACE;
+    avmm_vring_mark(ring, head);
     uint8_t *entry = used + 4 + 8 * (ring->next_used & (ring->size - 1));
     store32(entry, head);
     store32(entry + 4, written);
     ring->next_used++;
     if (!more)
         store16_release(used + 2, ring->next_used);
+    used_was_written(ring);
     return 0;
 }
 
@@ -249,6 +271,7 @@ static int avmm_vring_listen(struct avmm_vring *ring, int wanted)
         store16_release(used, wanted ? 0 : USED_NO_NOTIFY);
     else if (wanted)
         store16_release(used + 4 + 8 * ring->size, ring->next_avail);
+    used_was_written(ring);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     return load16_acquire(avail + 2) != ring->next_avail;
 }

@@ -39,17 +39,24 @@ class Tap(Backend):
     """The interface `name` of the network namespace that the process is in.
 
     Where there is none yet it is made, and goes when this is closed; that, and an interface of
-    another user's, takes CAP_NET_ADMIN. Raises `ConfigError` where it cannot be had.
+    another user's, takes CAP_NET_ADMIN. Raises `ConfigError` where it cannot be had. Only one
+    program has it at a time: without `held` it is left to others before `acquire`.
     """
 
     completes = True
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, held: bool = True) -> None:
         if not isinstance(name, str) or not 0 < len(name.encode()) <= _LONGEST_NAME or "/" in name:
             raise ConfigError(
                 f"tap {name!r}: expected the name of an interface, 1 to {_LONGEST_NAME} bytes"
             )
         self.name = name
+        self._fd = -1
+        if held:
+            self._open()
+
+    def _open(self) -> None:
+        name = self.name
         try:
             self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
@@ -61,7 +68,7 @@ class Tap(Backend):
             fcntl.ioctl(self._fd, _TUNSETVNETLE, struct.pack("i", 1))
             fcntl.ioctl(self._fd, _TUNSETOFFLOAD, _TUN_F_CSUM)
         except OSError as error:
-            os.close(self._fd)
+            self.close()
             raise ConfigError(f"tap {name}: {_why(error)}") from None
 
     async def receive(self) -> Frame:
@@ -100,6 +107,17 @@ class Tap(Backend):
                 raise trio.BrokenResourceError(f"tap {self.name}: {error.strerror}") from None
             else:
                 return
+
+    async def release(self) -> None:
+        """See `Backend`; an interface that this has made goes, and comes again with `acquire`."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    async def acquire(self) -> None:
+        """See `Backend`."""
+        if self._fd < 0:
+            self._open()
+        await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
         """Let go of the interface; idempotent."""

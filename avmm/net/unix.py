@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
@@ -27,12 +26,21 @@ _CHUNK: Final = 256 * 1024
 
 
 class UnixStream(Backend):
-    """Made by `connect` or `listen`; whoever makes it closes it."""
+    """Made by `connect` or `listen`; whoever makes it closes it.
 
-    def __init__(self, listener: socket.socket | None, close: Callable[[], None]) -> None:
-        self._listener = listener
-        self._on_close = close
+    Without `held` it does neither before `acquire`. `release` ends what there is: to the peer it
+    is as if the guest had gone, and come back with `acquire`.
+    """
+
+    def __init__(self, path: str, *, listens: bool) -> None:
+        self._path = path
+        self._listens = listens
+        self._listener: socket.socket | None = None
         self._peer: trio.socket.SocketType | None = None
+        self._acquired = trio.Event()
+        self._forget()
+
+    def _forget(self) -> None:
         self._connected = trio.Event()
         self._received = bytearray()
         self._unsent = b""
@@ -40,31 +48,34 @@ class UnixStream(Backend):
         """A frame of which `_unsent` is the rest."""
 
     @classmethod
-    def connect(cls, path: str | PathLike[str]) -> UnixStream:
+    def connect(cls, path: str | PathLike[str], *, held: bool = True) -> UnixStream:
         """Connect to who listens at `path`; raises `ConfigError` where nobody does."""
-        peer = socket.socket(socket.AF_UNIX)
-        peer.setblocking(False)
-        try:
-            peer.connect(fspath(path))
-        except OSError as error:
-            peer.close()
-            raise ConfigError(f"net socket {fspath(path)}: {error.strerror or error}") from None
-        backend = cls(None, lambda: None)
-        backend._plug(trio.socket.from_stdlib_socket(peer))
+        backend = cls(fspath(path), listens=False)
+        if held:
+            backend._open()
         return backend
 
     @classmethod
-    def listen(cls, path: str | PathLike[str]) -> UnixStream:
+    def listen(cls, path: str | PathLike[str], *, held: bool = True) -> UnixStream:
         """Wait at `path` for one peer; raises `ConfigError` where that cannot be."""
-        path = fspath(path)
-        listener = sockets.listen(path, "net")
+        backend = cls(fspath(path), listens=True)
+        if held:
+            backend._open()
+        return backend
 
-        def close() -> None:
-            listener.close()
-            with suppress(FileNotFoundError):
-                Path(path).unlink()
-
-        return cls(listener, close)
+    def _open(self) -> None:
+        if self._listens:
+            self._listener = sockets.listen(self._path, "net")
+        else:
+            peer = socket.socket(socket.AF_UNIX)
+            peer.setblocking(False)
+            try:
+                peer.connect(self._path)
+            except OSError as error:
+                peer.close()
+                raise ConfigError(f"net socket {self._path}: {error.strerror or error}") from None
+            self._plug(trio.socket.from_stdlib_socket(peer))
+        self._acquired.set()
 
     def _plug(self, peer: trio.socket.SocketType) -> None:
         self._peer = peer
@@ -77,9 +88,26 @@ class UnixStream(Backend):
 
     async def connected(self) -> None:
         """See `Backend`."""
-        if self._peer is None and self._listener is not None:
-            peer, _ = await trio.socket.from_stdlib_socket(self._listener).accept()
-            self._plug(peer)
+        await trio.lowlevel.checkpoint()
+        while self._peer is None:
+            await self._acquired.wait()
+            if self._listener is not None:
+                with suppress(trio.ClosedResourceError):  # released meanwhile
+                    peer, _ = await trio.socket.from_stdlib_socket(self._listener).accept()
+                    self._plug(peer)
+
+    async def release(self) -> None:
+        """See `Backend`."""
+        if self._listener is not None:
+            trio.lowlevel.notify_closing(self._listener)  # whoever waits for a peer waits anew
+        self.close()
+        self._forget()
+        await trio.lowlevel.checkpoint()
+
+    async def acquire(self) -> None:
+        """See `Backend`."""
+        if not self._acquired.is_set():
+            self._open()
         await trio.lowlevel.checkpoint()
 
     async def receive(self) -> Frame:
@@ -126,7 +154,13 @@ class UnixStream(Backend):
         self._begun = None
 
     def close(self) -> None:
-        """Close the sockets; the one that was made by `listen` is removed."""
+        """Close the sockets; the one that was made to listen at is removed."""
         if self._peer is not None:
             self._peer.close()
-        self._on_close()
+            self._peer = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            with suppress(FileNotFoundError):
+                Path(self._path).unlink()
+        self._acquired = trio.Event()

@@ -4,6 +4,7 @@
  */
 
 #define _GNU_SOURCE
+#include <errno.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stddef.h>
@@ -14,6 +15,7 @@
 #include <unistd.h>
 
 #include "chance.h"
+#include "pages.h"
 #include "vring.h"
 
 enum { SIZE = 4, DESC = 0, AVAIL = 0x1000, USED = 0x2000, RAM = 0x4000 };

@@ -161,6 +161,12 @@ class VirtioBlock(VirtioDevice):
         """See `failed`."""
         self._failing.discard(kind)
 
+    async def release(self) -> None:
+        await self.disk.release()
+
+    async def acquire(self) -> None:
+        await self.disk.acquire()
+
     def save(self) -> Mapping[str, Any]:
         return {
             "sectors": self.sectors,

@@ -203,6 +203,12 @@ class VirtioDevice:
     def finish(self) -> None:
         """The guest has ended, however."""
 
+    async def release(self) -> None:
+        """Let go of what only one machine may hold; see `avmm.devices.base.Device.release`."""
+
+    async def acquire(self) -> None:
+        """Take hold of it; see `avmm.devices.base.Device.acquire`."""
+
     def save(self) -> Mapping[str, Any]:
         """The device's own state as plain data, without its queues' and registers'."""
         raise DeviceError(f"{self.name} cannot be saved: it lacks save()")

@@ -78,5 +78,14 @@ class Backend:
         `trio.BrokenResourceError` where the other end has gone: the guest's link is down."""
         raise NotImplementedError
 
+    async def release(self) -> None:
+        """Let go of what only one machine may hold, for another that takes over.
+
+        Neither `send` nor `receive` is called before `acquire`."""
+
+    async def acquire(self) -> None:
+        """Take hold of it; does nothing where it is held. Raises `ConfigError` where that cannot
+        be."""
+
     def close(self) -> None:
         """Give back what it holds of the host; for who has made it, after all else."""

@@ -439,6 +439,12 @@ class VirtioMmio(Device):
 
     # -- state ------------------------------------------------------------------------------------
 
+    async def release(self) -> None:
+        await self.model.release()
+
+    async def acquire(self) -> None:
+        await self.model.acquire()
+
     def save(self) -> Mapping[str, Any]:
         with self.host.lock:
             return {

@@ -177,6 +177,13 @@ class Net(VirtioDevice):
     def reset(self) -> None:
         self._frame = None
 
+    async def release(self) -> None:
+        await self.backend.release()
+
+    async def acquire(self) -> None:
+        await self.backend.acquire()
+        self._plugged = self.backend.is_connected
+
     def save(self) -> Mapping[str, Any]:
         return {"mac": self.mac, "mtu": self.mtu, "link": self._link_wanted}
 

@@ -151,19 +151,18 @@ class Virtqueue:
         self._memory = memory
         self.max_size = max_size
         self._in_flight: dict[int, Chain] = {}
+        self._ring: SplitRing | None = None
         self.reset()
 
     def reset(self) -> None:
         """Become as new; what is in flight is forgotten, and pushing it does nothing."""
-        for chain in self._in_flight.values():
-            chain.release()
-        self._in_flight.clear()
+        self._release()
         self.size = self.max_size
         self.desc = 0
         self.driver = 0
         self.device = 0
         self.ready = False
-        self._ring: SplitRing | None = None
+        self._ring = None
         self._event_idx = False
         self._again: deque[tuple[int, int]] = deque()
         self._position = (0, 0)
@@ -199,7 +198,13 @@ class Virtqueue:
         self._again.extendleft(
             (chain.head, chain.done) for chain in reversed(self._in_flight.values())
         )
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of the memory of what is in flight; some of it may have been written."""
         for chain in self._in_flight.values():
+            if self._ring is not None:
+                self._ring.mark(chain.head)
             chain.release()
         self._in_flight.clear()
 

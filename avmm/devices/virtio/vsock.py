@@ -108,17 +108,25 @@ class Vsock(VirtioDevice):
     """A socket device whose guest is `cid`, 3 or more.
 
     `unix` is where its sockets are found as unix sockets; see `avmm.devices.virtio.vsock_unix`.
+    Without `held` they are not, before `acquire`.
     """
 
     device_id: ClassVar[int] = 19
     features = F_STREAM
     queue_sizes = (128, 128, 8)
 
-    def __init__(self, cid: int = 3, *, unix: str | PathLike[str] | None = None) -> None:
+    def __init__(
+        self, cid: int = 3, *, unix: str | PathLike[str] | None = None, held: bool = True
+    ) -> None:
         if type(cid) is not int or not HOST_CID < cid < _WORD:
             raise ConfigError(f"vsock cid {cid!r}: expected a number from 3 to {_WORD - 1:#x}")
         self.cid = cid
         self._unix = unix
+        self._is_acquired = trio.Event()
+        if held:
+            self._is_acquired.set()
+        self._serving = trio.CancelScope()
+        self._served = trio.Event()
         self._streams: dict[tuple[int, int], VsockStream] = {}
         """By (host port, guest port): what the guest may know of."""
         self._held = 0
@@ -232,8 +240,14 @@ class Vsock(VirtioDevice):
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._reap)
-            if self._unix is not None:
-                await vsock_unix.serve(self, self._unix)
+            while self._unix is not None:
+                await self._is_acquired.wait()
+                self._serving, self._served = trio.CancelScope(), trio.Event()
+                try:
+                    with self._serving:
+                        await vsock_unix.serve(self, self._unix)
+                finally:
+                    self._served.set()
 
     async def _reap(self) -> None:
         """Give up, in time, what the guest does not let end."""
@@ -368,6 +382,15 @@ class Vsock(VirtioDevice):
         self._finished = True
         for stream in list(self._streams.values()):
             self._lose(stream)
+
+    async def release(self) -> None:
+        if self._unix is not None and self._is_acquired.is_set():
+            self._is_acquired = trio.Event()
+            self._serving.cancel()
+            await self._served.wait()
+
+    async def acquire(self) -> None:
+        self._is_acquired.set()
 
     def save(self) -> Mapping[str, Any]:
         return {}
