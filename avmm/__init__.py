@@ -4,6 +4,7 @@ from avmm.boot import FlatOptions, Mode
 from avmm.bus import Placement, mmio, msr, pio
 from avmm.calls import Call
 from avmm.config import MachineConfig
+from avmm.description import Links
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.balloon import Balloon
@@ -23,9 +24,12 @@ from avmm.errors import (
     ConfigError,
     DeviceError,
     GuestMemoryError,
+    HandOverUnknownError,
     ImageError,
+    MigrationError,
     MsrFault,
     PauseTimeout,
+    SnapshotError,
     StateError,
     VcpuError,
 )
@@ -34,6 +38,8 @@ from avmm.machine import Machine
 from avmm.memory import GuestMemory
 from avmm.outcome import Cause, Outcome
 from avmm.placing import virtio
+from avmm.receive import receive
+from avmm.restore import restore
 
 __all__ = [
     "AvmmError",
@@ -54,13 +60,16 @@ __all__ = [
     "GuestMemory",
     "GuestMemoryError",
     "GuestQueue",
+    "HandOverUnknownError",
     "Host",
     "ImageError",
     "InterruptLine",
     "KvmError",
     "KvmUnavailable",
+    "Links",
     "Machine",
     "MachineConfig",
+    "MigrationError",
     "Mode",
     "MsrFault",
     "Net",
@@ -71,6 +80,7 @@ __all__ = [
     "Port",
     "RawDisk",
     "Rng",
+    "SnapshotError",
     "StateError",
     "VcpuError",
     "VirtioBlock",
@@ -80,5 +90,7 @@ __all__ = [
     "mmio",
     "msr",
     "pio",
+    "receive",
+    "restore",
     "virtio",
 ]

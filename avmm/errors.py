@@ -35,5 +35,26 @@ class MsrFault(AvmmError):
     """Raised by a device that stands for MSRs: the guest gets a general protection fault."""
 
 
+class SnapshotError(AvmmError):
+    """A snapshot cannot be written, or is none that can be read: names the file and why."""
+
+
+class MigrationError(AvmmError):
+    """A migration failed: says why, and the guest runs on at its source, or never arrived."""
+
+
+class ProtocolError(MigrationError):
+    """The other side, or the line, said what cannot be."""
+
+
+class PeerAbortedError(MigrationError):
+    """The other side gave up, and said why."""
+
+
+class HandOverUnknownError(MigrationError):
+    """The guest was handed over and no answer came: it stays stopped here until its operator has
+    decided (`Machine.settle`)."""
+
+
 class StateError(AvmmError, ValueError):
     """A saved state cannot be loaded: it is none, or this host lacks what it needs."""

@@ -14,14 +14,16 @@ from contextlib import (
     ExitStack,
     asynccontextmanager,
 )
+from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
 
 import trio
 
-from avmm import guests
+from avmm import description, guests
 from avmm.arch.x86_64 import acpi, cpu, layout, report
 from avmm.arch.x86_64 import state as cpu_state
 from avmm.bus import Bus, Placement, PostedWrites, pio
@@ -29,6 +31,7 @@ from avmm.calls import CallHandler
 from avmm.coalesced import CoalescedWrites
 from avmm.completion import CompletionPolicy, Mode
 from avmm.config import UNCLAIMED, MachineConfig, Settings
+from avmm.description import Described, Links
 from avmm.devices.base import Device, Doorbell, InterruptLine
 from avmm.devices.cmos import Cmos
 from avmm.devices.console import ConsoleStream
@@ -51,7 +54,15 @@ from avmm.devices.virtio.vsock import Vsock
 from avmm.dirty import DirtyLog
 from avmm.disks import open_disk
 from avmm.doorbell import EventDoorbell
-from avmm.errors import AvmmError, ConfigError, GuestMemoryError, ImageError, StateError
+from avmm.errors import (
+    AvmmError,
+    ConfigError,
+    GuestMemoryError,
+    HandOverUnknownError,
+    ImageError,
+    MigrationError,
+    StateError,
+)
 from avmm.exits import Exits
 from avmm.group import VcpuGroup
 from avmm.irq import Interrupts, Line
@@ -63,6 +74,11 @@ from avmm.memory import HOLE_END, GuestMemory
 from avmm.migration import Coordinator
 from avmm.outcome import Cause, Outcome
 from avmm.placing import Unplaced, allocate, named, virtio
+
+if TYPE_CHECKING:
+    from avmm.snapshot import Progress
+    from avmm.transfer.pace import Progress as MigrationProgress
+    from avmm.transfer.source import Report
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +105,10 @@ _Model = TypeVar("_Model", bound=VirtioDevice)
 
 
 def _nothing() -> None:
+    pass
+
+
+def _no_progress(progress: object) -> None:
     pass
 
 
@@ -133,7 +153,8 @@ class Parts:
 
     `end` is called, in a vCPU's thread, when the guest ends the run. With a `state` nothing is
     booted; RAM is then in `memory`, if that is given (which is closed with the machine, and at
-    once where this raises), else in the state. With `standby` the state comes later, by `load`,
+    once where this raises), else in the state, and `described` tells which devices and read-only
+    regions the guest knows. With `standby` the state comes later, by `load`,
     and until then the machine holds nothing that another may still need (`acquire`). Raises
     `ConfigError` and `KvmError`, and leaves nothing behind then.
     """
@@ -147,11 +168,13 @@ class Parts:
         state: Mapping[str, Any] | None = None,
         *,
         memory: GuestMemory | None = None,
+        described: Described | None = None,
         standby: bool = False,
     ) -> None:
         # Reading images is most of what there is to import, and only needed from here on.
         from avmm.boot.formats import load  # noqa: PLC0415
 
+        self.config = config
         self._end = end
         boots = state is None and not standby
         with ExitStack() as stack:
@@ -167,12 +190,15 @@ class Parts:
                 memory = GuestMemory(config.memory)
                 stack.callback(memory.close)
             self.memory = memory
-            for gpa, rom in config.roms:
-                self.memory.add_readonly(gpa, _read_rom(rom, config.memory))
+            roms = [(gpa, _read_rom(rom, config.memory)) for gpa, rom in config.roms]
+            for gpa, data in described.roms if described is not None else roms:
+                self.memory.add_readonly(gpa, data)
             self.serial = Serial()
             standard = self._standard_devices(config)
             devices = allocate([*devices, *_configured(config, stack, held=not standby)], standard)
-            places = [*standard, *devices]
+            self.places = places = [*standard, *devices]
+            if described is not None:
+                described.demand_devices(places)
             entry = None
             if boots:
                 # The bundled guests read no ACPI tables.
@@ -352,6 +378,12 @@ class Parts:
             state["memory"] = [[gpa, data] for gpa, data in self.memory.contents()]
         return state
 
+    def describe(self) -> dict[str, Any]:
+        """What the machine is; see `avmm.description`."""
+        regions = [region for region in self.memory.regions if region.readonly]
+        roms = [(region.gpa, self.memory.read(region.gpa, region.size)) for region in regions]
+        return description.describe(self.config, self.places, roms)
+
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `save` gave; RAM that is not in it is taken as it is.
 
@@ -388,6 +420,17 @@ class Parts:
         # that were loaded after it would forget that.
         for device, (_, device_state) in zip(self.devices, saved, strict=True):
             device.load(device_state)
+
+    def cpu_needs(self) -> list[Any]:
+        """What a host must have for each vCPU."""
+        return [cpu_state.needs(self.system, vcpu) for vcpu in self.vcpus]
+
+    def demand(self, needs: Any) -> None:
+        """Raise `StateError` where this host lacks what `cpu_needs` told of another machine's."""
+        if type(needs) is not list or len(needs) != len(self.vcpus):
+            raise StateError(f"the needs of {len(self.vcpus)} vCPUs are expected")
+        for vcpu, needed in zip(self.vcpus, needs, strict=True):
+            cpu_state.demand(self.system, vcpu, needed)
 
     async def release(self) -> None:
         """Let go of what only one machine may hold (disks' locks, interfaces), for one that takes
@@ -445,6 +488,19 @@ class Parts:
         self._stack.close()
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a machine goes on from where it does not boot: the parameters of `Parts`."""
+
+    state: Mapping[str, Any] | None = None
+    open_memory: Callable[[], GuestMemory] | None = None
+    described: Described | None = None
+    needs: Any = None
+    """What its vCPUs demand of this host (`Parts.cpu_needs`), to be compared before anything
+    else."""
+    standby: bool = False
+
+
 class Machine:
     """A guest that runs while its `async with` block does.
 
@@ -476,12 +532,26 @@ class Machine:
         self.config = config or MachineConfig.make(**settings)
         self._devices = tuple(devices)
         self._calls = calls
-        self._state = state
+        self._origin = Origin(state)
         self._outcomes: list[Outcome] = []
+        self._migrating = self._unsettled = False
         self._ended = trio.Event()
         self._parts: Parts | None = None
         self._coordinator: Coordinator | None = None
         self._manager: AbstractAsyncContextManager[None] | None = None
+
+    @classmethod
+    def from_origin(
+        cls,
+        origin: Origin,
+        config: MachineConfig,
+        devices: Sequence[Placement | Unplaced],
+        calls: CallHandler | None,
+    ) -> Self:
+        """For `avmm`'s own: a machine that goes on from `origin`."""
+        machine = cls(config, devices=devices, calls=calls)
+        machine._origin = origin
+        return machine
 
     # -- what its user sees ---------------------------------------------------------------
 
@@ -559,6 +629,116 @@ class Machine:
             raise AvmmError("a running machine cannot be saved: save it inside `vm.paused()`")
         return self._running.save()
 
+    async def snapshot(
+        self,
+        path: str | PathLike[str],
+        *,
+        deadline: float | None = None,
+        on_progress: Callable[[Progress], object] = _no_progress,
+    ) -> None:
+        """Write the whole machine to a file at `path`, from which `avmm.restore` makes one like
+        it.
+
+        The guest runs on, but for a moment at the end; that it must come to a standstill within
+        `deadline` seconds. The file replaces one that is there when it is whole, or not at all.
+        What disks hold is not in it: where they are written, hold the guest in `paused` and copy
+        them there as well. Raises `SnapshotError` (a full disk, say), `PauseTimeout`, and
+        `DeviceError` where a device cannot be saved. Cancelled, it leaves nothing behind.
+        """
+        from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
+
+        parts, coordinator = self._running, self._coordinator
+        assert coordinator is not None
+        await snapshot.write(parts, coordinator, path, deadline=deadline, on_progress=on_progress)
+
+    async def migrate(
+        self,
+        stream: trio.abc.Stream,
+        *,
+        target_downtime: float = 0.1,
+        bandwidth: float | None = None,
+        deadline: float | None = None,
+        stall_seconds: float = 30.0,
+        answer_seconds: float = 10.0,
+        on_progress: Callable[[MigrationProgress], object] = _no_progress,
+    ) -> Report:
+        """Hand the running guest over to `avmm.receive` at the other end of `stream`.
+
+        RAM is copied while the guest runs, until the rest can go over within `target_downtime`
+        seconds, throttling a guest that writes faster than the line carries; at most `bandwidth`
+        bytes a second. Then it is stopped (within `deadline` seconds), handed over, and this
+        machine has ended (`Cause.MOVED`). The line counts as dead when it takes or gives nothing
+        for `stall_seconds`.
+
+        Raises `MigrationError`, `PauseTimeout` or `DeviceError` where that fails, or is cancelled,
+        and the guest runs on here as before. Only from the moment of the hand-over itself it
+        cannot be cancelled; where no answer comes within `answer_seconds` it raises
+        `HandOverUnknownError`, the guest stays stopped, and `settle` is for you to call.
+        """
+        from avmm.transfer.source import Options, Sender  # noqa: PLC0415 - xxhash and msgpack
+
+        parts, coordinator = self._running, self._coordinator
+        assert coordinator is not None
+        options = Options(target_downtime, bandwidth, deadline, stall_seconds, answer_seconds)
+        if self._migrating or self._unsettled:
+            raise MigrationError(
+                "this machine was handed over and waits for settle()"
+                if self._unsettled
+                else "this machine is being migrated already"
+            )
+        self._migrating = True
+        sender = Sender(
+            parts, coordinator, stream, options, lambda: bool(self._outcomes), on_progress
+        )
+        try:
+            report = await sender.send()
+        except HandOverUnknownError:
+            self._unsettled = True
+            raise
+        finally:
+            self._migrating = False
+        self._end(Outcome(Cause.MOVED))
+        return report
+
+    async def settle(self, *, runs_here: bool) -> None:
+        """After a `HandOverUnknownError`: say where the guest runs.
+
+        `runs_here=True` lets it run on here: only where it certainly does not run at the
+        destination and never will. False ends this machine (`Cause.MOVED`). Raises `ConfigError`
+        where somebody else holds its disks or interfaces; then it is as before.
+        """
+        coordinator = self._coordinator
+        if not self._unsettled or coordinator is None:
+            raise AvmmError("there is nothing to settle: no hand-over of this machine is unknown")
+        if runs_here:
+            await self._running.acquire()
+            self._unsettled = False
+            await coordinator.relinquish()
+        else:
+            self._unsettled = False
+            coordinator.forsake()
+            self._end(Outcome(Cause.MOVED))
+
+    def clone(
+        self,
+        *,
+        devices: Sequence[Placement | Unplaced] = (),
+        calls: CallHandler | None = None,
+        links: Links | None = None,
+        deadline: float | None = None,
+    ) -> AbstractAsyncContextManager[Machine]:
+        """`async with vm.clone() as twin:` a second machine, which goes on from where this one is.
+
+        RAM is shared until one of them writes to it. What cannot be shared is the caller's choice,
+        and is asked for where it is missing: `links` says what the twin's disks, networks and
+        sockets are, `devices` and `calls` are as for `Machine`. The guest keeps its MAC addresses
+        unless `links` says others, which it notices when it looks. Output that this machine's
+        consoles have not given to anybody yet is given by both.
+
+        Entering it raises `ConfigError` for what is missing, and as `paused` and `Machine` do.
+        """
+        return _clone(self, devices, calls, links or Links(), deadline)
+
     def message_interrupt(self, address: int, data: int) -> Line:
         """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread."""
         return self._running.interrupts.message(address, data)
@@ -592,9 +772,7 @@ class Machine:
 
     @asynccontextmanager
     async def _life(self) -> AsyncIterator[None]:
-        parts = Parts(self.config, self._devices, self._end, self._calls, self._state)
-        self._state = None
-        self._parts = parts
+        parts = self.prepare()
         try:
             quiescable = self._quiescable(parts)
             self._coordinator = Coordinator(parts.group, quiescable, parts.deliver_coalesced)
@@ -612,6 +790,37 @@ class Machine:
                     nursery.cancel_scope.cancel()
         finally:
             parts.close()
+
+    def prepare(self) -> Parts:
+        """For `avmm`'s own: put the parts together before the machine is entered, or look at them.
+
+        They are closed when the machine has been left; who prepares one and does not enter it
+        closes them.
+        """
+        if self._parts is None:
+            origin, self._origin = self._origin, Origin()
+            memory = None if origin.open_memory is None else origin.open_memory()
+            self._parts = Parts(
+                self.config,
+                self._devices,
+                self._end,
+                self._calls,
+                origin.state,
+                memory=memory,
+                described=origin.described,
+                standby=origin.standby,
+            )
+            if origin.needs is not None:
+                self._demand(self._parts, origin.needs)
+        return self._parts
+
+    @staticmethod
+    def _demand(parts: Parts, needs: Any) -> None:
+        try:
+            parts.demand(needs)
+        except BaseException:
+            parts.close()
+            raise
 
     @staticmethod
     def _quiescable(parts: Parts) -> list[Device]:
@@ -653,6 +862,27 @@ class Machine:
         if self._parts is None:
             raise AvmmError("the machine does not exist yet: use it inside its `async with`")
         return self._parts
+
+
+@asynccontextmanager
+async def _clone(
+    machine: Machine,
+    devices: Sequence[Placement | Unplaced],
+    calls: CallHandler | None,
+    links: Links,
+    deadline: float | None,
+) -> AsyncIterator[Machine]:
+    parts = machine._running
+    described = description.read(parts.describe(), links)
+    with ExitStack() as stack:
+        async with machine.paused(deadline):
+            state = parts.save(with_memory=False)
+            memory = parts.memory.fork()
+            stack.callback(memory.close)
+        origin = Origin(state, lambda: memory, described)
+        twin = Machine.from_origin(origin, described.config, devices, calls)
+        async with twin:
+            yield twin
 
 
 def _configured(config: MachineConfig, stack: ExitStack, *, held: bool) -> list[Unplaced]:

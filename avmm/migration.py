@@ -20,13 +20,16 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
 from avmm.errors import PauseTimeout
 
 logger = logging.getLogger(__name__)
+
+_THROTTLE_SECONDS: Final = 0.04
+"""A period of throttling: as long may a pause have to wait for it."""
 
 
 class PausableVcpus(Protocol):
@@ -66,6 +69,7 @@ class Coordinator:
         self._moving = trio.Lock()
         self._waiting_for = ""
         """What the pause that failed last had waited for."""
+        self._forsaken = False
         self._stage = ""
         """What the way to a standstill or back waits for, other than vCPUs; for a person."""
 
@@ -114,13 +118,54 @@ class Coordinator:
         finally:
             self._moving.release()
 
+    # -- for a guest that is handed over to another process --------------------------------------
+
+    def forsake(self) -> None:
+        """The guest runs elsewhere: this standstill is never left, whoever holds it. While
+        paused."""
+        self._forsaken = True
+
+    def retain(self) -> None:
+        """Hold the standstill until `relinquish`, with nobody inside of a block. While paused."""
+        self._holders += 1
+
+    async def relinquish(self) -> None:
+        """Let go of what `retain` held; the guest runs on unless somebody else holds it."""
+        with trio.CancelScope(shield=True):
+            await self._release()
+
+    @asynccontextmanager
+    async def throttled(self, share: Callable[[], float]) -> AsyncIterator[None]:
+        """Let the vCPUs stand still for a share of their time inside the block: `share()` tells
+        which, 0 to 1, and is asked all the time. Devices are not quiesced."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._throttle, share)
+            yield
+            nursery.cancel_scope.cancel()
+
+    async def _throttle(self, share: Callable[[], float]) -> None:
+        while True:
+            part = share()
+            await trio.sleep(_THROTTLE_SECONDS * (1 - part))
+            if not part:
+                continue
+            async with self._moving:
+                if self._standstill is not None:
+                    continue
+                try:
+                    self._vcpus.pause()
+                    await self._vcpus.parked()
+                    await trio.sleep(_THROTTLE_SECONDS * part)
+                finally:
+                    self._vcpus.resume()
+
     def _describe(self) -> str:
         return "; ".join(self._vcpus.late()) or self._stage or "nothing keeps it any more"
 
     async def _release(self) -> None:
         async with self._moving:
             self._holders -= 1
-            if not self._holders and self._standstill is not None:
+            if not self._holders and self._standstill is not None and not self._forsaken:
                 standstill, self._standstill = self._standstill, None
                 await standstill.aclose()
 

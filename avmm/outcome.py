@@ -21,6 +21,8 @@ class Cause(Enum):
     """The guest reported that it had crashed."""
     STOPPED = "stopped"
     """The host stopped it."""
+    MOVED = "moved"
+    """It runs on in another process."""
 
 
 @dataclass(frozen=True, slots=True)

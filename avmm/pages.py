@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from avmm.kvm import KvmError
 from avmm.kvm._kvm import ffi, lib
 
 PAGE: Final = 4096
-RUN_BYTES: Final = 16
-"""A run as it travels: page (8 bytes), count, kind (4 each), little endian."""
+_RUN: Final = struct.Struct("<QII")
+"""A run as it travels: its first page, how many, and of which kind."""
+RUN_BYTES: Final = _RUN.size
 COPY_ON_WRITE: Final[int] = mmap.MAP_PRIVATE | lib.MAP_NORESERVE
 """How RAM is mapped that begins as a file; no swap is set aside for what may never be written."""
 _WORD: Final = 64
+_RUNS_ONLY: Final = (64 << 20) // PAGE
 _ENTRIES: Final = 64 * 1024
 """Of pagemap, read at once."""
 
@@ -69,14 +72,23 @@ class Packed:
         """How many pages' contents these are."""
         return len(self.data) // PAGE
 
+    def each(self) -> Iterator[tuple[int, int, bool]]:
+        """(first page, how many, whether they have contents) of each run."""
+        for page, count, kind in _RUN.iter_unpack(self.runs):
+            yield page, count, kind == lib.AVMM_RUN_DATA
+
 
 class Packer:
     """Takes pages out of a bitmap, some at a time. What it gives is good until the next call."""
 
-    def __init__(self, ram: memoryview, most_data: int = 256, most_runs: int = 4096) -> None:
+    def __init__(
+        self, ram: memoryview, most_data: int = 256, most_runs: int = 4096, *, copies: bool = True
+    ) -> None:
+        """`copies`: give contents, too; without, there are only runs of up to 64 MiB in all."""
         self._ram = ffi.cast("const uint8_t *", ffi.from_buffer(ram))
-        self._most = (most_data, most_runs)
-        self._data = bytearray(most_data * PAGE)
+        self._most = (most_data if copies else _RUNS_ONLY, most_runs)
+        self._data = bytearray(most_data * PAGE if copies else 0)
+        self._into = ffi.from_buffer("uint8_t[]", self._data) if copies else ffi.NULL
         self._runs = bytearray(most_runs * RUN_BYTES)
         self._cursor = ffi.new("uint64_t *")
         self._count = ffi.new("uint32_t *")
@@ -99,7 +111,7 @@ class Packer:
                 self._cursor,
                 ffi.cast("struct avmm_run *", ffi.from_buffer(self._runs)),
                 most_runs,
-                ffi.from_buffer("uint8_t[]", self._data),
+                self._into,
                 most_data,
                 skip_zeros,
                 self._count,

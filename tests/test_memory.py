@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avmm.errors import ConfigError, GuestMemoryError
-from avmm.memory import HOLE_END, HOLE_START, PAGE, GuestMemory, Region, parse_size
+from avmm.memory import HOLE_END, HOLE_START, GuestMemory, Region, parse_size
+from avmm.pages import PAGE
 
 MIB, GIB = 1 << 20, 1 << 30
 RAM = 16 * PAGE

@@ -17,7 +17,8 @@ from enum import IntEnum
 
 from avmm.arch.x86_64 import layout
 from avmm.errors import ImageError
-from avmm.memory import PAGE, Region
+from avmm.memory import Region
+from avmm.pages import PAGE
 
 
 class MapKind(IntEnum):

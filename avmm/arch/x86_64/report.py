@@ -6,7 +6,8 @@ from typing import Final
 
 from avmm.errors import GuestMemoryError
 from avmm.kvm import KvmError, Struct, Vcpu
-from avmm.memory import PAGE, GuestMemory
+from avmm.memory import GuestMemory
+from avmm.pages import PAGE
 
 _ROWS: Final = (
     ("rax", "rbx", "rcx", "rdx"),

@@ -33,7 +33,7 @@ shape is checked here, the values by the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from avmm.arch.x86_64 import cpu, features, tsc
@@ -63,6 +63,7 @@ _VCPU_KEYS: Final = {
     "lapic": bytes,
     "events": bytes,
 }
+_NEEDS_KEYS: Final = {"cpuid": list, "msrs": list, "xsave": int, "tsc_khz": int}
 _VM_KEYS: Final = {"version": int, "irqchips": list, "pit": bytes, "clock": int}
 _TSC_TOLERANCE: Final = 250e-6
 """As much may TSC frequencies differ and still count as one (KVM's own default)."""
@@ -90,6 +91,41 @@ def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
     return state
 
 
+def needs(system: System, vcpu: Vcpu) -> dict[str, Any]:
+    """What a host must have for this vCPU, as far as it can be told before its state is taken."""
+    return {
+        "cpuid": [list(leaf) for leaf in vcpu.cpuid()],
+        "msrs": list(system.msr_indices()),
+        "xsave": len(vcpu.xsave(system.check("KVM_CAP_XSAVE2"))),
+        "tsc_khz": vcpu.tsc_khz(),
+    }
+
+
+def demand(system: System, vcpu: Vcpu, needed: Mapping[str, Any]) -> None:
+    """Raise `StateError` where this host lacks what `needs` told of another one's vCPU."""
+    _check_shape("vCPU's needs", needed, _NEEDS_KEYS)
+    features.demand(
+        [_numbers("cpuid", leaf, 7, _U32) for leaf in needed["cpuid"]], _offered(system, vcpu)
+    )
+    _demand_msrs(system, _numbers("msrs", needed["msrs"], len(needed["msrs"]), _U32))
+    _demand_xsave(system, vcpu, needed["xsave"])
+
+
+def _demand_msrs(system: System, wanted: Iterable[int]) -> None:
+    here = set(system.msr_indices())
+    if missing := [f"{index:#x}" for index in wanted if index not in here]:
+        raise StateError(f"this host's KVM lacks MSRs that the state holds: {', '.join(missing)}")
+
+
+def _demand_xsave(system: System, vcpu: Vcpu, size: int) -> None:
+    here = system.check("KVM_CAP_XSAVE2") or len(vcpu.xsave(0))
+    if size != here:
+        raise StateError(
+            f"the state's XSAVE area has {size} bytes, this host's {here}: its CPU has other "
+            "vector registers"
+        )
+
+
 def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
     """Give a fresh vCPU the state that `save_vcpu` gave, here or on another host.
 
@@ -101,15 +137,8 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
     msrs = {msr[0]: msr[1] for msr in (_numbers("msrs", pair, 2, _U64) for pair in state["msrs"])}
     if lost := [f"{index:#x}" for index in _ALWAYS if index not in msrs]:
         raise StateError(f"the state holds no values of MSRs {', '.join(lost)}")
-    missing = [f"{index:#x}" for index in msrs if index not in system.msr_indices()]
-    if missing:
-        raise StateError(f"this host's KVM lacks MSRs that the state holds: {', '.join(missing)}")
-    here = system.check("KVM_CAP_XSAVE2") or len(vcpu.xsave(0))
-    if len(state["xsave"]) != here:
-        raise StateError(
-            f"the state's XSAVE area has {len(state['xsave'])} bytes, this host's {here}: "
-            "its CPU has other vector registers"
-        )
+    _demand_msrs(system, msrs)
+    _demand_xsave(system, vcpu, len(state["xsave"]))
     try:
         vcpu.set_cpuid_leaves(leaves)
         _set_frequency(system, vcpu, state["tsc_khz"])

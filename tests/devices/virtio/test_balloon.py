@@ -13,7 +13,8 @@ from support.virtio_driver import EVENT_IDX, VERSION_1, Bench, Driver, settle
 
 from avmm.devices.virtio.balloon import Balloon
 from avmm.errors import ConfigError, DeviceError, GuestMemoryError
-from avmm.memory import HOLE_END, HOLE_START, PAGE, GuestMemory
+from avmm.memory import HOLE_END, HOLE_START, GuestMemory
+from avmm.pages import PAGE
 
 STATS, OOM = 2, 4
 FEATURES = VERSION_1 | EVENT_IDX | STATS | OOM

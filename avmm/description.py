@@ -1,0 +1,213 @@
+"""What a machine is, told to whoever is to make one like it: for snapshots, migration and clones.
+
+A description is plain data, and compared before anything of the guest's is touched: the sizes and
+devices must be the same, or the guest would find another computer under its feet.
+
+**What lies outside of the machine is named by whoever loads it.** Files, interfaces and sockets
+belong to a host, and a description may come from anybody, so no path in it is ever opened. It
+tells how many disks and networks the guest has and what it knows of them (size, serial number,
+MAC), and `Links` says what they are here. What is missing is asked for by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from avmm.bus import Placement
+from avmm.config import MachineConfig
+from avmm.devices.virtio.block import VirtioBlock
+from avmm.devices.virtio.mmio import VirtioMmio
+from avmm.devices.virtio.net import Net
+from avmm.disks import DiskOptions
+from avmm.errors import AvmmError, ConfigError, StateError
+from avmm.links import NetOptions, VsockOptions
+
+VERSION: Final = 1
+_SAME: Final = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit")
+"""Settings that the guest has seen."""
+_OWN: Final = ("unclaimed", "completion", "completion_capability")
+"""Settings of the host's side, which another host may choose anew."""
+_KEYS: Final = {
+    "version": int,
+    "settings": dict,
+    "disks": list,
+    "nets": list,
+    "vsock": (int, type(None)),
+    "hvc": bool,
+    "roms": list,
+    "devices": list,
+}
+
+
+@dataclass(frozen=True)
+class Links:
+    """What the guest's disks, networks and sockets are on this host; None: nothing was said.
+
+    Each as in `MachineConfig`. `disks` and `net` have as many entries as the guest has devices.
+    """
+
+    disks: Sequence[str | DiskOptions] | None = None
+    net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None
+    vsock: VsockOptions | str | Mapping[str, Any] | None = None
+
+
+def describe(
+    config: MachineConfig, places: Sequence[Placement], roms: Sequence[tuple[int, bytes]]
+) -> dict[str, Any]:
+    """The description of a machine of this config, with these devices and read-only regions."""
+    models = [p.device.model for p in places if isinstance(p.device, VirtioMmio)]
+    blocks = [model for model in models if isinstance(model, VirtioBlock)][-len(config.disks) :]
+    nets = [model for model in models if isinstance(model, Net)][-len(config.net) :]
+    return {
+        "version": VERSION,
+        "settings": {name: getattr(config, name) for name in (*_SAME, *_OWN)},
+        "disks": [
+            {
+                "name": options.file.name,
+                "size": block.disk.size,
+                "read_only": options.read_only,
+                "overlay": options.overlay,
+                "serial": options.serial,
+            }
+            for options, block in zip(config.disks, blocks, strict=False)
+        ],
+        "nets": [
+            {"mac": net.mac.hex(":"), "mtu": net.mtu}
+            for _, net in zip(config.net, nets, strict=False)
+        ],
+        "vsock": None if config.vsock is None else config.vsock.cid,
+        "hvc": config.console.startswith("virtio"),
+        "roms": [[gpa, data] for gpa, data in roms],
+        "devices": [[p.device.name, p.space, p.base, p.size, p.irq] for p in places],
+    }
+
+
+@dataclass(frozen=True)
+class Described:
+    """A description that was read: the config of a machine like it, and its read-only regions."""
+
+    config: MachineConfig
+    roms: tuple[tuple[int, bytes], ...]
+    has_hvc: bool
+    """Does the `avmm` command give the guest a virtio console?"""
+    devices: list[Any]
+
+    def demand_devices(self, places: Sequence[Placement]) -> None:
+        """Raise `StateError` where a machine with these devices is another one."""
+        here = [[p.device.name, p.space, p.base, p.size, p.irq] for p in places]
+        for theirs, ours in zip(self.devices, here, strict=False):
+            if theirs != ours:
+                raise StateError(f"the guest has {_device(theirs)}, here is {_device(ours)}")
+        if len(self.devices) != len(here):
+            more = self.devices[len(here) :] or here[len(self.devices) :]
+            side = "here is none" if len(self.devices) > len(here) else "the guest knows none"
+            raise StateError(f"{_device(more[0])}: {side}")
+
+
+def read(description: object, links: Links, **settings: Any) -> Described:
+    """What a description means on this host. Hostile input.
+
+    `settings` replace those of the host's side (`unclaimed` and the like). Raises `StateError`
+    where it is no description, `ConfigError` where `links` does not say what it needs.
+    """
+    if type(description) is not dict or description.get("version") != VERSION:
+        raise StateError(f"no description of a machine in version {VERSION}")
+    if set(description) != set(_KEYS) or any(
+        type(description[key]) not in (kind if isinstance(kind, tuple) else (kind,))
+        for key, kind in _KEYS.items()
+    ):
+        raise StateError(f"a description of a machine has {', '.join(_KEYS)}")
+    told = description["settings"]
+    if set(told) != {*_SAME, *_OWN}:
+        raise StateError(f"the settings of a description are {', '.join((*_SAME, *_OWN))}")
+    if unknown := set(settings) - set(_OWN):
+        raise ConfigError(f"{', '.join(sorted(unknown))}: the guest has seen it as it was")
+    roms = tuple(_rom(pair) for pair in description["roms"])
+    try:
+        MachineConfig.make(**told)  # with nothing of the caller's: what is wrong here is theirs
+    except (AvmmError, TypeError) as error:
+        raise StateError(f"a description with a setting that cannot be: {error}") from None
+    config = MachineConfig.make(
+        **told | settings,
+        disks=_disks(description["disks"], links.disks),
+        net=_nets(description["nets"], links.net),
+        vsock=_vsock(description["vsock"], links.vsock),
+    )
+    return Described(config, roms, description["hvc"], description["devices"])
+
+
+def _disks(told: list[Any], links: Sequence[str | DiskOptions] | None) -> list[DiskOptions]:
+    for disk in told:
+        _demand(
+            disk, {"name": str, "size": int, "read_only": bool, "overlay": bool, "serial": str}
+        )
+    if len(told) != len(links or ()):
+        names = ", ".join(repr(disk["name"]) for disk in told) or "none"
+        raise ConfigError(
+            f"the guest has {len(told)} disks ({names}): expected disks to say which {len(told)} "
+            f"files they are here, not {len(links or ())}"
+        )
+    result = []
+    for disk, link in zip(told, links or (), strict=True):
+        options = link if isinstance(link, DiskOptions) else DiskOptions.parse(link)
+        if options.read_only != disk["read_only"]:
+            how = "read-only" if disk["read_only"] else "writable"
+            raise ConfigError(f"disk {options.file}: the guest has {disk['name']!r} as {how}")
+        if options.overlay != disk["overlay"]:
+            how = "an overlay" if disk["overlay"] else "no overlay"
+            raise ConfigError(f"disk {options.file}: {disk['name']!r} is {how}")
+        result.append(replace(options, serial=options.serial or disk["serial"]))
+    return result
+
+
+def _nets(
+    told: list[Any], links: Sequence[NetOptions | str | Mapping[str, Any]] | None
+) -> list[NetOptions]:
+    for net in told:
+        _demand(net, {"mac": str, "mtu": int})
+    if len(told) != len(links or ()):
+        raise ConfigError(
+            f"the guest has {len(told)} network devices: expected net to say what they are linked "
+            f"to here, not {len(links or ())}"
+        )
+    options = [NetOptions.parse(link) for link in links or ()]
+    try:
+        return [
+            replace(option, mac=option.mac or net["mac"], mtu=net["mtu"])
+            for option, net in zip(options, told, strict=True)
+        ]
+    except ConfigError as error:
+        raise StateError(f"a description with a network device that cannot be: {error}") from None
+
+
+def _vsock(
+    cid: int | None, link: VsockOptions | str | Mapping[str, Any] | None
+) -> VsockOptions | None:
+    if cid is None:
+        if link is not None:
+            raise ConfigError("vsock: the guest has no socket device")
+        return None
+    if link is None:
+        raise ConfigError(
+            f"the guest has a socket device, with CID {cid}: expected vsock to say its CID here"
+        )
+    return VsockOptions.parse(link)
+
+
+def _rom(pair: object) -> tuple[int, bytes]:
+    if type(pair) is not list or [type(part) for part in pair] != [int, bytes]:
+        raise StateError("read-only regions of a description are [address, contents]")
+    return pair[0], pair[1]
+
+
+def _demand(fields: object, kinds: Mapping[str, type]) -> None:
+    if type(fields) is not dict or {n: type(v) for n, v in fields.items()} != kinds:
+        raise StateError(f"a description's entry is not one of {', '.join(kinds)}")
+
+
+def _device(entry: object) -> str:
+    if type(entry) is list and len(entry) == 5 and type(entry[2]) is int:
+        return f"{entry[0]} at {entry[1]} {entry[2]:#x}"
+    return "what is no device"

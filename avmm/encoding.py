@@ -1,0 +1,66 @@
+"""Plain data as bytes, for a file or a peer, and back: MessagePack, with limits.
+
+What is read is hostile. It holds numbers, bytes, text, lists, dicts with text as keys, true,
+false and None, and nothing else; whatever it claims to be long must be there, so a few bytes never
+make much memory. What the values mean is for their readers to check.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NoReturn
+
+import msgpack
+
+from avmm.errors import StateError
+
+_MOST_ENTRIES: Final = 1 << 16
+"""Of a list or dict: more than any state has, and little enough to be set aside unseen."""
+
+
+def encode(value: Any) -> bytes:
+    """`value` as bytes. Raises `StateError` where it is no plain data."""
+    try:
+        data: bytes = msgpack.packb(value, use_bin_type=True, default=_refuse)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise StateError(f"this cannot be saved: {error}") from None
+    return data
+
+
+def decode(data: bytes | bytearray | memoryview, what: str) -> Any:
+    """The value that `encode` was given. Raises `StateError` naming `what` where it is none."""
+    most = len(data)
+    try:
+        value = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            ext_hook=_refuse_extension,
+            max_array_len=min(most, _MOST_ENTRIES),
+            max_map_len=min(most, _MOST_ENTRIES),
+        )
+        _demand_plain(value)
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise StateError(f"{what} is damaged, or none: {error}") from None
+    return value
+
+
+def _demand_plain(value: object) -> None:
+    """MessagePack knows times and keys of bytes, too."""
+    if type(value) is list:
+        for item in value:
+            _demand_plain(item)
+    elif type(value) is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise TypeError(f"a key is {key!r}, no text")
+            _demand_plain(item)
+    elif value is not None and type(value) not in (int, bool, bytes, str, float):
+        raise TypeError(f"{type(value).__name__} is no plain data")
+
+
+def _refuse(value: object) -> NoReturn:
+    raise TypeError(f"{type(value).__name__} is no plain data")
+
+
+def _refuse_extension(code: int, data: bytes) -> NoReturn:
+    raise ValueError(f"extension type {code} is not expected")

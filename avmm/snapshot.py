@@ -1,0 +1,344 @@
+"""A whole machine in a file, and back out of it. docs/snapshot-format.md tells the format.
+
+    await vm.snapshot("guest.snap")
+
+    async with avmm.restore("guest.snap") as twin:      # now, or in another process
+        ...
+
+**Writing** lets the guest run: RAM is copied into the file while the dirty log is open, round
+after round, until little is left; that and the state are taken at a standstill, and the guest runs
+on while the file is finished. It appears under its name only when it is whole and safe on the
+disk, so a crash at any byte leaves the one that was there before, or none.
+
+**Reading** maps RAM out of the file copy-on-write and lets the guest run at once; pages come when
+they are touched. The file must stay as it is meanwhile (it is locked; to replace it by a newer
+snapshot is no change). All but RAM is checked against its checksum on opening, RAM only where
+`verify` asks for it, since that means to read all of it.
+
+A snapshot is hostile input: its lengths are held against the file's own before anything is made
+of them, and no path in it is opened (`avmm.description`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import astuple, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+import trio
+import xxhash
+
+from avmm.disks import files
+from avmm.encoding import decode, encode
+from avmm.errors import SnapshotError, StateError
+from avmm.memory import GuestMemory
+from avmm.pages import PAGE, Bitmap, Packer
+
+if TYPE_CHECKING:
+    from avmm.machine import Parts
+    from avmm.migration import Coordinator
+
+MAGIC: Final = b"AVMMSNAP"
+VERSION: Final = 1
+HEADER_BYTES: Final = 4096
+CHUNK: Final = 2 << 20
+"""Bytes of RAM that have a checksum of their own."""
+ROUNDS: Final = 4
+"""Times that RAM is gone over before the guest is stopped; each is shorter than the last, unless
+the guest writes as fast as the file takes it."""
+_FEW_PAGES: Final = 2048
+"""So little is left for the standstill as soon as it can be."""
+_HEADER: Final = struct.Struct("<8sII 9Q Q")
+_MOST_BODY: Final = 4 << 30
+
+
+@dataclass(frozen=True)
+class Header:
+    """The file's first bytes: where its parts are, in bytes, and their checksums (XXH3, 64
+    bits)."""
+
+    memory_offset: int
+    memory_bytes: int
+    sums_offset: int
+    sums_bytes: int
+    body_offset: int
+    body_bytes: int
+    file_bytes: int
+    sums_sum: int
+    body_sum: int
+
+    def pack(self) -> bytes:
+        """As it stands in the file."""
+        data = _HEADER.pack(MAGIC, VERSION, HEADER_BYTES, *astuple(self), 0)[:-8]
+        data += xxhash.xxh3_64_intdigest(data).to_bytes(8, "little")
+        return data.ljust(HEADER_BYTES, b"\0")
+
+    @classmethod
+    def unpack(cls, data: bytes, file_bytes: int, name: str) -> Header:
+        """Raises `SnapshotError` where it is no header of a file of so many bytes."""
+        if data[: len(MAGIC)] != MAGIC:
+            raise SnapshotError(f"snapshot {name}: it is none: it does not begin with {MAGIC!r}")
+        if len(data) < HEADER_BYTES:
+            raise SnapshotError(f"snapshot {name}: it is cut off within its header")
+        _, version, length, *fields, total = _HEADER.unpack_from(data)
+        if version != VERSION:
+            raise SnapshotError(
+                f"snapshot {name}: it has format version {version}; this avmm reads {VERSION}"
+            )
+        if total != xxhash.xxh3_64_intdigest(data[: _HEADER.size - 8]) or length != HEADER_BYTES:
+            raise SnapshotError(f"snapshot {name}: its header is damaged")
+        header = cls(*fields)
+        if header.file_bytes != file_bytes:
+            raise SnapshotError(
+                f"snapshot {name}: it is {file_bytes} bytes long, expected {header.file_bytes}: "
+                "it is cut off, or was not written to its end"
+            )
+        chunks = -(-header.memory_bytes // CHUNK)
+        parts = (
+            (header.memory_offset, header.memory_bytes),
+            (header.sums_offset, header.sums_bytes),
+            (header.body_offset, header.body_bytes),
+        )
+        if (
+            header.memory_offset % PAGE
+            or header.memory_bytes % PAGE
+            or header.sums_bytes != 8 * chunks
+            or header.body_bytes > _MOST_BODY
+            or any(start < HEADER_BYTES or start + size > file_bytes for start, size in parts)
+        ):
+            raise SnapshotError(f"snapshot {name}: its header tells of parts that cannot be")
+        return header
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a snapshot is: the round of copying, and what of it is left, in pages."""
+
+    round: int
+    pages_left: int
+
+
+async def write(
+    parts: Parts,
+    coordinator: Coordinator,
+    path: str | os.PathLike[str],
+    *,
+    deadline: float | None = None,
+    on_progress: Callable[[Progress], object] = lambda progress: None,
+) -> None:
+    """Write a snapshot of a running machine. See `avmm.Machine.snapshot`."""
+    target = Path(path)
+    with _replacement(target) as fd:
+        writer = _Writer(fd, parts.memory)
+        try:
+            with parts.dirty_log() as log:
+                left = parts.memory.populated()
+                for number in range(1, ROUNDS):
+                    on_progress(Progress(number, len(left)))
+                    await writer.copy(left, skip_zeros=number == 1)
+                    log.collect(left)
+                    if len(left) <= _FEW_PAGES:
+                        break
+                async with coordinator.paused(deadline):
+                    log.collect(left)
+                    on_progress(Progress(ROUNDS, len(left)))
+                    # Begun once, it is soon over; given up in the midst of it, the guest would
+                    # have stood still for nothing.
+                    await writer.copy(left)
+                    state = parts.save(with_memory=False)
+                    description = parts.describe()
+            await trio.to_thread.run_sync(
+                writer.finish, encode({"description": description, "state": state})
+            )
+        except OSError as error:
+            raise SnapshotError(f"snapshot {target}: {error.strerror or error}") from error
+
+
+class _Writer:
+    """Fills the file; blocking parts run in threads, one at a time."""
+
+    def __init__(self, fd: int, memory: GuestMemory) -> None:
+        self._fd = fd
+        self._ram = memory.whole
+        self._packer = Packer(memory.whole, copies=False)
+        os.ftruncate(fd, HEADER_BYTES + memory.size)
+
+    async def copy(self, left: Bitmap, *, skip_zeros: bool = False) -> None:
+        """Write these pages; `left` is empty then. A cancellation waits for a piece to be done."""
+        self._packer.rewind()
+        while await trio.to_thread.run_sync(self._copy_some, left, skip_zeros):
+            pass
+
+    def _copy_some(self, left: Bitmap, skip_zeros: bool) -> bool:
+        packed = self._packer.next(left, skip_zeros=skip_zeros)
+        if packed is None:
+            return False
+        for page, count, is_data in packed.each():
+            at, length = page * PAGE, count * PAGE
+            if is_data:
+                _write_fully(self._fd, self._ram[at : at + length], HEADER_BYTES + at)
+            elif not files.punch(self._fd, HEADER_BYTES + at, length):
+                files.write_zeroes(self._fd, HEADER_BYTES + at, length)
+        return True
+
+    def finish(self, body: bytes) -> None:
+        """Add all that is not RAM, and put the whole where no loss of power takes it away."""
+        size = len(self._ram)
+        sums = b"".join(
+            value.to_bytes(8, "little") for value in _sums(self._fd, HEADER_BYTES, size)
+        )
+        sums_offset = HEADER_BYTES + size
+        body_offset = sums_offset + len(sums)
+        _write_fully(self._fd, memoryview(sums), sums_offset)
+        _write_fully(self._fd, memoryview(body), body_offset)
+        header = Header(
+            HEADER_BYTES,
+            size,
+            sums_offset,
+            len(sums),
+            body_offset,
+            len(body),
+            body_offset + len(body),
+            xxhash.xxh3_64_intdigest(sums),
+            xxhash.xxh3_64_intdigest(body),
+        )
+        os.fsync(self._fd)  # all before what makes it valid
+        _write_fully(self._fd, memoryview(header.pack()), 0)
+        os.fsync(self._fd)
+
+
+def _write_fully(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _sums(fd: int, offset: int, size: int) -> Iterator[int]:
+    """The checksum of each chunk of RAM in the file; 0 for one that is a hole."""
+    for start in range(0, size, CHUNK):
+        length = min(CHUNK, size - start)
+        if _is_hole(fd, offset + start, length):
+            yield 0
+            continue
+        with mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=offset + start) as view:
+            yield xxhash.xxh3_64_intdigest(view)
+
+
+def _is_hole(fd: int, offset: int, length: int) -> bool:
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) >= offset + length
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return True
+
+
+@contextmanager
+def _replacement(target: Path) -> Iterator[int]:
+    """A new file, to be written in the block, which takes `target`'s place after it."""
+    partial_path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        fd = os.open(partial_path, flags, 0o600)  # it holds all that the guest knows
+    except OSError as error:
+        raise SnapshotError(f"snapshot {target}: {error.strerror}") from None
+    try:
+        yield fd
+        partial_path.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise SnapshotError(f"snapshot {target}: {error.strerror or error}") from error
+    finally:
+        os.close(fd)
+        with suppress(FileNotFoundError):
+            partial_path.unlink()
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot that was opened and checked."""
+
+    description: Any
+    state: Any
+    open_memory: Callable[[], GuestMemory]
+    """Maps its RAM, once, and closes the file."""
+
+
+def read(path: str | os.PathLike[str], *, verify: bool = False) -> Snapshot:
+    """Open a snapshot. Raises `SnapshotError` where it cannot be read, or is none, or damaged."""
+    name = os.fspath(path)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(Path(path).open("rb", buffering=0))
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            size = os.fstat(file.fileno()).st_size
+            header = Header.unpack(os.pread(file.fileno(), HEADER_BYTES, 0), size, name)
+            body = _part(file, header.body_offset, header.body_bytes, header.body_sum, name)
+            if verify:
+                _verify(file, header, name)
+        except OSError as error:
+            raise SnapshotError(f"snapshot {name}: {error.strerror}") from None
+        try:
+            content = decode(body, f"snapshot {name}: its state")
+        except StateError as error:
+            raise SnapshotError(str(error)) from None
+        if type(content) is not dict or set(content) != {"description", "state"}:
+            raise SnapshotError(f"snapshot {name}: expected a description and a state in it")
+        stack.pop_all()
+    return Snapshot(content["description"], content["state"], partial(_map, file, header, name))
+
+
+def _part(file: BinaryIO, offset: int, length: int, expected: int, name: str) -> bytes:
+    data = b""
+    while len(data) < length and (more := os.pread(file.fileno(), length - len(data), offset)):
+        data += more
+        offset += len(more)
+    if xxhash.xxh3_64_intdigest(data) != expected:
+        raise SnapshotError(f"snapshot {name}: it is damaged: a checksum does not fit")
+    return data
+
+
+def _verify(file: BinaryIO, header: Header, name: str) -> None:
+    sums = _part(file, header.sums_offset, header.sums_bytes, header.sums_sum, name)
+    found = _sums(file.fileno(), header.memory_offset, header.memory_bytes)
+    for number, value in enumerate(found):
+        expected = int.from_bytes(sums[8 * number : 8 * number + 8], "little")
+        if value != expected and not (expected == 0 and _is_zero(file, header, number)):
+            raise SnapshotError(
+                f"snapshot {name}: its RAM is damaged, at {number * CHUNK:#x} to "
+                f"{min((number + 1) * CHUNK, header.memory_bytes):#x}"
+            )
+
+
+def _is_zero(file: BinaryIO, header: Header, chunk: int) -> bool:
+    """Copied by a program that knows no holes, a hole is zeros."""
+    start = chunk * CHUNK
+    length = min(CHUNK, header.memory_bytes - start)
+    return not any(os.pread(file.fileno(), length, header.memory_offset + start))
+
+
+def _map(file: BinaryIO, header: Header, name: str) -> GuestMemory:
+    with file:
+        try:
+            return GuestMemory(header.memory_bytes, base=(file.fileno(), header.memory_offset))
+        except OSError as error:
+            raise SnapshotError(f"snapshot {name}: {error.strerror}") from None

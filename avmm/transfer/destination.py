@@ -1,0 +1,99 @@
+"""The side that the guest comes to: takes RAM and state in, up to the moment at which it may run.
+
+Whatever fails before COMMIT has come whole leaves nothing behind here, and the source is told why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from avmm.errors import PeerAbortedError, ProtocolError, StateError
+from avmm.pages import unpack
+from avmm.transfer.line import Line
+from avmm.transfer.protocol import Commit, Destination, Offer, Pages, Round, State
+
+if TYPE_CHECKING:
+    from avmm.machine import Machine, Parts
+
+
+class Receiver:
+    """One guest, over one stream. `make` makes its machine of a description and its CPUs'
+    needs."""
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        stall_seconds: float,
+        make: Callable[[Any, Any], Machine],
+        on_round: Callable[[int], object],
+    ) -> None:
+        self._side = Destination()
+        self._line = Line(stream, self._side, stall_seconds)
+        self._make = make
+        self._on_round = on_round
+        self._machine: Machine | None = None
+        self._parts: Parts | None = None
+
+    async def receive(self) -> Machine:
+        """The machine, to be entered: the guest may run. Raises as `avmm.receive`."""
+        try:
+            await self._until_commit()
+        except BaseException as error:
+            if self._parts is not None:
+                self._parts.close()
+            if not isinstance(error, PeerAbortedError):
+                await self._line.give_up(_told(error))
+            raise
+        assert self._machine is not None
+        return self._machine
+
+    async def confirm(self) -> None:
+        """Tell the source that the guest runs here. That it cannot be told is no failure here: it
+        keeps the guest stopped. Cannot be cancelled, but for a line that stands still."""
+        with trio.CancelScope(shield=True):
+            await self._line.say(self._side.running())
+
+    async def _until_commit(self) -> None:
+        while True:
+            taken = self._side.next()
+            if taken is None:
+                await self._line.hear()
+                continue
+            event, answer = taken
+            if answer:
+                await self._line.say(answer)
+            if isinstance(event, Offer):
+                self._parts = self._prepared(event.description)
+                await self._line.say(self._side.accept())
+            elif isinstance(event, Pages):
+                self._unpack(event)
+            elif isinstance(event, Round):
+                self._on_round(event.number)
+            elif isinstance(event, State):
+                assert self._parts is not None
+                self._parts.load(event.state)
+                await self._parts.acquire()
+                await self._line.say(self._side.ready())
+            elif isinstance(event, Commit):
+                return
+
+    def _prepared(self, offer: Any) -> Parts:
+        if type(offer) is not dict or set(offer) != {"description", "cpus"}:
+            raise StateError("an offer is a description of a machine and of its CPUs")
+        self._machine = self._make(offer["description"], offer["cpus"])
+        return self._machine.prepare()
+
+    def _unpack(self, pages: Pages) -> None:
+        assert self._parts is not None
+        packed = pages.packed
+        if not unpack(self._parts.memory.whole, packed.runs, packed.data):
+            raise ProtocolError("PAGES tells of pages that are not RAM, or not there")
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, trio.Cancelled):
+        return "the destination was stopped"
+    return f"{type(error).__name__}: {error}"

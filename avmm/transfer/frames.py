@@ -1,0 +1,157 @@
+"""What goes over the line: frames, each with its length, number and checksum.
+
+    kind u8 · zero u8 · zero u16 · length u32 · number u64 · checksum u64 · payload
+
+Little endian. Numbers count from 0 in each direction, so a frame that is lost, doubled or out of
+order is noticed; the checksum (XXH3, 64 bits) is of all before it and of the payload. It tells
+damage, not malice: whoever may write to the line is trusted as much as the line is (use TLS).
+
+A reader holds a frame's length against the most that its kind may have before it sets anything
+aside for it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final, TypeAlias
+
+import xxhash
+
+from avmm.errors import ProtocolError
+from avmm.pages import PAGE, RUN_BYTES
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+_HEAD: Final = struct.Struct("<BBHIQ")
+_SUM_BYTES: Final = 8
+HEADER_BYTES: Final = _HEAD.size + _SUM_BYTES
+MOST_DATA_PAGES: Final = 256
+MOST_RUNS: Final = 4096
+STATE_PIECE: Final = 1 << 20
+
+
+class Kind(IntEnum):
+    """What a frame is; docs/migration.md says when it may come."""
+
+    HELLO = 1
+    OFFER = 2
+    ACCEPT = 3
+    ABORT = 4
+    PAGES = 5
+    ROUND = 6
+    STATE = 7
+    STATE_END = 8
+    READY = 9
+    COMMIT = 10
+    RUNNING = 11
+
+
+MOST: Final[Mapping[Kind, int]] = {
+    Kind.HELLO: 4096,
+    Kind.OFFER: 64 << 20,  # read-only regions are in it
+    Kind.ACCEPT: 0,
+    Kind.ABORT: 64 << 10,
+    Kind.PAGES: 4 + MOST_RUNS * RUN_BYTES + MOST_DATA_PAGES * PAGE,
+    Kind.ROUND: 64,
+    Kind.STATE: STATE_PIECE,
+    Kind.STATE_END: 64,
+    Kind.READY: 0,
+    Kind.COMMIT: 64,
+    Kind.RUNNING: 0,
+}
+"""Bytes of payload at the most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A frame that has come whole."""
+
+    kind: Kind
+    payload: memoryview
+
+
+class Encoder:
+    """Makes the frames of one direction."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def frame(self, kind: Kind, *payload: Buffer) -> list[Buffer]:
+        """The buffers of the next frame, to be sent in this order; `payload` is not copied."""
+        length = sum(map(len, payload))
+        if length > MOST[kind]:
+            raise ProtocolError(
+                f"{kind.name} of {length} bytes: at most {MOST[kind]} are possible"
+            )
+        head = _HEAD.pack(kind, 0, 0, length, self._number)
+        self._number += 1
+        return [head + _checksum(head, payload), *payload]
+
+
+class Decoder:
+    """Takes the bytes of one direction, in whatever pieces, and gives frames."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._data = bytearray()
+        self._at = 0
+
+    def feed(self, data: Buffer) -> None:
+        """The next bytes. They are only held until `next` has given the frame they belong to."""
+        if self._at:
+            del self._data[: self._at]
+            self._at = 0
+        self._data += data
+
+    @property
+    def is_empty(self) -> bool:
+        """Has nothing come of a frame that is not whole yet?"""
+        return self._at == len(self._data)
+
+    def next(self) -> Frame | None:
+        """The next frame, if it is there; its payload is good until `feed`.
+
+        Raises `ProtocolError` where it is none; nothing can be read after that.
+        """
+        there = len(self._data) - self._at
+        if there < HEADER_BYTES:
+            return None
+        number_kind, zero, zeros, length, number = _HEAD.unpack_from(self._data, self._at)
+        try:
+            kind = Kind(number_kind)
+        except ValueError:
+            raise ProtocolError(f"frame {self._number} is of no kind: {number_kind}") from None
+        if zero or zeros or length > MOST[kind]:
+            raise ProtocolError(
+                f"frame {self._number} ({kind.name}) has {length} bytes, expected at most "
+                f"{MOST[kind]}"
+            )
+        if number != self._number:
+            raise ProtocolError(
+                f"frame {number} ({kind.name}) came, expected number {self._number}"
+            )
+        if there < HEADER_BYTES + length:
+            return None
+        with memoryview(self._data) as whole:
+            head = whole[self._at : self._at + _HEAD.size]
+            checksum = whole[self._at + _HEAD.size : self._at + HEADER_BYTES]
+            start = self._at + HEADER_BYTES
+            payload = bytes(whole[start : start + length])
+            good = checksum == _checksum(head, [payload])
+            head.release()
+            checksum.release()
+        if not good:
+            raise ProtocolError(f"frame {number} ({kind.name}) is damaged: its checksum is wrong")
+        self._at += HEADER_BYTES + length
+        self._number += 1
+        return Frame(kind, memoryview(payload))
+
+
+def _checksum(head: Buffer, payload: Sequence[Buffer]) -> bytes:
+    state = xxhash.xxh3_64(head)
+    for part in payload:
+        state.update(part)
+    return state.intdigest().to_bytes(_SUM_BYTES, "little")

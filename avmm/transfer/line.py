@@ -1,0 +1,110 @@
+"""A byte stream with a side of the protocol at our end: says frames, waits for what comes."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from avmm.errors import MigrationError
+from avmm.transfer.frames import Buffer
+from avmm.transfer.protocol import Destination, Source
+
+_CHUNK: Final = 1 << 20
+_LAST_WORD_SECONDS: Final = 1.0
+
+
+class Line:
+    """`stream` is the caller's to close; any trio byte stream will do.
+
+    `stall_seconds`: as long may nothing be taken, or given where something is waited for, before
+    the line counts as dead.
+    """
+
+    def __init__(
+        self, stream: trio.abc.Stream, side: Source | Destination, stall_seconds: float
+    ) -> None:
+        self._stream = stream
+        self._side = side
+        self._stall_seconds = stall_seconds
+        self.sent = 0
+        """Bytes that were said so far."""
+        self.is_broken = False
+        """Nothing can be said any more."""
+
+    async def say(self, buffers: Sequence[Buffer]) -> None:
+        """Send a frame. Raises `MigrationError` where the line is cut or stands still, and what
+        the other side has said last where it gave up. Cancelled, part of the frame may have
+        left."""
+        done = False
+        try:
+            with trio.move_on_after(self._stall_seconds):
+                for buffer in _joined(buffers):
+                    await self._stream.send_all(buffer)
+                    self.sent += len(buffer)
+                done = True
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self.is_broken = True
+            await self._last_word()
+            raise MigrationError(f"the line was cut: {_why(error)}") from error
+        finally:
+            self.is_broken |= not done
+        if not done:
+            raise MigrationError(f"the line took nothing for {self._stall_seconds} s")
+
+    async def _last_word(self) -> None:
+        """Who closes the line may have said why before."""
+        with (
+            trio.move_on_after(_LAST_WORD_SECONDS),
+            suppress(trio.BrokenResourceError, trio.ClosedResourceError),
+        ):
+            while data := await self._stream.receive_some(_CHUNK):
+                self._side.feed(data)
+                while self._side.next():
+                    pass
+
+    async def hear(self) -> None:
+        """Feed the side with what comes next. Raises `MigrationError` where nothing comes."""
+        heard = False
+        try:
+            with trio.move_on_after(self._stall_seconds):
+                data = await self._stream.receive_some(_CHUNK)
+                heard = True
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self.is_broken = True
+            raise MigrationError(f"the line was cut: {_why(error)}") from error
+        if not heard:
+            raise MigrationError(f"nothing came for {self._stall_seconds} s")
+        if not data:
+            self.is_broken = True
+            self._side.feed_end()
+        self._side.feed(data)
+
+    async def give_up(self, why: str) -> None:
+        """Say ABORT, if it can still be said, and do not wait long for it."""
+        if self.is_broken:
+            return
+        self.is_broken = True
+        with (
+            trio.move_on_after(_LAST_WORD_SECONDS, shield=True),
+            suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError),
+        ):
+            for buffer in self._side.abort(why):
+                await self._stream.send_all(buffer)
+
+
+def _joined(buffers: Sequence[Buffer]) -> Sequence[Buffer]:
+    """Small frames go in one piece."""
+    if sum(map(len, buffers)) <= _CHUNK // 16:
+        return [b"".join(buffers)]
+    return buffers
+
+
+def _why(error: Exception) -> str:
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return f"{errno.errorcode.get(cause.errno, cause.errno)} ({cause.strerror})"
+    return str(error) or type(error).__name__

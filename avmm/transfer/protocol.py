@@ -1,0 +1,327 @@
+"""The conversation of a migration: two state machines, without I/O. docs/migration.md.
+
+    source                        destination
+    HELLO            ->
+                     <-           HELLO
+    OFFER            ->                             compared before any byte of memory
+                     <-           ACCEPT
+    PAGES, ROUND ... ->                             the guest runs at the source
+    STATE ..., STATE_END ->                         it stands still
+                     <-           READY             all is loaded, and could run
+    COMMIT           ->                             from here on the source never runs it again
+                     <-           RUNNING
+
+Before COMMIT either may say ABORT, and why, or just go away: the guest runs on at the source. A
+destination runs it only when COMMIT has come whole. That leaves one case which no protocol can
+decide: COMMIT may have left and RUNNING does not come. Then the source keeps the guest stopped
+(`SourceState.COMMITTED`), and a person decides.
+
+Each method that makes a frame may be called in one state only; each frame that comes may come in
+one state only. Everything else raises `ProtocolError`, after which nothing goes on.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from avmm.encoding import decode, encode
+from avmm.errors import PeerAbortedError, ProtocolError, StateError
+from avmm.pages import RUN_BYTES, Packed
+from avmm.transfer.frames import STATE_PIECE, Buffer, Decoder, Encoder, Frame, Kind
+
+VERSIONS: Final = (1,)
+"""Of the protocol, that this avmm speaks, best first."""
+MOST_STATE: Final = 1 << 30
+"""Bytes of state, all but RAM, that a destination takes."""
+_COUNT: Final = struct.Struct("<I")
+
+
+class SourceState(Enum):
+    """What the source has done, and so what may come next."""
+
+    NEW = "nothing was said"
+    GREETED = "waits for HELLO"
+    AGREED = "may offer"
+    OFFERED = "waits for ACCEPT"
+    COPYING = "may send pages"
+    STATED = "waits for READY"
+    READY = "may commit"
+    COMMITTED = "waits for RUNNING"
+    DONE = "the guest runs at the destination"
+
+
+class DestinationState(Enum):
+    """What the destination has got, and so what may come next."""
+
+    NEW = "waits for HELLO"
+    GREETED = "waits for OFFER"
+    OFFERED = "may accept"
+    COPYING = "waits for pages or the state"
+    STATED = "may say that it is ready"
+    READY = "waits for COMMIT"
+    COMMITTED = "may run the guest"
+    DONE = "the guest runs here"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The source tells what the guest is (`avmm.description`)."""
+
+    description: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Pages of RAM, checked for their shape only."""
+
+    packed: Packed
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """All pages of a round have come."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All but RAM; the guest stands still."""
+
+    state: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The guest is the destination's."""
+
+
+class _Side:
+    def __init__(self) -> None:
+        self._encoder = Encoder()
+        self._decoder = Decoder()
+
+    def feed(self, data: Buffer) -> None:
+        """Bytes that have come."""
+        self._decoder.feed(data)
+
+    def feed_end(self) -> None:
+        """The other side will say nothing more; raises `ProtocolError`."""
+        raise ProtocolError("the line was cut" + ("" if self._decoder.is_empty else " in a frame"))
+
+    def _next(self) -> Frame | None:
+        frame = self._decoder.next()
+        if frame is not None and frame.kind is Kind.ABORT:
+            why = _field(frame, "why", str)
+            raise PeerAbortedError(f"the other side gave up: {why}")
+        return frame
+
+    def abort(self, why: str) -> list[Buffer]:
+        """ABORT: this side gives up. Before COMMIT; nothing may be said after it."""
+        return self._encoder.frame(Kind.ABORT, encode({"why": why[:4000]}))
+
+
+class Source(_Side):
+    """The side that the guest leaves."""
+
+    def __init__(self, identity: bytes) -> None:
+        """`identity`: 16 random bytes that tell this migration from others."""
+        super().__init__()
+        self.state = SourceState.NEW
+        self._identity = identity
+
+    def _demand(self, *states: SourceState) -> None:
+        if self.state not in states:
+            raise ProtocolError(
+                f"the source is in {self.state.name} ({self.state.value}), expected "
+                f"{' or '.join(state.name for state in states)}"
+            )
+
+    def next(self) -> bool:
+        """Take what has come, if a frame is whole: did one come? `state` has changed then."""
+        frame = self._next()
+        if frame is None:
+            return False
+        expected = {
+            SourceState.GREETED: (Kind.HELLO, SourceState.AGREED),
+            SourceState.OFFERED: (Kind.ACCEPT, SourceState.COPYING),
+            SourceState.STATED: (Kind.READY, SourceState.READY),
+            SourceState.COMMITTED: (Kind.RUNNING, SourceState.DONE),
+        }.get(self.state)
+        if expected is None or frame.kind is not expected[0]:
+            raise ProtocolError(f"{frame.kind.name} came while the source {self.state.value}")
+        if frame.kind is Kind.HELLO:
+            _demand_version(frame)
+        self.state = expected[1]
+        return True
+
+    def hello(self) -> list[Buffer]:
+        """HELLO."""
+        self._demand(SourceState.NEW)
+        self.state = SourceState.GREETED
+        hello = {"versions": list(VERSIONS), "identity": self._identity}
+        return self._encoder.frame(Kind.HELLO, encode(hello))
+
+    def offer(self, description: Any) -> list[Buffer]:
+        """OFFER."""
+        self._demand(SourceState.AGREED)
+        self.state = SourceState.OFFERED
+        return self._encoder.frame(Kind.OFFER, encode(description))
+
+    def pages(self, packed: Packed) -> list[Buffer]:
+        """PAGES; the buffers are those of `packed`."""
+        self._demand(SourceState.COPYING)
+        count = _COUNT.pack(len(packed.runs) // RUN_BYTES)
+        return self._encoder.frame(Kind.PAGES, count, packed.runs, packed.data)
+
+    def round(self, number: int) -> list[Buffer]:
+        """ROUND: all pages of this round were sent."""
+        self._demand(SourceState.COPYING)
+        return self._encoder.frame(Kind.ROUND, encode({"number": number}))
+
+    def stated(self, state: Any) -> Iterator[list[Buffer]]:
+        """STATE and STATE_END, frame by frame."""
+        self._demand(SourceState.COPYING)
+        self.state = SourceState.STATED
+        data = memoryview(encode(state))
+        if len(data) > MOST_STATE:
+            raise ProtocolError(f"the state has {len(data)} bytes, at most {MOST_STATE} can go")
+        for at in range(0, len(data), STATE_PIECE):
+            yield self._encoder.frame(Kind.STATE, data[at : at + STATE_PIECE])
+        yield self._encoder.frame(Kind.STATE_END, encode({"bytes": len(data)}))
+
+    def commit(self) -> list[Buffer]:
+        """COMMIT. Once the first byte of it may have left, the source never runs the guest."""
+        self._demand(SourceState.READY)
+        self.state = SourceState.COMMITTED
+        return self._encoder.frame(Kind.COMMIT, encode({"identity": self._identity}))
+
+
+Event = Offer | Pages | Round | State | Commit
+
+
+class Destination(_Side):
+    """The side that the guest comes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = DestinationState.NEW
+        self._identity = b""
+        self._collected = bytearray()
+
+    def _demand(self, state: DestinationState) -> None:
+        if self.state is not state:
+            raise ProtocolError(
+                f"the destination is in {self.state.name} ({self.state.value}), expected "
+                f"{state.name}"
+            )
+
+    def next(self) -> tuple[Event | None, list[Buffer]] | None:
+        """Take what has come, if a frame is whole: what it says, and what to answer at once."""
+        frame = self._next()
+        if frame is None:
+            return None
+        take = {
+            (DestinationState.NEW, Kind.HELLO): self._hello,
+            (DestinationState.GREETED, Kind.OFFER): self._offer,
+            (DestinationState.COPYING, Kind.PAGES): self._pages,
+            (DestinationState.COPYING, Kind.ROUND): self._round,
+            (DestinationState.COPYING, Kind.STATE): self._piece,
+            (DestinationState.COPYING, Kind.STATE_END): self._stated,
+            (DestinationState.READY, Kind.COMMIT): self._commit,
+        }.get((self.state, frame.kind))
+        if take is None:
+            raise ProtocolError(f"{frame.kind.name} came while the destination {self.state.value}")
+        return take(frame)
+
+    def _hello(self, frame: Frame) -> tuple[None, list[Buffer]]:
+        _demand_version(frame)
+        self._identity = _field(frame, "identity", bytes)
+        if len(self._identity) != 16:
+            raise ProtocolError("a migration's identity has 16 bytes")
+        self.state = DestinationState.GREETED
+        answer = {"versions": list(VERSIONS), "identity": self._identity}
+        return None, self._encoder.frame(Kind.HELLO, encode(answer))
+
+    def _offer(self, frame: Frame) -> tuple[Event, list[Buffer]]:
+        self.state = DestinationState.OFFERED
+        return Offer(_decoded(frame)), []
+
+    def _pages(self, frame: Frame) -> tuple[Event, list[Buffer]]:
+        if self._collected:
+            raise ProtocolError("PAGES came after STATE")
+        payload = frame.payload
+        if len(payload) < _COUNT.size:
+            raise ProtocolError("PAGES without a number of runs")
+        end = _COUNT.size + RUN_BYTES * _COUNT.unpack_from(payload)[0]
+        if end > len(payload):
+            raise ProtocolError("PAGES tells of more runs than it has")
+        return Pages(Packed(payload[_COUNT.size : end], payload[end:])), []
+
+    def _round(self, frame: Frame) -> tuple[Event, list[Buffer]]:
+        return Round(_field(frame, "number", int)), []
+
+    def _piece(self, frame: Frame) -> tuple[None, list[Buffer]]:
+        if not frame.payload or len(self._collected) + len(frame.payload) > MOST_STATE:
+            raise ProtocolError(f"the state is empty, or has more than {MOST_STATE} bytes")
+        self._collected += frame.payload
+        return None, []
+
+    def _stated(self, frame: Frame) -> tuple[Event, list[Buffer]]:
+        if _field(frame, "bytes", int) != len(self._collected):
+            raise ProtocolError("the state has not as many bytes as it should")
+        state = _decoded(Frame(frame.kind, memoryview(self._collected)))
+        self._collected = bytearray()
+        self.state = DestinationState.STATED
+        return State(state), []
+
+    def _commit(self, frame: Frame) -> tuple[Event, list[Buffer]]:
+        if _field(frame, "identity", bytes) != self._identity:
+            raise ProtocolError("COMMIT is of another migration")
+        self.state = DestinationState.COMMITTED
+        return Commit(), []
+
+    def accept(self) -> list[Buffer]:
+        """ACCEPT: a guest of that description can be here."""
+        self._demand(DestinationState.OFFERED)
+        self.state = DestinationState.COPYING
+        return self._encoder.frame(Kind.ACCEPT)
+
+    def ready(self) -> list[Buffer]:
+        """READY: all is loaded, the guest could run here."""
+        self._demand(DestinationState.STATED)
+        self.state = DestinationState.READY
+        return self._encoder.frame(Kind.READY)
+
+    def running(self) -> list[Buffer]:
+        """RUNNING: the guest runs here."""
+        self._demand(DestinationState.COMMITTED)
+        self.state = DestinationState.DONE
+        return self._encoder.frame(Kind.RUNNING)
+
+
+def _decoded(frame: Frame) -> Any:
+    try:
+        return decode(frame.payload, frame.kind.name)
+    except StateError as error:
+        raise ProtocolError(str(error)) from None
+
+
+def _field(frame: Frame, name: str, kind: type) -> Any:
+    fields = _decoded(frame)
+    if type(fields) is not dict or type(fields.get(name)) is not kind:
+        raise ProtocolError(f"{frame.kind.name} without its {name}")
+    return fields[name]
+
+
+def _demand_version(frame: Frame) -> None:
+    versions = _field(frame, "versions", list)
+    if not set(VERSIONS) & {version for version in versions if type(version) is int}:
+        raise ProtocolError(
+            f"the other side speaks versions {versions!r} of the protocol, this one "
+            f"{list(VERSIONS)}"
+        )

@@ -1,0 +1,233 @@
+"""The side that the guest leaves: copies RAM while the guest runs, stops it, hands it over.
+
+At most one side ever runs the guest. Until COMMIT is begun, whatever goes wrong here (a failure, a
+timeout, a cancellation, at any byte) is undone: the guest runs on as if nothing had been asked.
+Then nothing can be undone, nor cancelled: for `answer_seconds` RUNNING is waited for. If it does
+not come the guest stays stopped and somebody has to decide: `HandOverUnknownError`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from avmm.errors import ConfigError, HandOverUnknownError, MigrationError, PeerAbortedError
+from avmm.pages import PAGE, Bitmap, Packer
+from avmm.transfer.frames import MOST_DATA_PAGES, MOST_RUNS
+from avmm.transfer.line import Line
+from avmm.transfer.pace import Pace, Progress
+from avmm.transfer.protocol import Source, SourceState
+
+if TYPE_CHECKING:
+    from avmm.dirty import DirtyLog
+    from avmm.machine import Parts
+    from avmm.migration import Coordinator
+
+logger = logging.getLogger(__name__)
+
+_TAKE_BACK_SECONDS: Final = 5.0
+"""As long may a destination that has died take to let go of a disk."""
+_TAKE_BACK_STEP: Final = 0.05
+_SAMPLE_SECONDS: Final = 0.1
+"""How often progress is told within a round."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to migrate; see `avmm.Machine.migrate`."""
+
+    target_downtime: float = 0.1
+    bandwidth: float | None = None
+    deadline: float | None = None
+    stall_seconds: float = 30.0
+    answer_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("target_downtime", "stall_seconds", "answer_seconds"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} {getattr(self, name)!r}: expected seconds, above 0")
+        if self.bandwidth is not None and not self.bandwidth >= PAGE:
+            raise ConfigError(f"bandwidth {self.bandwidth!r}: expected {PAGE} bytes/s or more")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a migration has taken, in seconds and bytes."""
+
+    downtime: float
+    total: float
+    bytes_sent: int
+    rounds: int
+
+
+class Sender:
+    """One migration of one machine. `has_ended` tells whether its guest has."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        coordinator: Coordinator,
+        stream: trio.abc.Stream,
+        options: Options,
+        has_ended: Callable[[], bool],
+        on_progress: Callable[[Progress], object],
+    ) -> None:
+        self._parts = parts
+        self._coordinator = coordinator
+        self._options = options
+        self._has_ended = has_ended
+        self._on_progress = on_progress
+        self._source = Source(secrets.token_bytes(16))
+        self._line = Line(stream, self._source, options.stall_seconds)
+        self._pace = Pace(options.target_downtime, options.bandwidth)
+        self._packer = Packer(parts.memory.whole, MOST_DATA_PAGES, MOST_RUNS)
+        self._round = 0
+
+    async def send(self) -> Report:
+        """Hand the guest over: when this returns it runs at the destination and never again here.
+
+        Raises `MigrationError` where it could not be, and the guest runs on;
+        `HandOverUnknownError` where that is not known, and it stays paused.
+        """
+        begin = trio.current_time()
+        try:
+            await self._agree()
+            with self._parts.dirty_log() as log:
+                left = self._parts.memory.populated()
+                async with self._coordinator.throttled(lambda: self._pace.throttle):
+                    await self._copy_live(log, left)
+                async with self._coordinator.paused(self._options.deadline):
+                    stopped = trio.current_time()
+                    log.collect(left)
+                    await self._copy(left, stopped)
+                    await self._hand_over()
+        except PeerAbortedError:
+            raise
+        except BaseException as error:
+            if self._source.state is not SourceState.COMMITTED:
+                await self._line.give_up(_told(error))
+            raise
+        now = trio.current_time()
+        return Report(now - stopped, now - begin, self._line.sent, self._round)
+
+    async def _agree(self) -> None:
+        await self._line.say(self._source.hello())
+        await self._until(SourceState.AGREED)
+        offer = {"description": self._parts.describe(), "cpus": self._parts.cpu_needs()}
+        await self._line.say(self._source.offer(offer))
+        await self._until(SourceState.COPYING)
+
+    async def _until(self, state: SourceState) -> None:
+        while self._source.state is not state:
+            if not self._source.next():
+                await self._line.hear()
+
+    async def _copy_live(self, log: DirtyLog, left: Bitmap) -> None:
+        """Rounds, until what is left can go over within the target downtime."""
+        while True:
+            start, sent = trio.current_time(), self._line.sent
+            await self._copy(left, start)
+            log.collect(left)
+            sent = self._line.sent - sent
+            if self._pace.round_ended(sent, trio.current_time() - start, len(left)):
+                return
+
+    async def _copy(self, left: Bitmap, start: float) -> None:
+        """A round: send these pages; `left` is empty then."""
+        self._round += 1
+        self._packer.rewind()
+        total, first, told = len(left), self._line.sent, start
+        self._tell(0, total)
+        while (packed := self._packer.next(left, skip_zeros=self._round == 1)) is not None:
+            self._demand_guest()
+            await self._line.say(self._source.pages(packed))
+            now = trio.current_time()
+            if delay := self._pace.delay(self._line.sent - first, now - start):
+                await trio.sleep(delay)
+            if now - told > _SAMPLE_SECONDS:
+                told = now
+                self._tell(total - len(left), len(left))
+        self._demand_guest()
+        await self._line.say(self._source.round(self._round))
+
+    def _demand_guest(self) -> None:
+        if self._has_ended():
+            raise MigrationError("the guest has ended before it could be handed over")
+
+    def _tell(self, sent: int, left: int) -> None:
+        pace = self._pace
+        self._on_progress(
+            Progress(
+                self._round,
+                sent,
+                left,
+                pace.rate,
+                pace.dirty_rate,
+                pace.expected_downtime(left),
+                pace.throttle,
+                self._line.sent,
+            )
+        )
+
+    async def _hand_over(self) -> None:
+        """From the standstill on."""
+        async with AsyncExitStack() as undo:
+            state = self._parts.save(with_memory=False)
+            undo.push_async_callback(self._take_back)
+            await self._parts.release()
+            for frame in self._source.stated(state):
+                await self._line.say(frame)
+            await self._until(SourceState.READY)
+            self._demand_guest()
+            await trio.lowlevel.checkpoint_if_cancelled()
+            undo.pop_all()
+        with trio.CancelScope(shield=True):
+            await self._commit()
+
+    async def _take_back(self) -> None:
+        with trio.CancelScope(shield=True):
+            give_up = trio.current_time() + _TAKE_BACK_SECONDS
+            while True:
+                try:
+                    await self._parts.acquire()
+                except ConfigError as error:
+                    if trio.current_time() < give_up:
+                        await trio.sleep(_TAKE_BACK_STEP)
+                        continue
+                    self._coordinator.retain()
+                    raise HandOverUnknownError(
+                        f"the guest was not handed over, but it stays stopped: {error}"
+                    ) from error
+                return
+
+    async def _commit(self) -> None:
+        why = f"no answer came for {self._options.answer_seconds} s"
+        with trio.move_on_after(self._options.answer_seconds):
+            try:
+                await self._line.say(self._source.commit())
+                await self._until(SourceState.DONE)
+            except MigrationError as error:
+                why = str(error)
+        if self._source.state is SourceState.DONE:
+            self._coordinator.forsake()
+            return
+        self._coordinator.retain()
+        raise HandOverUnknownError(
+            f"COMMIT was sent, then {why}: the guest runs at the destination, or nowhere. It "
+            "stays stopped here. Look whether it runs there; if so, end it here "
+            "(settle(runs_here=False)); only if it certainly does not and never will, let it run "
+            "on here (settle(runs_here=True))"
+        )
+
+
+def _told(error: BaseException) -> str:
+    """What the other side is told of it."""
+    if isinstance(error, trio.Cancelled):
+        return "the migration was cancelled"
+    return f"{type(error).__name__}: {error}"
