@@ -233,11 +233,14 @@ class Parts:
                 self.vm.filter_msrs(filtered)
             if calls is not None and self.vm.check("KVM_CAP_EXIT_HYPERCALL"):
                 self.vm.enable("KVM_CAP_EXIT_HYPERCALL", 1 << constants.KVM_HC_MAP_GPA_RANGE)
+            self.needs: list[dict[str, Any]] = []
+            """What a host must have for each vCPU; empty before there is a state."""
             self.vcpus = [self._create_vcpu(stack, i) for i in range(config.cpus)]
             self.coalesced = self._coalesce(devices)
             if boots:
                 for vcpu in self.vcpus:
                     cpu.set_up(self.system, vcpu, config.cpus, entry if vcpu.index == 0 else None)
+                self._note_needs()
             elif state is not None:
                 self.load(state)
             self.group = self._group(stack)
@@ -414,6 +417,7 @@ class Parts:
         for vcpu, vcpu_state in zip(self.vcpus, vcpus, strict=True):
             cpu_state.load_vcpu(self.system, vcpu, vcpu_state)
         cpu_state.load_time(self.vcpus, vcpus)
+        self._note_needs()
         # Devices last. An edge that one raised just before the save may still have been on its
         # way through a work queue of the kernel's (irqfd), in no state that could be read. So a
         # device that has cause to interrupt does so again when it is loaded; interrupt chips
@@ -421,12 +425,12 @@ class Parts:
         for device, (_, device_state) in zip(self.devices, saved, strict=True):
             device.load(device_state)
 
-    def cpu_needs(self) -> list[Any]:
-        """What a host must have for each vCPU."""
-        return [cpu_state.needs(self.system, vcpu) for vcpu in self.vcpus]
+    def _note_needs(self) -> None:
+        # Now: a vCPU that runs answers no ioctl before it leaves the guest.
+        self.needs = [cpu_state.needs(self.system, vcpu) for vcpu in self.vcpus]
 
     def demand(self, needs: Any) -> None:
-        """Raise `StateError` where this host lacks what `cpu_needs` told of another machine's."""
+        """Raise `StateError` where this host lacks what `needs` told of another machine's."""
         if type(needs) is not list or len(needs) != len(self.vcpus):
             raise StateError(f"the needs of {len(self.vcpus)} vCPUs are expected")
         for vcpu, needed in zip(self.vcpus, needs, strict=True):
@@ -496,7 +500,7 @@ class Origin:
     open_memory: Callable[[], GuestMemory] | None = None
     described: Described | None = None
     needs: Any = None
-    """What its vCPUs demand of this host (`Parts.cpu_needs`), to be compared before anything
+    """What its vCPUs demand of this host (`Parts.needs`), to be compared before anything
     else."""
     standby: bool = False
 
@@ -600,7 +604,7 @@ class Machine:
     @property
     def tsc_khz(self) -> int:
         """The frequency of the guest's time stamp counter, in kHz."""
-        return self._running.vcpus[0].tsc_khz()
+        return int(self._running.needs[0]["tsc_khz"])
 
     async def wait(self) -> Outcome:
         """Wait until the guest has ended, and say how. May be called again, and by many."""

@@ -119,7 +119,7 @@ class Sender:
     async def _agree(self) -> None:
         await self._line.say(self._source.hello())
         await self._until(SourceState.AGREED)
-        offer = {"description": self._parts.describe(), "cpus": self._parts.cpu_needs()}
+        offer = {"description": self._parts.describe(), "cpus": self._parts.needs}
         await self._line.say(self._source.offer(offer))
         await self._until(SourceState.COPYING)
 

@@ -63,7 +63,7 @@ _VCPU_KEYS: Final = {
     "lapic": bytes,
     "events": bytes,
 }
-_NEEDS_KEYS: Final = {"cpuid": list, "msrs": list, "xsave": int, "tsc_khz": int}
+_NEEDS_KEYS: Final = {"version": int, "cpuid": list, "msrs": list, "xsave": int, "tsc_khz": int}
 _VM_KEYS: Final = {"version": int, "irqchips": list, "pit": bytes, "clock": int}
 _TSC_TOLERANCE: Final = 250e-6
 """As much may TSC frequencies differ and still count as one (KVM's own default)."""
@@ -94,6 +94,7 @@ def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
 def needs(system: System, vcpu: Vcpu) -> dict[str, Any]:
     """What a host must have for this vCPU, as far as it can be told before its state is taken."""
     return {
+        "version": VERSION,
         "cpuid": [list(leaf) for leaf in vcpu.cpuid()],
         "msrs": list(system.msr_indices()),
         "xsave": len(vcpu.xsave(system.check("KVM_CAP_XSAVE2"))),
@@ -103,7 +104,7 @@ def needs(system: System, vcpu: Vcpu) -> dict[str, Any]:
 
 def demand(system: System, vcpu: Vcpu, needed: Mapping[str, Any]) -> None:
     """Raise `StateError` where this host lacks what `needs` told of another one's vCPU."""
-    _check_shape("vCPU's needs", needed, _NEEDS_KEYS)
+    _check_shape("vCPU", needed, _NEEDS_KEYS)
     features.demand(
         [_numbers("cpuid", leaf, 7, _U32) for leaf in needed["cpuid"]], _offered(system, vcpu)
     )
