@@ -157,7 +157,11 @@ class Device:
             )
 
     async def resume(self) -> None:
-        """Go on after `quiesce`; does nothing where the device is not quiesced."""
+        """Go on after `quiesce`; does nothing where the device is not quiesced.
+
+        It has `avmm.migration.RESUME_SECONDS` for it; then it is cancelled, and the guest runs
+        on without. Called again after the next pause.
+        """
 
     def save(self) -> Mapping[str, Any]:
         """The device's state as plain data (numbers, bytes, text, lists, dicts of these)."""

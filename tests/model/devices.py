@@ -67,7 +67,7 @@ class Recorder(Device):
         self.withheld: list[int] = []
         self.interrupt: Callable[[int], None] = lambda vector: None
         self.on_quiesce: Callable[[], Awaitable[None]] = _nothing
-        self.on_resume: Callable[[], None] = lambda: None
+        self.on_resume: Callable[[], Awaitable[None]] = _nothing
 
     @property
     def name(self) -> str:
@@ -126,11 +126,11 @@ class Recorder(Device):
 
     async def resume(self) -> None:
         await trio.lowlevel.checkpoint()  # whoever resumes devices must not be cancelled here
+        await self.on_resume()
         self.quiesced = False
         for vector in self.withheld:
             self.interrupt(vector)
         self.withheld.clear()
-        self.on_resume()
 
     def work(self, vector: int) -> None:
         """The device's own activity: it interrupts the guest, unless it is to keep still."""
