@@ -2,7 +2,7 @@
 
 from avmm.boot import FlatOptions, Mode
 from avmm.bus import Placement, mmio, msr, pio
-from avmm.calls import Call
+from avmm.calls import Answer, Call
 from avmm.config import MachineConfig
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
@@ -36,6 +36,7 @@ from avmm.outcome import Cause, Outcome
 from avmm.placing import virtio
 
 __all__ = [
+    "Answer",
     "AvmmError",
     "Backend",
     "Balloon",
