@@ -5,6 +5,12 @@ calls sees them all as a `Call` and answers a number. PAPR and OSI hypercalls ma
 more than that, in the registers that held the arguments: then it answers an `Answer`. Sources:
 api.rst, "5. The kvm_run structure"; the numbers of KVM's own are in
 Documentation/virt/kvm/x86/hypercalls.rst.
+
+**Xen's** are made by the same instruction as KVM's, so a machine has either: with the setting
+`xen` all that its guest's kernel makes are Xen's and come to the handler. The guest may have KVM
+fill a page with them by `XEN_MSR`, as on Xen. It is not told by CPUID that it runs on Xen: Linux,
+told so, expects event channels and a XenStore, too. That is for guests which know by themselves
+that somebody answers.
 """
 
 from __future__ import annotations
@@ -17,6 +23,9 @@ from typing import Final, TypeAlias
 from avmm.errors import DeviceError
 from avmm.kvm import Struct, constants
 
+XEN_MSR: Final = 0x4000_0200
+"""The MSR of Xen's hypercall page: where Xen itself has it beside Hyper-V's MSRs. Its usual place,
+0x40000000, is one of those: KVM counts it to a vCPU's state, and loading that writes a page."""
 _U64: Final = (1 << 64) - 1
 _KVM_ENOSYS: Final = 1000
 _H_FUNCTION: Final = -2
@@ -128,6 +137,10 @@ def serve(page: Struct, reason: int, handler: CallHandler | None) -> Awaitable[N
     """Answer the call in `kvm_run`, at once or by the awaitable that is returned."""
     kind = KINDS[reason]
     call = kind.read(page)
+    if reason == constants.KVM_EXIT_XEN and page.xen.u.hcall.cpl:
+        # KVM refuses its own from user space and leaves Xen's to us; Xen refuses them, too.
+        kind.answer(page, -errno.EPERM & _U64)
+        return None
     answer = kind.refusal if handler is None else handler(call)
     if isinstance(answer, Awaitable):
         return _later(page, kind, call, answer)

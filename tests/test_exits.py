@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Awaitable, Iterator
 from contextlib import nullcontext
@@ -154,6 +155,13 @@ class Board:
     def osi(self) -> Any:
         self.page.osi.gprs = list(range(100, 132))
         return self.exit(constants.KVM_EXIT_OSI)
+
+    def xen(self, cpl: int = 0) -> Any:
+        self.page.xen.type = constants.KVM_EXIT_XEN_HCALL
+        call = self.page.xen.u.hcall
+        call.longmode, call.cpl, call.input, call.result = 1, cpl, 7, 0xEEEE
+        call.params = list(range(100, 106))
+        return self.exit(constants.KVM_EXIT_XEN)
 
     def kvm_call(self) -> Any:
         call = self.page.hypercall
@@ -406,7 +414,9 @@ async def test_a_call_is_answered_by_a_number(board: Board, answer: Any, late: b
     assert list(board.page.papr_hcall.args) == list(range(100, 109))
     await finish(board.osi())
     assert list(board.page.osi.gprs) == [100, 101, 102, number, *range(104, 132)]
-    assert [call.kind for call in board.calls] == ["kvm", "papr", "osi"]
+    await finish(board.xen())
+    assert board.page.xen.u.hcall.result == number
+    assert [call.kind for call in board.calls] == ["kvm", "papr", "osi", "xen"]
     assert board.calls[1] == Call("papr", 7, tuple(range(100, 109)))
     assert board.calls[2].number == 105
 
@@ -457,6 +467,12 @@ async def test_an_answer_that_cannot_be_is_named_and_nothing_of_it_written(
         await finish(board.papr())
     assert board.page.papr_hcall.ret == 0xEEEE
     assert list(board.page.papr_hcall.args) == list(range(100, 109))
+
+
+def test_xen_calls_of_the_guests_user_space_are_refused(board: Board) -> None:
+    assert board.xen(cpl=3) is None
+    assert board.page.xen.u.hcall.result == U64 + 1 - errno.EPERM
+    assert not board.calls
 
 
 def test_a_call_that_has_nothing_but_a_result_takes_no_more(board: Board) -> None:
