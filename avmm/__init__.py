@@ -2,7 +2,7 @@
 
 from avmm.boot import FlatOptions, Mode
 from avmm.bus import Placement, mmio, msr, pio
-from avmm.calls import Call
+from avmm.calls import Answer, Call
 from avmm.config import MachineConfig
 from avmm.description import Links
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
@@ -42,6 +42,7 @@ from avmm.receive import receive
 from avmm.restore import restore
 
 __all__ = [
+    "Answer",
     "AvmmError",
     "Backend",
     "Balloon",

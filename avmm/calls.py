@@ -1,8 +1,16 @@
 """Calls of a guest to whoever runs it: KVM, Xen, PAPR and OSI hypercalls, and PowerPC's EPR.
 
 They differ in where the number, the arguments and the result lie; a machine's one handler of
-calls sees them all as a `Call` and answers a number. Sources: api.rst, "5. The kvm_run
-structure"; the numbers of KVM's own are in Documentation/virt/kvm/x86/hypercalls.rst.
+calls sees them all as a `Call` and answers a number. PAPR and OSI hypercalls may give the guest
+more than that, in the registers that held the arguments: then it answers an `Answer`. Sources:
+api.rst, "5. The kvm_run structure"; the numbers of KVM's own are in
+Documentation/virt/kvm/x86/hypercalls.rst.
+
+**Xen's** are made by the same instruction as KVM's, so a machine has either: with the setting
+`xen` all that its guest's kernel makes are Xen's and come to the handler. The guest may have KVM
+fill a page with them by `XEN_MSR`, as on Xen. It is not told by CPUID that it runs on Xen: Linux,
+told so, expects event channels and a XenStore, too. That is for guests which know by themselves
+that somebody answers.
 """
 
 from __future__ import annotations
@@ -15,6 +23,9 @@ from typing import Final, TypeAlias
 from avmm.errors import DeviceError
 from avmm.kvm import Struct, constants
 
+XEN_MSR: Final = 0x4000_0200
+"""The MSR of Xen's hypercall page: where Xen itself has it beside Hyper-V's MSRs. Its usual place,
+0x40000000, is one of those: KVM counts it to a vCPU's state, and loading that writes a page."""
 _U64: Final = (1 << 64) - 1
 _KVM_ENOSYS: Final = 1000
 _H_FUNCTION: Final = -2
@@ -30,7 +41,21 @@ class Call:
     longmode: bool = True
 
 
-CallHandler: TypeAlias = Callable[[Call], int | Awaitable[int]]
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a call gives the guest: the result, and what stands in place of its arguments.
+
+    `args` are those of the `Call` from the first on, up to all of them; the rest stay as they
+    were. Of PAPR's they are R4 to R12, of OSI's all GPRs, where the result goes to number 3
+    whatever `args` has there. The other kinds have none.
+    """
+
+    value: int
+    args: tuple[int, ...] = ()
+
+
+Answered: TypeAlias = int | Answer
+CallHandler: TypeAlias = Callable[[Call], Answered | Awaitable[Answered]]
 """Answers a call, at once or with an awaitable; a negative number is an error to the guest."""
 
 
@@ -41,6 +66,8 @@ class CallKind:
     read: Callable[[Struct], Call]
     answer: Callable[[Struct, int], None]
     refusal: int
+    args: Callable[[Struct], Struct] | None = None
+    """Where the guest finds more than the result, in the order of `Call.args`."""
 
 
 def _read_kvm(page: Struct) -> Call:
@@ -71,6 +98,10 @@ def _answer_papr(page: Struct, value: int) -> None:
     page.papr_hcall.ret = value
 
 
+def _papr_args(page: Struct) -> Struct:
+    return page.papr_hcall.args
+
+
 def _read_osi(page: Struct) -> Call:
     gprs = tuple(page.osi.gprs)
     return Call("osi", gprs[5], gprs)
@@ -78,6 +109,10 @@ def _read_osi(page: Struct) -> Call:
 
 def _answer_osi(page: Struct, value: int) -> None:
     page.osi.gprs[3] = value
+
+
+def _osi_args(page: Struct) -> Struct:
+    return page.osi.gprs
 
 
 def _read_epr(page: Struct) -> Call:
@@ -91,8 +126,8 @@ def _answer_epr(page: Struct, value: int) -> None:
 KINDS: Final = {
     constants.KVM_EXIT_HYPERCALL: CallKind(_read_kvm, _answer_kvm, -_KVM_ENOSYS),
     constants.KVM_EXIT_XEN: CallKind(_read_xen, _answer_xen, -errno.ENOSYS),
-    constants.KVM_EXIT_PAPR_HCALL: CallKind(_read_papr, _answer_papr, _H_FUNCTION),
-    constants.KVM_EXIT_OSI: CallKind(_read_osi, _answer_osi, -1),
+    constants.KVM_EXIT_PAPR_HCALL: CallKind(_read_papr, _answer_papr, _H_FUNCTION, _papr_args),
+    constants.KVM_EXIT_OSI: CallKind(_read_osi, _answer_osi, -1, _osi_args),
     constants.KVM_EXIT_EPR: CallKind(_read_epr, _answer_epr, 0),
 }
 """By exit reason."""
@@ -102,17 +137,38 @@ def serve(page: Struct, reason: int, handler: CallHandler | None) -> Awaitable[N
     """Answer the call in `kvm_run`, at once or by the awaitable that is returned."""
     kind = KINDS[reason]
     call = kind.read(page)
-    answer = kind.refusal if handler is None else handler(call)
-    if isinstance(answer, int):
-        kind.answer(page, answer & _U64)
+    if reason == constants.KVM_EXIT_XEN and page.xen.u.hcall.cpl:
+        # KVM refuses its own from user space and leaves Xen's to us; Xen refuses them, too.
+        kind.answer(page, -errno.EPERM & _U64)
         return None
-    if not isinstance(answer, Awaitable):
-        raise DeviceError(f"the handler of calls answered {call} with {answer!r}: expected an int")
-    return _later(page, kind, call, answer)
+    answer = kind.refusal if handler is None else handler(call)
+    if isinstance(answer, Awaitable):
+        return _later(page, kind, call, answer)
+    _put(page, kind, call, answer)
+    return None
 
 
-async def _later(page: Struct, kind: CallKind, call: Call, answer: Awaitable[int]) -> None:
-    value = await answer
-    if not isinstance(value, int):
-        raise DeviceError(f"the handler of calls answered {call} with {value!r}: expected an int")
-    kind.answer(page, value & _U64)
+async def _later(page: Struct, kind: CallKind, call: Call, answer: Awaitable[Answered]) -> None:
+    _put(page, kind, call, await answer)
+
+
+def _put(page: Struct, kind: CallKind, call: Call, given: Answered) -> None:
+    """Write what the handler has given into `kvm_run`, all of it or, where it errs, nothing."""
+    answer = Answer(given) if isinstance(given, int) else given
+    if not isinstance(answer, Answer) or not isinstance(answer.value, int):
+        raise _mistake(call, given, "an int or an Answer of one")
+    most = len(call.args) if kind.args is not None else 0
+    if not isinstance(answer.args, tuple) or len(answer.args) > most:
+        raise _mistake(call, given, f"a tuple of at most {most} args")
+    for arg in answer.args:
+        if not isinstance(arg, int) or not -(1 << 63) <= arg <= _U64:
+            raise _mistake(call, given, "args of 64 bits each")
+    if kind.args is not None:
+        place = kind.args(page)
+        for at, arg in enumerate(answer.args):
+            place[at] = arg & _U64
+    kind.answer(page, answer.value & _U64)
+
+
+def _mistake(call: Call, given: object, expected: str) -> DeviceError:
+    return DeviceError(f"the handler of calls answered {call} with {given!r}: expected {expected}")

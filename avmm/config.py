@@ -53,6 +53,7 @@ class Settings(TypedDict, total=False):
     vsock: VsockOptions | str | Mapping[str, Any] | None
     net: Sequence[NetOptions | str | Mapping[str, Any]]
     debug_exit: int | None
+    xen: bool
     unclaimed: str
     completion: str
     completion_capability: int | None
@@ -96,6 +97,9 @@ class MachineConfig:
     ",mac=52:54:00:12:34:56" and ",mtu=1500" where that is wanted."""
     debug_exit: int | None = 0xF4
     """Port of QEMU's isa-debug-exit, or None for no such device."""
+    xen: bool = False
+    """The guest's hypercalls are Xen's, not KVM's, and all answered by `Machine`'s `calls`; see
+    `avmm.calls`."""
     unclaimed: str = "info"
     """How accesses that no device claims are reported: one of `UNCLAIMED`."""
     completion: str = "auto"
@@ -132,7 +136,7 @@ class MachineConfig:
             )
         if self.vsock is not None:
             put(self, "vsock", VsockOptions.parse(self.vsock))
-        for name in ("acpi", "rng", "balloon"):
+        for name in ("acpi", "rng", "balloon", "xen"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name} {value!r}: expected true or false")
         try:

@@ -25,7 +25,7 @@ from avmm.errors import AvmmError, ConfigError, StateError
 from avmm.links import NetOptions, VsockOptions
 
 VERSION: Final = 1
-_SAME: Final = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit")
+_SAME: Final = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit", "xen")
 """Settings that the guest has seen."""
 _OWN: Final = ("unclaimed", "completion", "completion_capability")
 """Settings of the host's side, which another host may choose anew."""

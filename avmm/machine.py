@@ -27,7 +27,7 @@ from avmm import description, guests
 from avmm.arch.x86_64 import acpi, cpu, layout, report
 from avmm.arch.x86_64 import state as cpu_state
 from avmm.bus import Bus, Placement, PostedWrites, pio
-from avmm.calls import CallHandler
+from avmm.calls import XEN_MSR, CallHandler
 from avmm.coalesced import CoalescedWrites
 from avmm.completion import CompletionPolicy, Mode
 from avmm.config import UNCLAIMED, MachineConfig, Settings
@@ -177,6 +177,8 @@ class Parts:
         self.config = config
         self._end = end
         boots = state is None and not standby
+        if config.xen and calls is None:
+            raise ConfigError("xen: nobody answers the hypercalls; expected a handler of calls")
         with ExitStack() as stack:
             if memory is not None:
                 stack.callback(memory.close)
@@ -231,7 +233,9 @@ class Parts:
             # Asked for only where somebody answers: without, nothing leaves the guest for it.
             if filtered := [(p.base, p.size) for p in devices if p.space == "msr"]:
                 self.vm.filter_msrs(filtered)
-            if calls is not None and self.vm.check("KVM_CAP_EXIT_HYPERCALL"):
+            if config.xen:
+                self._enable_xen()
+            elif calls is not None and self.vm.check("KVM_CAP_EXIT_HYPERCALL"):
                 self.vm.enable("KVM_CAP_EXIT_HYPERCALL", 1 << constants.KVM_HC_MAP_GPA_RANGE)
             self.needs: list[dict[str, Any]] = []
             """What a host must have for each vCPU; empty before there is a state."""
@@ -254,6 +258,13 @@ class Parts:
         for slot, (region, view) in enumerate(self.memory.addresses()):
             vm.set_memory(slot, region.gpa, view, readonly=region.readonly)
         return vm
+
+    def _enable_xen(self) -> None:
+        if not self.vm.intercept_xen(XEN_MSR):
+            raise ConfigError(
+                "xen: this host's KVM does not hand Xen's hypercalls over; expected one that "
+                "offers KVM_CAP_XEN_HVM with their interception (Linux 5.12, CONFIG_KVM_XEN)"
+            )
 
     def _completion(self, config: MachineConfig) -> CompletionPolicy:
         number = config.completion_capability
@@ -514,8 +525,9 @@ class Machine:
 
     Settings are those of `MachineConfig`; without `kernel` it runs the bundled shell.
     `devices` are the user's own, placed by `avmm.pio`, `avmm.mmio` and `avmm.msr`, and virtio
-    devices, given by `avmm.virtio`; `calls` answers the guest's hypercalls. With a `state` that
-    `save` gave of a machine like this one, it goes on from there instead of booting.
+    devices, given by `avmm.virtio`; `calls` answers the guest's hypercalls (Xen's, with the
+    setting `xen`). With a `state` that `save` gave of a machine like this one, it goes on from
+    there instead of booting.
 
     Entering it raises `ConfigError` for what cannot be, `KvmError` where KVM fails. A device's
     exception, and a vCPU that cannot go on (`VcpuError`), cancel the block and are raised from

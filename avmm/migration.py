@@ -13,23 +13,29 @@ In this order, each step for all before the next begins:
 
 Whatever ends it, leaving the block or a failure, timeout or cancellation at any point, the
 same is undone in reverse, and the guest runs on as if nothing had been asked.
+
+A device that cannot go on does not keep the guest: devices are resumed side by side, each has
+`RESUME_SECONDS` for it, and then the vCPUs run, whatever has become of them. A guest without one
+of its devices can still be talked to and saved; one that stands still for ever cannot.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from typing import Final, Protocol
 
 import trio
 
-from avmm.errors import PauseTimeout
+from avmm.errors import DeviceError, PauseTimeout
 
 logger = logging.getLogger(__name__)
 
 _THROTTLE_SECONDS: Final = 0.04
 """A period of throttling: as long may a pause have to wait for it."""
+RESUME_SECONDS: Final = 10.0
+"""How long the vCPUs wait for devices to resume; then they run on without."""
 
 
 class PausableVcpus(Protocol):
@@ -63,7 +69,8 @@ class Coordinator:
         self._deliver_coalesced = deliver_coalesced
         self._devices = devices
         self._holders = 0
-        self._standstill: AsyncExitStack | None = None
+        self._standstill: Sequence[QuiescableDevice] | None = None
+        """The devices that are to be resumed; None while the machine runs."""
         # Held while the machine is on its way to a standstill or back. Whoever else asks
         # meanwhile waits, within its own deadline; no vCPU and no device ever takes it.
         self._moving = trio.Lock()
@@ -86,6 +93,10 @@ class Coordinator:
         `PauseTimeout` where it does not stand still within `deadline` seconds, saying what it
         waited for, and what a device raises at it. Cancelling is a checkpoint's, at any
         moment on the way there; after any of these the guest runs on.
+
+        Leaving it is shielded, and done when the guest runs. Raises then what a device raised
+        at its resume, a `DeviceError` that names those not back within `RESUME_SECONDS`, or
+        both in a group.
         """
         why = ""
         with trio.move_on_after(float("inf") if deadline is None else deadline) as scope:
@@ -160,32 +171,31 @@ class Coordinator:
                     self._vcpus.resume()
 
     def _describe(self) -> str:
-        return "; ".join(self._vcpus.late()) or self._stage or "nothing keeps it any more"
+        return self._stage or "; ".join(self._vcpus.late()) or "nothing keeps it any more"
 
     async def _release(self) -> None:
         async with self._moving:
             self._holders -= 1
             if not self._holders and self._standstill is not None and not self._forsaken:
-                standstill, self._standstill = self._standstill, None
-                await standstill.aclose()
+                quiesced, self._standstill = self._standstill, None
+                await self._run_on(quiesced)
 
-    async def _stand_still(self) -> AsyncExitStack:
-        """All steps; gives what undoes them, and undoes them itself where it fails."""
-        undo = AsyncExitStack()
+    async def _stand_still(self) -> Sequence[QuiescableDevice]:
+        """All steps; gives what `_run_on` is to resume, and calls it itself where one fails."""
+        quiesced: list[QuiescableDevice] = []
         try:
-            undo.callback(self._vcpus.resume)
             self._vcpus.pause()
             await self._vcpus.parked()
             self._deliver_coalesced()
             for device in self._devices:
-                undo.push_async_callback(self._resume, device)
+                quiesced.append(device)
                 self._stage = f"{device.name} has not finished what it has in flight"
                 await device.quiesce()
         except BaseException as error:
             self._waiting_for = self._describe()
             with trio.CancelScope(shield=True):
                 try:
-                    await undo.aclose()
+                    await self._run_on(quiesced)
                 except Exception as failure:
                     # The guest runs on; why it was not paused is what is to be known.
                     logger.exception("a pause was given up, and on the way back:")
@@ -193,9 +203,53 @@ class Coordinator:
             raise
         finally:
             self._stage = ""
-        return undo
+        return quiesced
 
-    async def _resume(self, device: QuiescableDevice) -> None:
-        self._stage = f"{device.name} has not resumed"
-        await device.resume()
-        self._stage = ""
+    async def _run_on(self, quiesced: Sequence[QuiescableDevice]) -> None:
+        """Resume these devices, and then the vCPUs; to be called shielded. Raises as `paused`."""
+        failures: list[Exception] = []
+        try:
+            if quiesced:
+                await self._resume(quiesced, failures)
+        finally:
+            self._vcpus.resume()  # an interrupted program's, too; does nothing the second time
+            self._stage = ""
+        if len(failures) > 1:
+            raise ExceptionGroup("devices could not go on after a pause", failures)
+        if failures:
+            raise failures[0]
+
+    async def _resume(
+        self, quiesced: Sequence[QuiescableDevice], failures: list[Exception]
+    ) -> None:
+        late = {id(device): device for device in reversed(quiesced)}
+        all_back = trio.Event()
+
+        def name_late() -> str:
+            return ", ".join(device.name for device in late.values())
+
+        async def resume(device: QuiescableDevice) -> None:
+            try:
+                await device.resume()
+            except Exception as error:  # whatever it is, it must not cancel the others
+                failures.append(error)
+            late.pop(id(device), None)
+            self._stage = f"not resumed yet: {name_late()}"
+            if not late:
+                self._vcpus.resume()  # here: the guest waits for no round of the scheduler more
+                all_back.set()
+
+        self._stage = f"not resumed yet: {name_late()}"
+        async with trio.open_nursery() as nursery:
+            for device in quiesced[::-1]:
+                nursery.start_soon(resume, device)
+            with trio.move_on_after(RESUME_SECONDS):
+                await all_back.wait()
+            if late:
+                text = f"not resumed within {RESUME_SECONDS:g} s after a pause: {name_late()}"
+                logger.error("%s; the guest runs on", text)
+                failures.append(DeviceError(text))
+                # Before the devices are cancelled: one that heeds no cancellation, either,
+                # keeps whoever leaves the pause, but not the guest.
+                self._vcpus.resume()
+                nursery.cancel_scope.cancel()

@@ -328,6 +328,8 @@ def test_doctor_shows_what_an_uncompleted_exit_costs_and_that_the_drain_is_right
     findings = {
         row["access"]: row for row in json.loads(avmm("doctor", "--completion", "--json").stdout)
     }
+    hypercall = findings.pop("hypercall")  # a KVM that interprets ring 0 cannot
+    assert (hypercall["drained"] == "right") != ("does not return" in hypercall["error"])
     assert all(row["drained"] == "right" for row in findings.values())
     assert "repeated: port read" in findings["in al, imm8"]["uncompleted"]
     assert "lost: MMIO write" in findings["MMIO write across a page"]["uncompleted"]

@@ -307,6 +307,9 @@ def test_a_value_of_the_wrong_type_is_named(tmp_path: Path, text: str, message: 
 
 def test_rng_is_yes_or_no() -> None:
     assert MachineConfig.make(rng=True).rng
+    assert MachineConfig.make(xen=True).xen
+    with pytest.raises(ConfigError, match="xen 1: expected true or false"):
+        MachineConfig.make(xen=1)
     with pytest.raises(ConfigError, match="rng 'yes': expected true or false"):
         MachineConfig.make(rng="yes")
 

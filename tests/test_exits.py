@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Awaitable, Iterator
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import pytest
 import trio
 
 from avmm.bus import Bus, mmio, msr, pio
+from avmm.calls import Answer, Call, serve
 from avmm.devices.base import Device
 from avmm.errors import DeviceError, MsrFault, VcpuError
 from avmm.exits import Exits
@@ -130,7 +132,41 @@ class Board:
             msrs=numbers,
             end=self.ends.append,
             registers=lambda: "  rax=7",
+            calls=self._call,
         )
+        self.calls: list[Call] = []
+        self.answer: Any = 42
+        """What each call is answered."""
+        self.answers_late = False
+
+    def _call(self, call: Call) -> Any:
+        self.calls.append(call)
+        return self._answer_late() if self.answers_late else self.answer
+
+    async def _answer_late(self) -> Any:
+        await trio.lowlevel.checkpoint()
+        return self.answer
+
+    def papr(self) -> Any:
+        call = self.page.papr_hcall
+        call.nr, call.ret, call.args = 7, 0xEEEE, list(range(100, 109))
+        return self.exit(constants.KVM_EXIT_PAPR_HCALL)
+
+    def osi(self) -> Any:
+        self.page.osi.gprs = list(range(100, 132))
+        return self.exit(constants.KVM_EXIT_OSI)
+
+    def xen(self, cpl: int = 0) -> Any:
+        self.page.xen.type = constants.KVM_EXIT_XEN_HCALL
+        call = self.page.xen.u.hcall
+        call.longmode, call.cpl, call.input, call.result = 1, cpl, 7, 0xEEEE
+        call.params = list(range(100, 106))
+        return self.exit(constants.KVM_EXIT_XEN)
+
+    def kvm_call(self) -> Any:
+        call = self.page.hypercall
+        call.nr, call.ret, call.args = 12, 0xEEEE, list(range(100, 106))
+        return self.exit(constants.KVM_EXIT_HYPERCALL)
 
     def exit(self, reason: int) -> Any:
         self.page.exit_reason = reason
@@ -358,6 +394,101 @@ async def test_a_fault_of_an_msr_is_the_guests(board: Board, late: bool) -> None
     assert board.page.msr.error == 1
     await finish(board.wrmsr(MSR + 1, 7))
     assert board.page.msr.error == 1
+
+
+# -- calls ---------------------------------------------------------------------------------
+
+U64 = (1 << 64) - 1
+AT_ONCE_OR_LATE = pytest.mark.parametrize("late", [False, True])
+
+
+@AT_ONCE_OR_LATE
+@pytest.mark.parametrize("answer", [42, -3, Answer(-3)])
+async def test_a_call_is_answered_by_a_number(board: Board, answer: Any, late: bool) -> None:
+    board.answer, board.answers_late = answer, late
+    number = (answer.value if isinstance(answer, Answer) else answer) & U64
+    await finish(board.kvm_call())
+    assert board.page.hypercall.ret == number
+    await finish(board.papr())
+    assert board.page.papr_hcall.ret == number
+    assert list(board.page.papr_hcall.args) == list(range(100, 109))
+    await finish(board.osi())
+    assert list(board.page.osi.gprs) == [100, 101, 102, number, *range(104, 132)]
+    await finish(board.xen())
+    assert board.page.xen.u.hcall.result == number
+    assert [call.kind for call in board.calls] == ["kvm", "papr", "osi", "xen"]
+    assert board.calls[1] == Call("papr", 7, tuple(range(100, 109)))
+    assert board.calls[2].number == 105
+
+
+@AT_ONCE_OR_LATE
+@pytest.mark.parametrize("count", [1, 4, 9])
+async def test_a_papr_call_may_change_its_arguments(board: Board, count: int, late: bool) -> None:
+    board.answers_late = late
+    board.answer = Answer(5, tuple(-1 - at for at in range(count)))
+    await finish(board.papr())
+    changed = [U64 - at for at in range(count)]
+    assert list(board.page.papr_hcall.args) == changed + list(range(100 + count, 109))
+    assert board.page.papr_hcall.ret == 5
+
+
+@AT_ONCE_OR_LATE
+@pytest.mark.parametrize("count", [2, 32])
+async def test_an_osi_call_may_change_all_registers(board: Board, count: int, late: bool) -> None:
+    board.answers_late = late
+    board.answer = Answer(5, tuple(range(U64 - count, U64)))
+    await finish(board.osi())
+    expected = [*range(U64 - count, U64), *range(100 + count, 132)]
+    expected[3] = 5
+    assert list(board.page.osi.gprs) == expected
+
+
+@AT_ONCE_OR_LATE
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (None, "an int or an Answer of one"),
+        ("42", "an int or an Answer of one"),
+        (Answer("42"), "an int or an Answer of one"),  # type: ignore[arg-type]
+        (Answer(0, [1]), "a tuple of at most 9 args"),  # type: ignore[arg-type]
+        (Answer(0, (1,) * 10), "a tuple of at most 9 args"),
+        (Answer(0, (1, "2")), "args of 64 bits each"),  # type: ignore[arg-type]
+        (Answer(0, (1, 1 << 64)), "args of 64 bits each"),
+        (Answer(0, (1, (-1 << 63) - 1)), "args of 64 bits each"),
+    ],
+)
+async def test_an_answer_that_cannot_be_is_named_and_nothing_of_it_written(
+    board: Board, answer: Any, expected: str, late: bool
+) -> None:
+    board.answer, board.answers_late = answer, late
+    with pytest.raises(
+        DeviceError, match=f"handler of calls answered Call.*: expected {expected}"
+    ):
+        await finish(board.papr())
+    assert board.page.papr_hcall.ret == 0xEEEE
+    assert list(board.page.papr_hcall.args) == list(range(100, 109))
+
+
+def test_xen_calls_of_the_guests_user_space_are_refused(board: Board) -> None:
+    assert board.xen(cpl=3) is None
+    assert board.page.xen.u.hcall.result == U64 + 1 - errno.EPERM
+    assert not board.calls
+
+
+def test_a_call_that_has_nothing_but_a_result_takes_no_more(board: Board) -> None:
+    board.answer = Answer(0, (1,))
+    with pytest.raises(DeviceError, match="expected a tuple of at most 0 args"):
+        board.kvm_call()
+
+
+def test_a_call_that_nobody_answers_is_refused_as_its_kind_has_it() -> None:
+    vcpu = FakeVcpu()
+    page = vcpu.page
+    page.papr_hcall.args = list(range(9))
+    assert serve(page, constants.KVM_EXIT_PAPR_HCALL, None) is None
+    assert page.papr_hcall.ret == U64 - 1
+    assert list(page.papr_hcall.args) == list(range(9))
+    vcpu.close()
 
 
 # -- endings -------------------------------------------------------------------------------

@@ -157,7 +157,11 @@ class Device:
             )
 
     async def resume(self) -> None:
-        """Go on after `quiesce`; does nothing where the device is not quiesced."""
+        """Go on after `quiesce`; does nothing where the device is not quiesced.
+
+        It has `avmm.migration.RESUME_SECONDS` for it; then it is cancelled, and the guest runs
+        on without. Called again after the next pause.
+        """
 
     async def release(self) -> None:
         """Let go of what only one machine may hold: a lock, an interface, the path of a socket.

@@ -337,6 +337,15 @@ class Vm(_Handle):
         enable.args[0] = argument
         self._ioctl("KVM_ENABLE_CAP", enable)
 
+    def intercept_xen(self, msr: int) -> bool:
+        """KVM_XEN_HVM_CONFIG: hypercalls are Xen's from now on, and leave the guest; a write of a
+        GPA to `msr` puts a page there by which to make them. False where this KVM cannot."""
+        if not self.check("KVM_CAP_XEN_HVM") & lib.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL:
+            return False
+        config = {"flags": lib.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, "msr": msr}
+        self._ioctl("KVM_XEN_HVM_CONFIG", ffi.new("struct kvm_xen_hvm_config *", config))
+        return True
+
     def filter_msrs(self, ranges: Iterable[tuple[int, int]]) -> None:
         """KVM_X86_SET_MSR_FILTER: accesses to these (first, count) leave the guest, all other
         MSRs stay KVM's. At most 16 ranges; `KvmError` beyond."""

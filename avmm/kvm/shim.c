@@ -47,6 +47,9 @@
 #ifndef KVM_EXIT_XEN
 #define KVM_EXIT_XEN 34
 #endif
+#ifndef KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL
+#define KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL (1 << 1)
+#endif
 #ifndef KVM_EXIT_NOTIFY
 #define KVM_EXIT_NOTIFY 37
 #endif

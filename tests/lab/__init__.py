@@ -2,9 +2,10 @@
 
 QEMU's software emulation has AMD's SVM, so a stock Debian kernel that runs under it (L1) has a
 stock `/dev/kvm` with kvm_amd. `pytest --lab stock` runs the tests that are marked `lab` in L1 and
-reports them as if they had run here; `pytest --lab proposing` does so with a KVM that carries the
-list's proposal (needs_completion.patch). `python -m lab KIND COMMAND...`, from tests/, runs a
-command there.
+reports them as if they had run here; `pytest --lab newer` does so on the kernel of Debian's
+backports, whose KVM has more to offer (Xen's hypercalls), and `pytest --lab proposing` with a KVM
+that carries the list's proposal (needs_completion.patch). `python -m lab KIND COMMAND...`, from
+tests/, runs a command there.
 
 `cache` keeps what is built, `debian` fetches packages, `proposal` builds the patched modules,
 `disk` and `initramfs` make what L1 boots from, `payload` what it is sent, `machine` runs it,

@@ -12,6 +12,8 @@ from typing import Final
 from lab.cache import LabError, artefact
 
 SUITE: Final = "bookworm"
+NEWER: Final = "6.12"
+"""The series of the kernels that it carries beside its own."""
 NEEDED: Final = {
     "apt-get": "apt",
     "mmdebstrap": "mmdebstrap",

@@ -13,7 +13,7 @@ from avmm.boot import bzimage
 from avmm.boot.image import open_image
 from lab import krunfw
 from lab.cache import artefact
-from lab.debian import download, kernel_package, newer_kernel_package
+from lab.debian import NEWER, download, kernel_package, newer_kernel_package
 
 _MOST: Final = 1 << 30
 _MODULES: Final = ("virtio_balloon", "vmw_vsock_virtio_transport")
@@ -23,10 +23,10 @@ _TOOL: Final = Path(__file__).parents[1] / "support" / "vsock_tool.c"
 def folders() -> dict[str, Path]:
     """What is sent, by its name there: for each of Debian's kernels a folder with vmlinuz, vmlinux
     and initrd.cpio.gz; one with a libkrunfw.so."""
-    newer = newer_kernel_package("6.12")
+    newer = newer_kernel_package(NEWER)
     return {
         "sent/debian": _folder("guest", kernel_package()),
-        "sent/debian-6.12": _folder("guest-6.12", newer),
+        f"sent/debian-{NEWER}": _folder(f"guest-{NEWER}", newer),
         "sent/krunfw": krunfw.folder(),
     }
 

@@ -14,7 +14,7 @@ from avmm.image.modules import Modules
 from avmm.image.packages import Package
 from lab import proposal
 from lab.cache import artefact
-from lab.debian import download, kernel_package
+from lab.debian import NEWER, download, kernel_package, newer_kernel_package
 
 _MODULES: Final = ("virtio_pci", "virtio_blk", "ext4", "kvm", "kvm_amd", "tun", "vsock")
 _INIT: Final = b"""#!/bin/busybox sh
@@ -48,7 +48,7 @@ class Boot:
 
 def boot(kind: str) -> Boot:
     """The kernel and the initramfs of a lab, built if need be."""
-    package = kernel_package()
+    package = newer_kernel_package(NEWER) if kind == "newer" else kernel_package()
     deb = download(package)
     box = download("busybox-static")
     replaced = proposal.modules(package) if kind == "proposing" else None

@@ -40,7 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lab",
         choices=KINDS,
         help="Run the tests marked `lab` on that KVM, in QEMU: 'stock' is Debian's kvm_amd, "
-        "'proposing' the same with the list's KVM_RUN_NEEDS_COMPLETION.",
+        "'newer' that of its backports, 'proposing' the first with the list's "
+        "KVM_RUN_NEEDS_COMPLETION.",
     )
 
 

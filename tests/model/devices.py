@@ -14,7 +14,7 @@ from typing import Any, Final
 import trio
 
 from avmm.bus import Bus, Placement, mmio, msr, pio
-from avmm.calls import Call
+from avmm.calls import Answer, Call
 from avmm.devices.base import Device
 from avmm.errors import MsrFault
 from model.vcpu import ADDRESS, ADDRESSES, MSR, MSRS, PORT, PORTS, Broken, mix
@@ -67,7 +67,7 @@ class Recorder(Device):
         self.withheld: list[int] = []
         self.interrupt: Callable[[int], None] = lambda vector: None
         self.on_quiesce: Callable[[], Awaitable[None]] = _nothing
-        self.on_resume: Callable[[], None] = lambda: None
+        self.on_resume: Callable[[], Awaitable[None]] = _nothing
 
     @property
     def name(self) -> str:
@@ -126,11 +126,11 @@ class Recorder(Device):
 
     async def resume(self) -> None:
         await trio.lowlevel.checkpoint()  # whoever resumes devices must not be cancelled here
+        await self.on_resume()
         self.quiesced = False
         for vector in self.withheld:
             self.interrupt(vector)
         self.withheld.clear()
-        self.on_resume()
 
     def work(self, vector: int) -> None:
         """The device's own activity: it interrupts the guest, unless it is to keep still."""
@@ -172,12 +172,15 @@ def plug(recorder: Recorder, onto: dict[str, Bus], lock: AbstractContextManager[
 
 
 def calls(board: Board, later: Callable[[], Wait]) -> Callable[[Call], Any]:
-    """A handler of calls with its log on `board`."""
+    """A handler of calls with its log on `board`; gives all that each kind can be given."""
 
-    def answer(call: Call) -> int:
-        return board.note("call", len(call.kind), call.number, *call.args) & 0x7FFF_FFFF
+    def answer(call: Call) -> int | Answer:
+        value = board.note("call", len(call.kind), call.number, *call.args) & 0x7FFF_FFFF
+        if call.kind not in ("papr", "osi"):
+            return value
+        return Answer(value, tuple(mix(value, at) for at in range(len(call.args))))
 
-    async def answer_later(wait: Callable[[], Awaitable[None]], call: Call) -> int:
+    async def answer_later(wait: Callable[[], Awaitable[None]], call: Call) -> int | Answer:
         await wait()
         return answer(call)
 

@@ -54,7 +54,7 @@ _ANSWER: Final = """\
 _UNDO: Final = """\
             with trio.CancelScope(shield=True):
                 try:
-                    await undo.aclose()
+                    await self._run_on(quiesced)
                 except Exception as failure:
                     # The guest runs on; why it was not paused is what is to be known.
                     logger.exception("a pause was given up, and on the way back:")
@@ -66,7 +66,7 @@ _PARK: Final = """\
 """
 _QUIESCE: Final = """\
             for device in self._devices:
-                undo.push_async_callback(self._resume, device)
+                quiesced.append(device)
                 self._stage = f"{device.name} has not finished what it has in flight"
                 await device.quiesce()
 """
@@ -248,7 +248,7 @@ BUGS: Final = (
     ),
     Bug(
         "devices' resume is cut short by a cancellation",
-        (("migration", _UNDO, "            await undo.aclose()\n            raise\n"),),
+        (("migration", _UNDO, "            await self._run_on(quiesced)\n            raise\n"),),
         "each checkpoint",
     ),
     Bug(

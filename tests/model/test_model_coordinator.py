@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import trio
 
+from avmm.errors import DeviceError
+from avmm.migration import RESUME_SECONDS
+from model.devices import Failed
 from model.mutants import BUGS
 from model.production import REAL
 from model.properties import Believes
 from model.vcpu import Broken, Host, Op
-from model.world import World, lived
+from model.world import Pauser, World, lived
 
 PROGRAM = (
     Op("in", 1, 1),
@@ -242,6 +245,129 @@ def test_a_deadline_while_another_pause_is_under_way() -> None:
         for number in (0, 1):
             await world.step(number, 40)
         assert first.inside
+
+    slow(script)
+
+
+# -- devices that cannot go on --------------------------------------------------------------
+
+
+async def raises() -> None:
+    raise Failed("what a device raises")
+
+
+async def nothing() -> None:
+    pass
+
+
+async def left(world: World, nursery: trio.Nursery) -> Pauser:
+    """A pause that has been reached and then left."""
+    await world.answer(0)
+    pauser = await world.pause(nursery)
+    for number in range(2):
+        await world.step(number, 40)
+    assert pauser.inside
+    await world.leave(0)
+    return pauser
+
+
+def resumed(world: World) -> list[bool]:
+    """Of the two devices that are asked."""
+    return [not cpu.devices[0].quiesced for cpu in world.cpus]
+
+
+@pytest.mark.parametrize("heeds_cancellation", [True, False])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_device_that_does_not_resume_keeps_neither_the_guest_nor_other_devices(
+    number: int, heeds_cancellation: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(world: World, nursery: trio.Nursery) -> None:
+        world.may_fail = True
+        device = world.cpus[number].devices[0]
+        gate = trio.Event()
+
+        async def hang() -> None:
+            with trio.CancelScope(shield=not heeds_cancellation):
+                await gate.wait()
+
+        device.on_resume = hang
+        try:
+            pauser = await left(world, nursery)
+            assert resumed(world) == [number != 0, number != 1]
+            await world.advance(RESUME_SECONDS - 0.5)
+            assert world.lot.asked
+            assert not caplog.text
+            await world.advance(0.5)
+            assert not world.lot.asked, "the guest is kept paused"
+            late = f"not resumed within 10 s after a pause: ports of vCPU {number}"
+            assert f"{late}; the guest runs on" in caplog.text
+            assert pauser.done == heeds_cancellation
+            if not heeds_cancellation:
+                second = await world.pause(nursery, 1.0)
+                await world.advance(1.0)
+                assert f"under way: not resumed yet: {device.name}" in str(second.error)
+        finally:
+            gate.set()
+        await world.quiet()
+        assert pauser.done
+        assert isinstance(pauser.error, DeviceError)
+        assert str(pauser.error) == late
+        device.on_resume = nothing  # the next pause gives it another chance
+        again = await world.pause(nursery)
+        await world.finish()
+        assert again.outcome == "paused"
+        assert resumed(world) == [True, True]
+
+    slow(script)
+
+
+def test_what_several_devices_raise_at_their_resume_is_told_when_the_guest_runs() -> None:
+    async def script(world: World, nursery: trio.Nursery) -> None:
+        world.may_fail = True
+        hanging, failing = (cpu.devices[0] for cpu in world.cpus)
+        hanging.on_resume, failing.on_resume = trio.sleep_forever, raises
+        caught: list[ExceptionGroup[Exception]] = []
+
+        async def pauses() -> None:
+            try:
+                async with world.coordinator.paused():
+                    pass
+            except ExceptionGroup as group:
+                caught.append(group)
+
+        await world.answer(0)
+        nursery.start_soon(pauses)
+        await world.quiet()
+        for number in range(2):
+            await world.step(number, 40)
+        await world.advance(RESUME_SECONDS)
+        assert not world.lot.asked
+        assert [type(error) for error in caught[0].exceptions] == [Failed, DeviceError]
+        assert str(caught[0].exceptions[1]).endswith(f": {hanging.name}")
+        hanging.on_resume = failing.on_resume = nothing
+        await world.pause(nursery)
+
+    slow(script)
+
+
+def test_a_device_that_does_not_resume_is_a_note_where_the_pause_had_failed() -> None:
+    async def script(world: World, nursery: trio.Nursery) -> None:
+        world.may_fail = True
+        device = world.cpus[0].devices[0]
+        device.on_resume = trio.sleep_forever
+        world.quiesce_manner.extend(["now", "fail"])
+        await world.answer(0)
+        pauser = await world.pause(nursery)
+        for number in range(2):
+            await world.step(number, 40)
+        assert resumed(world) == [False, True]
+        await world.advance(RESUME_SECONDS)
+        assert not world.lot.asked
+        assert pauser.outcome == "failed"
+        assert isinstance(pauser.error, Failed)
+        assert any(device.name in note for note in pauser.error.__notes__)
+        device.on_resume = nothing
+        await world.pause(nursery)
 
     slow(script)
 

@@ -504,14 +504,16 @@ class ModelVcpu:
         call = self.page.papr_hcall
         call.nr, call.ret, call.args = op.at, NOISE, [self._value(8)] * 9
         yield constants.KVM_EXIT_PAPR_HCALL
-        self._take(call.ret)
+        for value in (call.ret, *call.args):
+            self._take(value)
         self._next()
 
     def _do_osi(self, op: Op) -> Steps:
-        self.page.osi.gprs = [NOISE] * 32
+        self.page.osi.gprs = [self._value(8)] * 32
         self.page.osi.gprs[5] = op.at
         yield constants.KVM_EXIT_OSI
-        self._take(self.page.osi.gprs[3])
+        for value in self.page.osi.gprs:
+            self._take(value)
         self._next()
 
     def _do_epr(self, op: Op) -> Steps:
