@@ -1,37 +1,16 @@
-/*
- * Output to the console. THRE says that the transmit FIFO is empty, so one look at it is good
- * for sixteen characters: half the exits of asking every time.
- */
 #include "console.h"
 
 #include <stdarg.h>
 #include <stdbool.h>
 
 #include "boot.h"
-#include "cpu.h"
 #include "hvc.h"
+#include "serial.h"
 #include "text.h"
-#include "uart.h"
-
-static int fifo_depth, fifo_room;
 
 void console_init(void)
 {
-        out8(UART_IER, 0);
-        out8(UART_LCR, LCR_DIVISOR);
-        out8(UART_DATA, 1);             /* 115200 baud */
-        out8(UART_IER, 0);
-        out8(UART_LCR, LCR_8N1);
-
-        /*
-         * Turning the FIFOs on throws away what has come in. A sender that looks at RTS, which
-         * is still down, has sent nothing; for one that does not, no FIFO is better than half a
-         * command.
-         */
-        if (!(in8(UART_LSR) & LSR_RECEIVED))
-                out8(UART_FCR, FCR_ENABLE);
-        out8(UART_MCR, MCR_READY);
-        fifo_depth = (in8(UART_IIR) & IIR_FIFO) == IIR_FIFO ? 16 : 1;
+        serial_init();
 }
 
 bool console_is_virtual;
@@ -54,24 +33,13 @@ void console_drain(void)
                 hvc_drain();
 }
 
-static void put_serial(char c)
-{
-        if (fifo_room == 0) {
-                while (!(in8(UART_LSR) & LSR_THRE))
-                        pause();
-                fifo_room = fifo_depth;
-        }
-        fifo_room--;
-        out8(UART_DATA, c);
-}
-
 /* A virtual one is told of characters when all of a text is there. */
 static void put(char c)
 {
         if (console_is_virtual)
                 hvc_put(c);
         else
-                put_serial(c);
+                serial_put(c);
 }
 
 static void flush(void)
@@ -118,7 +86,7 @@ void print(const char *format, ...)
 
         va_start(arguments, format);
         for (const char *f = format; *f; f++) {
-                char text[24], *s = text + sizeof(text) - 1, fill = ' ';
+                char text[NUMBER_SIZE] = "", *s = text, fill = ' ';
                 bool left = false, is_long = false;
                 int width = 0;
 
@@ -144,21 +112,17 @@ void print(const char *format, ...)
                         f++;
                 }
 
-                *s = '\0';
                 if (*f == 's') {
                         s = va_arg(arguments, char *);
                 } else if (*f == 'c') {
-                        *--s = va_arg(arguments, int);
+                        text[0] = va_arg(arguments, int);
                 } else if (*f == 'u' || *f == 'x') {
-                        const unsigned base = *f == 'u' ? 10 : 16;
-                        uint64_t n = is_long ? va_arg(arguments, uint64_t)
-                                             : va_arg(arguments, uint32_t);
+                        const uint64_t n = is_long ? va_arg(arguments, uint64_t)
+                                                   : va_arg(arguments, uint32_t);
 
-                        do
-                                *--s = "0123456789abcdef"[n % base];
-                        while (n /= base);
+                        s = number_text(text, n, *f == 'u' ? 10 : 16);
                 } else {
-                        *--s = *f;
+                        text[0] = *f;
                 }
                 put_padded(s, width, fill, left);
         }

@@ -15,6 +15,7 @@
 enum { RECEIVE, TRANSMIT, QUEUES };
 
 static struct virtio_device device;
+static bool is_running;
 static struct virtqueue queues[QUEUES];
 static char received[VIRTQUEUE_SIZE][BYTES], sent[VIRTQUEUE_SIZE][BYTES];
 static uint32_t filled;                 /* bytes of the slot that is being filled */
@@ -33,8 +34,11 @@ static void offer_input(uint16_t slot)
 
 bool hvc_init(void)
 {
-        if (!virtio_find(VIRTIO_CONSOLE, &device) || !virtio_start(&device, queues, QUEUES))
+        if (is_running)
+                return true;
+        if (!virtio_find(VIRTIO_CONSOLE, &device) || !virtio_start(&device, 0, queues, QUEUES))
                 return false;
+        is_running = true;
         virtqueue_silence(&queues[TRANSMIT]);
         for (int slot = 0; slot < queues[RECEIVE].size; slot++)
                 offer_input(slot);

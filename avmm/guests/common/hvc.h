@@ -5,7 +5,10 @@
 
 #include <stdbool.h>
 
-/* False where the command line names no virtio console: nothing has happened then. */
+/*
+ * Starts it, unless it runs already. False where the command line names no virtio console: nothing
+ * has happened then.
+ */
 bool hvc_init(void);
 
 /* Fetches what has come in as long as there is room for it. With interrupts off. */

@@ -63,6 +63,17 @@ bool parse_number(const char *s, uint64_t *number)
         return true;
 }
 
+char *number_text(char text[NUMBER_SIZE], uint64_t number, unsigned base)
+{
+        char *at = text + NUMBER_SIZE - 1;
+
+        *at = '\0';
+        do
+                *--at = "0123456789abcdef"[number % base];
+        while (number /= base);
+        return at;
+}
+
 void *memcpy(void *to, const void *from, size_t size)
 {
         void *d = to;

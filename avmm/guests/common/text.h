@@ -19,6 +19,12 @@ char *next_word(char **rest);
 /* Decimal, or hexadecimal with 0x; false unless all of s is one number of 64 bits. */
 bool parse_number(const char *s, uint64_t *number);
 
+/* Any number of 64 bits in decimal, and a zero. */
+#define NUMBER_SIZE     21
+
+/* The number in digits, at the end of `text`; where it begins. */
+char *number_text(char text[NUMBER_SIZE], uint64_t number, unsigned base);
+
 /* The compiler may call these by itself. */
 void *memcpy(void *to, const void *from, size_t size);
 void *memset(void *to, int value, size_t size);

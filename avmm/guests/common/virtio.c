@@ -8,6 +8,8 @@ enum register_offset {
         MAGIC = 0x000,
         VERSION = 0x004,
         DEVICE_ID = 0x008,
+        DEVICE_FEATURES = 0x010,
+        DEVICE_FEATURES_SEL = 0x014,
         DRIVER_FEATURES = 0x020,
         DRIVER_FEATURES_SEL = 0x024,
         QUEUE_SEL = 0x030,
@@ -118,12 +120,15 @@ static bool start_queue(const struct virtio_device *device, struct virtqueue *qu
         return true;
 }
 
-bool virtio_start(const struct virtio_device *device, struct virtqueue *queues, int count)
+bool virtio_start(struct virtio_device *device, uint32_t wanted, struct virtqueue *queues,
+                  int count)
 {
         set(device, STATUS, 0);
         set(device, STATUS, ACKNOWLEDGE | DRIVER);
+        set(device, DEVICE_FEATURES_SEL, 0);
+        device->features = get(device, DEVICE_FEATURES) & wanted;
         set(device, DRIVER_FEATURES_SEL, 0);
-        set(device, DRIVER_FEATURES, 0);
+        set(device, DRIVER_FEATURES, device->features);
         set(device, DRIVER_FEATURES_SEL, 1);
         set(device, DRIVER_FEATURES, VERSION_1);
         set(device, STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
@@ -134,6 +139,14 @@ bool virtio_start(const struct virtio_device *device, struct virtqueue *queues, 
                         return false;
         set(device, STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
         return true;
+}
+
+void virtio_stop(const struct virtio_device *device, struct virtqueue *queues, int count)
+{
+        set(device, STATUS, 0);
+        while (get(device, STATUS))
+                pause();
+        memset(queues, 0, count * sizeof(*queues));
 }
 
 uint64_t virtio_config(const struct virtio_device *device, uint32_t offset)

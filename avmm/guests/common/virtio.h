@@ -1,5 +1,6 @@
 /*
- * virtio-mmio devices with split rings: VIRTIO 1.2, 4.2 and 2.7. No feature but VERSION_1.
+ * virtio-mmio devices with split rings: VIRTIO 1.2, 4.2 and 2.7. Of features VERSION_1, and
+ * what of the device's own its driver wants.
  */
 #pragma once
 
@@ -8,12 +9,14 @@
 
 #define VIRTIO_BLOCK            2
 #define VIRTIO_CONSOLE          3
+#define VIRTIO_SOCKET           19
 #define VIRTQUEUE_SIZE          64      /* at most */
 
 struct virtio_device {
         uint64_t base;
         uint32_t id;
         int irq;                        /* of the two 8259s */
+        uint32_t features;              /* what was wanted and is there */
 };
 
 struct virtqueue {
@@ -40,8 +43,15 @@ struct virtqueue {
 /* The first such device of those that the command line names, as for Linux. */
 bool virtio_find(uint32_t id, struct virtio_device *device);
 
-/* Sets the device up with these queues; interrupts are the caller's. False: it refuses. */
-bool virtio_start(const struct virtio_device *device, struct virtqueue *queues, int count);
+/*
+ * Sets the device up with these queues, all zero, and those of the wanted features (0 to 31) that
+ * it has; interrupts are the caller's. False: it refuses.
+ */
+bool virtio_start(struct virtio_device *device, uint32_t wanted, struct virtqueue *queues,
+                  int count);
+
+/* Resets the device, so that it touches none of this memory any more, and the queues. */
+void virtio_stop(const struct virtio_device *device, struct virtqueue *queues, int count);
 
 /* Once for each interrupt, before the used rings are looked at. */
 void virtio_acknowledge(const struct virtio_device *device);
@@ -64,5 +74,5 @@ void virtqueue_offer(struct virtqueue *queue, uint16_t slot, const struct virtio
                      int count);
 void virtqueue_notify(const struct virtqueue *queue);
 
-/* The first slot of a request that has come back, and how many bytes the device has written; -1: none. */
+/* The first slot of a request that has come back, and how much the device wrote; -1: none. */
 int virtqueue_take(struct virtqueue *queue, uint32_t *length);

@@ -153,7 +153,8 @@ void guest_main(uint64_t start_info)
         read_start_info(start_info);
         found = virtio_find(VIRTIO_BLOCK, &device) || virtio_find(VIRTIO_CONSOLE, &device);
         options = parse_options(boot.command_line);
-        if (!found || !virtio_start(&device, queues, device.id == VIRTIO_CONSOLE ? QUEUES : 1)) {
+        if (!found ||
+            !virtio_start(&device, 0, queues, device.id == VIRTIO_CONSOLE ? QUEUES : 1)) {
                 print("error: no virtio device\n");
                 finish(NO_DEVICE);
         }

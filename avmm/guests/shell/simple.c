@@ -15,20 +15,6 @@ bool echo_command(char *arguments, int width)
         return true;
 }
 
-bool count_command(char *arguments, int width)
-{
-        const char *word = next_word(&arguments);
-        uint64_t last = 0;
-
-        (void)width;
-        if ((word && !parse_number(word, &last)) || next_word(&arguments))
-                return false;
-        for (uint64_t n = 1; (!word || n <= last) && !should_stop(!word); n++)
-                print("%lu\n", n);
-        swallow_key(!word);
-        return true;
-}
-
 bool uptime_command(char *arguments, int width)
 {
         uint64_t seconds;

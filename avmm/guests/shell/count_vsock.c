@@ -1,0 +1,101 @@
+/*
+ * count on a connection to the host: its program sends a line with the last number that it has
+ * got, and gets those after that. A connection that was lost is made anew, and what was under way
+ * on it is counted again: the host's word is what has arrived.
+ *
+ * All of it has arrived when the host closes the connection after our end of it, or begins one by
+ * saying so.
+ */
+#include "console.h"
+#include "count.h"
+#include "cpu.h"
+#include "text.h"
+#include "vsock.h"
+
+#define PORT    5000
+#define RETRY   (1ull << 24)            /* TSC cycles between two attempts, some milliseconds */
+
+static uint64_t asked_at;
+static bool has_asked;                  /* ever */
+static char line[COUNT_LINE];           /* of the host's, as far as it has come */
+static uint32_t line_size;
+static bool is_told, is_ended;          /* on this connection: by the host, by us */
+static uint64_t told;
+
+static bool open_vsock(void)
+{
+        has_asked = is_told = is_ended = false;
+        if (vsock_start())
+                return true;
+        print("count: there is no virtio socket device\n");
+        return false;
+}
+
+/* Again and again: somebody who listens may be yet to come. */
+static void connect(void)
+{
+        if (has_asked && tsc() - asked_at < RETRY)
+                return;
+        has_asked = true;
+        asked_at = tsc();
+        line_size = 0;
+        is_told = is_ended = false;
+        vsock_connect(PORT);
+}
+
+/* False: the host says something else than a number. */
+static bool listen(uint64_t *given)
+{
+        while (!is_told && vsock_receive(&line[line_size], 1)) {
+                if (line[line_size] == '\n') {
+                        line[line_size] = '\0';
+                        if (!parse_number(line, &told))
+                                return false;
+                        *given = told;
+                        is_told = true;
+                } else if (++line_size == sizeof(line)) {
+                        return false;
+                }
+        }
+        return true;
+}
+
+static enum progress tell(uint64_t *given, uint64_t last)
+{
+        char text[COUNT_LINE];
+
+        if (*given >= last)
+                is_ended = is_ended || vsock_send_end();
+        else if (vsock_send(text, count_line(text, *given + 1)))
+                ++*given;
+        return GOES_ON;
+}
+
+static enum progress step_vsock(uint64_t *given, uint64_t last)
+{
+        switch (vsock_poll()) {
+        case VSOCK_OPEN:
+                if (is_told)
+                        return tell(given, last);
+                if (listen(given))
+                        return GOES_ON;
+                print("count: the host at vsock port %u says what is no number\n", PORT);
+                return FAILED;
+        case VSOCK_ASKED:
+                return GOES_ON;
+        case VSOCK_ENDED:
+                if (is_ended)
+                        return DONE;
+                break;
+        case VSOCK_CLOSED:
+                break;
+        }
+        if (is_told && told >= last)
+                return DONE;
+        connect();
+        return GOES_ON;
+}
+
+const struct channel count_on_vsock = {
+        .name = "vsock", .open = open_vsock, .step = step_vsock, .close = vsock_stop,
+};
