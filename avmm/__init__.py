@@ -4,7 +4,6 @@ from avmm.boot import FlatOptions, Mode
 from avmm.bus import Placement, mmio, msr, pio
 from avmm.calls import Answer, Call
 from avmm.config import MachineConfig
-from avmm.description import Links
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.balloon import Balloon
@@ -67,7 +66,6 @@ __all__ = [
     "InterruptLine",
     "KvmError",
     "KvmUnavailable",
-    "Links",
     "Machine",
     "MachineConfig",
     "MigrationError",

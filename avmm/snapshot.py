@@ -44,8 +44,8 @@ from avmm.memory import GuestMemory
 from avmm.pages import PAGE, Bitmap, Packer
 
 if TYPE_CHECKING:
-    from avmm.machine import Parts
     from avmm.migration import Coordinator
+    from avmm.parts import Parts
 
 MAGIC: Final = b"AVMMSNAP"
 VERSION: Final = 1

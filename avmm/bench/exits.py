@@ -22,7 +22,8 @@ from avmm.bus import Placement, mmio, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device
 from avmm.errors import AvmmError
-from avmm.machine import Machine, Parts
+from avmm.machine import Machine
+from avmm.parts import Parts
 
 PORT: Final = 0xE0
 ADDRESS: Final = layout.MMIO

@@ -31,8 +31,8 @@ from avmm.devices.base import Device
 from avmm.errors import AvmmError, DeviceError
 from avmm.kvm import KvmError, System, Vcpu, constants, exit_name
 from avmm.kvm.kick import accept_kicks, install_kick, kick
-from avmm.machine import Parts
 from avmm.outcome import Outcome
+from avmm.parts import Parts
 
 _PORT, _MSR, _WINDOW = 0xE0, 0x4D56_0000, layout.MMIO
 _ORIGIN: Final = 0x10_0000

@@ -16,7 +16,8 @@ from avmm.transfer.line import Line
 from avmm.transfer.protocol import Commit, Destination, Offer, Pages, Round, State
 
 if TYPE_CHECKING:
-    from avmm.machine import Machine, Parts
+    from avmm.machine import Machine
+    from avmm.parts import Parts
 
 
 class Receiver:

@@ -26,8 +26,8 @@ from avmm.transfer.protocol import Source, SourceState
 
 if TYPE_CHECKING:
     from avmm.dirty import DirtyLog
-    from avmm.machine import Parts
     from avmm.migration import Coordinator
+    from avmm.parts import Parts
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from avmm.boot import Protocol
 from avmm.boot.formats import load
 from avmm.devices.power import Power
 from avmm.errors import ConfigError
-from avmm.machine import _described
 from avmm.memory import GuestMemory
+from avmm.parts import _described
 
 from . import guestview
 from .images import Elf, Segment, pvh_elf

@@ -13,7 +13,8 @@ from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.mmio import SIZE, VirtioMmio
 from avmm.devices.virtio.rng import Rng
 from avmm.errors import ConfigError, DeviceError
-from avmm.machine import Machine, _described
+from avmm.machine import Machine
+from avmm.parts import _described
 from avmm.placing import allocate, named
 
 MAGIC, VERSION, ID, VENDOR = 0x0, 0x4, 0x8, 0xC
