@@ -113,6 +113,7 @@ class Machine:
         self._migrating = self._unsettled = False
         self._ended = trio.Event()
         self._parts: Parts | None = None
+        self._nursery: trio.Nursery | None = None
         self._coordinator: Coordinator | None = None
         self._manager: AbstractAsyncContextManager[None] | None = None
 
@@ -263,8 +264,15 @@ class Machine:
                 else "this machine is being migrated already"
             )
         self._migrating = True
+        assert self._nursery is not None
         sender = Sender(
-            parts, coordinator, stream, options, lambda: bool(self._outcomes), on_progress
+            parts,
+            coordinator,
+            stream,
+            options,
+            self._nursery,
+            lambda: bool(self._outcomes),
+            on_progress,
         )
         try:
             report = await sender.send()
@@ -360,6 +368,7 @@ class Machine:
             if self._outcomes:  # stopped before it was entered
                 self.stop()
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 for device, host in zip(parts.devices, parts.hosts, strict=True):
                     host.start(nursery)
                     if type(device).run is not Device.run:
