@@ -99,10 +99,10 @@ static void keep_busy(void *argument)
                                 is_new = true;
                         }
                 }
-                if (is_new)
-                        virtqueue_notify(run->queue);
-                else
+                if (!is_new)
                         pause();
+                else if (virtqueue_wants_notify(run->queue))
+                        virtqueue_notify(run->queue);
         }
         run->cycles = tsc() - begin;
 }
