@@ -74,6 +74,10 @@ class Chain:
             return bytes(part[:count])
         return b"".join(_cut(self.readable, count))
 
+    def first(self, count: int) -> list[memoryview]:
+        """The next `count` bytes of what is readable, or what is left, which stay readable."""
+        return _cut(self.readable.copy(), count)
+
     def skip(self, count: int) -> None:
         """Let `readable` begin `count` bytes later."""
         _cut(self.readable, count)
@@ -131,6 +135,12 @@ class Queue(Protocol):
 
     def stage(self, chain: Chain, written: int) -> None:
         """As `push`, but the guest sees it only together with the next that is pushed."""
+
+    def send(self, fd: int, is_socket: bool, most: int) -> tuple[int, Chain | None]:
+        """Write the readable bytes of chains to `fd` and push them: how many. Until there are none
+        or about `most` bytes were written (a file is waited for), or until `fd` takes no more at
+        once or has failed: then, too, the chain it did not take whole, the bytes that it took
+        added to its `done`. Raises `QueueError`."""
 
     def wants_interrupt(self) -> bool:
         """Is the guest to be interrupted for what was pushed since this was last asked?"""
@@ -220,6 +230,10 @@ class Virtqueue:
             self._again.popleft()
         elif not ring.pop():
             return None
+        return self._walked(ring, done)
+
+    def _walked(self, ring: SplitRing, done: int) -> Chain:
+        """The chain that was walked last, in flight."""
         fields, parts, whole = ring.struct, ring.parts, self._memory.whole
         count = fields.readable
         end = 2 * (count + fields.writable)
@@ -229,6 +243,14 @@ class Virtqueue:
             raise QueueError(f"descriptor {head} is made available while it is in use")
         chain = self._in_flight[head] = Chain(head, views[:count], views[count:], done)
         return chain
+
+    def send(self, fd: int, is_socket: bool, most: int) -> tuple[int, Chain | None]:
+        """See `Queue`."""
+        ring = self._ring
+        if ring is None or self._again:
+            return 0, self.pop()
+        pushed, is_cut = ring.send(fd, is_socket, most)
+        return pushed, self._walked(ring, ring.struct.sent) if is_cut else None
 
     def push(self, chain: Chain, written: int) -> None:
         """See `Queue`. Does nothing with a chain that was taken back by `hold` or `reset`."""
