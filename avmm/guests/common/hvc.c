@@ -33,7 +33,7 @@ static void offer_input(uint16_t slot)
 
 bool hvc_init(void)
 {
-        if (!virtio_find(VIRTIO_CONSOLE, &device) || !virtio_start(&device, queues, QUEUES))
+        if (!virtio_find(VIRTIO_CONSOLE, &device) || !virtio_start(&device, 0, queues, QUEUES))
                 return false;
         virtqueue_silence(&queues[TRANSMIT]);
         for (int slot = 0; slot < queues[RECEIVE].size; slot++)

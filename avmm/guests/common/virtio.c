@@ -8,6 +8,8 @@ enum register_offset {
         MAGIC = 0x000,
         VERSION = 0x004,
         DEVICE_ID = 0x008,
+        DEVICE_FEATURES = 0x010,
+        DEVICE_FEATURES_SEL = 0x014,
         DRIVER_FEATURES = 0x020,
         DRIVER_FEATURES_SEL = 0x024,
         QUEUE_SEL = 0x030,
@@ -119,12 +121,14 @@ static bool start_queue(const struct virtio_device *device, struct virtqueue *qu
         return true;
 }
 
-bool virtio_start(const struct virtio_device *device, struct virtqueue *queues, int count)
+bool virtio_start(const struct virtio_device *device, uint32_t features, struct virtqueue *queues,
+                  int count)
 {
         set(device, STATUS, 0);
         set(device, STATUS, ACKNOWLEDGE | DRIVER);
+        set(device, DEVICE_FEATURES_SEL, 0);
         set(device, DRIVER_FEATURES_SEL, 0);
-        set(device, DRIVER_FEATURES, 0);
+        set(device, DRIVER_FEATURES, get(device, DEVICE_FEATURES) & features);
         set(device, DRIVER_FEATURES_SEL, 1);
         set(device, DRIVER_FEATURES, VERSION_1);
         set(device, STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);

@@ -40,8 +40,10 @@ struct virtqueue {
 /* The first such device of those that the command line names, as for Linux. */
 bool virtio_find(uint32_t id, struct virtio_device *device);
 
-/* Sets the device up with these queues; interrupts are the caller's. False: it refuses. */
-bool virtio_start(const struct virtio_device *device, struct virtqueue *queues, int count);
+/* Sets the device up with these queues, and of `features` (its own, 0 to 23) with those that it
+ * offers; interrupts are the caller's. False: it refuses. */
+bool virtio_start(const struct virtio_device *device, uint32_t features, struct virtqueue *queues,
+                  int count);
 
 /* Once for each interrupt, before the used rings are looked at. */
 void virtio_acknowledge(const struct virtio_device *device);
