@@ -43,7 +43,7 @@ class Chain:
     lists are this chain's own; `os.preadv`, `os.pwritev` and `sendmsg` take them as they are.
     """
 
-    __slots__ = ("done", "head", "readable", "writable")
+    __slots__ = ("_cut_off", "done", "head", "readable", "writable")
 
     def __init__(
         self, head: int, readable: list[memoryview], writable: list[memoryview], done: int = 0
@@ -52,6 +52,7 @@ class Chain:
         """The number of its first descriptor, by which the guest knows it."""
         self.readable = readable
         self.writable = writable
+        self._cut_off: list[memoryview] = []
         self.done = done
         """How far its work has got, in the device's own units: survives `hold` and a save."""
 
@@ -93,17 +94,24 @@ class Chain:
 
     def cut_writable(self, count: int) -> list[memoryview]:
         """Take the next `count` writable bytes, or what is left, out of `writable`."""
-        return _cut(self.writable, count)
+        parts = _cut(self.writable, count)
+        self._cut_off += parts
+        return parts
 
     def cut_last_writable(self, count: int) -> list[memoryview]:
         """Take the last `count` writable bytes out of `writable` (where a status goes)."""
         before = _cut(self.writable, max(0, self.writable_bytes - count))
         last, self.writable = self.writable, before
+        self._cut_off += last
         return last
 
     def release(self) -> None:
-        """Let go of guest memory: the views cannot be used any more."""
-        for view in (*self.readable, *self.writable):
+        """Let go of guest memory: the views cannot be used any more.
+
+        Those that were cut off as well: whoever has them may be known to the traceback of an
+        error, and so not go before the garbage collector comes by.
+        """
+        for view in (*self.readable, *self.writable, *self._cut_off):
             view.release()
 
 
