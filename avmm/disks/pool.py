@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -69,8 +68,10 @@ class Pool:
             del job
             if not self._is_told:  # by two threads at once it may be told twice
                 self._is_told = True
-                with suppress(trio.RunFinishedError):  # trio has crashed: nobody waits any more
+                try:
                     token.run_sync_soon(self._deliver)
+                except trio.RunFinishedError:  # trio has crashed: nobody waits any more
+                    self._is_told = False
 
     def _deliver(self) -> None:
         self._is_told = False  # before it looks: who comes after its look tells it again
