@@ -58,6 +58,18 @@ def test_input_may_be_a_file_and_output_too(tmp_path: Path) -> None:
     assert "\nfrom a file" in (tmp_path / "out").read_text().replace("\r", "")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_the_virtio_console_takes_the_same_ways(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "in").write_text("count 2000\nexit 3\n")
+    run = [*AVMM, "run", "--console", "virtio"]
+    with (tmp_path / "in").open() as source, (tmp_path / "out").open("w") as sink:
+        target = sink if kind == "file" else subprocess.PIPE
+        done = subprocess.run(run, stdin=source, stdout=target, text=True, timeout=30, check=False)
+    said = (done.stdout or (tmp_path / "out").read_text()).replace("\r", "").splitlines()
+    assert done.returncode == 3
+    assert [line for line in said if line.isdigit()] == [str(n) for n in range(1, 2001)]
+
+
 def test_a_reader_that_goes_away_ends_it() -> None:
     process = subprocess.Popen(
         [*AVMM, "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -9,10 +9,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -343,6 +347,39 @@ async def test_threads_side_by_side() -> None:
     pool.close()
     pool.close()
     assert "test" not in [thread.name for thread in threading.enumerate()]
+
+
+async def test_a_job_that_ends_just_after_trio_has_looked() -> None:
+    """The look that finds nothing more lets the next job end, and the thread go on to another."""
+    pool = Pool("test", 1)
+    gate, looked, begun, answered = (threading.Event() for _ in range(4))
+
+    class Looks(deque[Any]):
+        def __bool__(self) -> bool:
+            found = len(self) > 0
+            if not found:
+                looked.set()
+                begun.wait(10)
+            return found
+
+    pool._done = Looks()
+    in_time = []
+
+    def last() -> None:
+        begun.set()
+        in_time.append(answered.wait(5))
+
+    async def second() -> None:
+        await pool.run(looked.wait, 10)
+        answered.set()
+
+    async with trio.open_nursery() as nursery:
+        for job in (partial(pool.run, gate.wait, 10), second, partial(pool.run, last)):
+            nursery.start_soon(job)
+            await trio.testing.wait_all_tasks_blocked()
+        gate.set()
+    assert in_time == [True]
+    pool.close()
 
 
 async def test_a_thread_at_work_is_waited_for() -> None:

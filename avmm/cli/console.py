@@ -17,9 +17,10 @@ from typing import Final
 import trio
 
 from avmm.cli import terminal
-from avmm.cli.hostfd import HostFd
 from avmm.devices.console import ConsoleStream
+from avmm.devices.hostfd import HostFd
 from avmm.devices.virtio.console import Console
+from avmm.devices.virtio.port import Port
 from avmm.ends import listen
 from avmm.errors import AvmmError, ConfigError
 from avmm.machine import Machine
@@ -94,7 +95,7 @@ async def _stdio(target: Target, vm: Machine, stream: ConsoleStream) -> None:
             else:
                 nursery.start_soon(_pipe, source, stream)
             try:
-                await _output(stream, sink.write)
+                await _write_out(stream, stdout, sink)
             except OSError as error:
                 if interactive:
                     vm.stop(status=128 + signal.SIGHUP)  # the terminal has gone
@@ -103,6 +104,14 @@ async def _stdio(target: Target, vm: Machine, stream: ConsoleStream) -> None:
                 else:
                     raise AvmmError(f"standard output: {error.strerror}") from None
             nursery.cancel_scope.cancel()
+
+
+async def _write_out(stream: ConsoleStream, fd: int, sink: HostFd) -> None:
+    """Everything that the guest prints to `fd`, which is also `sink`, until it has ended."""
+    if isinstance(stream, Port):
+        await stream.write_to(fd)
+    else:
+        await _output(stream, sink.write)
 
 
 async def _output(stream: ConsoleStream, write: Callable[[bytes], Awaitable[None]]) -> None:
@@ -193,7 +202,7 @@ async def _file(target: Target, vm: Machine, stream: ConsoleStream) -> None:
         raise ConfigError(f"console file {target.path}: {error.strerror}") from None
     try:
         with closing(HostFd(fd, os.O_WRONLY)) as sink:
-            await _output(stream, sink.write)
+            await _write_out(stream, fd, sink)
     except OSError as error:
         raise AvmmError(f"console file {target.path}: {error.strerror}") from None
     finally:

@@ -372,7 +372,7 @@ struct avmm_vring {
     uint32_t size;
     uint8_t event_idx, indirect, signalled_once;
     uint16_t next_avail, next_used, signalled, head;
-    uint32_t readable, writable;
+    uint32_t readable, writable, sent;
     struct avmm_part parts[...];
     ...;
 };
@@ -383,6 +383,7 @@ int avmm_vring_pop(struct avmm_vring *ring);
 int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t written, int more);
 int avmm_vring_wants_interrupt(struct avmm_vring *ring);
 int avmm_vring_listen(struct avmm_vring *ring, int wanted);
+int avmm_vring_send(struct avmm_vring *ring, int fd, int is_socket, uint32_t most);
 
 /* fallocate(2), whose modes Python does not give. */
 #define FALLOC_FL_KEEP_SIZE ...
