@@ -1,4 +1,4 @@
-"""A Linux that writes to its disk while it is handed over from machine to machine, and restored."""
+"""A Linux that writes to its disk while it goes from machine to machine, and is restored."""
 
 from __future__ import annotations
 

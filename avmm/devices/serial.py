@@ -65,6 +65,7 @@ class Serial(Device):
         self._stall_reported = False
         # vCPUs whose byte waits for room. Only trio makes room, so no thread ever wakes them.
         self._writers = trio.lowlevel.ParkingLot()
+        self._is_released = False
         self._output: Wakeup
         self._room: Wakeup
         self._full: Wakeup
@@ -134,6 +135,16 @@ class Serial(Device):
                 self._uart.release()
             self._wake_sender()
 
+    async def release(self) -> None:
+        """Output that nobody has read yet is another machine's to give."""
+        self._is_released = True
+        await trio.lowlevel.checkpoint()
+
+    async def acquire(self) -> None:
+        self._is_released = False
+        self._output.set()
+        await trio.lowlevel.checkpoint()
+
     def save(self) -> Mapping[str, Any]:
         with self.host.lock:
             return self._uart.save()
@@ -189,6 +200,8 @@ class Serial(Device):
         with self.host.lock:
             if self._closed:
                 raise trio.ClosedResourceError("this end of the console was closed")
+            if self._is_released:
+                return b"" if self._finished else None
             was_stalled = uart.stalled
             data = uart.take(most)
             over = was_stalled and not uart.stalled

@@ -37,6 +37,7 @@ VERSIONS: Final = (1,)
 """Of the protocol, that this avmm speaks, best first."""
 MOST_STATE: Final = 1 << 30
 """Bytes of state, all but RAM, that a destination takes."""
+_LONGEST_REASON: Final = 4000
 _COUNT: Final = struct.Struct("<I")
 
 
@@ -116,13 +117,15 @@ class _Side:
     def _next(self) -> Frame | None:
         frame = self._decoder.next()
         if frame is not None and frame.kind is Kind.ABORT:
-            why = _field(frame, "why", str)
-            raise PeerAbortedError(f"the other side gave up: {why}")
+            why = _field(frame, "why", str)[:_LONGEST_REASON]
+            # A peer's text, for a person's terminal.
+            shown = "".join(letter if letter.isprintable() else "?" for letter in why)
+            raise PeerAbortedError(f"the other side gave up: {shown}")
         return frame
 
     def abort(self, why: str) -> list[Buffer]:
         """ABORT: this side gives up. Before COMMIT; nothing may be said after it."""
-        return self._encoder.frame(Kind.ABORT, encode({"why": why[:4000]}))
+        return self._encoder.frame(Kind.ABORT, encode({"why": why[:_LONGEST_REASON]}))
 
 
 class Source(_Side):

@@ -189,9 +189,9 @@ class Sender:
     async def _hand_over(self) -> None:
         """From the standstill on."""
         async with AsyncExitStack() as undo:
-            state = self._parts.save(with_memory=False)
             undo.push_async_callback(self._take_back)
             await self._parts.release()
+            state = self._parts.save(with_memory=False)
             for frame in self._source.stated(state):
                 await self._line.say(frame)
             await self._until(SourceState.READY)

@@ -21,8 +21,8 @@ _TOOL: Final = Path(__file__).parents[1] / "support" / "vsock_tool.c"
 
 
 def folders() -> dict[str, Path]:
-    """What is sent, by its name there: for each of Debian's kernels a folder with vmlinuz, vmlinux,
-    initrd.cpio.gz and an empty file system, ext4.img; one with a libkrunfw.so."""
+    """What is sent, by its name there: for each of Debian's kernels a folder with vmlinuz,
+    vmlinux, initrd.cpio.gz and an empty file system, ext4.img; one with a libkrunfw.so."""
     newer = newer_kernel_package(NEWER)
     return {
         "sent/debian": _folder("guest", kernel_package()),

@@ -203,6 +203,16 @@ class Console(VirtioDevice):
         for port in self._ports:
             port.finish()
 
+    async def release(self) -> None:
+        for port in self._ports:
+            port.release()
+        await trio.lowlevel.checkpoint()
+
+    async def acquire(self) -> None:
+        for port in self._ports:
+            port.acquire()
+        await trio.lowlevel.checkpoint()
+
     def save(self) -> Mapping[str, Any]:
         return {
             "size": list(self._size),

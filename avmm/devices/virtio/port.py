@@ -100,6 +100,7 @@ class Port(ConsoleStream):
         self._changed = Waiters()
         self._finished = False
         self._full_since: float | None = None
+        self._is_released = False
         self._sink: HostFd | None = None
         self._sink_error: OSError | None = None
         self.on_close: Callable[[], None] = lambda: None
@@ -135,11 +136,13 @@ class Port(ConsoleStream):
             self._sink = sink
             try:
                 await trio.lowlevel.checkpoint()
-                while self.output or not self._finished:
-                    if not self.output:
+                while self._has_output() or not self._finished:
+                    if not self._has_output():
                         await self._output.wait()
                     else:
                         await sink.writable()
+                        if not self._has_output():
+                            continue
                         most = PIPE_BUF if sink.may_block else None
                         with memoryview(self.output) as output, output[:most] as waiting:
                             count = sink.write_now([waiting])
@@ -154,10 +157,13 @@ class Port(ConsoleStream):
     def _take(self, most: int | None) -> bytes | None:
         if not self.is_connected:
             raise trio.ClosedResourceError("this end of the port was closed")
-        output = self.output
+        output = self.output if self._has_output() else b""
         data = bytes(output if most is None else output[:most])
         self._has_read(len(data))
         return data if data or self._finished else None
+
+    def _has_output(self) -> bool:
+        return bool(self.output) and not self._is_released
 
     def _has_read(self, count: int) -> None:
         """So much of the output has a reader."""
@@ -269,6 +275,15 @@ class Port(ConsoleStream):
         """The driver has gone: it knows no port any more."""
         self.ready = False
         self.set_open(False)
+
+    def release(self) -> None:
+        """Output that nobody has read yet is another machine's to give, until `acquire`."""
+        self._is_released = True
+
+    def acquire(self) -> None:
+        """It is this machine's again."""
+        self._is_released = False
+        self._output.set()
 
     def finish(self) -> None:
         """The guest has ended: output ends after what is buffered."""
