@@ -38,7 +38,6 @@ from avmm.disks import DiskOptions
 from avmm.errors import (
     AvmmError,
     ConfigError,
-    HandOverUnknownError,
     MigrationError,
 )
 from avmm.irq import Line
@@ -267,14 +266,11 @@ class Machine:
             parts, coordinator, stream, options, lambda: bool(self._outcomes), on_progress
         )
         try:
-            report = await sender.send()
-        except HandOverUnknownError:
-            self._unsettled = True
-            raise
+            return await sender.send()
         finally:
-            self._migrating = False
-        self._end(Outcome(Cause.MOVED))
-        return report
+            self._migrating, self._unsettled = False, sender.is_unsettled
+            if sender.is_done:
+                self._end(Outcome(Cause.MOVED))
 
     async def settle(self, *, runs_here: bool) -> None:
         """After a `HandOverUnknownError`: say where the guest runs.

@@ -28,7 +28,7 @@ from typing import Final, Protocol
 
 import trio
 
-from avmm.errors import DeviceError, PauseTimeout
+from avmm.errors import DeviceError, PauseTimeout, VcpuError
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +149,16 @@ class Coordinator:
     async def throttled(self, share: Callable[[], float]) -> AsyncIterator[None]:
         """Let the vCPUs stand still for a share of their time inside the block: `share()` tells
         which, 0 to 1, and is asked all the time. Devices are not quiesced."""
+        failure: BaseException | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._throttle, share)
-            yield
+            try:
+                yield
+            except BaseException as error:  # raised below: not in a group, as nurseries do it
+                failure = error
             nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def _throttle(self, share: Callable[[], float]) -> None:
         while True:
@@ -167,6 +173,8 @@ class Coordinator:
                     self._vcpus.pause()
                     await self._vcpus.parked()
                     await trio.sleep(_THROTTLE_SECONDS * part)
+                except VcpuError:  # whoever pauses the machine next is told
+                    return
                 finally:
                     self._vcpus.resume()
 
