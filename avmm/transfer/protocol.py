@@ -117,12 +117,12 @@ class _Side:
         frame = self._decoder.next()
         if frame is not None and frame.kind is Kind.ABORT:
             why = _field(frame, "why", str)
-            raise PeerAbortedError(f"the other side gave up: {why}")
+            raise PeerAbortedError(f"the other side gave up: {_printable(why)}")
         return frame
 
     def abort(self, why: str) -> list[Buffer]:
         """ABORT: this side gives up. Before COMMIT; nothing may be said after it."""
-        return self._encoder.frame(Kind.ABORT, encode({"why": why[:4000]}))
+        return self._encoder.frame(Kind.ABORT, encode({"why": _printable(why[:4000])}))
 
 
 class Source(_Side):
@@ -309,6 +309,13 @@ def _decoded(frame: Frame) -> Any:
         return decode(frame.payload, frame.kind.name)
     except StateError as error:
         raise ProtocolError(str(error)) from None
+
+
+def _printable(text: str) -> str:
+    """It may hold a path's bytes that are no text, or a peer's commands for a terminal."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def _field(frame: Frame, name: str, kind: type) -> Any:
