@@ -136,6 +136,8 @@ def read(description: object, links: Links, **settings: Any) -> Described:
         disks=_disks(description["disks"], links.disks),
         net=_nets(description["nets"], links.net),
         vsock=_vsock(description["vsock"], links.vsock),
+        # Else the next description, of the machine that is made here, would not tell of it.
+        **{"console": "virtio"} if description["hvc"] else {},
     )
     return Described(config, roms, description["hvc"], description["devices"])
 

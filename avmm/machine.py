@@ -451,6 +451,8 @@ async def _clone(
     deadline: float | None,
 ) -> AsyncIterator[Machine]:
     parts = machine._running
+    if machine._unsettled or (machine._outcomes and machine._outcomes[0].cause is Cause.MOVED):
+        raise AvmmError("the guest was handed over to another machine: there it can be cloned")
     described = description.read(parts.describe(), links)
     with ExitStack() as stack:
         async with machine.paused(deadline):
