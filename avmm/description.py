@@ -11,6 +11,7 @@ MAC), and `Links` says what they are here. What is missing is asked for by name.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -66,7 +67,8 @@ def describe(
         "settings": {name: getattr(config, name) for name in (*_SAME, *_OWN)},
         "disks": [
             {
-                "name": options.file.name,
+                # For people; a path may have bytes in it that are no text.
+                "name": os.fsencode(options.file.name).decode(errors="replace"),
                 "size": block.disk.size,
                 "read_only": options.read_only,
                 "overlay": options.overlay,
@@ -135,6 +137,8 @@ def read(description: object, links: Links, **settings: Any) -> Described:
         disks=_disks(description["disks"], links.disks),
         net=_nets(description["nets"], links.net),
         vsock=_vsock(description["vsock"], links.vsock),
+        # Else the next description, of the machine that is made here, would not tell of it.
+        **{"console": "virtio"} if description["hvc"] else {},
     )
     return Described(config, roms, description["hvc"], description["devices"])
 

@@ -15,13 +15,15 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
+from avmm.errors import AvmmError
 from avmm.kvm import Vm
 from avmm.memory import GuestMemory
 from avmm.pages import PAGE, Bitmap
 
 
 class DirtyLog:
-    """Logs from when it is made until it is closed. From one task; raises `KvmError`."""
+    """Logs from when it is made until it is closed. From one task; raises `KvmError`, and
+    `AvmmError` where there is another: each would miss the pages that the other has taken."""
 
     def __init__(self, vm: Vm, memory: GuestMemory) -> None:
         self._vm = vm
@@ -31,6 +33,8 @@ class DirtyLog:
             for slot, (region, view) in enumerate(memory.addresses())
             if not region.readonly
         ]
+        if memory.is_logged:
+            raise AvmmError("this machine is being copied already, by a snapshot or migration")
         self._parts = {slot: Bitmap(region.size // PAGE) for slot, region, _ in self._slots}
         self._is_open = True
         memory.log()

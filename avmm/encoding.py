@@ -18,9 +18,11 @@ _MOST_ENTRIES: Final = 1 << 16
 
 
 def encode(value: Any) -> bytes:
-    """`value` as bytes. Raises `StateError` where it is no plain data."""
+    """`value` as bytes. Raises `StateError` where it is no plain data, that `decode` would
+    refuse: once it is in a file that is too late."""
     try:
         data: bytes = msgpack.packb(value, use_bin_type=True, default=_refuse)
+        _demand_readable(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise StateError(f"this cannot be saved: {error}") from None
     return data
@@ -40,8 +42,26 @@ def decode(data: bytes | bytearray | memoryview, what: str) -> Any:
         )
         _demand_plain(value)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        raise StateError(f"{what} is damaged, or none: {error}") from None
+        why = str(error) or type(error).__name__  # msgpack's for depth has no text
+        raise StateError(f"{what} is damaged, or none: {why}") from None
     return value
+
+
+def _demand_readable(value: object) -> None:
+    """What msgpack writes, it does not always read."""
+    if isinstance(value, msgpack.Timestamp | msgpack.ExtType):
+        raise TypeError(f"{type(value).__name__} is no plain data")
+    if not isinstance(value, list | tuple | dict):
+        return
+    if len(value) > _MOST_ENTRIES:
+        raise ValueError(f"{len(value)} entries in one, at most {_MOST_ENTRIES} can be read")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"a key is {key!r}, no text")
+        value = list(value.values())
+    for item in value:
+        _demand_readable(item)
 
 
 def _demand_plain(value: object) -> None:

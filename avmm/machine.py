@@ -38,7 +38,6 @@ from avmm.disks import DiskOptions
 from avmm.errors import (
     AvmmError,
     ConfigError,
-    HandOverUnknownError,
     MigrationError,
 )
 from avmm.irq import Line
@@ -275,14 +274,11 @@ class Machine:
             on_progress,
         )
         try:
-            report = await sender.send()
-        except HandOverUnknownError:
-            self._unsettled = True
-            raise
+            return await sender.send()
         finally:
-            self._migrating = False
-        self._end(Outcome(Cause.MOVED))
-        return report
+            self._migrating, self._unsettled = False, sender.is_unsettled
+            if sender.is_done:
+                self._end(Outcome(Cause.MOVED))
 
     async def settle(self, *, runs_here: bool) -> None:
         """After a `HandOverUnknownError`: say where the guest runs.
@@ -464,6 +460,8 @@ async def _clone(
     deadline: float | None,
 ) -> AsyncIterator[Machine]:
     parts = machine._running
+    if machine._unsettled or (machine._outcomes and machine._outcomes[0].cause is Cause.MOVED):
+        raise AvmmError("the guest was handed over to another machine: there it can be cloned")
     described = description.read(parts.describe(), links)
     with ExitStack() as stack:
         async with machine.paused(deadline):

@@ -207,6 +207,11 @@ class GuestMemory:
 
     # -- dirty pages --------------------------------------------------------------------------
 
+    @property
+    def is_logged(self) -> bool:
+        """Is it between `log` and `unlog`?"""
+        return self._dirty is not None
+
     def log(self) -> None:
         """Note from now on which pages the host writes; forgets what was noted before."""
         self._dirty = Bitmap(self.size // PAGE)

@@ -28,7 +28,7 @@ from typing import Final, Protocol
 
 import trio
 
-from avmm.errors import DeviceError, PauseTimeout
+from avmm.errors import DeviceError, PauseTimeout, VcpuError
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,8 @@ class Coordinator:
                     self._vcpus.pause()
                     await self._vcpus.parked()
                     await trio.sleep(_THROTTLE_SECONDS * part)
+                except VcpuError:  # whoever pauses the machine next is told
+                    return
                 finally:
                     self._vcpus.resume()
 

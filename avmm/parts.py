@@ -152,11 +152,17 @@ class Parts:
         self._end = end
         self._calls = calls
         boots = state is None and not standby
-        if config.xen and calls is None:
-            raise ConfigError("xen: nobody answers the hypercalls; expected a handler of calls")
         with ExitStack() as stack:
             if memory is not None:
                 stack.callback(memory.close)
+                if memory.size != config.memory:
+                    raise StateError(
+                        f"the guest has {config.memory} bytes of RAM, here are {memory.size}"
+                    )
+            if config.xen and calls is None:
+                raise ConfigError(
+                    "xen: nobody answers the hypercalls; expected a handler of calls"
+                )
             self.system = System()
             stack.callback(self.system.close)
             if config.cpus > self.system.max_vcpus:

@@ -15,7 +15,7 @@ from avmm.bus import Placement
 from avmm.calls import CallHandler
 from avmm.description import Described, Links
 from avmm.disks import DiskOptions
-from avmm.errors import ConfigError, MigrationError
+from avmm.errors import ConfigError
 from avmm.links import NetOptions, VsockOptions
 from avmm.machine import Machine, Origin
 from avmm.memory import GuestMemory, parse_size
@@ -70,6 +70,6 @@ async def receive(
     async with await receiver.receive() as machine:
         try:
             await receiver.confirm()
-        except MigrationError as error:
+        except Exception as error:  # whatever a stream raises: the guest is here
             logger.warning("the guest runs here, but its source could not be told: %s", error)
         yield machine

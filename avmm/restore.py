@@ -42,6 +42,10 @@ def restore(
     from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
 
     opened = snapshot.read(path, verify=verify)
-    described = description.read(opened.description, Links(disks, net, vsock), **settings)
-    origin = Origin(opened.state, opened.open_memory, described)
-    return Machine.from_origin(origin, described.config, devices, calls)
+    try:
+        described = description.read(opened.description, Links(disks, net, vsock), **settings)
+        origin = Origin(opened.state, opened.open_memory, described)
+        return Machine.from_origin(origin, described.config, devices, calls)
+    except BaseException:
+        opened.close()
+        raise

@@ -112,7 +112,7 @@ class Header:
             header.memory_offset % PAGE
             or header.memory_bytes % PAGE
             or header.sums_bytes != 8 * chunks
-            or header.body_bytes > _MOST_BODY
+            or not 0 < header.body_bytes <= _MOST_BODY
             or any(start < HEADER_BYTES or start + size > file_bytes for start, size in parts)
         ):
             raise SnapshotError(f"snapshot {name}: its header tells of parts that cannot be")
@@ -141,45 +141,46 @@ async def write(
     """Write a snapshot of a running machine. See `avmm.Machine.snapshot`."""
     target = Path(path)
     with _replacement(target) as fd:
-        writer = _Writer(fd, parts.memory)
-        try:
-            with parts.dirty_log() as log:
-                left = parts.memory.populated()
-                for number in range(1, ROUNDS):
-                    on_progress(Progress(number, len(left)))
-                    await writer.copy(left, skip_zeros=number == 1)
-                    log.collect(left)
-                    if len(left) <= _FEW_PAGES:
-                        break
-                async with coordinator.paused(deadline):
-                    log.collect(left)
-                    on_progress(Progress(ROUNDS, len(left)))
-                    # Begun once, it is soon over; given up in the midst of it, the guest would
-                    # have stood still for nothing.
-                    await writer.copy(left)
-                    state = parts.save(with_memory=False)
-                    description = parts.describe()
-            await trio.to_thread.run_sync(
-                writer.finish, encode({"description": description, "state": state})
-            )
-        except OSError as error:
-            raise SnapshotError(f"snapshot {target}: {error.strerror or error}") from error
+        writer = _Writer(fd, parts.memory, target)
+        with parts.dirty_log() as log:
+            left = parts.memory.populated()
+            for number in range(1, ROUNDS):
+                on_progress(Progress(number, len(left)))
+                await writer.copy(left, skip_zeros=number == 1)
+                log.collect(left)
+                if len(left) <= _FEW_PAGES:
+                    break
+            async with coordinator.paused(deadline):
+                log.collect(left)
+                on_progress(Progress(ROUNDS, len(left)))
+                await writer.copy(left)
+                state = parts.save(with_memory=False)
+                description = parts.describe()
+        await writer.finish(encode({"description": description, "state": state}))
 
 
 class _Writer:
-    """Fills the file; blocking parts run in threads, one at a time."""
+    """Fills the file; what blocks runs in threads, one at a time. Raises `SnapshotError`."""
 
-    def __init__(self, fd: int, memory: GuestMemory) -> None:
+    def __init__(self, fd: int, memory: GuestMemory, target: Path) -> None:
         self._fd = fd
         self._ram = memory.whole
         self._packer = Packer(memory.whole, copies=False)
-        os.ftruncate(fd, HEADER_BYTES + memory.size)
+        self._target = target
+        with _errors_named(target):
+            os.ftruncate(fd, HEADER_BYTES + memory.size)
 
     async def copy(self, left: Bitmap, *, skip_zeros: bool = False) -> None:
         """Write these pages; `left` is empty then. A cancellation waits for a piece to be done."""
         self._packer.rewind()
-        while await trio.to_thread.run_sync(self._copy_some, left, skip_zeros):
-            pass
+        with _errors_named(self._target):
+            while await trio.to_thread.run_sync(self._copy_some, left, skip_zeros):
+                pass
+
+    async def finish(self, body: bytes) -> None:
+        """Add all that is not RAM, and put the whole where no loss of power takes it away."""
+        with _errors_named(self._target):
+            await trio.to_thread.run_sync(self._finish, body)
 
     def _copy_some(self, left: Bitmap, skip_zeros: bool) -> bool:
         packed = self._packer.next(left, skip_zeros=skip_zeros)
@@ -193,8 +194,7 @@ class _Writer:
                 files.write_zeroes(self._fd, HEADER_BYTES + at, length)
         return True
 
-    def finish(self, body: bytes) -> None:
-        """Add all that is not RAM, and put the whole where no loss of power takes it away."""
+    def _finish(self, body: bytes) -> None:
         size = len(self._ram)
         sums = b"".join(
             value.to_bytes(8, "little") for value in _sums(self._fd, HEADER_BYTES, size)
@@ -246,24 +246,30 @@ def _is_hole(fd: int, offset: int, length: int) -> bool:
 
 
 @contextmanager
+def _errors_named(target: Path) -> Iterator[None]:
+    """Around what touches the file, and nothing else: a `PauseTimeout` is an `OSError`, too."""
+    try:
+        yield
+    except OSError as error:
+        raise SnapshotError(f"snapshot {target}: {error.strerror or error}") from error
+
+
+@contextmanager
 def _replacement(target: Path) -> Iterator[int]:
     """A new file, to be written in the block, which takes `target`'s place after it."""
     partial_path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
+    with _errors_named(target):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         fd = os.open(partial_path, flags, 0o600)  # it holds all that the guest knows
-    except OSError as error:
-        raise SnapshotError(f"snapshot {target}: {error.strerror}") from None
     try:
         yield fd
-        partial_path.replace(target)
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise SnapshotError(f"snapshot {target}: {error.strerror or error}") from error
+        with _errors_named(target):
+            partial_path.replace(target)
+            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         os.close(fd)
         with suppress(FileNotFoundError):
@@ -281,6 +287,8 @@ class Snapshot:
     state: Any
     open_memory: Callable[[], GuestMemory]
     """Maps its RAM, once, and closes the file."""
+    close: Callable[[], None]
+    """Closes the file where nobody is to map it."""
 
 
 def read(path: str | os.PathLike[str], *, verify: bool = False) -> Snapshot:
@@ -292,47 +300,58 @@ def read(path: str | os.PathLike[str], *, verify: bool = False) -> Snapshot:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             size = os.fstat(file.fileno()).st_size
             header = Header.unpack(os.pread(file.fileno(), HEADER_BYTES, 0), size, name)
-            body = _part(file, header.body_offset, header.body_bytes, header.body_sum, name)
+            content = _body(file, header, name)
             if verify:
                 _verify(file, header, name)
         except OSError as error:
             raise SnapshotError(f"snapshot {name}: {error.strerror}") from None
-        try:
-            content = decode(body, f"snapshot {name}: its state")
-        except StateError as error:
-            raise SnapshotError(str(error)) from None
         if type(content) is not dict or set(content) != {"description", "state"}:
             raise SnapshotError(f"snapshot {name}: expected a description and a state in it")
         stack.pop_all()
-    return Snapshot(content["description"], content["state"], partial(_map, file, header, name))
+    open_memory = partial(_map, file, header, name)
+    return Snapshot(content["description"], content["state"], open_memory, file.close)
 
 
-def _part(file: BinaryIO, offset: int, length: int, expected: int, name: str) -> bytes:
-    data = b""
-    while len(data) < length and (more := os.pread(file.fileno(), length - len(data), offset)):
-        data += more
-        offset += len(more)
+def _body(file: BinaryIO, header: Header, name: str) -> Any:
+    """What is in it. It is not copied: a file of holes may be long and hold nothing."""
+    start = header.body_offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    end = header.body_offset + header.body_bytes
+    with (
+        mmap.mmap(file.fileno(), end - start, prot=mmap.PROT_READ, offset=start) as whole,
+        memoryview(whole) as view,
+        view[header.body_offset - start :] as body,
+    ):
+        _demand_sum(body, header.body_sum, name)
+        try:
+            return decode(body, f"snapshot {name}: its state")
+        except StateError as error:
+            raise SnapshotError(str(error)) from None
+
+
+def _demand_sum(data: bytes | memoryview, expected: int, name: str) -> None:
     if xxhash.xxh3_64_intdigest(data) != expected:
         raise SnapshotError(f"snapshot {name}: it is damaged: a checksum does not fit")
-    return data
 
 
 def _verify(file: BinaryIO, header: Header, name: str) -> None:
-    sums = _part(file, header.sums_offset, header.sums_bytes, header.sums_sum, name)
+    sums = os.pread(file.fileno(), header.sums_bytes, header.sums_offset)
+    _demand_sum(sums, header.sums_sum, name)
     found = _sums(file.fileno(), header.memory_offset, header.memory_bytes)
     for number, value in enumerate(found):
         expected = int.from_bytes(sums[8 * number : 8 * number + 8], "little")
-        if value != expected and not (expected == 0 and _is_zero(file, header, number)):
+        if value != expected and not _are_zeros(file, header, number, expected):
             raise SnapshotError(
                 f"snapshot {name}: its RAM is damaged, at {number * CHUNK:#x} to "
                 f"{min((number + 1) * CHUNK, header.memory_bytes):#x}"
             )
 
 
-def _is_zero(file: BinaryIO, header: Header, chunk: int) -> bool:
-    """Copied by a program that knows no holes, a hole is zeros."""
+def _are_zeros(file: BinaryIO, header: Header, chunk: int, expected: int) -> bool:
+    """A program that copies the file may make zeros of a hole, or a hole of zeros."""
     start = chunk * CHUNK
     length = min(CHUNK, header.memory_bytes - start)
+    if expected not in (0, xxhash.xxh3_64_intdigest(bytes(length))):
+        return False
     return not any(os.pread(file.fileno(), length, header.memory_offset + start))
 
 

@@ -37,8 +37,8 @@ class Serial(Device):
     `clock` is for tests.
 
     Quiesced, it takes no input (`send_all` waits) and raises no interrupt; output can still be
-    read. What is read after `save` is in the saved state as well: whoever moves a guest
-    elsewhere decides which side's reader counts.
+    read. What is read after `save` is in the saved state as well. Released, it gives no output
+    either: that is for whoever reads where the guest goes on.
     """
 
     max_width: ClassVar[int] = 1
@@ -60,12 +60,12 @@ class Serial(Device):
         self._uart = Uart(output_size, input_size, stall, clock)
         self._finished = False
         self._closed = False
+        self._released = False
         self._reader_waits = False
         self._sender_waits = False
         self._stall_reported = False
         # vCPUs whose byte waits for room. Only trio makes room, so no thread ever wakes them.
         self._writers = trio.lowlevel.ParkingLot()
-        self._is_released = False
         self._output: Wakeup
         self._room: Wakeup
         self._full: Wakeup
@@ -136,14 +136,13 @@ class Serial(Device):
             self._wake_sender()
 
     async def release(self) -> None:
-        """Output that nobody has read yet is another machine's to give."""
-        self._is_released = True
-        await trio.lowlevel.checkpoint()
+        with self.host.lock:
+            self._released = True
 
     async def acquire(self) -> None:
-        self._is_released = False
-        self._output.set()
-        await trio.lowlevel.checkpoint()
+        with self.host.lock:
+            self._released = False
+            self._output.set()
 
     def save(self) -> Mapping[str, Any]:
         with self.host.lock:
@@ -200,7 +199,7 @@ class Serial(Device):
         with self.host.lock:
             if self._closed:
                 raise trio.ClosedResourceError("this end of the console was closed")
-            if self._is_released:
+            if self._released:
                 return b"" if self._finished else None
             was_stalled = uart.stalled
             data = uart.take(most)

@@ -37,7 +37,6 @@ VERSIONS: Final = (1,)
 """Of the protocol, that this avmm speaks, best first."""
 MOST_STATE: Final = 1 << 30
 """Bytes of state, all but RAM, that a destination takes."""
-_LONGEST_REASON: Final = 4000
 _COUNT: Final = struct.Struct("<I")
 
 
@@ -117,15 +116,13 @@ class _Side:
     def _next(self) -> Frame | None:
         frame = self._decoder.next()
         if frame is not None and frame.kind is Kind.ABORT:
-            why = _field(frame, "why", str)[:_LONGEST_REASON]
-            # A peer's text, for a person's terminal.
-            shown = "".join(letter if letter.isprintable() else "?" for letter in why)
-            raise PeerAbortedError(f"the other side gave up: {shown}")
+            why = _field(frame, "why", str)
+            raise PeerAbortedError(f"the other side gave up: {_printable(why)}")
         return frame
 
     def abort(self, why: str) -> list[Buffer]:
         """ABORT: this side gives up. Before COMMIT; nothing may be said after it."""
-        return self._encoder.frame(Kind.ABORT, encode({"why": why[:_LONGEST_REASON]}))
+        return self._encoder.frame(Kind.ABORT, encode({"why": _printable(why[:4000])}))
 
 
 class Source(_Side):
@@ -312,6 +309,13 @@ def _decoded(frame: Frame) -> Any:
         return decode(frame.payload, frame.kind.name)
     except StateError as error:
         raise ProtocolError(str(error)) from None
+
+
+def _printable(text: str) -> str:
+    """It may hold a path's bytes that are no text, or a peer's commands for a terminal."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def _field(frame: Frame, name: str, kind: type) -> Any:

@@ -91,6 +91,13 @@ class Sender:
         self._pace = Pace(options.target_downtime, options.bandwidth)
         self._packer = Packer(parts.memory.whole, MOST_DATA_PAGES, MOST_RUNS)
         self._round = 0
+        self.is_unsettled = False
+        """Is the guest held stopped here, and only its operator knows what is to become of it?"""
+
+    @property
+    def is_done(self) -> bool:
+        """Does the guest run at the destination, and never again here?"""
+        return self._source.state is SourceState.DONE
 
     async def send(self) -> Report:
         """Hand the guest over: when this returns it runs at the destination and never again here.
@@ -112,7 +119,7 @@ class Sender:
         except PeerAbortedError:
             raise
         except BaseException as error:
-            if self._source.state is not SourceState.COMMITTED:
+            if self._source.state not in (SourceState.COMMITTED, SourceState.DONE):
                 await self._line.give_up(_told(error))
             raise
         now = trio.current_time()
@@ -190,7 +197,14 @@ class Sender:
         """From the standstill on."""
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._take_back)
-            await self._parts.release()
+            try:
+                await self._parts.release()
+            except OSError as error:
+                raise MigrationError(
+                    f"what the guest has of this host cannot be let go of: "
+                    f"{error.strerror or error}"
+                ) from error
+            # Not before: what somebody received of a console after that would come twice.
             state = self._parts.save(with_memory=False)
             for frame in self._source.stated(state):
                 await self._line.say(frame)
@@ -202,33 +216,48 @@ class Sender:
             await self._commit()
 
     async def _take_back(self) -> None:
-        with trio.CancelScope(shield=True):
-            give_up = trio.current_time() + _TAKE_BACK_SECONDS
-            while True:
-                try:
-                    await self._parts.acquire()
-                except ConfigError as error:
-                    if trio.current_time() < give_up:
-                        await trio.sleep(_TAKE_BACK_STEP)
-                        continue
-                    self._coordinator.retain()
-                    raise HandOverUnknownError(
-                        f"the guest was not handed over, but it stays stopped: {error}"
-                    ) from error
+        """Without what it has of this host the guest must not run on here."""
+        self.is_unsettled = True
+        try:
+            with trio.CancelScope(shield=True):
+                await self._acquire_again()
+            self.is_unsettled = False
+        except (ConfigError, OSError) as error:
+            raise HandOverUnknownError(
+                f"the guest was not handed over, but it stays stopped: {error}"
+            ) from error
+        finally:
+            if self.is_unsettled:
+                self._coordinator.retain()
+
+    async def _acquire_again(self) -> None:
+        give_up = trio.current_time() + _TAKE_BACK_SECONDS
+        while True:
+            try:
+                await self._parts.acquire()
+            except ConfigError:
+                if trio.current_time() >= give_up:
+                    raise
+                await trio.sleep(_TAKE_BACK_STEP)
+            else:
                 return
 
     async def _commit(self) -> None:
         why = f"no answer came for {self._options.answer_seconds} s"
-        with trio.move_on_after(self._options.answer_seconds):
-            try:
+        try:
+            with trio.move_on_after(self._options.answer_seconds):
                 await self._line.say(self._source.commit())
                 await self._until(SourceState.DONE)
-            except MigrationError as error:
-                why = str(error)
-        if self._source.state is SourceState.DONE:
-            self._coordinator.forsake()
+        except Exception as error:  # whatever a stream raises: COMMIT may have left
+            why = str(error) or repr(error)
+        finally:  # of an interrupted program, too
+            if self.is_done:
+                self._coordinator.forsake()
+            else:
+                self.is_unsettled = True
+                self._coordinator.retain()
+        if self.is_done:
             return
-        self._coordinator.retain()
         raise HandOverUnknownError(
             f"COMMIT was sent, then {why}: the guest runs at the destination, or nowhere. It "
             "stays stopped here. Look whether it runs there; if so, end it here "

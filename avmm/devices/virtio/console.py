@@ -206,12 +206,10 @@ class Console(VirtioDevice):
     async def release(self) -> None:
         for port in self._ports:
             port.release()
-        await trio.lowlevel.checkpoint()
 
     async def acquire(self) -> None:
         for port in self._ports:
             port.acquire()
-        await trio.lowlevel.checkpoint()
 
     def save(self) -> Mapping[str, Any]:
         return {

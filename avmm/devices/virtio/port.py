@@ -99,8 +99,8 @@ class Port(ConsoleStream):
         self._room = Waiters()
         self._changed = Waiters()
         self._finished = False
+        self._released = False
         self._full_since: float | None = None
-        self._is_released = False
         self._sink: HostFd | None = None
         self._sink_error: OSError | None = None
         self.on_close: Callable[[], None] = lambda: None
@@ -157,13 +157,15 @@ class Port(ConsoleStream):
     def _take(self, most: int | None) -> bytes | None:
         if not self.is_connected:
             raise trio.ClosedResourceError("this end of the port was closed")
-        output = self.output if self._has_output() else b""
+        if self._released:
+            return b"" if self._finished else None
+        output = self.output
         data = bytes(output if most is None else output[:most])
         self._has_read(len(data))
         return data if data or self._finished else None
 
     def _has_output(self) -> bool:
-        return bool(self.output) and not self._is_released
+        return bool(self.output) and not self._released
 
     def _has_read(self, count: int) -> None:
         """So much of the output has a reader."""
@@ -189,7 +191,7 @@ class Port(ConsoleStream):
             raise trio.ClosedResourceError("this end of the port was closed")
         if self._finished:
             raise trio.BrokenResourceError("the guest has ended")
-        return len(self.input) < self.input_size
+        return not self._released and len(self.input) < self.input_size
 
     def _close(self) -> None:
         if self.is_connected:
@@ -277,13 +279,14 @@ class Port(ConsoleStream):
         self.set_open(False)
 
     def release(self) -> None:
-        """Output that nobody has read yet is another machine's to give, until `acquire`."""
-        self._is_released = True
+        """What is under way goes along with the guest: nothing is received or accepted here."""
+        self._released = True
 
     def acquire(self) -> None:
-        """It is this machine's again."""
-        self._is_released = False
-        self._output.set()
+        """The guest goes on here; does nothing where it has not gone."""
+        self._released = False
+        for waiters in (self._output, self._room):
+            waiters.set()
 
     def finish(self) -> None:
         """The guest has ended: output ends after what is buffered."""
