@@ -37,8 +37,8 @@ class Serial(Device):
     `clock` is for tests.
 
     Quiesced, it takes no input (`send_all` waits) and raises no interrupt; output can still be
-    read. What is read after `save` is in the saved state as well: whoever moves a guest
-    elsewhere decides which side's reader counts.
+    read. What is read after `save` is in the saved state as well. Released, it gives no output
+    either: that is for whoever reads where the guest goes on.
     """
 
     max_width: ClassVar[int] = 1
@@ -60,6 +60,7 @@ class Serial(Device):
         self._uart = Uart(output_size, input_size, stall, clock)
         self._finished = False
         self._closed = False
+        self._released = False
         self._reader_waits = False
         self._sender_waits = False
         self._stall_reported = False
@@ -134,6 +135,15 @@ class Serial(Device):
                 self._uart.release()
             self._wake_sender()
 
+    async def release(self) -> None:
+        with self.host.lock:
+            self._released = True
+
+    async def acquire(self) -> None:
+        with self.host.lock:
+            self._released = False
+            self._output.set()
+
     def save(self) -> Mapping[str, Any]:
         with self.host.lock:
             return self._uart.save()
@@ -189,6 +199,8 @@ class Serial(Device):
         with self.host.lock:
             if self._closed:
                 raise trio.ClosedResourceError("this end of the console was closed")
+            if self._released:
+                return b"" if self._finished else None
             was_stalled = uart.stalled
             data = uart.take(most)
             over = was_stalled and not uart.stalled

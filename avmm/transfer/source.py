@@ -178,9 +178,16 @@ class Sender:
     async def _hand_over(self) -> None:
         """From the standstill on."""
         async with AsyncExitStack() as undo:
-            state = self._parts.save(with_memory=False)
             undo.push_async_callback(self._take_back)
-            await self._parts.release()
+            try:
+                await self._parts.release()
+            except OSError as error:
+                raise MigrationError(
+                    f"what the guest has of this host cannot be let go of: "
+                    f"{error.strerror or error}"
+                ) from error
+            # Not before: what somebody received of a console after that would come twice.
+            state = self._parts.save(with_memory=False)
             for frame in self._source.stated(state):
                 await self._line.say(frame)
             await self._until(SourceState.READY)

@@ -194,6 +194,14 @@ class Console(VirtioDevice):
         for port in self._ports:
             port.finish()
 
+    async def release(self) -> None:
+        for port in self._ports:
+            port.release()
+
+    async def acquire(self) -> None:
+        for port in self._ports:
+            port.acquire()
+
     def save(self) -> Mapping[str, Any]:
         return {
             "size": list(self._size),

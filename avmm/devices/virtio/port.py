@@ -95,6 +95,7 @@ class Port(ConsoleStream):
         self._room = Waiters()
         self._changed = Waiters()
         self._finished = False
+        self._released = False
         self._full_since: float | None = None
         self.on_close: Callable[[], None] = lambda: None
         """For the device: called when the host closes its end."""
@@ -122,6 +123,8 @@ class Port(ConsoleStream):
     def _take(self, most: int | None) -> bytes | None:
         if not self.is_connected:
             raise trio.ClosedResourceError("this end of the port was closed")
+        if self._released:
+            return b"" if self._finished else None
         output = self.output
         data = bytes(output if most is None else output[:most])
         del output[: len(data)]
@@ -147,7 +150,7 @@ class Port(ConsoleStream):
             raise trio.ClosedResourceError("this end of the port was closed")
         if self._finished:
             raise trio.BrokenResourceError("the guest has ended")
-        return len(self.input) < self.input_size
+        return not self._released and len(self.input) < self.input_size
 
     def _close(self) -> None:
         if self.is_connected:
@@ -215,6 +218,16 @@ class Port(ConsoleStream):
         """The driver has gone: it knows no port any more."""
         self.ready = False
         self.set_open(False)
+
+    def release(self) -> None:
+        """What is under way goes along with the guest: nothing is received or accepted here."""
+        self._released = True
+
+    def acquire(self) -> None:
+        """The guest goes on here; does nothing where it has not gone."""
+        self._released = False
+        for waiters in (self._output, self._room):
+            waiters.set()
 
     def finish(self) -> None:
         """The guest has ended: output ends after what is buffered."""
