@@ -18,10 +18,12 @@ _MOST_ENTRIES: Final = 1 << 16
 
 
 def encode(value: Any) -> bytes:
-    """`value` as bytes. Raises `StateError` where it is no plain data."""
+    """`value` as bytes. Raises `StateError` where it is no plain data, or `decode` would not take
+    it."""
     try:
+        _demand_few(value)
         data: bytes = msgpack.packb(value, use_bin_type=True, default=_refuse)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise StateError(f"this cannot be saved: {error}") from None
     return data
 
@@ -56,6 +58,14 @@ def _demand_plain(value: object) -> None:
             _demand_plain(item)
     elif value is not None and type(value) not in (int, bool, bytes, str, float):
         raise TypeError(f"{type(value).__name__} is no plain data")
+
+
+def _demand_few(value: object) -> None:
+    if isinstance(value, list | tuple | dict):
+        if len(value) > _MOST_ENTRIES:
+            raise ValueError(f"{len(value)} entries, at most {_MOST_ENTRIES} are possible")
+        for item in value.values() if isinstance(value, dict) else value:
+            _demand_few(item)
 
 
 def _refuse(value: object) -> NoReturn:
