@@ -166,6 +166,10 @@ class Parts:
             if memory is None:
                 memory = GuestMemory(config.memory)
                 stack.callback(memory.close)
+            elif memory.size != config.memory:
+                raise StateError(
+                    f"there are {memory.size} bytes of RAM, of a guest that has {config.memory}"
+                )
             self.memory = memory
             self._lay_roms(described)
             self.serial = Serial()
