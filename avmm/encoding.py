@@ -21,9 +21,9 @@ def encode(value: Any) -> bytes:
     """`value` as bytes. Raises `StateError` where it is no plain data, that `decode` would
     refuse: once it is in a file that is too late."""
     try:
-        data: bytes = msgpack.packb(value, use_bin_type=True, default=_refuse)
         _demand_readable(value)
-    except (TypeError, ValueError, OverflowError) as error:
+        data: bytes = msgpack.packb(value, use_bin_type=True, default=_refuse)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise StateError(f"this cannot be saved: {error}") from None
     return data
 

@@ -172,6 +172,10 @@ class Parts:
             if memory is None:
                 memory = GuestMemory(config.memory)
                 stack.callback(memory.close)
+            elif memory.size != config.memory:
+                raise StateError(
+                    f"there are {memory.size} bytes of RAM, of a guest that has {config.memory}"
+                )
             self.memory = memory
             self._lay_roms(described)
             self.serial = Serial()
@@ -511,7 +515,9 @@ def _configured(config: MachineConfig, stack: ExitStack, *, held: bool) -> list[
     if config.balloon:
         models.append(Balloon())
     if config.vsock is not None:
-        models.append(config.vsock.open(held=held))
+        vsock = config.vsock.open(held=held)
+        stack.callback(vsock.close)
+        models.append(vsock)
     for options in config.net:
         net = options.open(held=held)
         stack.callback(net.backend.close)
