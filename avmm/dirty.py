@@ -15,15 +15,24 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
+from avmm.errors import AvmmError
 from avmm.kvm import Vm
 from avmm.memory import GuestMemory
 from avmm.pages import PAGE, Bitmap
 
 
 class DirtyLog:
-    """Logs from when it is made until it is closed. From one task; raises `KvmError`."""
+    """Logs from when it is made until it is closed. From one task; raises `KvmError`.
+
+    There can be one at a time, since whoever collects a page takes it from all others:
+    `AvmmError` for a second one.
+    """
 
     def __init__(self, vm: Vm, memory: GuestMemory) -> None:
+        if memory.is_logged:
+            raise AvmmError(
+                "this machine's RAM is being copied already, for another snapshot or a migration"
+            )
         self._vm = vm
         self._memory = memory
         self._slots = [

@@ -187,6 +187,11 @@ class Machine:
         """End the guest from outside, paused or not; `wait` tells when that is done."""
         self._end(Outcome(Cause.STOPPED, status))
 
+    @property
+    def is_paused(self) -> bool:
+        """Does it stand still now?"""
+        return self._coordinator is not None and self._coordinator.is_paused
+
     def paused(self, deadline: float | None = None) -> AbstractAsyncContextManager[None]:
         """`async with vm.paused():` the machine stands still inside, drained and quiesced.
 
@@ -289,6 +294,8 @@ class Machine:
         if runs_here:
             await self._running.acquire()
             self._unsettled = False
+            for stream in self._running.streams:
+                stream.let_go()
             await coordinator.relinquish()
         else:
             self._unsettled = False

@@ -212,6 +212,11 @@ class GuestMemory:
         self._dirty = Bitmap(self.size // PAGE)
         self.table.log(self._dirty.data)
 
+    @property
+    def is_logged(self) -> bool:
+        """Is it noted now?"""
+        return self._dirty is not None
+
     def unlog(self) -> None:
         """Note it no more; idempotent."""
         self.table.log(None)

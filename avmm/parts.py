@@ -30,6 +30,7 @@ from avmm.config import UNCLAIMED, MachineConfig
 from avmm.description import Described
 from avmm.devices.base import Device, Doorbell, InterruptLine
 from avmm.devices.cmos import Cmos
+from avmm.devices.console import ConsoleStream
 from avmm.devices.exit import DebugExit, ExitStatus
 from avmm.devices.i8042 import I8042
 from avmm.devices.pci import PciConfig
@@ -39,7 +40,9 @@ from avmm.devices.power import Power
 from avmm.devices.serial import Serial
 from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.block import VirtioBlock
+from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.device import VirtioDevice
+from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.rng import Rng
 from avmm.dirty import DirtyLog
 from avmm.disks import open_disk
@@ -434,6 +437,14 @@ class Parts:
             raise StateError(f"the needs of {len(self.vcpus)} vCPUs are expected")
         for vcpu, needed in zip(self.vcpus, needs, strict=True):
             cpu_state.demand(self.system, vcpu, needed)
+
+    @property
+    def streams(self) -> list[ConsoleStream]:
+        """The host's ends of the guest's consoles and ports."""
+        models = [device.model for device in self.devices if isinstance(device, VirtioMmio)]
+        consoles = [model for model in models if isinstance(model, Console)]
+        ports = [port for console in consoles for port in console.ports.values()]
+        return [self.serial.stream, *ports]
 
     async def release(self) -> None:
         """Let go of what only one machine may hold (disks' locks, interfaces), for one that takes

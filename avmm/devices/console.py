@@ -18,9 +18,14 @@ class _Waitable(Protocol):
     async def wait(self) -> None:
         """Return once there may be something to move."""
 
+    def set(self) -> None:
+        """Let whoever waits look again."""
+
 
 class Cable(Protocol):
     """What a port has for its stream; its methods raise trio's errors where it is closed."""
+
+    _finished: bool
 
     @property
     def _output(self) -> _Waitable: ...
@@ -61,6 +66,10 @@ class ConsoleStream(trio.abc.Stream):
     (``b""``); sending raises `trio.BrokenResourceError`. After `aclose` every method raises
     `trio.ClosedResourceError`, and the guest's output goes nowhere (counted in the port's `lost`);
     input that was accepted still reaches the guest.
+
+    While the guest is handed over to another process nothing goes either way (`hold`), since its
+    saved state says what is buffered. Once it has gone, that is the other side's: here comes the
+    end.
     """
 
     accepted: int
@@ -71,6 +80,17 @@ class ConsoleStream(trio.abc.Stream):
         self._sending = OneTask("sending to this console")
         self._receiving = OneTask("receiving from this console")
         self.accepted = 0
+        self._is_held = False
+
+    def hold(self) -> None:
+        """For `avmm`'s own: move nothing until `let_go`, whoever waits for it."""
+        self._is_held = True
+
+    def let_go(self) -> None:
+        """Go on after `hold`; does nothing without it."""
+        self._is_held = False
+        self._cable._output.set()
+        self._cable._room.set()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data` to the guest; returns when all of it is accepted for delivery.
@@ -84,16 +104,17 @@ class ConsoleStream(trio.abc.Stream):
             self.accepted = 0
             await trio.lowlevel.checkpoint()
             while True:
-                self.accepted += cable._feed(view[self.accepted :])
-                if self.accepted == len(view):
-                    return
+                if not self._is_held or cable._finished:
+                    self.accepted += cable._feed(view[self.accepted :])
+                    if self.accepted == len(view):
+                        return
                 await cable._room.wait()
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until at least one byte would be accepted at once. Cancelling changes nothing."""
         with self._sending:
             await trio.lowlevel.checkpoint()
-            while not self._cable._has_room():
+            while not self._cable._has_room() or self._is_held:
                 await self._cable._room.wait()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -105,9 +126,12 @@ class ConsoleStream(trio.abc.Stream):
                 raise ValueError("max_bytes must be at least 1")
         with self._receiving:
             await trio.lowlevel.checkpoint()
-            while (data := self._cable._take(max_bytes)) is None:
+            while True:
+                if self._is_held and self._cable._finished:
+                    return b""
+                if not self._is_held and (data := self._cable._take(max_bytes)) is not None:
+                    return data
                 await self._cable._output.wait()
-            return data
 
     def discard_output(self) -> int:
         """Throw away what the guest has written that was not received yet: how many bytes."""

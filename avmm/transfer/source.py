@@ -178,6 +178,11 @@ class Sender:
     async def _hand_over(self) -> None:
         """From the standstill on."""
         async with AsyncExitStack() as undo:
+            # What is read from or typed into a console from here on would be there twice, or
+            # nowhere: its buffers are in the state.
+            for stream in self._parts.streams:
+                undo.callback(stream.let_go)
+                stream.hold()
             state = self._parts.save(with_memory=False)
             undo.push_async_callback(self._take_back)
             await self._parts.release()
