@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,10 @@ async def test_a_stream_that_is_held_when_the_guest_goes_has_ended(
 async def test_ram_is_copied_for_one_at_a_time(tmp_path: Path) -> None:
     """Two would take written pages from each other's log."""
     async with avmm.Machine() as vm, trio.open_nursery() as nursery:
-        nursery.start_soon(vm.snapshot, tmp_path / "first")
-        await trio.lowlevel.checkpoint()
+        copies = trio.Event()
+        first = partial(vm.snapshot, on_progress=lambda progress: copies.set())
+        nursery.start_soon(first, tmp_path / "first")
+        await copies.wait()
         with pytest.raises(AvmmError, match="copied already"):
             await vm.snapshot(tmp_path / "second")
     assert (tmp_path / "first").exists()
