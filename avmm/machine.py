@@ -187,6 +187,11 @@ class Machine:
         """End the guest from outside, paused or not; `wait` tells when that is done."""
         self._end(Outcome(Cause.STOPPED, status))
 
+    @property
+    def is_paused(self) -> bool:
+        """Does it stand still now?"""
+        return self._coordinator is not None and self._coordinator.is_paused
+
     def paused(self, deadline: float | None = None) -> AbstractAsyncContextManager[None]:
         """`async with vm.paused():` the machine stands still inside, drained and quiesced.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ssl
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
@@ -105,6 +106,8 @@ def _joined(buffers: Sequence[Buffer]) -> Sequence[Buffer]:
 
 def _why(error: Exception) -> str:
     cause = error.__cause__
+    if isinstance(cause, ssl.SSLError):  # an OSError whose number is none of errno's
+        return f"TLS: {cause.reason or cause}"
     if isinstance(cause, OSError) and cause.errno is not None:
         return f"{errno.errorcode.get(cause.errno, cause.errno)} ({cause.strerror})"
     return str(error) or type(error).__name__
