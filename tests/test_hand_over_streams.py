@@ -134,6 +134,8 @@ async def test_a_console_that_is_released_when_the_guest_goes_has_ended(
             nursery.start_soon(listen)
             nursery.start_soon(send)
             await wait_all_tasks_blocked(0.2)
+            assert vm._coordinator is not None
+            vm._coordinator.forsake()  # as when it runs elsewhere
             vm.stop()
 
 
