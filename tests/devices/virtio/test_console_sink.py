@@ -9,10 +9,13 @@ import pty
 import socket
 import tty
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.virtio_driver import EVENT_IDX, VERSION_1, Bench, Driver, settle
 
 from avmm.devices.hostfd import HostFd
@@ -343,3 +346,71 @@ async def test_a_guest_that_refills_for_ever_is_paused() -> None:
             await bench.device.quiesce()
         bench.device.finish()
     os.close(null)
+
+
+DATA = numbered(300_000)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("send"), st.integers(1, 9000)),
+        st.tuples(st.just("drain"), st.integers(1, 5000)),
+        st.tuples(st.sampled_from(["pause", "receive", "move"]), st.integers(1, 1500)),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS)
+async def test_whatever_comes_between_each_byte_goes_once_and_in_order(
+    steps: list[tuple[str, int]],
+) -> None:
+    near, far = os.pipe()
+    os.set_blocking(near, False)
+    fcntl.fcntl(far, fcntl.F_SETPIPE_SZ, PIPE)
+    bench, port = console(1000)
+    data, got, sent = DATA, b"", 0
+
+    async def write(port: Port, scope: trio.CancelScope) -> None:
+        with scope:
+            await port.write_to(far)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.device.run)
+        guest = await start(driver := Driver(bench))
+        ring = driver.rings[1]
+        nursery.start_soon(write, port, writing := trio.CancelScope())
+        for what, size in [*steps, ("end", 0)]:
+            await settle()
+            ring.take()
+            if what == "send" and len(ring.free) >= 2 and guest.at + size < bench.memory.size:
+                guest.send(data[sent : sent + size])
+                sent += size
+            elif what == "drain":
+                with suppress(BlockingIOError):
+                    got += os.read(near, size)
+            elif what == "pause":
+                await bench.device.quiesce()
+                await settle()
+                await bench.device.resume()
+            elif what in ("receive", "move"):
+                writing.cancel()
+                await settle()
+                if what == "receive" and port.output:
+                    got += drain(near)
+                    got += await port.receive_some(size)
+                elif what == "move":
+                    await bench.device.quiesce()
+                    state = bench.device.save()
+                    bench = Bench(Console(port := Port("a", output_size=1000)), bench.memory)
+                    bench.device.load(state)
+                    nursery.start_soon(bench.device.run)
+                    driver.bench = ring.bench = bench
+                nursery.start_soon(write, port, writing := trio.CancelScope())
+        with trio.fail_after(10):
+            while len(got) < sent:
+                await settle()
+                got += drain(near)
+        nursery.cancel_scope.cancel()
+    os.close(near)
+    os.close(far)
+    assert got == data[:sent]
