@@ -16,7 +16,7 @@ import avmm
 
 pytestmark = [pytest.mark.usefixtures("kvm", "nothing_left"), pytest.mark.timeout(900)]
 
-FILES = 60
+FILES = 24
 SCRIPT = f"""
 exec > /dev/console 2>&1
 mount -t ext2 /dev/vda /mnt
@@ -86,7 +86,7 @@ async def test_a_linux_that_moves_and_is_restored(vmlinux: Path, tmp_path: Path)
         cmdline=f"{CMDLINE} quiet",
         disks=[str(image)],
     )
-    hops = [8, 16, 24, 32, 40]
+    hops = [6, 9, 12, 15, 18]
 
     async def from_here(vm: avmm.Machine) -> None:
         if not hops:
