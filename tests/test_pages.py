@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -290,14 +292,19 @@ def test_the_host_logs_only_while_it_is_asked_to() -> None:
     memory.close()
 
 
-def test_pages_of_which_the_file_knows_nothing_are_populated_all_the_same() -> None:
-    memory = GuestMemory(8 * PAGE)
-    memory.write(PAGE, b"before")
-    twin = memory.fork()
-    for guest, page in ((memory, 3), (twin, 5)):
-        guest.write(page * PAGE, b"after")
-        assert members(guest.populated()) == {1, page}
-    twin.discard(5 * PAGE, PAGE)
-    assert members(twin.populated()) == {1}
+def test_pages_that_are_holes_in_the_file_are_populated_once_they_are_written(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "base"
+    path.write_bytes(bytes(3 * PAGE) + b"a" * PAGE)
+    os.truncate(path, 64 * PAGE)
+    with path.open("rb") as file:
+        memory = GuestMemory(8 * PAGE, base=(file.fileno(), 2 * PAGE))
+    before = members(memory.populated())
+    assert 1 in before
+    assert 7 not in before
+    memory.write(7 * PAGE, b"b")
+    assert members(memory.populated()) == before | {7}
+    memory.discard(7 * PAGE, PAGE)
+    assert members(memory.populated()) == before
     memory.close()
-    twin.close()
