@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -195,15 +194,8 @@ class Sender:
 
     async def _hand_over(self) -> None:
         """From the standstill on."""
-        async with AsyncExitStack() as undo:
-            undo.push_async_callback(self._take_back)
-            try:
-                await self._parts.release()
-            except OSError as error:
-                raise MigrationError(
-                    f"what the guest has of this host cannot be let go of: "
-                    f"{error.strerror or error}"
-                ) from error
+        try:
+            await self._let_go()
             # Not before: what somebody received of a console after that would come twice.
             state = self._parts.save(with_memory=False)
             for frame in self._source.stated(state):
@@ -211,9 +203,24 @@ class Sender:
             await self._until(SourceState.READY)
             self._demand_guest()
             await trio.lowlevel.checkpoint_if_cancelled()
-            undo.pop_all()
+        except BaseException as error:
+            # First: a destination that is ready holds what is to be taken back.
+            try:
+                if not isinstance(error, PeerAbortedError):
+                    await self._line.give_up(_told(error))
+            finally:
+                await self._take_back()
+            raise
         with trio.CancelScope(shield=True):
             await self._commit()
+
+    async def _let_go(self) -> None:
+        try:
+            await self._parts.release()
+        except OSError as error:
+            raise MigrationError(
+                f"what the guest has of this host cannot be let go of: {error.strerror or error}"
+            ) from error
 
     async def _take_back(self) -> None:
         """Without what it has of this host the guest must not run on here."""

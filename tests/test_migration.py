@@ -1,0 +1,412 @@
+"""Migration within one process: who runs, when it is cancelled, and what is told."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from support.guest import EXIT, machine
+
+import avmm
+from avmm.disks import RawDisk
+from avmm.errors import (
+    AvmmError,
+    ConfigError,
+    HandOverUnknownError,
+    MigrationError,
+    PauseTimeout,
+    PeerAbortedError,
+)
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.timeout(120),
+    pytest.mark.usefixtures("kvm", "nothing_left"),
+]
+
+
+async def answers(vm: avmm.Machine) -> None:
+    """It runs: it says what it is asked for."""
+    await vm.console.send_all(b"echo it is $\r")
+    said = b""
+    with trio.fail_after(10):
+        while not said.endswith(b"\r\nit is $\r\navmm> "):
+            said += await vm.console.receive_some()
+
+
+async def stands_still(vm: avmm.Machine) -> None:
+    """It does not: nothing is even taken by its console."""
+    with trio.move_on_after(0.05):
+        await vm.console.send_all(b"echo\r")
+        pytest.fail("the console has taken something")
+
+
+class Destination:
+    """The other side, in a task; `vm` once the guest is there."""
+
+    def __init__(self, nursery: trio.Nursery, stream: trio.abc.Stream, **settings: Any) -> None:
+        self._stream = stream
+        self._settings = settings
+        self.vm: avmm.Machine | None = None
+        self.error: Exception | None = None
+        self.arrived, self.ended, self._go_on = trio.Event(), trio.Event(), trio.Event()
+        nursery.start_soon(self._run)
+
+    async def _run(self) -> None:
+        try:
+            async with avmm.receive(self._stream, **self._settings) as self.vm:
+                self.arrived.set()
+                await self._go_on.wait()
+        except AvmmError as error:
+            self.error = error
+        finally:
+            self.arrived.set()
+            self.ended.set()
+
+    async def leave(self) -> None:
+        self._go_on.set()
+        await self.ended.wait()
+
+
+Pair = tuple[trio.abc.Stream, trio.abc.Stream]
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return trio.testing.memory_stream_pair()
+
+
+async def test_the_guest_goes_on_at_the_other_side(pair: Pair) -> None:
+    async with avmm.Machine(memory="16M") as vm, trio.open_nursery() as nursery:
+        await answers(vm)
+        there = Destination(nursery, pair[1])
+        report = await vm.migrate(pair[0])
+        assert 0 < report.downtime < report.total
+        assert (await vm.wait()).cause is avmm.Cause.MOVED
+        assert await vm.console.receive_some() == b""
+        await there.arrived.wait()
+        assert there.vm is not None
+        await answers(there.vm)
+        with pytest.raises(trio.BrokenResourceError):
+            await vm.console.send_all(b"x")
+        with pytest.raises(AvmmError, match="handed over"):
+            async with vm.clone():
+                pytest.fail("a second one of a guest that is not here")
+        await there.leave()
+
+
+async def test_output_that_nobody_has_received_is_received_there_only(pair: Pair) -> None:
+    console = avmm.Console()
+    async with (
+        avmm.Machine(memory="16M", devices=[avmm.virtio(console)]) as vm,
+        trio.open_nursery() as nursery,
+    ):
+        await vm.console.send_all(b"echo one\r")
+        await vm.console.receive_some(1)
+        there = Destination(nursery, pair[1], devices=[avmm.virtio(avmm.Console())])
+        got: dict[str, bytes] = {"serial": b"", "hvc": b""}
+
+        async def read(name: str, stream: trio.abc.ReceiveStream) -> None:
+            async for data in stream:
+                got[name] += data
+
+        async def type_on() -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                await vm.ports["hvc0"].send_all(b"x" * 100_000)
+
+        async with trio.open_nursery() as readers:
+            readers.start_soon(read, "serial", vm.console)
+            readers.start_soon(read, "hvc", vm.ports["hvc0"])
+            readers.start_soon(type_on)
+            await vm.migrate(pair[0])
+        await there.arrived.wait()
+        assert there.vm is not None
+        # What was accepted of the input here is in the state, and no more.
+        assert len(there.vm.ports["hvc0"].input) == vm.ports["hvc0"].accepted
+        before = got["serial"]
+        await there.vm.console.send_all(b"echo two\rexit 0\r")
+        await there.vm.wait()
+        after = b"".join([bytes(data) async for data in there.vm.console])
+        assert (before + after).count(b"echo one\r\none\r\n") == 1
+        assert (before + after).count(b"Type help") == 1
+        await there.leave()
+
+
+# -- cancelling ----------------------------------------------------------------------------
+
+
+class Countdown(trio.abc.Instrument):
+    """Cancels a scope at the n-th time that its task is scheduled."""
+
+    def __init__(self, scope: trio.CancelScope, task: trio.lowlevel.Task, number: int) -> None:
+        self._scope, self._task, self._left = scope, task, number
+        self.is_over = False
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is self._task:
+            self._left -= 1
+            if self._left == 0:
+                self.is_over = True
+                self._scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def cancelled_at(number: int) -> AsyncIterator[Countdown]:
+    """The block is cancelled at its n-th checkpoint, if there are as many."""
+    with trio.CancelScope() as scope:
+        countdown = Countdown(scope, trio.lowlevel.current_task(), number)
+        trio.lowlevel.add_instrument(countdown)
+        try:
+            yield countdown
+        finally:
+            trio.lowlevel.remove_instrument(countdown)
+
+
+async def test_cancelling_the_source_at_each_checkpoint(tmp_path: Path) -> None:
+    """Until COMMIT it runs on, with its disk; from then on it has gone."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    settings: dict[str, Any] = {"memory": "8M", "disks": [str(disk)]}
+    number, cancelled = 0, 0
+    vm = avmm.Machine(**settings)
+    has_moved = False
+    async with vm:
+        await answers(vm)
+        while not has_moved:
+            number += 1
+            near, far = trio.testing.memory_stream_pair()
+            async with trio.open_nursery() as nursery:
+                there = Destination(nursery, far, disks=[str(disk)])
+                async with cancelled_at(number) as countdown:
+                    with contextlib.suppress(HandOverUnknownError):
+                        await vm.migrate(near, answer_seconds=5)
+                        has_moved = True
+                await trio.aclose_forcefully(near)
+                await there.arrived.wait()
+                if has_moved:
+                    assert (await vm.wait()).cause is avmm.Cause.MOVED
+                    assert there.vm is not None
+                    await answers(there.vm)
+                else:
+                    assert countdown.is_over
+                    cancelled += 1
+                    assert there.vm is None, "it runs on both sides"
+                    assert isinstance(there.error, MigrationError)
+                    await answers(vm)
+                with pytest.raises(ConfigError, match="in use"):
+                    RawDisk(disk)
+                await there.leave()
+    assert cancelled > 20
+
+
+async def test_cancelling_the_destination_at_each_checkpoint(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    number = 0
+    async with avmm.Machine(memory="8M", disks=[str(disk)]) as vm:
+        await answers(vm)
+        outcomes = []
+        while "moved" not in outcomes:
+            number += 1
+            near, far = trio.testing.memory_stream_pair()
+            arrived = False
+            async with trio.open_nursery() as nursery:
+
+                async def source(stream: trio.abc.Stream = near) -> None:
+                    try:
+                        await vm.migrate(stream, stall_seconds=5, answer_seconds=5)
+                        outcomes.append("moved")
+                    except HandOverUnknownError:
+                        outcomes.append("unknown")
+                    except MigrationError:
+                        outcomes.append("failed")
+
+                nursery.start_soon(source)
+                async with cancelled_at(number), avmm.receive(far, disks=[str(disk)]):
+                    arrived = True  # cancelled from here on it ends there, as any machine
+                await trio.aclose_forcefully(far)
+            assert arrived == (outcomes[-1] == "moved"), outcomes
+            if not arrived:
+                if outcomes[-1] == "unknown":
+                    await vm.settle(runs_here=True)
+                await answers(vm)
+        assert outcomes.count("failed") > 10
+
+
+# -- streams that keep no contract ---------------------------------------------------------
+
+
+class Strange(trio.abc.Stream):
+    """One whose n-th call of a kind raises what no stream should raise."""
+
+    def __init__(
+        self, stream: trio.abc.Stream, at: Callable[[str, bytes], bool], error: Any
+    ) -> None:
+        self._stream, self._at, self._error = stream, at, error
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+        if self._at("sent", bytes(data)):
+            raise self._error
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        data = await self._stream.receive_some(max_bytes)
+        if self._at("received", bytes(data)):
+            raise self._error
+        return data
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+COMMIT, RUNNING = 10, 11
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "gone"), RuntimeError("odd"), KeyboardInterrupt()]
+)
+@pytest.mark.parametrize(("what", "kind"), [("sent", COMMIT), ("received", RUNNING)])
+async def test_whatever_comes_after_commit_the_source_does_not_run(
+    pair: Pair, what: str, kind: int, error: BaseException
+) -> None:
+    stream = Strange(pair[0], lambda did, data: did == what and data[:1] == bytes([kind]), error)
+    async with avmm.Machine(memory="8M") as vm, trio.open_nursery() as nursery:
+        await answers(vm)
+        there = Destination(nursery, pair[1])
+        with pytest.raises(BaseException) as caught:
+            await vm.migrate(stream, answer_seconds=2)
+        wanted = HandOverUnknownError if isinstance(error, Exception) else KeyboardInterrupt
+        assert caught.type is wanted
+        await there.arrived.wait()
+        assert there.vm is not None
+        await answers(there.vm)
+        await stands_still(vm)
+        with pytest.raises(AvmmError, match="handed over"):
+            async with vm.clone():
+                pytest.fail("a second one of a guest that may run elsewhere")
+        await vm.settle(runs_here=False)
+        assert (await vm.wait()).cause is avmm.Cause.MOVED
+        await there.leave()
+
+
+async def test_that_running_cannot_be_told_is_no_end_of_the_guest(pair: Pair) -> None:
+    def at(did: str, data: bytes) -> bool:
+        return did == "sent" and data[:1] == bytes([RUNNING])
+
+    stream = Strange(pair[1], at, RuntimeError("odd"))
+    async with avmm.Machine(memory="8M") as vm, trio.open_nursery() as nursery:
+        await answers(vm)
+        there = Destination(nursery, stream)
+        await vm.migrate(pair[0])
+        await there.arrived.wait()
+        assert there.vm is not None
+        await answers(there.vm)
+        await there.leave()
+
+
+# -- a guest that ends ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("microseconds", [0, 3000, 10_000, 20_000, 40_000])
+async def test_a_guest_that_ends_meanwhile_ends_on_one_side(pair: Pair, microseconds: int) -> None:
+    async with avmm.Machine(memory="64M") as vm, trio.open_nursery() as nursery:
+        await answers(vm)
+        there = Destination(nursery, pair[1])
+        moved = False
+
+        async def migrate() -> None:
+            nonlocal moved
+            with contextlib.suppress(MigrationError):
+                await vm.migrate(pair[0])
+                moved = True
+            await trio.aclose_forcefully(pair[0])
+
+        async with trio.open_nursery() as both:
+            both.start_soon(migrate)
+            await trio.sleep(microseconds / 1e6)
+            with contextlib.suppress(trio.BrokenResourceError):
+                await vm.console.send_all(b"exit 7\r")
+        await there.arrived.wait()
+        outcome = await vm.wait()
+        assert moved == (there.vm is not None) == (outcome.cause is avmm.Cause.MOVED)
+        if there.vm is None:
+            assert outcome.status == 7
+        else:  # the command may have come too late, and then nobody has it
+            with contextlib.suppress(trio.BrokenResourceError):
+                await there.vm.console.send_all(b"\rexit 7\r")
+            assert (await there.vm.wait()).status == 7
+        await there.leave()
+
+
+async def test_a_guest_that_has_ended_is_not_migrated(pair: Pair, tmp_path: Path) -> None:
+    async with machine(tmp_path, EXIT.format(3)) as vm, trio.open_nursery() as nursery:
+        await vm.wait()
+        there = Destination(nursery, pair[1])
+        with pytest.raises(MigrationError, match="the guest has ended"):
+            await vm.migrate(pair[0])
+        await there.ended.wait()
+        assert isinstance(there.error, PeerAbortedError)
+        assert (await vm.wait()).status == 3
+
+
+# -- one at a time -------------------------------------------------------------------------
+
+
+async def test_no_snapshot_takes_a_migrations_pages(pair: Pair, tmp_path: Path) -> None:
+    """Two logs of the same pages: each would miss what the other has taken."""
+    async with avmm.Machine(memory="16M") as vm, trio.open_nursery() as nursery:
+        await answers(vm)
+        with trio.CancelScope() as migration:
+            there = Destination(nursery, pair[1])
+
+            async def copy(progress: object) -> None:
+                with pytest.raises(AvmmError, match="copied already"):
+                    await vm.snapshot(tmp_path / "snap")
+                with pytest.raises(MigrationError, match="migrated already"):
+                    await vm.migrate(pair[0])
+                migration.cancel()
+
+            await vm.migrate(
+                pair[0],
+                bandwidth=200_000,
+                on_progress=lambda progress: (
+                    nursery.start_soon(copy, progress) if progress.pages_sent == 0 else None
+                ),
+            )
+        await trio.aclose_forcefully(pair[0])
+        await there.ended.wait()
+        assert list(tmp_path.iterdir()) == []
+        await vm.snapshot(tmp_path / "snap")
+        await answers(vm)
+
+
+async def test_a_pause_that_takes_too_long_is_told_as_that(pair: Pair, tmp_path: Path) -> None:
+    class Slow(avmm.Device):
+        async def run(self) -> None:
+            await trio.sleep_forever()
+
+        async def quiesce(self) -> None:
+            await trio.sleep_forever()
+
+    async with (
+        avmm.Machine(memory="16M", devices=[avmm.pio(Slow(), 0x300, 1)]) as vm,
+        trio.open_nursery() as nursery,
+    ):
+        with pytest.raises(PauseTimeout, match="Slow has not finished"):
+            await vm.snapshot(tmp_path / "snap", deadline=0.1)
+        assert list(tmp_path.iterdir()) == []
+        there = Destination(nursery, pair[1], devices=[avmm.pio(Slow(), 0x300, 1)])
+        with pytest.raises(PauseTimeout, match="Slow has not finished"):
+            await vm.migrate(pair[0], deadline=0.1)
+        await there.ended.wait()
+        assert "Slow has not finished" in str(there.error)
+        await answers(vm)

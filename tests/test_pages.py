@@ -1,0 +1,310 @@
+"""RAM that is copied, forked and given back while it is written, against plain bytes."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from avmm import memory as memory_module
+from avmm.memory import HOLE_END, HOLE_START, GuestMemory
+from avmm.pages import PAGE, RUN_BYTES, Bitmap, Packer, unpack
+from avmm.vring import SplitRing
+
+PAGES = 70
+"""More than one word of a bitmap has bits."""
+SIZE = PAGES * PAGE
+RING = 64 * PAGE
+"""Where each guest has a ring of 8: descriptors, then the available and the used ring."""
+AVAIL, USED = RING + PAGE, RING + 2 * PAGE
+ENTRIES = 8
+COUNTS = st.integers(0, 3)
+
+
+class Guest:
+    """A guest's RAM, what it should hold, and a copy of it under way."""
+
+    def __init__(self, memory: GuestMemory, model: bytearray, base: bytes | None) -> None:
+        self.memory = memory
+        self.model = model
+        self.base = base
+        """What its private mapping's file holds; None while it is shared."""
+        self.left: Bitmap | None = None
+        self.copy = bytearray(SIZE)
+        self.skip_zeros = True
+        self.pushed = 0
+        self.ring: SplitRing | None = None
+
+    def write(self, at: int, data: bytes) -> None:
+        self.memory.write(at, data)
+        self.model[at : at + len(data)] = data
+
+
+def copied(packer: Packer, left: Bitmap, into: bytearray, *, skip_zeros: bool) -> None:
+    packer.rewind()
+    while (packed := packer.next(left, skip_zeros=skip_zeros)) is not None:
+        # Both are used again by the next call: what is kept of them must not depend on it.
+        assert unpack(memoryview(into), packed.runs, packed.data)
+    assert len(left) == 0
+
+
+class RamMachine(RuleBasedStateMachine):
+    """Everything that is done to RAM, on up to four guests that came of each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guests = [Guest(GuestMemory(SIZE), bytearray(SIZE), None)]
+
+    def teardown(self) -> None:
+        for guest in self.guests:
+            guest.memory.close()
+
+    def pick(self, which: int) -> Guest:
+        return self.guests[which % len(self.guests)]
+
+    @rule(which=COUNTS, at=st.integers(0, RING - 3 * PAGE), data=st.binary(max_size=2 * PAGE + 2))
+    def write(self, which: int, at: int, data: bytes) -> None:
+        self.pick(which).write(at, data)
+
+    @rule(which=COUNTS, page=st.integers(0, 63), count=st.integers(1, 3))
+    def zero(self, which: int, page: int, count: int) -> None:
+        self.pick(which).write(page * PAGE, bytes(min(count, 64 - page) * PAGE))
+
+    @rule(
+        which=COUNTS, at=st.integers(0, 63 * PAGE), length=st.integers(1, PAGE), more=st.booleans()
+    )
+    def push(self, which: int, at: int, length: int, more: bool) -> None:
+        """A device fills a buffer where it is and gives it back, as virtio devices do it."""
+        guest = self.pick(which)
+        head, slot = guest.pushed % ENTRIES, guest.pushed % ENTRIES
+        if guest.ring is None:
+            guest.ring = SplitRing(
+                guest.memory.table, ENTRIES, RING, AVAIL, USED, event_idx=False, indirect=False
+            )
+        guest.write(RING + 16 * head, struct.pack("<QIHH", at, length, 2, 0))
+        guest.write(AVAIL + 4 + 2 * slot, struct.pack("<H", head))
+        guest.write(AVAIL + 2, struct.pack("<H", guest.pushed + 1))
+        assert guest.ring.pop()
+        offset, size = guest.ring.parts[:2]
+        assert (offset, size) == (at, length)
+        filled = bytes([guest.pushed % 255 + 1]) * length
+        guest.memory.whole[at : at + length] = filled
+        guest.model[at : at + length] = filled
+        guest.ring.push(head, length, more)
+        guest.pushed += 1
+        guest.model[USED + 4 + 8 * slot : USED + 12 + 8 * slot] = struct.pack("<II", head, length)
+        if not more:
+            guest.model[USED + 2 : USED + 4] = struct.pack("<H", guest.pushed)
+
+    @rule(which=COUNTS, page=st.integers(0, 63), count=st.integers(1, 3))
+    def discard(self, which: int, page: int, count: int) -> None:
+        guest = self.pick(which)
+        start, end = page * PAGE, min(page + count, 64) * PAGE
+        guest.memory.discard(start, end - start)
+        guest.model[start:end] = (
+            bytes(end - start) if guest.base is None else guest.base[start:end]
+        )
+
+    @precondition(lambda self: len(self.guests) < 4)
+    @rule(which=COUNTS)
+    def fork(self, which: int) -> None:
+        guest = self.pick(which)
+        memory = guest.memory.fork()
+        if guest.base is None:
+            guest.base = bytes(guest.model)
+        twin = Guest(memory, bytearray(guest.model), guest.base)
+        twin.pushed = 0
+        self.guests.append(twin)
+        # A ring of its own, from the beginning.
+        twin.write(AVAIL, bytes(PAGE))
+        twin.write(USED, bytes(PAGE))
+
+    @rule(which=COUNTS)
+    def begin_copy(self, which: int) -> None:
+        guest = self.pick(which)
+        if guest.left is None:
+            guest.memory.log()
+            guest.left, guest.copy, guest.skip_zeros = (
+                guest.memory.populated(),
+                bytearray(SIZE),
+                True,
+            )
+
+    @rule(which=COUNTS, small=st.booleans())
+    def copy_round(self, which: int, small: bool) -> None:
+        """After it the copy is what RAM is: nothing that was written meanwhile is missed."""
+        guest = self.pick(which)
+        if guest.left is None:
+            return
+        guest.memory.take_dirty(guest.left)
+        packer = Packer(guest.memory.whole, 2, 3) if small else Packer(guest.memory.whole)
+        copied(packer, guest.left, guest.copy, skip_zeros=guest.skip_zeros)
+        guest.skip_zeros = False
+        assert guest.copy == guest.model
+
+    @rule(which=COUNTS)
+    def end_copy(self, which: int) -> None:
+        guest = self.pick(which)
+        guest.memory.unlog()
+        guest.left = None
+
+    @rule()
+    def look(self) -> None:
+        """Nobody sees what another one writes."""
+        for guest in self.guests:
+            assert guest.memory.read(0, SIZE) == guest.model
+
+    @rule(which=COUNTS)
+    def look_at_contents(self, which: int) -> None:
+        guest, found = self.pick(which), bytearray(SIZE)
+        for gpa, data in guest.memory.contents():
+            found[gpa : gpa + len(data)] = data
+        assert found == guest.model
+
+
+TestRam = RamMachine.TestCase
+TestRam.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ram_at_length() -> None:
+    class Long(RamMachine.TestCase):  # type: ignore[misc, name-defined]
+        settings = settings(max_examples=1500, stateful_step_count=60, deadline=None)
+
+    Long("runTest").runTest()
+
+
+# -- the parts -----------------------------------------------------------------------------
+
+SETS = st.sets(st.integers(0, PAGES - 1))
+
+
+def bitmap(pages: set[int], size: int = PAGES) -> Bitmap:
+    result = Bitmap(size)
+    for page in pages:
+        result.mark(page * PAGE, 1)
+    return result
+
+
+def members(found: Bitmap) -> set[int]:
+    return {page for start, end in found.runs() for page in range(start, end)}
+
+
+@given(SETS, SETS)
+def test_a_bitmap_is_a_set(one: set[int], other: set[int]) -> None:
+    a, b = bitmap(one), bitmap(other)
+    assert members(a) == one
+    assert len(a) == len(one)
+    assert all(end == PAGES or end not in one for _, end in a.runs())  # runs are whole
+    a.move_into(b)
+    assert (members(a), members(b)) == (set(), one | other)
+    whole = Bitmap(64 + PAGES)
+    whole.add(b, 64)
+    assert members(whole) == {64 + page for page in one | other}
+
+
+@given(st.integers(0, SIZE - 1), st.integers(0, 3 * PAGE))
+def test_a_mark_is_of_every_page_that_it_touches(at: int, length: int) -> None:
+    length = min(length, SIZE - at)
+    found = Bitmap(PAGES)
+    found.mark(at, length)
+    assert members(found) == {byte // PAGE for byte in range(at, at + length)}
+
+
+RUNS = st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 3))
+NEAR = st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 2))
+
+
+@given(st.lists(NEAR | RUNS, max_size=5), st.integers(0, 6), st.binary(max_size=1))
+def test_hostile_runs_write_all_that_they_tell_or_nothing(
+    runs: list[tuple[int, int, int]], pages: int, odd: bytes
+) -> None:
+    model = bytearray(b"\xee" * (8 * PAGE))
+    ram = bytearray(model)
+    data = b"".join(bytes([page + 1]) * PAGE for page in range(pages))
+    good = all(kind < 2 and count and page + count <= 8 for page, count, kind in runs)
+    good = good and sum(count for _, count, kind in runs if kind == 1) == pages and not odd
+    packed = b"".join(struct.pack("<QII", *run) for run in runs)
+    assert unpack(memoryview(ram), memoryview(packed), memoryview(data + odd)) is good
+    if good:
+        rest = data
+        for page, count, kind in runs:
+            length = count * PAGE
+            part, rest = (rest[:length], rest[length:]) if kind else (bytes(length), rest)
+            model[page * PAGE : page * PAGE + length] = part
+    assert ram == model
+
+
+def test_half_a_run_is_none() -> None:
+    assert not unpack(
+        memoryview(bytearray(PAGE)), memoryview(bytes(RUN_BYTES - 1)), memoryview(b"")
+    )
+
+
+def test_without_copies_there_are_runs_only() -> None:
+    ram = bytearray(b"\1" * PAGE + bytes(PAGE) + b"\2" * PAGE)
+    packer = Packer(memoryview(ram), copies=False)
+    packed = packer.next(bitmap({0, 1, 2}, 3))
+    assert packed is not None
+    assert list(packed.each()) == [(0, 1, True), (1, 1, False), (2, 1, True)]
+    assert packed.pages == 0
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> Iterator[GuestMemory]:
+    """RAM on both sides of the hole, of which hardly any is there."""
+    monkeypatch.setattr(memory_module, "check_size", lambda size: size)
+    memory = GuestMemory(HOLE_START + 64 * PAGE)
+    yield memory
+    memory.close()
+
+
+def test_pages_above_the_hole_are_counted_on(large: GuestMemory) -> None:
+    below = HOLE_START // PAGE
+    large.write(HOLE_START - 1, b"a")
+    large.log()
+    assert members(large.populated()) == {below - 1}
+    large.write(HOLE_END + PAGE, b"b")
+    large.discard(HOLE_END + 7 * PAGE, PAGE)
+    large.mark(HOLE_START, PAGE)  # the hole is no RAM
+    found = Bitmap(large.size // PAGE)
+    large.take_dirty(found)
+    assert members(found) == {below + 1, below + 7}
+    assert list(large.contents())[1:] == [(HOLE_END + PAGE, b"b".ljust(PAGE, b"\0"))]
+
+
+def test_the_host_logs_only_while_it_is_asked_to() -> None:
+    memory, found = GuestMemory(4 * PAGE), Bitmap(4)
+    memory.write(0, b"a")
+    memory.log()
+    memory.write(PAGE, b"b")
+    memory.unlog()
+    memory.log()
+    memory.take_dirty(found)
+    assert members(found) == set()
+    memory.close()
+
+
+def test_pages_that_are_holes_in_the_file_are_populated_once_they_are_written(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "base"
+    path.write_bytes(bytes(3 * PAGE) + b"a" * PAGE)
+    os.truncate(path, 64 * PAGE)
+    with path.open("rb") as file:
+        memory = GuestMemory(8 * PAGE, base=(file.fileno(), 2 * PAGE))
+    before = members(memory.populated())
+    assert 1 in before
+    assert 7 not in before
+    memory.write(7 * PAGE, b"b")
+    assert members(memory.populated()) == before | {7}
+    memory.discard(7 * PAGE, PAGE)
+    assert members(memory.populated()) == before
+    memory.close()
