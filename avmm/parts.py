@@ -511,7 +511,9 @@ def _configured(config: MachineConfig, stack: ExitStack, *, held: bool) -> list[
     if config.balloon:
         models.append(Balloon())
     if config.vsock is not None:
-        models.append(config.vsock.open(held=held))
+        vsock = config.vsock.open(held=held)
+        stack.callback(vsock.close)
+        models.append(vsock)
     for options in config.net:
         net = options.open(held=held)
         stack.callback(net.backend.close)
