@@ -73,6 +73,7 @@ async def taken(path: Path, memory: str = "5M") -> None:
         await vm.snapshot(path)
 
 
+@pytest.mark.lab
 async def test_a_snapshot_is_as_its_format_says(tmp_path: Path) -> None:
     """RAM that is no multiple of a chunk, two vCPUs, a virtio device."""
     path = tmp_path / "guest.snap"
