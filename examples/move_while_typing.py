@@ -10,20 +10,22 @@ import trio
 
 import avmm
 
-TEXT = b"".join(b"echo line %d\r" % number for number in range(1, 21)) + b"exit 3\r"
+LINES = [b"echo line %d\r" % number for number in range(1, 21)]
 
 
 async def type_text(vm: avmm.Machine, other: trio.Process) -> None:
-    """Type, a key at a time, where the guest is."""
+    """Type, a key at a time, where the guest is; and end it when it has moved."""
     assert other.stdin is not None
     keyboard: trio.abc.SendStream = vm.console
-    for key in TEXT:
+    for key in b"".join(LINES):
         await trio.sleep(0.005)
         try:
             await keyboard.send_all(bytes([key]))
         except trio.BrokenResourceError:  # the guest has gone, without this key
             keyboard = other.stdin
             await keyboard.send_all(bytes([key]))
+    await vm.wait()
+    await other.stdin.send_all(b"exit 3\r")
 
 
 async def show(screen: trio.abc.ReceiveStream) -> None:
