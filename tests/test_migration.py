@@ -150,9 +150,9 @@ PAGES = 2048
 DIRTYING = f"""
     1: inc rax; mov rbx, rax; and rbx, {PAGES - 1}; shl rbx, 12
     mov [rbx + 0x200000], rax
-    mov ecx, 60; 2: dec ecx; jnz 2b; jmp 1b
+    mov ecx, {{}}; 2: dec ecx; jnz 2b; jmp 1b
 """
-"""Page after page gets the next number, not so fast that soon all of them have a new one."""
+"""Page after page gets the next number; so slowly that not all of them have a new one soon."""
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ async def test_no_page_is_missed_and_the_source_writes_none_after_commit(
     pair: Pair, tmp_path: Path
 ) -> None:
     async with (
-        machine(tmp_path, DIRTYING, memory="16M") as vm,
+        machine(tmp_path, DIRTYING.format(60), memory="16M") as vm,
         trio.open_nursery() as nursery,
     ):
         at_commit: list[list[int]] = []
@@ -211,7 +211,7 @@ async def test_no_page_is_missed_and_the_source_writes_none_after_commit(
 
 @pytest.mark.usefixtures("busy_host")
 async def test_a_snapshot_misses_no_page(tmp_path: Path) -> None:
-    async with machine(tmp_path, DIRTYING, memory="16M") as vm:
+    async with machine(tmp_path, DIRTYING.format(400), memory="16M") as vm:
         while min(numbers(vm)) == 0:
             await trio.lowlevel.checkpoint()
         await vm.snapshot(tmp_path / "snap")
