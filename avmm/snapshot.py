@@ -310,7 +310,11 @@ def read(path: str | os.PathLike[str], *, verify: bool = False) -> Snapshot:
                 _verify(file, header, name)
         except OSError as error:
             raise SnapshotError(f"snapshot {name}: {error.strerror}") from None
-        if type(content) is not dict or set(content) != {"description", "state"}:
+        if (
+            type(content) is not dict
+            or set(content) != {"description", "state"}
+            or type(content["state"]) is not dict  # None would be a machine that boots
+        ):
             raise SnapshotError(f"snapshot {name}: expected a description and a state in it")
         stack.pop_all()
     open_memory = partial(_map, file, header, name)

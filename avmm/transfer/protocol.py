@@ -248,8 +248,9 @@ class Destination(_Side):
         return None, self._encoder.frame(Kind.HELLO, encode(answer))
 
     def _offer(self, frame: Frame) -> tuple[Event, list[Buffer]]:
+        offer = Offer(_decoded(frame))
         self.state = DestinationState.OFFERED
-        return Offer(_decoded(frame)), []
+        return offer, []
 
     def _pages(self, frame: Frame) -> tuple[Event, list[Buffer]]:
         if self._collected:

@@ -1,0 +1,369 @@
+"""Snapshots as files: damaged ones, hostile ones, and ones that could not be written."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import struct
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import xxhash
+
+import avmm
+from avmm import snapshot
+from avmm.encoding import encode
+from avmm.errors import ConfigError, SnapshotError, StateError
+from avmm.pages import PAGE
+from avmm.snapshot import CHUNK, HEADER_BYTES, Header
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.timeout(120),
+    pytest.mark.usefixtures("kvm", "nothing_left"),
+]
+
+
+@pytest.fixture
+async def snap(tmp_path: Path) -> Path:
+    path = tmp_path / "guest.snap"
+    async with avmm.Machine(memory="8M") as vm:
+        await vm.console.receive_some()
+        await vm.snapshot(path)
+    return path
+
+
+def header_of(path: Path) -> Header:
+    with path.open("rb") as file:
+        return Header.unpack(file.read(HEADER_BYTES), path.stat().st_size, path.name)
+
+
+def change(path: Path, at: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1 << at % 8]))
+
+
+def refused(path: Path, why: str, *, verify: bool = False) -> None:
+    with pytest.raises(SnapshotError, match=f"^snapshot {path}: .*{why}"):
+        snapshot.read(path, verify=verify)
+
+
+async def runs(path: Path, **settings: Any) -> None:
+    async with avmm.restore(path, **settings) as vm:
+        await vm.console.send_all(b"exit 9\r")
+        assert (await vm.wait()).status == 9
+
+
+async def test_it_goes_on_however_often(snap: Path) -> None:
+    before = snap.read_bytes()
+    for verify in (False, True):
+        await runs(snap, verify=verify)
+    assert snap.read_bytes() == before
+
+
+async def test_its_length_is_told(snap: Path) -> None:
+    header = header_of(snap)
+    assert header.file_bytes == snap.stat().st_size
+    for length in (0, 5):
+        os.truncate(snap, length)
+        refused(snap, "it is none")
+
+
+async def test_cut_off_anywhere(snap: Path) -> None:
+    header = header_of(snap)
+    edges = (HEADER_BYTES, header.sums_offset, header.body_offset, header.file_bytes)
+    lengths = {8, 100, HEADER_BYTES - 1, *edges, *(edge - 1 for edge in edges)}
+    for length in sorted(lengths - {header.file_bytes}, reverse=True):
+        os.truncate(snap, length)
+        refused(snap, "it is cut off")
+
+
+async def test_something_after_its_end(snap: Path) -> None:
+    with snap.open("ab") as file:
+        file.write(b"x")
+    refused(snap, "bytes long, expected")
+
+
+async def test_every_flipped_byte_of_header_and_body(snap: Path) -> None:
+    header = header_of(snap)
+    moments = random.Random(1)
+    body = range(header.body_offset, header.file_bytes)
+    places = [*range(96), *moments.sample(body, 300), body[0], body[-1]]
+    for at in places:
+        flip(snap, at)
+        refused(snap, "")
+        flip(snap, at)
+    await runs(snap)
+
+
+async def test_flipped_bytes_of_ram_and_its_sums_are_found_by_verify(snap: Path) -> None:
+    header = header_of(snap)
+    moments = random.Random(2)
+    for _ in range(20):
+        at = moments.randrange(header.memory_bytes)
+        flip(snap, header.memory_offset + at)
+        chunk = at // CHUNK * CHUNK
+        refused(snap, f"its RAM is damaged, at {chunk:#x} to {chunk + CHUNK:#x}", verify=True)
+        flip(snap, header.memory_offset + at)
+    for at in range(header.sums_offset, header.sums_offset + header.sums_bytes):
+        flip(snap, at)
+        refused(snap, "a checksum does not fit", verify=True)
+        flip(snap, at)
+    await runs(snap, verify=True)
+
+
+@pytest.mark.parametrize("how", ["--sparse=never", "--sparse=always"])
+async def test_a_copy_is_as_good(snap: Path, tmp_path: Path, how: str) -> None:
+    """Holes become zeros, or zeros holes."""
+    copy = tmp_path / "copy"
+    await trio.run_process(["cp", how, snap, copy])
+    await runs(copy, verify=True)
+
+
+async def test_zeros_that_became_a_hole_are_no_damage(snap: Path, tmp_path: Path) -> None:
+    header = header_of(snap)
+    last = header.memory_bytes // CHUNK - 1
+    zeros = xxhash.xxh3_64_intdigest(bytes(CHUNK))
+    sums = bytearray(snap.read_bytes()[header.sums_offset :][: header.sums_bytes])
+    sums[8 * last :] = zeros.to_bytes(8, "little")  # as of a file system without holes
+    change(snap, header.sums_offset, sums)
+    change(snap, header.memory_offset + last * CHUNK, bytes(CHUNK))
+    change(snap, 0, replace(header, sums_sum=xxhash.xxh3_64_intdigest(sums)).pack())
+    copy = tmp_path / "copy"
+    await trio.run_process(["cp", "--sparse=always", snap, copy])
+    for path in (snap, copy):
+        snapshot.read(path, verify=True).close()
+
+
+@pytest.mark.parametrize("version", [0, 2, 0xFFFF_FFFF])
+async def test_other_versions(snap: Path, version: int) -> None:
+    change(snap, 8, struct.pack("<I", version))
+    refused(snap, f"format version {version}; this avmm reads 1")
+
+
+HUGE = (1 << 64) - PAGE
+LIES: dict[str, Callable[[Header], Header]] = {
+    "memory too long": lambda h: replace(h, memory_bytes=HUGE),
+    "memory and sums too long": lambda h: replace(
+        h, memory_bytes=1 << 50, sums_bytes=8 * ((1 << 50) // CHUNK)
+    ),
+    "memory far away": lambda h: replace(h, memory_offset=HUGE),
+    "memory in the header": lambda h: replace(h, memory_offset=0),
+    "memory between pages": lambda h: replace(h, memory_offset=h.memory_offset + 1),
+    "half a page": lambda h: replace(h, memory_bytes=h.memory_bytes - 1),
+    "body too long": lambda h: replace(h, body_bytes=HUGE),
+    "body after the end": lambda h: replace(h, body_offset=h.file_bytes),
+    "no body": lambda h: replace(h, body_bytes=0),
+    "too few sums": lambda h: replace(h, sums_bytes=h.sums_bytes - 8),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
+async def test_a_header_that_lies(snap: Path, lie: Callable[[Header], Header]) -> None:
+    """With a right checksum. Nothing is made of what it says."""
+    change(snap, 0, lie(header_of(snap)).pack())
+    tracemalloc.start()
+    try:
+        refused(snap, "parts that cannot be")
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1 << 20
+
+
+async def test_a_long_body_of_holes_takes_no_memory(snap: Path) -> None:
+    header, length = header_of(snap), 256 << 20
+    right = xxhash.xxh3_64()
+    for _ in range(256):
+        right.update(bytes(1 << 20))
+    end = header.body_offset + length
+    os.truncate(snap, header.body_offset)
+    os.truncate(snap, end)
+    lie = replace(header, body_bytes=length, file_bytes=end, body_sum=1)
+    tracemalloc.start()
+    try:
+        for known, why in ((1, "a checksum"), (right.intdigest(), "its state is damaged")):
+            change(snap, 0, replace(lie, body_sum=known).pack())
+            refused(snap, why)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1 << 20
+
+
+def rewrite(path: Path, content: object) -> None:
+    """With this body, and all checksums right."""
+    header, body = header_of(path), encode(content)
+    os.truncate(path, header.body_offset)
+    change(path, header.body_offset, body)
+    header = replace(
+        header,
+        body_bytes=len(body),
+        file_bytes=header.body_offset + len(body),
+        body_sum=xxhash.xxh3_64_intdigest(body),
+    )
+    change(path, 0, header.pack())
+
+
+async def test_bodies_that_hold_something_else(snap: Path) -> None:
+    opened = snapshot.read(snap)
+    opened.close()
+    for content in (
+        [],
+        {},
+        {"state": 1},
+        {"description": {}, "state": {}, "more": 1},
+        {"description": opened.description, "state": None},
+    ):
+        rewrite(snap, content)
+        refused(snap, "expected a description and a state")
+    told = opened.description
+    for description in (
+        None,
+        {},
+        told | {"version": 2},
+        told | {"more": 1},
+        told | {"disks": [{"name": "/etc/passwd"}]},
+        told | {"settings": told["settings"] | {"memory": -1}},
+        told | {"settings": told["settings"] | {"memory": 16 << 20}},
+        told | {"settings": told["settings"] | {"cpus": "1"}},
+        told | {"settings": told["settings"] | {"kernel": "/etc/passwd"}},
+        told | {"devices": []},
+        told | {"devices": [5]},
+        told | {"roms": [[5, b"x"]]},
+        told | {"roms": [[-4096, b"x"]]},
+    ):
+        rewrite(snap, {"description": description, "state": opened.state})
+        with pytest.raises((StateError, ConfigError)):
+            async with avmm.restore(snap):
+                pytest.fail(f"{description} was taken")
+    for state in ({}, opened.state | {"version": 2}, opened.state | {"vcpus": []}):
+        rewrite(snap, {"description": told, "state": state})
+        with pytest.raises(StateError):
+            async with avmm.restore(snap):
+                pytest.fail(f"{state} was taken")
+    rewrite(snap, {"description": told, "state": opened.state})
+    await runs(snap)
+
+
+async def test_what_is_missing_is_asked_for_and_nothing_is_left_open(tmp_path: Path) -> None:
+    disk, snap = tmp_path / "disk", tmp_path / "snap"
+    disk.write_bytes(bytes(4096))
+    settings: dict[str, Any] = {"disks": [str(disk)], "vsock": "cid=3"}
+    async with avmm.Machine(memory="8M", **settings) as vm:
+        await vm.snapshot(snap)
+    for given, why in (
+        ({}, f"the guest has 1 disks .*{disk.name}.* not 0"),
+        ({"disks": [str(disk)]}, "socket device, with CID 3: expected vsock"),
+        ({"disks": [f"{disk},ro"], "vsock": "cid=3"}, "as writable"),
+        ({"disks": [f"{disk},overlay"], "vsock": "cid=3"}, "is no overlay"),
+        (settings | {"net": ["tap=x"]}, "0 network devices"),
+        (settings | {"cpus": 2}, "cpus: the guest has seen it"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            avmm.restore(snap, **given)
+    await runs(snap, **settings)
+
+
+async def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    disk = tmp_path / "disk\udcff"
+    disk.write_bytes(bytes(4096))
+    async with avmm.Machine(memory="8M", disks=[avmm.DiskOptions(disk)]) as vm:
+        await vm.snapshot(tmp_path / "snap")
+    await runs(tmp_path / "snap", disks=[avmm.DiskOptions(disk)])
+
+
+# -- writing -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def most_file_bytes() -> Iterator[Callable[[int], None]]:
+    """Sets a limit for files, as a disk has one that is full (but for the error's number)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+async def test_a_full_disk_leaves_the_snapshot_that_was_there(
+    snap: Path, tmp_path: Path, most_file_bytes: Callable[[int], None]
+) -> None:
+    before, size = snap.read_bytes(), snap.stat().st_size
+    body = header_of(snap).body_offset
+    async with avmm.Machine(memory="8M") as vm:
+        await vm.console.receive_some()
+        for most in (0, HEADER_BYTES, body - 1, body, body + 100, size // 2):
+            most_file_bytes(most)
+            with pytest.raises(SnapshotError, match=f"snapshot {snap}: File too large"):
+                await vm.snapshot(snap)
+            most_file_bytes(resource.RLIM_INFINITY)
+            assert snap.read_bytes() == before
+            assert list(tmp_path.iterdir()) == [snap]
+        await vm.snapshot(snap)
+        await vm.console.send_all(b"exit 4\r")
+        assert (await vm.wait()).status == 4
+    await runs(snap, verify=True)
+
+
+async def test_cancelled_at_each_checkpoint(snap: Path, tmp_path: Path) -> None:
+    """The old one is there, or the new one, and the guest runs on."""
+    number, cancelled, is_over = 0, 0, False
+    async with avmm.Machine(memory="8M") as vm:
+        await vm.console.receive_some()
+        while not is_over:
+            number += 1
+            passed = 0
+
+            class Count(trio.abc.Instrument):
+                def before_task_step(self, task: trio.lowlevel.Task) -> None:
+                    nonlocal passed
+                    passed += task is mine  # noqa: B023 - used within its round
+                    if passed == number:  # noqa: B023
+                        scope.cancel()
+
+            mine, count = trio.lowlevel.current_task(), Count()
+            with trio.CancelScope() as scope:
+                trio.lowlevel.add_instrument(count)
+                try:
+                    await vm.snapshot(snap)
+                finally:
+                    trio.lowlevel.remove_instrument(count)
+            is_over = passed < number
+            cancelled += scope.cancelled_caught
+            assert list(tmp_path.iterdir()) == [snap]
+            snapshot.read(snap, verify=True).close()
+            await vm.console.send_all(b"echo on\r")
+            said = b""
+            while not said.endswith(b"on\r\navmm> "):
+                said += await vm.console.receive_some()
+    assert cancelled > 5
+    await runs(snap)
+
+
+async def test_places_where_no_file_can_be(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    async with avmm.Machine(memory="8M") as vm:
+        for name, why in (
+            ("missing/snap", "No such file"),
+            ("folder", "Is a directory"),
+            ("x" * 250, "File name too long"),
+        ):
+            with pytest.raises(SnapshotError, match=why):
+                await vm.snapshot(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    for name, why in (("missing", "No such file"), ("folder", "Is a directory")):
+        refused(tmp_path / name, why)
