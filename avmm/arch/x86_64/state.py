@@ -159,10 +159,16 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
 
 
 def _offered(system: System, vcpu: Vcpu) -> list[features.Leaf]:
-    """The CPUID that a new vCPU shows its guest here; KVM may show more than it was told to
-    (kvm_pvm, whose guests see the hardware's)."""
-    vcpu.set_cpuid(cpu.cpuid(system, vcpu.index, cpus=vcpu.index + 1))
-    return vcpu.cpuid()
+    """The CPUID that a new vCPU, the first that is asked for, shows its guest here; KVM may show
+    more than it was told to (kvm_pvm, whose guests see the hardware's)."""
+    if not _shown:
+        vcpu.set_cpuid(cpu.cpuid(system, vcpu.index, cpus=vcpu.index + 1))
+        _shown.append(vcpu.cpuid())
+    return _shown[0]
+
+
+_shown: Final[list[list[features.Leaf]]] = []
+"""The answer, once it is known: in features, which it is for, all vCPUs of a host are alike."""
 
 
 def load_time(vcpus: Sequence[Vcpu], states: Sequence[Mapping[str, Any]]) -> None:
