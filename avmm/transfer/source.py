@@ -102,8 +102,8 @@ class Sender:
                 left = self._parts.memory.populated()
                 async with self._coordinator.throttled(lambda: self._pace.throttle):
                     await self._copy_live(log, left)
+                stopped = trio.current_time()  # nearly: some vCPUs may stand still from here on
                 async with self._coordinator.paused(self._options.deadline):
-                    stopped = trio.current_time()
                     log.collect(left)
                     await self._copy(left, stopped)
                     await self._hand_over()
