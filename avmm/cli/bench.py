@@ -13,9 +13,11 @@ import trio
 
 from avmm.bench import boot as bench_boot
 from avmm.bench import exits as bench_exits
+from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
 from avmm.bench import virtio as bench_virtio
 from avmm.bench.row import Row
+from avmm.memory import parse_size
 
 Measure = Callable[[Callable[[], None]], Sequence[Row]]
 
@@ -23,6 +25,8 @@ JSON = click.option(
     "--json", "as_json", is_flag=True, help="A list of objects: case, us, raw_us, ratio."
 )
 ROUNDS = click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+
+MEMORY = click.option("--memory", default="512M", show_default=True, metavar="SIZE")
 
 
 @click.group()
@@ -85,6 +89,20 @@ def virtio(as_json: bool, count: int, rounds: int) -> None:
     _run(
         lambda progress: bench_virtio.measure(count, rounds, progress),
         bench_virtio.steps(rounds),
+        as_json,
+    )
+
+
+@command.command()
+@JSON
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@MEMORY
+def migration(as_json: bool, rounds: int, memory: str) -> None:
+    """Live migration over a unix socket, as a ratio to QEMU's with the same guest."""
+    size = parse_size(memory)
+    _run(
+        lambda progress: trio.run(bench_migration.measure, size, rounds, progress),
+        bench_migration.steps(rounds),
         as_json,
     )
 
