@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 import trio
 
 from avmm.errors import AvmmError
 
-PROMPT = b"avmm> "
-_BURN_MOST = 4000
+PROMPT: Final = b"avmm> "
+_BURN_MOST: Final = 4000
 """MiB a second; as fast as it goes."""
+_TRIES: Final = 30
 
 
 async def read_until(console: trio.abc.ReceiveStream, mark: bytes) -> bytes:
@@ -33,13 +35,14 @@ async def ask(console: trio.abc.Stream, line: bytes) -> str:
 async def fill(console: trio.abc.Stream, memory: int) -> None:
     """From its start on: have the guest write to all of its RAM's pages, so that none is zero."""
     await read_until(console, PROMPT)
-    written = 0
-    while written < memory >> 20:  # all of it in one go: pages' first time may be slow
+    said = ""
+    for _ in range(_TRIES):
         said = await ask(console, b"burn %d 1\r" % _BURN_MOST)
         match = re.search(r"wrote to \d+ pages, (\d+) MiB", said)
-        if match is None:
-            raise AvmmError(f"the guest does not write to its memory: {said!r}")
-        written = int(match[1])
+        # All in one go: pages' first time may be slow. The guest's timer may not tick yet.
+        if match is not None and int(match[1]) >= memory >> 20:
+            return
+    raise AvmmError(f"the guest does not write to all of its memory: {said!r}")
 
 
 async def begin_dirtying(console: trio.abc.Stream, rate: int) -> None:
