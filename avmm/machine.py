@@ -216,9 +216,9 @@ class Machine:
         *,
         deadline: float | None = None,
         on_progress: Callable[[Progress], object] = _no_progress,
-    ) -> None:
+    ) -> float:
         """Write the whole machine to a file at `path`, from which `avmm.restore` makes one like
-        it.
+        it. Returns how long the guest has stood still for it, in seconds.
 
         The guest runs on, but for a moment at the end; that it must come to a standstill within
         `deadline` seconds. The file replaces one that is there when it is whole, or not at all.
@@ -230,7 +230,9 @@ class Machine:
 
         parts, coordinator = self._running, self._coordinator
         assert coordinator is not None
-        await snapshot.write(parts, coordinator, path, deadline=deadline, on_progress=on_progress)
+        return await snapshot.write(
+            parts, coordinator, path, deadline=deadline, on_progress=on_progress
+        )
 
     async def migrate(
         self,

@@ -137,7 +137,7 @@ async def write(
     *,
     deadline: float | None = None,
     on_progress: Callable[[Progress], object] = lambda progress: None,
-) -> None:
+) -> float:
     """Write a snapshot of a running machine. See `avmm.Machine.snapshot`."""
     target = Path(path)
     with _replacement(target) as fd:
@@ -150,13 +150,16 @@ async def write(
                 log.collect(left)
                 if len(left) <= _FEW_PAGES:
                     break
+            stopped = trio.current_time()
             async with coordinator.paused(deadline):
                 log.collect(left)
                 on_progress(Progress(ROUNDS, len(left)))
                 await writer.copy(left)
                 state = parts.save(with_memory=False)
                 description = parts.describe()
+            downtime = trio.current_time() - stopped
         await writer.finish(encode({"description": description, "state": state}))
+    return downtime
 
 
 class _Writer:

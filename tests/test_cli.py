@@ -452,3 +452,27 @@ def test_bench_virtio_compares_with_qemu() -> None:
     assert len({row["case"] for row in rows}) == len(rows) == 9
     assert all(row["ratio"] == pytest.approx(row["us"] / row["raw_us"]) for row in rows)
     assert all(row["per_second"] == pytest.approx(1e6 / row["us"]) for row in rows)
+
+
+def test_bench_migration_compares_with_qemu() -> None:
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("QEMU is not installed")
+    done = avmm("bench", "migration", "--json", "--memory", "16M", "--rounds", "1")
+    rows = json.loads(done.stdout)
+    cases = [(guest, what) for guest in ("idle", "200 MiB/s") for what in ("total", "downtime")]
+    assert [row["case"] for row in rows] == [", ".join(case) for case in cases]
+    assert all(row["ratio"] == pytest.approx(row["us"] / row["raw_us"]) for row in rows)
+    assert all(rows[at]["us"] > rows[at + 1]["us"] for at in (0, 2))
+
+
+def test_bench_snapshot_compares_with_qemu_and_with_a_boot() -> None:
+    options = ("--memory", "16M", "--rounds", "1", "--clones", "2")
+    rows = json.loads(avmm("bench", "snapshot", "--json", *options).stdout)
+    cases = ["restore", "restore, 8 x RAM", "clone", "clone 2, RSS in KiB"]
+    if shutil.which("qemu-system-x86_64") is not None:
+        cases = ["write, total", "write, downtime", *cases]
+    assert [row["case"] for row in rows] == cases
+    for row in rows:
+        ours, raw = ("kib", "raw_kib") if "RSS" in row["case"] else ("us", "raw_us")
+        assert set(row) == {"case", ours, raw, "ratio"}
+        assert row["ratio"] == pytest.approx(row[ours] / row[raw])

@@ -399,8 +399,8 @@ uint64_t avmm_pages_run(const uint64_t *bitmap, uint64_t page, uint64_t pages, u
 uint32_t avmm_pages_pack(const uint8_t *ram, uint64_t *bitmap, uint64_t pages, uint64_t *cursor,
                          struct avmm_run *runs, uint32_t most_runs, uint8_t *data,
                          uint32_t most_data, int skip_zeros, uint32_t *run_count);
-int avmm_pages_unpack(uint8_t *ram, uint64_t pages, const struct avmm_run *runs, uint32_t count,
-                      const uint8_t *data, uint64_t data_pages);
+int avmm_pages_unpack(uint8_t *ram, uint64_t pages, int fd, const struct avmm_run *runs,
+                      uint32_t count, const uint8_t *data, uint64_t data_pages);
 void avmm_dirty_mark(uint64_t *dirty, uint64_t offset, uint64_t length);
 void avmm_dirty_take(uint64_t *from, uint64_t *into, uint64_t words);
 void avmm_pages_add(const uint64_t *from, uint64_t *into, uint64_t words);

@@ -110,8 +110,8 @@ class Sender:
             with self._parts.dirty_log() as log:
                 left = self._parts.memory.populated()
                 await self._copy_live(log, left)
+                stopped = trio.current_time()  # nearly: some vCPUs may stand still from here on
                 async with self._coordinator.paused(self._options.deadline):
-                    stopped = trio.current_time()
                     log.collect(left)
                     await self._copy(left, stopped)
                     await self._hand_over()
