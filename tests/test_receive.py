@@ -280,13 +280,22 @@ def test_a_report_is_drawn(guest: Command, tmp_path: Path, commands: ExitStack) 
     assert data.startswith(b"\x89PNG") and len(data) > 10_000
 
 
-def test_a_report_is_drawn_of_what_was_given_up(
-    guest: Command, tmp_path: Path, commands: ExitStack
+def test_a_report_is_drawn_of_what_was_begun_and_of_nothing_else(
+    tmp_path: Path, commands: ExitStack
 ) -> None:
-    _, target = receiver(commands, f"unix:{tmp_path / 'move'}", "--most-memory", "1M")
-    picture = tmp_path / "report.png"
-    done = ctl(tmp_path / "ctl", "migrate", target, "--report", str(picture))
-    assert done.returncode == 125
+    disk, other = tmp_path / "disk", tmp_path / "other"
+    disk.write_bytes(bytes(8192))
+    other.write_bytes(bytes(4096))  # which shows when the state is loaded
+    picture, path = tmp_path / "report.png", tmp_path / "ctl"
+    guest = commands.enter_context(
+        Command("run", "--control", f"unix:{path}", "--disk", str(disk))
+    )
+    guest.expect(PROMPT)
+    for options, is_drawn in [(["--most-memory", "1M"], False), (["--disk", str(other)], True)]:
+        _, target = receiver(commands, f"unix:{tmp_path / 'move'}", *options)
+        done = ctl(path, "migrate", target, "--report", str(picture))
+        assert done.returncode == 125
+        assert picture.exists() is is_drawn
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -33,8 +33,10 @@ def demand(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ConfigError(f"report {path}: expected a file with .png at its end")
     try:
-        with path.open("ab"):
-            pass
+        with path.open("ab") as file:
+            is_new = not file.tell()
+        if is_new:
+            path.unlink()  # there may be nothing to draw
     except OSError as error:
         raise ConfigError(f"report {path}: {error.strerror}") from None
 
@@ -77,8 +79,11 @@ class Timeline:
         of.sent.append(event["bytes_sent"])
 
     def draw(self, path: Path, result: Mapping[str, Any] | None, why: str = "") -> None:
-        """Write the picture; `result` is the answer, None where there is none, `why` then says
-        what has become of it. Raises `AvmmError` where it cannot be written."""
+        """Write the picture, if there was a round; `result` is the answer, None where there is
+        none, `why` then says what has become of it. Raises `AvmmError` where it cannot be
+        written."""
+        if not self._rounds:
+            return
         import matplotlib as mpl  # noqa: PLC0415 - slow to import, and optional
 
         mpl.use("Agg")
@@ -88,13 +93,13 @@ class Timeline:
             2, sharex=True, figsize=(9, 6), layout="constrained", height_ratios=(3, 2)
         )
         # The guest stood still from the last round on.
-        last = self._rounds[-1] if self._rounds else None
-        end = last.times[-1] if last is not None else 0.0
-        if result is not None and last is not None:
+        last = self._rounds[-1]
+        end = last.times[-1]
+        if result is not None:
             end = max(end, last.begin + result["downtime"])
         self._draw_pages(pages, end)
         self._draw_rates(rates, end)
-        if result is not None and last is not None:
+        if result is not None:
             self._draw_downtime((pages, rates), last.begin, end, result["downtime"])
         rates.set_xlabel("seconds since the migration began")
         rates.set_xlim(0, end or 1)
@@ -120,8 +125,8 @@ class Timeline:
 
     def _spans(self, end: float) -> list[tuple[Round, float]]:
         """Each round, and when it ended."""
-        ends = [later.begin for later in self._rounds[1:]] + [end]
-        return list(zip(self._rounds, ends, strict=True))
+        begins = [round_.begin for round_ in self._rounds]
+        return list(zip(self._rounds, [*begins[1:], end], strict=True))
 
     def _draw_pages(self, axes: Any, end: float) -> None:
         """A bar for each round, as wide as it was long."""
