@@ -182,11 +182,14 @@ def snapshot(path: Path, file: Path, deadline: float | None) -> None:
     """
     from avmm.cli.progress import seconds, shown, size  # noqa: PLC0415 - tqdm
 
-    client = Client(path)
+    client, totals = Client(path), dict[int, int]()
     with shown() as progress:
-        answer = client.ask(
-            "snapshot", progress.show, file=str(file.absolute()), deadline=deadline
-        )
+
+        def on_event(event: Answer) -> None:
+            total = totals.setdefault(event["round"], event["pages_left"])
+            progress.show({**event, "pages_sent": total - event["pages_left"]})
+
+        answer = client.ask("snapshot", on_event, file=str(file.absolute()), deadline=deadline)
     told = result(answer, path, f"given up: {file} is as it was, and the guest runs on")
     on_disk = file.stat().st_blocks * 512
     click.echo(f"{file}: {size(on_disk)} on disk, in {seconds(told['seconds'])}")

@@ -31,7 +31,7 @@ def shown() -> Shown:
 
 
 def _done(progress: Mapping[str, Any]) -> tuple[int, int]:
-    done = int(progress.get("pages_sent", 0))
+    done = int(progress["pages_sent"])
     return done, done + int(progress["pages_left"])
 
 

@@ -145,6 +145,7 @@ class Timeline:
                 fontsize=8,
             )
         axes.set_ylabel("pages in each round")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.margins(y=0.1)
 
     def _draw_rates(self, axes: Any, end: float) -> None:
