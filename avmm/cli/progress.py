@@ -103,8 +103,8 @@ class _Bar:
         bar = self._bar
         if progress["round"] != self._round:
             self._round = progress["round"]
+            bar.set_description_str(f"round {self._round}", refresh=False)
             bar.reset(total=max(total, 1))
-        bar.set_description_str(f"round {self._round}", refresh=False)
         if "rate" in progress:
             parts = _speeds(progress, self._rates.rate(progress))
             bar.set_postfix_str(", ".join(parts), refresh=False)
