@@ -192,6 +192,11 @@ class Machine:
         """Does it stand still now?"""
         return self._coordinator is not None and self._coordinator.is_paused
 
+    @property
+    def is_unsettled(self) -> bool:
+        """Was it handed over without an answer, and waits for `settle`?"""
+        return self._unsettled
+
     def paused(self, deadline: float | None = None) -> AbstractAsyncContextManager[None]:
         """`async with vm.paused():` the machine stands still inside, drained and quiesced.
 

@@ -144,17 +144,19 @@ async def write(
         writer = _Writer(fd, parts.memory, target)
         with parts.dirty_log() as log:
             left = parts.memory.populated()
-            for number in range(1, ROUNDS):
+
+            def tell(number: int) -> None:
                 on_progress(Progress(number, len(left)))
-                await writer.copy(left, skip_zeros=number == 1)
+
+            for number in range(1, ROUNDS):
+                await writer.copy(left, partial(tell, number), skip_zeros=number == 1)
                 log.collect(left)
                 if len(left) <= _FEW_PAGES:
                     break
             stopped = trio.current_time()
             async with coordinator.paused(deadline):
                 log.collect(left)
-                on_progress(Progress(ROUNDS, len(left)))
-                await writer.copy(left)
+                await writer.copy(left, partial(tell, ROUNDS))
                 state = parts.save(with_memory=False)
                 description = parts.describe()
             downtime = trio.current_time() - stopped
@@ -173,12 +175,16 @@ class _Writer:
         with _errors_named(target):
             os.ftruncate(fd, HEADER_BYTES + memory.size)
 
-    async def copy(self, left: Bitmap, *, skip_zeros: bool = False) -> None:
-        """Write these pages; `left` is empty then. A cancellation waits for a piece to be done."""
+    async def copy(
+        self, left: Bitmap, tell: Callable[[], object], *, skip_zeros: bool = False
+    ) -> None:
+        """Write these pages, and `tell` before each piece of them; `left` is empty then. A
+        cancellation waits for a piece to be done."""
         self._packer.rewind()
+        tell()
         with _errors_named(self._target):
             while await trio.to_thread.run_sync(self._copy_some, left, skip_zeros):
-                pass
+                tell()
 
     async def finish(self, body: bytes) -> None:
         """Add all that is not RAM, and put the whole where no loss of power takes it away."""

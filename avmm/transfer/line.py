@@ -111,6 +111,8 @@ def _widen(stream: trio.abc.Stream) -> None:
 
 def _why(error: Exception) -> str:
     cause = error.__cause__
+    if isinstance(cause, ssl.SSLEOFError):  # what trio's server says to a certificate it refuses
+        return "TLS: it ended without a word, as where this side's certificate is not accepted"
     if isinstance(cause, ssl.SSLError):  # an OSError whose number is none of errno's
         return f"TLS: {cause.reason or cause}"
     if isinstance(cause, OSError) and cause.errno is not None:
