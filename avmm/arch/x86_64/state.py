@@ -122,6 +122,7 @@ def demand(system: System, vcpu: Vcpu, needed: Mapping[str, Any]) -> None:
     )
     _demand_msrs(system, _numbers("msrs", needed["msrs"], len(needed["msrs"]), _U32))
     _demand_xsave(system, vcpu, needed["xsave"])
+    _demand_frequency(needed["tsc_khz"])
 
 
 def _demand_msrs(system: System, wanted: Iterable[int]) -> None:
@@ -239,16 +240,24 @@ def load_vm(vm: Vm, state: Mapping[str, Any]) -> None:
 
 
 def _set_frequency(system: System, vcpu: Vcpu, khz: int) -> None:
+    _demand_frequency(khz)
     here = vcpu.tsc_khz()
     if khz == here:
         return
     if system.check("KVM_CAP_TSC_CONTROL"):
         vcpu.set_tsc_khz(khz)
+        if vcpu.tsc_khz() != khz:
+            raise StateError(f"this host's KVM does not let a TSC run at {khz} kHz")
     elif abs(khz - here) > here * _TSC_TOLERANCE:
         raise StateError(
             f"the guest's TSC runs at {khz} kHz, this host's at {here}, and its KVM cannot scale "
             "it (KVM_CAP_TSC_CONTROL)"
         )
+
+
+def _demand_frequency(khz: int) -> None:
+    if not 0 < khz < _U32:
+        raise StateError(f"tsc_khz is {khz:#x}: expected a frequency in kHz, above 0")
 
 
 def _in_deadline_mode(lapic: bytes) -> bool:
