@@ -249,6 +249,6 @@ async def test_at_random_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-async def test_at_two_thousand_random_bytes(tmp_path: Path) -> None:
-    seen = await at_random(tmp_path, 2000, 2)
+async def test_at_a_thousand_random_bytes(tmp_path: Path) -> None:
+    seen = await at_random(tmp_path, 1000, 2)
     assert min(seen["failed"], seen["migrated"], seen["unknown, there"], seen["unknown, here"]) > 5
