@@ -496,3 +496,47 @@ async def test_a_pause_that_takes_too_long_is_told_as_that(pair: Pair, tmp_path:
         await there.ended.wait()
         assert "Slow has not finished" in str(there.error)
         await answers(vm)
+
+
+# -- a guest that writes as fast as the line carries ---------------------------------------
+
+
+async def burning(vm: avmm.Machine, mebibytes: int) -> None:
+    await vm.console.send_all(b"burn %d\r" % mebibytes)
+    said = b""
+    while b"any key" not in said:
+        said += await vm.console.receive_some()
+
+
+async def test_a_guest_that_writes_faster_than_the_line_carries_is_throttled(pair: Pair) -> None:
+    async with avmm.Machine(memory="64M") as vm, trio.open_nursery() as nursery:
+        await burning(vm, 60)
+        there = Destination(nursery, pair[1])
+        throttles: list[float] = []
+        await vm.migrate(
+            pair[0],
+            bandwidth=40e6,
+            target_downtime=0.01,
+            on_progress=lambda progress: throttles.append(progress.throttle),
+        )
+        assert throttles == sorted(throttles)
+        assert 0 < throttles[-1] <= 0.95
+        await there.arrived.wait()
+        assert there.vm is not None
+        await there.vm.console.send_all(b"q")
+        await answers(there.vm)
+        await there.leave()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+async def test_without_hope_it_says_so_and_the_guest_runs_on_unthrottled(pair: Pair) -> None:
+    async with avmm.Machine(memory="32M") as vm, trio.open_nursery() as nursery:
+        await burning(vm, 200)
+        there = Destination(nursery, pair[1])
+        with pytest.raises(MigrationError, match="throttled as much as it can be"):
+            await vm.migrate(pair[0], bandwidth=8e6, target_downtime=1e-3)
+        await there.ended.wait()
+        assert "throttled as much as it can be" in str(there.error)
+        await vm.console.send_all(b"q")
+        await answers(vm)

@@ -197,8 +197,8 @@ async def at_messages(folder: Path, kind: Kind, at: int) -> None:
             wanted = "migrated"  # what comes after the last word is not listened to
         elif kind == "double" and message is Message.READY:
             wanted = "unknown, there"  # it has begun, and then the line is seen to be broken
-        elif kind == "double" and message is Message.STATE_END:
-            # Seen after READY was said; COMMIT may be on its way then.
+        elif kind == "double" and message in (Message.STATE, Message.STATE_END):
+            # Seen after READY was said, where both came at once; COMMIT may be on its way then.
             wanted = "unknown, here" if outcome == "unknown, here" else "failed"
         elif message is Message.COMMIT:
             wanted = "unknown, here"
@@ -249,6 +249,6 @@ async def test_at_random_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-async def test_at_two_thousand_random_bytes(tmp_path: Path) -> None:
-    seen = await at_random(tmp_path, 2000, 2)
+async def test_at_a_thousand_random_bytes(tmp_path: Path) -> None:
+    seen = await at_random(tmp_path, 1000, 2)
     assert min(seen["failed"], seen["migrated"], seen["unknown, there"], seen["unknown, here"]) > 5

@@ -187,19 +187,15 @@ async def test_a_header_that_lies(snap: Path, lie: Callable[[Header], Header]) -
 
 
 async def test_a_long_body_of_holes_takes_no_memory(snap: Path) -> None:
+    """The file is as long as it says, and takes no room."""
     header, length = header_of(snap), 256 << 20
-    right = xxhash.xxh3_64()
-    for _ in range(256):
-        right.update(bytes(1 << 20))
     end = header.body_offset + length
     os.truncate(snap, header.body_offset)
     os.truncate(snap, end)
-    lie = replace(header, body_bytes=length, file_bytes=end, body_sum=1)
+    change(snap, 0, replace(header, body_bytes=length, file_bytes=end).pack())
     tracemalloc.start()
     try:
-        for known, why in ((1, "a checksum"), (right.intdigest(), "its state is damaged")):
-            change(snap, 0, replace(lie, body_sum=known).pack())
-            refused(snap, why)
+        refused(snap, "a checksum does not fit")
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
