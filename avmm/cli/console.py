@@ -35,8 +35,10 @@ from avmm.devices.virtio.port import Port
 from avmm.ends import listen
 from avmm.errors import AvmmError, ConfigError
 from avmm.machine import Machine
+from avmm.outcome import Cause
 
 _BATCH_SECONDS: Final = 0.004
+_LAST_KEYS_SECONDS: Final = 0.2
 END_OF_INPUT: Final = b"\x04"
 """Ctrl-D: what a terminal sends for the end of input, and so do we when a pipe ends."""
 
@@ -177,6 +179,11 @@ async def _connect_stdio(
                 else:
                     raise AvmmError(f"standard output: {error.strerror}") from None
             nursery.cancel_scope.cancel()
+        if interactive and (await vm.wait()).cause is Cause.MOVED:
+            # Meant for the guest, it must not be the next command of the shell's.
+            with trio.move_on_after(_LAST_KEYS_SECONDS):
+                while keys := await source.read():
+                    typed.undelivered += keys
 
 
 async def _write_out(stream: ConsoleStream, fd: int, sink: HostFd) -> None:
