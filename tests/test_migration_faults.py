@@ -21,7 +21,6 @@ from avmm.disks import RawDisk
 from avmm.errors import ConfigError, HandOverUnknownError, MigrationError
 
 pytestmark = [
-    pytest.mark.lab,
     pytest.mark.timeout(120),
     pytest.mark.usefixtures("kvm", "nothing_left"),
 ]
