@@ -30,6 +30,7 @@ _SAME: Final = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit", "xen")
 """Settings that the guest has seen."""
 _OWN: Final = ("unclaimed", "completion", "completion_capability")
 """Settings of the host's side, which another host may choose anew."""
+_LONGEST_NAME: Final = 64
 _KEYS: Final = {
     "version": int,
     "settings": dict,
@@ -213,5 +214,6 @@ def _demand(fields: object, kinds: Mapping[str, type]) -> None:
 
 def _device(entry: object) -> str:
     if type(entry) is list and len(entry) == 5 and type(entry[2]) is int:
-        return f"{entry[0]} at {entry[1]} {entry[2]:#x}"
+        name = entry[0] if type(entry[0]) is str and entry[0].isprintable() else "a device"
+        return f"{name[:_LONGEST_NAME]} at {str(entry[1])[:4]} {entry[2]:#x}"
     return "what is no device"

@@ -22,10 +22,17 @@ from avmm.pages import PAGE, Bitmap
 
 
 class DirtyLog:
-    """Logs from when it is made until it is closed. From one task; raises `KvmError`, and
-    `AvmmError` where there is another: each would miss the pages that the other has taken."""
+    """Logs from when it is made until it is closed. From one task; raises `KvmError`.
+
+    There can be one at a time, since whoever collects a page takes it from all others:
+    `AvmmError` for a second one.
+    """
 
     def __init__(self, vm: Vm, memory: GuestMemory) -> None:
+        if memory.is_logged:
+            raise AvmmError(
+                "this machine's RAM is being copied already, for another snapshot or a migration"
+            )
         self._vm = vm
         self._memory = memory
         self._slots = [
@@ -33,8 +40,6 @@ class DirtyLog:
             for slot, (region, view) in enumerate(memory.addresses())
             if not region.readonly
         ]
-        if memory.is_logged:
-            raise AvmmError("this machine is being copied already, by a snapshot or migration")
         self._parts = {slot: Bitmap(region.size // PAGE) for slot, region, _ in self._slots}
         self._is_open = True
         memory.log()

@@ -7,12 +7,14 @@ make much memory. What the values mean is for their readers to check.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final, NoReturn
 
 import msgpack
 
 from avmm.errors import StateError
 
+_SCALARS: Final = frozenset((int, bool, bytes, str, float, type(None)))
 _MOST_ENTRIES: Final = 1 << 16
 """Of a list or dict: more than any state has, and little enough to be set aside unseen."""
 
@@ -21,9 +23,9 @@ def encode(value: Any) -> bytes:
     """`value` as bytes. Raises `StateError` where it is no plain data, that `decode` would
     refuse: once it is in a file that is too late."""
     try:
-        data: bytes = msgpack.packb(value, use_bin_type=True, default=_refuse)
         _demand_readable(value)
-    except (TypeError, ValueError, OverflowError) as error:
+        data: bytes = msgpack.packb(value, use_bin_type=True, default=_refuse)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise StateError(f"this cannot be saved: {error}") from None
     return data
 
@@ -67,15 +69,19 @@ def _demand_readable(value: object) -> None:
 def _demand_plain(value: object) -> None:
     """MessagePack knows times and keys of bytes, too."""
     if type(value) is list:
-        for item in value:
-            _demand_plain(item)
+        items: Iterable[object] = value
     elif type(value) is dict:
-        for key, item in value.items():
+        for key in value:
             if type(key) is not str:
                 raise TypeError(f"a key is {key!r}, no text")
+        items = value.values()
+    else:
+        items = (value,)
+    for item in items:
+        if type(item) in (list, dict):
             _demand_plain(item)
-    elif value is not None and type(value) not in (int, bool, bytes, str, float):
-        raise TypeError(f"{type(value).__name__} is no plain data")
+        elif type(item) not in _SCALARS:
+            raise TypeError(f"{type(item).__name__} is no plain data")
 
 
 def _refuse(value: object) -> NoReturn:

@@ -112,6 +112,7 @@ class Machine:
         self._migrating = self._unsettled = False
         self._ended = trio.Event()
         self._parts: Parts | None = None
+        self._nursery: trio.Nursery | None = None
         self._coordinator: Coordinator | None = None
         self._manager: AbstractAsyncContextManager[None] | None = None
 
@@ -186,6 +187,16 @@ class Machine:
         """End the guest from outside, paused or not; `wait` tells when that is done."""
         self._end(Outcome(Cause.STOPPED, status))
 
+    @property
+    def is_paused(self) -> bool:
+        """Does it stand still now?"""
+        return self._coordinator is not None and self._coordinator.is_paused
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Was it handed over without an answer, and waits for `settle`?"""
+        return self._unsettled
+
     def paused(self, deadline: float | None = None) -> AbstractAsyncContextManager[None]:
         """`async with vm.paused():` the machine stands still inside, drained and quiesced.
 
@@ -210,9 +221,9 @@ class Machine:
         *,
         deadline: float | None = None,
         on_progress: Callable[[Progress], object] = _no_progress,
-    ) -> None:
+    ) -> float:
         """Write the whole machine to a file at `path`, from which `avmm.restore` makes one like
-        it.
+        it. Returns how long the guest has stood still for it, in seconds.
 
         The guest runs on, but for a moment at the end; that it must come to a standstill within
         `deadline` seconds. The file replaces one that is there when it is whole, or not at all.
@@ -224,7 +235,9 @@ class Machine:
 
         parts, coordinator = self._running, self._coordinator
         assert coordinator is not None
-        await snapshot.write(parts, coordinator, path, deadline=deadline, on_progress=on_progress)
+        return await snapshot.write(
+            parts, coordinator, path, deadline=deadline, on_progress=on_progress
+        )
 
     async def migrate(
         self,
@@ -262,8 +275,15 @@ class Machine:
                 else "this machine is being migrated already"
             )
         self._migrating = True
+        assert self._nursery is not None
         sender = Sender(
-            parts, coordinator, stream, options, lambda: bool(self._outcomes), on_progress
+            parts,
+            coordinator,
+            stream,
+            options,
+            self._nursery,
+            lambda: bool(self._outcomes),
+            on_progress,
         )
         try:
             return await sender.send()
@@ -356,6 +376,7 @@ class Machine:
             if self._outcomes:  # stopped before it was entered
                 self.stop()
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 for device, host in zip(parts.devices, parts.hosts, strict=True):
                     host.start(nursery)
                     if type(device).run is not Device.run:

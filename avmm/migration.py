@@ -145,22 +145,9 @@ class Coordinator:
         with trio.CancelScope(shield=True):
             await self._release()
 
-    @asynccontextmanager
-    async def throttled(self, share: Callable[[], float]) -> AsyncIterator[None]:
-        """Let the vCPUs stand still for a share of their time inside the block: `share()` tells
+    async def throttle(self, share: Callable[[], float]) -> None:
+        """Let the vCPUs stand still for a share of their time, until cancelled: `share()` tells
         which, 0 to 1, and is asked all the time. Devices are not quiesced."""
-        failure: BaseException | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._throttle, share)
-            try:
-                yield
-            except BaseException as error:  # raised below: not in a group, as nurseries do it
-                failure = error
-            nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-
-    async def _throttle(self, share: Callable[[], float]) -> None:
         while True:
             part = share()
             await trio.sleep(_THROTTLE_SECONDS * (1 - part))

@@ -6,6 +6,7 @@ n * 4096 of `GuestMemory.whole`.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -124,18 +125,23 @@ class Packer:
         return None
 
 
-def unpack(ram: memoryview, runs: memoryview, data: memoryview) -> bool:
-    """Put pages into RAM; False, and nothing is written, where they are none of it."""
+def unpack(ram: memoryview, fd: int, runs: memoryview, data: memoryview) -> bool:
+    """Put pages into RAM, a shared mapping of all of the file `fd`; False, and nothing is
+    written, where they are none of it. Raises `KvmError` where the host has no memory for
+    them."""
     if len(runs) % RUN_BYTES or len(data) % PAGE:
         return False
     answer = lib.avmm_pages_unpack(
         ffi.from_buffer("uint8_t[]", ram),
         len(ram) // PAGE,
+        fd,
         ffi.cast("const struct avmm_run *", ffi.from_buffer(runs)),
         len(runs) // RUN_BYTES,
         ffi.from_buffer("uint8_t[]", data),
         len(data) // PAGE,
     )
+    if answer and answer != -errno.EINVAL:
+        raise KvmError("pwrite to RAM", -answer)
     return bool(answer == 0)
 
 

@@ -172,6 +172,10 @@ class Parts:
             if memory is None:
                 memory = GuestMemory(config.memory)
                 stack.callback(memory.close)
+            elif memory.size != config.memory:
+                raise StateError(
+                    f"there are {memory.size} bytes of RAM, of a guest that has {config.memory}"
+                )
             self.memory = memory
             self._lay_roms(described)
             self.serial = Serial()
@@ -186,13 +190,14 @@ class Parts:
             self._place_all(devices, stack)
             self._enable_exits(devices)
             self.needs: list[dict[str, Any]] = []
-            """What a host must have for each vCPU; empty before there is a state."""
+            """What a host must have for each vCPU; empty before there is a state. Noted at once: a
+            vCPU that runs answers no ioctl before it leaves the guest."""
             self.vcpus = [self._create_vcpu(stack, i) for i in range(config.cpus)]
             self.coalesced = self._coalesce(devices)
             if boots:
                 for vcpu in self.vcpus:
                     cpu.set_up(self.system, vcpu, config.cpus, entry if vcpu.index == 0 else None)
-                self._note_needs()
+                self.needs = [cpu_state.needs(self.system, vcpu) for vcpu in self.vcpus]
             elif state is not None:
                 self.load(state)
             self.group = self._group(stack)
@@ -422,17 +427,16 @@ class Parts:
         for vcpu, vcpu_state in zip(self.vcpus, vcpus, strict=True):
             cpu_state.load_vcpu(self.system, vcpu, vcpu_state)
         cpu_state.load_time(self.vcpus, vcpus)
-        self._note_needs()
+        self.needs = [
+            cpu_state.needs_of(self.system, vcpu, vcpu_state)
+            for vcpu, vcpu_state in zip(self.vcpus, vcpus, strict=True)
+        ]
         # Devices last. An edge that one raised just before the save may still have been on its
         # way through a work queue of the kernel's (irqfd), in no state that could be read. So a
         # device that has cause to interrupt does so again when it is loaded; interrupt chips
         # that were loaded after it would forget that.
         for device, (_, device_state) in zip(self.devices, saved, strict=True):
             device.load(device_state)
-
-    def _note_needs(self) -> None:
-        # Now: a vCPU that runs answers no ioctl before it leaves the guest.
-        self.needs = [cpu_state.needs(self.system, vcpu) for vcpu in self.vcpus]
 
     def demand(self, needs: Any) -> None:
         """Raise `StateError` where this host lacks what `needs` told of another machine's."""
@@ -511,7 +515,9 @@ def _configured(config: MachineConfig, stack: ExitStack, *, held: bool) -> list[
     if config.balloon:
         models.append(Balloon())
     if config.vsock is not None:
-        models.append(config.vsock.open(held=held))
+        vsock = config.vsock.open(held=held)
+        stack.callback(vsock.close)
+        models.append(vsock)
     for options in config.net:
         net = options.open(held=held)
         stack.callback(net.backend.close)

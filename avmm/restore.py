@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 from avmm import description
 from avmm.bus import Placement
 from avmm.calls import CallHandler
-from avmm.description import Links
+from avmm.description import Described, Links
 from avmm.disks import DiskOptions
 from avmm.links import NetOptions, VsockOptions
 from avmm.machine import Machine, Origin
 from avmm.placing import Unplaced
 
+Devices = Sequence[Placement | Unplaced]
+
 
 def restore(
     path: str | PathLike[str],
     *,
-    devices: Sequence[Placement | Unplaced] = (),
+    devices: Devices | Callable[[Described], Devices] = (),
     calls: CallHandler | None = None,
     disks: Sequence[str | DiskOptions] | None = None,
     net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None,
@@ -29,11 +31,12 @@ def restore(
 ) -> Machine:
     """The machine of the snapshot at `path`: enter it, and it goes on from there.
 
-    `devices` and `calls` are those that the machine was made with. Its disks, networks and sockets
-    are named anew, as many as it has (`avmm.description` says why); disks must hold what they did.
-    Its RAM is mapped from the file, which must not be changed while the machine lives. `settings`
-    may be `unclaimed`, `completion` and `completion_capability`. `verify` reads all of the file
-    and compares checksums.
+    `devices` and `calls` are those that the machine was made with; `devices` may be a function of
+    what the machine turns out to be. Its disks, networks and sockets are named anew, as many as it
+    has (`avmm.description` says why); disks must hold what they did. Its RAM is mapped from the
+    file, which must not be changed while the machine lives. `settings` may be `unclaimed`,
+    `completion` and `completion_capability`. `verify` reads all of the file and compares
+    checksums.
 
     Raises `SnapshotError` where the file is no snapshot or damaged, `StateError` where it is not
     of a machine that can be here, `ConfigError` for what is missing. Blocks: a few milliseconds,
@@ -45,7 +48,8 @@ def restore(
     try:
         described = description.read(opened.description, Links(disks, net, vsock), **settings)
         origin = Origin(opened.state, opened.open_memory, described)
-        return Machine.from_origin(origin, described.config, devices, calls)
+        chosen = devices(described) if callable(devices) else devices
+        return Machine.from_origin(origin, described.config, chosen, calls)
     except BaseException:
         opened.close()
         raise

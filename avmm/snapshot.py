@@ -137,26 +137,31 @@ async def write(
     *,
     deadline: float | None = None,
     on_progress: Callable[[Progress], object] = lambda progress: None,
-) -> None:
+) -> float:
     """Write a snapshot of a running machine. See `avmm.Machine.snapshot`."""
     target = Path(path)
     with _replacement(target) as fd:
         writer = _Writer(fd, parts.memory, target)
         with parts.dirty_log() as log:
             left = parts.memory.populated()
-            for number in range(1, ROUNDS):
+
+            def tell(number: int) -> None:
                 on_progress(Progress(number, len(left)))
-                await writer.copy(left, skip_zeros=number == 1)
+
+            for number in range(1, ROUNDS):
+                await writer.copy(left, partial(tell, number), skip_zeros=number == 1)
                 log.collect(left)
                 if len(left) <= _FEW_PAGES:
                     break
+            stopped = trio.current_time()
             async with coordinator.paused(deadline):
                 log.collect(left)
-                on_progress(Progress(ROUNDS, len(left)))
-                await writer.copy(left)
+                await writer.copy(left, partial(tell, ROUNDS))
                 state = parts.save(with_memory=False)
                 description = parts.describe()
+            downtime = trio.current_time() - stopped
         await writer.finish(encode({"description": description, "state": state}))
+    return downtime
 
 
 class _Writer:
@@ -170,12 +175,16 @@ class _Writer:
         with _errors_named(target):
             os.ftruncate(fd, HEADER_BYTES + memory.size)
 
-    async def copy(self, left: Bitmap, *, skip_zeros: bool = False) -> None:
-        """Write these pages; `left` is empty then. A cancellation waits for a piece to be done."""
+    async def copy(
+        self, left: Bitmap, tell: Callable[[], object], *, skip_zeros: bool = False
+    ) -> None:
+        """Write these pages, and `tell` before each piece of them; `left` is empty then. A
+        cancellation waits for a piece to be done."""
         self._packer.rewind()
+        tell()
         with _errors_named(self._target):
             while await trio.to_thread.run_sync(self._copy_some, left, skip_zeros):
-                pass
+                tell()
 
     async def finish(self, body: bytes) -> None:
         """Add all that is not RAM, and put the whole where no loss of power takes it away."""
@@ -226,14 +235,19 @@ def _write_fully(fd: int, data: memoryview, offset: int) -> None:
 
 
 def _sums(fd: int, offset: int, size: int) -> Iterator[int]:
-    """The checksum of each chunk of RAM in the file; 0 for one that is a hole."""
+    """The checksum of each chunk of RAM in the file; 0 for one that is zeros.
+
+    Whether these are a hole or not: programs that copy files make the one of the other.
+    """
+    zeros = {length: xxhash.xxh3_64_intdigest(bytes(length)) for length in (CHUNK, size % CHUNK)}
     for start in range(0, size, CHUNK):
         length = min(CHUNK, size - start)
         if _is_hole(fd, offset + start, length):
             yield 0
             continue
         with mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=offset + start) as view:
-            yield xxhash.xxh3_64_intdigest(view)
+            value = xxhash.xxh3_64_intdigest(view)
+        yield 0 if value == zeros[length] else value
 
 
 def _is_hole(fd: int, offset: int, length: int) -> bool:
@@ -342,21 +356,11 @@ def _verify(file: BinaryIO, header: Header, name: str) -> None:
     _demand_sum(sums, header.sums_sum, name)
     found = _sums(file.fileno(), header.memory_offset, header.memory_bytes)
     for number, value in enumerate(found):
-        expected = int.from_bytes(sums[8 * number : 8 * number + 8], "little")
-        if value != expected and not _are_zeros(file, header, number, expected):
+        if value != int.from_bytes(sums[8 * number : 8 * number + 8], "little"):
             raise SnapshotError(
                 f"snapshot {name}: its RAM is damaged, at {number * CHUNK:#x} to "
                 f"{min((number + 1) * CHUNK, header.memory_bytes):#x}"
             )
-
-
-def _are_zeros(file: BinaryIO, header: Header, chunk: int, expected: int) -> bool:
-    """A program that copies the file may make zeros of a hole, or a hole of zeros."""
-    start = chunk * CHUNK
-    length = min(CHUNK, header.memory_bytes - start)
-    if expected not in (0, xxhash.xxh3_64_intdigest(bytes(length))):
-        return False
-    return not any(os.pread(file.fileno(), length, header.memory_offset + start))
 
 
 def _map(file: BinaryIO, header: Header, name: str) -> GuestMemory:

@@ -109,3 +109,11 @@ class SplitRing:
     def listen(self, wanted: bool) -> bool:
         """Ask the guest to notify, or not to; is there something already?"""
         return _checked(lib.avmm_vring_listen(self.struct, wanted)) > 0
+
+    def send(self, fd: int, is_socket: bool, most: int) -> tuple[int, bool]:
+        """Write chains' readable bytes to `fd` and give them back: how many. Until there are none
+        or about `most` bytes were written, or (True) until it takes no more at once: of the chain
+        walked last only `sent` bytes."""
+        before = self.struct.next_used
+        is_cut = _checked(lib.avmm_vring_send(self.struct, fd, is_socket, most)) > 0
+        return self.struct.next_used - before & 0xFFFF, is_cut

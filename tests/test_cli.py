@@ -58,6 +58,18 @@ def test_input_may_be_a_file_and_output_too(tmp_path: Path) -> None:
     assert "\nfrom a file" in (tmp_path / "out").read_text().replace("\r", "")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_the_virtio_console_takes_the_same_ways(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "in").write_text("count 2000\nexit 3\n")
+    run = [*AVMM, "run", "--console", "virtio"]
+    with (tmp_path / "in").open() as source, (tmp_path / "out").open("w") as sink:
+        target = sink if kind == "file" else subprocess.PIPE
+        done = subprocess.run(run, stdin=source, stdout=target, text=True, timeout=30, check=False)
+    said = (done.stdout or (tmp_path / "out").read_text()).replace("\r", "").splitlines()
+    assert done.returncode == 3
+    assert [line for line in said if line.isdigit()] == [str(n) for n in range(1, 2001)]
+
+
 def test_a_reader_that_goes_away_ends_it() -> None:
     process = subprocess.Popen(
         [*AVMM, "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -440,3 +452,27 @@ def test_bench_virtio_compares_with_qemu() -> None:
     assert len({row["case"] for row in rows}) == len(rows) == 9
     assert all(row["ratio"] == pytest.approx(row["us"] / row["raw_us"]) for row in rows)
     assert all(row["per_second"] == pytest.approx(1e6 / row["us"]) for row in rows)
+
+
+def test_bench_migration_compares_with_qemu() -> None:
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("QEMU is not installed")
+    done = avmm("bench", "migration", "--json", "--memory", "16M", "--rounds", "1")
+    rows = json.loads(done.stdout)
+    cases = [(guest, what) for guest in ("idle", "200 MiB/s") for what in ("total", "downtime")]
+    assert [row["case"] for row in rows] == [", ".join(case) for case in cases]
+    assert all(row["ratio"] == pytest.approx(row["us"] / row["raw_us"]) for row in rows)
+    assert all(rows[at]["us"] > rows[at + 1]["us"] for at in (0, 2))
+
+
+def test_bench_snapshot_compares_with_qemu_and_with_a_boot() -> None:
+    options = ("--memory", "16M", "--rounds", "1", "--clones", "2")
+    rows = json.loads(avmm("bench", "snapshot", "--json", *options).stdout)
+    cases = ["restore", "restore, 8 x RAM", "clone", "clone 2, RSS in KiB"]
+    if shutil.which("qemu-system-x86_64") is not None:
+        cases = ["write, total", "write, downtime", *cases]
+    assert [row["case"] for row in rows] == cases
+    for row in rows:
+        ours, raw = ("kib", "raw_kib") if "RSS" in row["case"] else ("us", "raw_us")
+        assert set(row) == {"case", ours, raw, "ratio"}
+        assert row["ratio"] == pytest.approx(row[ours] / row[raw])

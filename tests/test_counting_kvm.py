@@ -19,7 +19,6 @@ from avmm.devices.virtio import vsock, vsock_stream
 from avmm.devices.virtio.vsock_stream import Op, VsockStream
 
 pytestmark = [
-    pytest.mark.lab,
     pytest.mark.timeout(120),
     pytest.mark.usefixtures("kvm", "nothing_left"),
 ]
@@ -100,6 +99,7 @@ async def test_saved_and_loaded_in_the_midst_of_counting(tmp_path: Path, console
     counting.check(disk)
 
 
+@pytest.mark.lab
 async def test_saved_and_loaded_at_the_end_of_counting(tmp_path: Path) -> None:
     """The last numbers are under way, or the end of the connection is, or neither."""
     counting = Counting(200, *ALL)
@@ -141,6 +141,7 @@ async def test_clones_go_on_each_for_itself(tmp_path: Path) -> None:
             nursery.start_soon(go_on, name)
 
 
+@pytest.mark.lab
 async def test_pauses_in_the_midst_of_counting(tmp_path: Path) -> None:
     """A pause breaks no connection."""
     counting = Counting(600, *ALL)

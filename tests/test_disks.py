@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avmm.disks import DiskOptions, OverlayDisk, RawDisk, files, open_disk
 from avmm.disks.base import Disk
 from avmm.disks.pool import Pool
+from avmm.encoding import decode, encode
 from avmm.errors import ConfigError, DeviceError
 
 SIZE = 1 << 20
@@ -246,6 +252,24 @@ async def test_an_overlay_takes_room_for_changes_alone(tmp_path: Path) -> None:
         assert await contents(disk, (1 << 40) - 4096, 4096) == bytes(4096)
 
 
+def runs(*pairs: tuple[int, int]) -> bytes:
+    """(offset, length) of changes, as an overlay's state has them."""
+    return b"".join(struct.pack("<QQ", *pair) for pair in pairs)
+
+
+async def test_changes_here_and_there_fit_into_a_state(tmp_path: Path) -> None:
+    """More runs than a state may have entries, and one that is longer than a piece."""
+    image = tmp_path / "large"
+    with image.open("wb") as file:
+        file.truncate(80 << 20)
+    with OverlayDisk(image) as disk, OverlayDisk(image) as other:
+        for number in range(70_000):
+            disk._write(number * 1024, [memoryview(number.to_bytes(512, "little"))])
+        await disk.write(75 << 20, [memoryview(b"xyz!" * (640 << 10))])
+        other.load(decode(encode(dict(disk.save())), "the disk's state"))
+        assert await contents(other, 0, 78 << 20) == await contents(disk, 0, 78 << 20)
+
+
 async def test_an_overlays_changes_are_saved_with_the_machine(image: Path) -> None:
     with OverlayDisk(image) as disk, OverlayDisk(image) as other:
         await disk.write(512, [memoryview(b"x" * 1024)])
@@ -258,15 +282,19 @@ async def test_an_overlays_changes_are_saved_with_the_machine(image: Path) -> No
         for changes in (
             None,
             [None],
-            [[0]],
-            [[1, bytes(512)]],
-            [[0, b""]],
-            [[0, bytes(511)]],
-            [[SIZE, bytes(512)]],
-            [[-512, bytes(512)]],
-            [[SIZE - 512, bytes(1024)]],
-            [[0, bytearray(512)]],
-            [[True, bytes(512)]],
+            [[runs((0, 512))]],
+            [[0, bytes(512)]],
+            [[b"", b""]],
+            [[runs((0, 512))[:-1], bytes(512)]],
+            [[runs((0, 512)), bytearray(512)]],
+            [[runs((0, 512)), bytes(1024)]],
+            [[runs((0, 1024)), bytes(512)]],
+            [[runs((1, 512)), bytes(512)]],
+            [[runs((0, 511)), bytes(511)]],
+            [[runs((0, 0), (0, 512)), bytes(512)]],
+            [[runs((SIZE, 512)), bytes(512)]],
+            [[runs((SIZE - 512, 1024)), bytes(1024)]],
+            [[runs(((1 << 64) - 512, 512)), bytes(512)]],
         ):
             with pytest.raises(DeviceError):
                 other.load({"changes": changes})
@@ -343,6 +371,39 @@ async def test_threads_side_by_side() -> None:
     pool.close()
     pool.close()
     assert "test" not in [thread.name for thread in threading.enumerate()]
+
+
+async def test_a_job_that_ends_just_after_trio_has_looked() -> None:
+    """The look that finds nothing more lets the next job end, and the thread go on to another."""
+    pool = Pool("test", 1)
+    gate, looked, begun, answered = (threading.Event() for _ in range(4))
+
+    class Looks(deque[Any]):
+        def __bool__(self) -> bool:
+            found = len(self) > 0
+            if not found:
+                looked.set()
+                begun.wait(10)
+            return found
+
+    pool._done = Looks()
+    in_time = []
+
+    def last() -> None:
+        begun.set()
+        in_time.append(answered.wait(5))
+
+    async def second() -> None:
+        await pool.run(looked.wait, 10)
+        answered.set()
+
+    async with trio.open_nursery() as nursery:
+        for job in (partial(pool.run, gate.wait, 10), second, partial(pool.run, last)):
+            nursery.start_soon(job)
+            await trio.testing.wait_all_tasks_blocked()
+        gate.set()
+    assert in_time == [True]
+    pool.close()
 
 
 async def test_a_thread_at_work_is_waited_for() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,19 @@ ENTRIES = 8
 COUNTS = st.integers(0, 3)
 
 
+@contextmanager
+def shared(content: bytes | bytearray) -> Iterator[tuple[memoryview, int]]:
+    """RAM as a destination has it: (a shared mapping, its file)."""
+    fd = os.memfd_create("avmm-ram", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, len(content))
+        with mmap.mmap(fd, len(content)) as mapping, memoryview(mapping) as ram:
+            ram[:] = content
+            yield ram, fd
+    finally:
+        os.close(fd)
+
+
 class Guest:
     """A guest's RAM, what it should hold, and a copy of it under way."""
 
@@ -46,11 +61,14 @@ class Guest:
         self.model[at : at + len(data)] = data
 
 
-def copied(packer: Packer, left: Bitmap, into: bytearray, *, skip_zeros: bool) -> None:
+def copied(
+    packer: Packer, left: Bitmap, into: tuple[memoryview, int], *, skip_zeros: bool
+) -> None:
     packer.rewind()
     while (packed := packer.next(left, skip_zeros=skip_zeros)) is not None:
         # Both are used again by the next call: what is kept of them must not depend on it.
-        assert unpack(memoryview(into), packed.runs, packed.data)
+        ram, fd = into
+        assert unpack(ram, fd, packed.runs, packed.data)
     assert len(left) == 0
 
 
@@ -144,7 +162,9 @@ class RamMachine(RuleBasedStateMachine):
             return
         guest.memory.take_dirty(guest.left)
         packer = Packer(guest.memory.whole, 2, 3) if small else Packer(guest.memory.whole)
-        copied(packer, guest.left, guest.copy, skip_zeros=guest.skip_zeros)
+        with shared(guest.copy) as ram:
+            copied(packer, guest.left, ram, skip_zeros=guest.skip_zeros)
+            guest.copy = bytearray(ram[0])
         guest.skip_zeros = False
         assert guest.copy == guest.model
 
@@ -227,25 +247,25 @@ def test_hostile_runs_write_all_that_they_tell_or_nothing(
     runs: list[tuple[int, int, int]], pages: int, odd: bytes
 ) -> None:
     model = bytearray(b"\xee" * (8 * PAGE))
-    ram = bytearray(model)
     data = b"".join(bytes([page + 1]) * PAGE for page in range(pages))
     good = all(kind < 2 and count and page + count <= 8 for page, count, kind in runs)
     good = good and sum(count for _, count, kind in runs if kind == 1) == pages and not odd
     packed = b"".join(struct.pack("<QII", *run) for run in runs)
-    assert unpack(memoryview(ram), memoryview(packed), memoryview(data + odd)) is good
+    with shared(model) as (ram, fd):
+        assert unpack(ram, fd, memoryview(packed), memoryview(data + odd)) is good
+        found = bytes(ram)
     if good:
         rest = data
         for page, count, kind in runs:
             length = count * PAGE
             part, rest = (rest[:length], rest[length:]) if kind else (bytes(length), rest)
             model[page * PAGE : page * PAGE + length] = part
-    assert ram == model
+    assert found == model
 
 
 def test_half_a_run_is_none() -> None:
-    assert not unpack(
-        memoryview(bytearray(PAGE)), memoryview(bytes(RUN_BYTES - 1)), memoryview(b"")
-    )
+    with shared(bytes(PAGE)) as (ram, fd):
+        assert not unpack(ram, fd, memoryview(bytes(RUN_BYTES - 1)), memoryview(b""))
 
 
 def test_without_copies_there_are_runs_only() -> None:

@@ -135,21 +135,6 @@ async def test_a_copy_is_as_good(snap: Path, tmp_path: Path, how: str) -> None:
     await runs(copy, verify=True)
 
 
-async def test_zeros_that_became_a_hole_are_no_damage(snap: Path, tmp_path: Path) -> None:
-    header = header_of(snap)
-    last = header.memory_bytes // CHUNK - 1
-    zeros = xxhash.xxh3_64_intdigest(bytes(CHUNK))
-    sums = bytearray(snap.read_bytes()[header.sums_offset :][: header.sums_bytes])
-    sums[8 * last :] = zeros.to_bytes(8, "little")  # as of a file system without holes
-    change(snap, header.sums_offset, sums)
-    change(snap, header.memory_offset + last * CHUNK, bytes(CHUNK))
-    change(snap, 0, replace(header, sums_sum=xxhash.xxh3_64_intdigest(sums)).pack())
-    copy = tmp_path / "copy"
-    await trio.run_process(["cp", "--sparse=always", snap, copy])
-    for path in (snap, copy):
-        snapshot.read(path, verify=True).close()
-
-
 @pytest.mark.parametrize("version", [0, 2, 0xFFFF_FFFF])
 async def test_other_versions(snap: Path, version: int) -> None:
     change(snap, 8, struct.pack("<I", version))

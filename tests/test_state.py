@@ -132,7 +132,11 @@ def _promise(state: dict[str, Any], function: int, column: int, bits: int) -> No
         (lambda s: s["vcpus"][1].update(cpuid=[]), "tells of no processor"),
         (lambda s: _promise(s, 7, 4, 1 << 15), "lacks features .*: 0x7.0 ebx bits 15$"),
         (lambda s: _promise(s, 1, 5, 1 << 16), "lacks features .*: 0x1.0 ecx bits 16$"),
-        (lambda s: s["vcpus"][1].update(tsc_khz=1), "cannot scale it|refuses"),
+        (lambda s: s["vcpus"][1].update(tsc_khz=1), "cannot scale it|refuses|does not let"),
+        *(
+            (lambda s, khz=khz: s["vcpus"][1].update(tsc_khz=khz), "expected a frequency")
+            for khz in (0, -1, 1 << 32, 1 << 70)
+        ),
     ],
 )
 async def test_what_is_no_state_of_this_machine_is_refused(
@@ -206,3 +210,19 @@ async def test_tscs_keep_their_distance(tmp_path: Path) -> None:
     saved = [vcpu["tsc_offset"] for vcpu in state["vcpus"]]
     distances = [[(offset - all_[0]) % (1 << 64) for offset in all_] for all_ in (saved, loaded)]
     assert distances[0] == distances[1]
+
+
+async def test_a_frequency_that_kvm_does_not_take_over_is_noticed(
+    saved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A KVM that says it can scale a TSC, and does not."""
+    check = System.check
+    monkeypatch.setattr(
+        System, "check", lambda self, name: name == "KVM_CAP_TSC_CONTROL" or check(self, name)
+    )
+    monkeypatch.setattr(Vcpu, "set_tsc_khz", lambda self, khz: None)
+    state = copy.deepcopy(saved)
+    state["vcpus"][1]["tsc_khz"] += 100_000
+    with pytest.raises(avmm.StateError, match="does not let a TSC run at"):
+        async with machine(tmp_path, EXIT.format(0), cpus=2, state=state):
+            pytest.fail("it was loaded")

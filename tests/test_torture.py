@@ -6,11 +6,13 @@ the slow one takes every single one.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from lab.plugin import KIND, SLOWER
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm")]
 
@@ -19,6 +21,8 @@ SINGLE_REENTRY_FAILS_FROM = 115
 
 
 def torture(*options: str, timeout: int = 55) -> subprocess.CompletedProcess[str]:
+    if KIND in os.environ:
+        timeout *= SLOWER
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "support.torture", *options],
         cwd=Path(__file__).parent,

@@ -21,3 +21,13 @@ class RateRow(Row):
 
     per_second: float
     mb_per_second: float
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """One case: KiB of avmm and of its baseline, and the ratio of the two."""
+
+    case: str
+    kib: float
+    raw_kib: float
+    ratio: float

@@ -134,15 +134,10 @@ async def _ours(case: Case, count: int, disk: Path) -> tuple[float, int]:
             trio.open_nursery() as nursery,
         ):
             if case.kind != "block":
-                nursery.start_soon(_write, port, null)
+                nursery.start_soon(port.write_to, null)
             output = b"".join([data async for data in vm.console])
             nursery.cancel_scope.cancel()
             return _cycles(output), vm.tsc_khz
-
-
-async def _write(port: Port, fd: int) -> None:
-    while data := await port.receive_some():
-        os.write(fd, data)
 
 
 def _theirs(case: Case, count: int, disk: Path) -> float:

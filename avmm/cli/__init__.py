@@ -18,6 +18,9 @@ import click
 FAILED: Final = 125
 COMMANDS: Final = {
     "run": "Run a guest; without IMAGE the bundled shell.",
+    "restore": "Run the guest of a snapshot from where it was.",
+    "receive": "Wait for a guest of another process, and run it from there on.",
+    "ctl": "Steer a running guest: pause, snapshot, migrate and more.",
     "image": "Make guests from a distribution's packages.",
     "doctor": "Tell what this host's KVM offers and what avmm makes of it.",
     "bench": "Measure, always as a ratio to a baseline in the same run.",

@@ -13,16 +13,21 @@ import trio
 
 from avmm.bench import boot as bench_boot
 from avmm.bench import exits as bench_exits
+from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
+from avmm.bench import snapshot as bench_snapshot
 from avmm.bench import virtio as bench_virtio
-from avmm.bench.row import Row
+from avmm.bench.row import Row, SizeRow
+from avmm.memory import parse_size
 
-Measure = Callable[[Callable[[], None]], Sequence[Row]]
+Measure = Callable[[Callable[[], None]], Sequence[Row | SizeRow]]
 
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="A list of objects: case, us, raw_us, ratio."
 )
 ROUNDS = click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+
+MEMORY = click.option("--memory", default="512M", show_default=True, metavar="SIZE")
 
 
 @click.group()
@@ -89,6 +94,35 @@ def virtio(as_json: bool, count: int, rounds: int) -> None:
     )
 
 
+@command.command()
+@JSON
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@MEMORY
+def migration(as_json: bool, rounds: int, memory: str) -> None:
+    """Live migration over a unix socket, as a ratio to QEMU's with the same guest."""
+    size = parse_size(memory)
+    _run(
+        lambda progress: trio.run(bench_migration.measure, size, rounds, progress),
+        bench_migration.steps(rounds),
+        as_json,
+    )
+
+
+@command.command()
+@JSON
+@ROUNDS
+@MEMORY
+@click.option("--clones", type=click.IntRange(1), default=50, show_default=True)
+def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
+    """Snapshots written, as a ratio to QEMU's; restores and clones, as a ratio to a boot."""
+    size = parse_size(memory)
+    _run(
+        lambda progress: trio.run(bench_snapshot.measure, size, rounds, clones, progress),
+        bench_snapshot.steps(rounds, clones),
+        as_json,
+    )
+
+
 def _run(measure: Measure, steps: int, as_json: bool) -> None:
     # The bar goes to standard error, and only to a terminal: the result can be piped.
     with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
@@ -98,4 +132,5 @@ def _run(measure: Measure, steps: int, as_json: bool) -> None:
         return
     click.echo(f"{'case':24} {'µs':>8} {'raw µs':>8} {'× raw':>7}")
     for row in rows:
-        click.echo(f"{row.case:24} {row.us:8.1f} {row.raw_us:8.1f} {row.ratio:7.2f}")
+        ours, raw = (row.kib, row.raw_kib) if isinstance(row, SizeRow) else (row.us, row.raw_us)
+        click.echo(f"{row.case:24} {ours:8.1f} {raw:8.1f} {row.ratio:7.2f}")

@@ -1,6 +1,9 @@
 """Where the command connects the guest's console: stdio, pty, unix:PATH or file:PATH.
 
 That is the serial port, or, with "virtio:" before it, the first port of a virtio console.
+
+The host's end is opened before there is a guest: one that has come from another process must not
+be lost because a file cannot be made.
 """
 
 from __future__ import annotations
@@ -8,23 +11,34 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack, closing, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import trio
 
 from avmm.cli import terminal
-from avmm.cli.hostfd import HostFd
+from avmm.cli.holds import TERMINAL, Holds, PauseRefused
 from avmm.devices.console import ConsoleStream
+from avmm.devices.hostfd import HostFd
 from avmm.devices.virtio.console import Console
+from avmm.devices.virtio.port import Port
 from avmm.ends import listen
 from avmm.errors import AvmmError, ConfigError
 from avmm.machine import Machine
+from avmm.outcome import Cause
 
 _BATCH_SECONDS: Final = 0.004
+_LAST_KEYS_SECONDS: Final = 0.2
 END_OF_INPUT: Final = b"\x04"
 """Ctrl-D: what a terminal sends for the end of input, and so do we when a pipe ends."""
 
@@ -55,21 +69,75 @@ def parse(text: str) -> Target:
     )
 
 
-async def connect(target: Target, vm: Machine, virtio: Console | None) -> None:
-    """Connect the guest's console, until the guest has ended and its output is delivered.
+class Input:
+    """What goes to the guest, and what of it did not, for who is to be told."""
 
-    With a `virtio` console, that one; what is written to the serial port then is dropped.
-    """
-    connected = _KINDS[target.kind]
-    if virtio is None:
-        await connected(target, vm, vm.console)
-        return
-    await vm.console.aclose()
-    async with trio.open_nursery() as nursery:
-        if target.kind == "stdio" and os.isatty(0):
-            nursery.start_soon(_follow_size, virtio)
-        await connected(target, vm, next(iter(virtio.ports.values())))
-        nursery.cancel_scope.cancel()
+    def __init__(self, stream: ConsoleStream) -> None:
+        self._stream = stream
+        self.undelivered = b""
+        """What the guest did not get, as it has ended or gone."""
+
+    async def send(self, data: bytes) -> bool:
+        """Is the guest there still? Then it will get `data`."""
+        sent = False
+        try:
+            with suppress(trio.BrokenResourceError):
+                await self._stream.send_all(data)
+                sent = True
+        finally:
+            if not sent:
+                self.undelivered += data[self._stream.accepted :]
+        return sent
+
+    async def forward(self, keys: trio.MemoryReceiveChannel[bytes]) -> None:
+        """Send what comes through `keys`, until cancelled."""
+        try:
+            async for data in keys:
+                await self.send(data)
+        finally:
+            with suppress(trio.WouldBlock):
+                while True:
+                    self.undelivered += keys.receive_nowait()
+
+
+Connect: TypeAlias = Callable[[Machine, ConsoleStream, Input, Holds], Awaitable[None]]
+
+
+@contextmanager
+def opened(target: Target) -> Iterator[End]:
+    """The host's end of a console inside the block. Raises `ConfigError` where it cannot be."""
+    with _KINDS[target.kind](target) as connected:
+        yield End(target, connected)
+
+
+class End:
+    """The host's end of a console, open."""
+
+    def __init__(self, target: Target, connected: Connect) -> None:
+        self._target = target
+        self._connected = connected
+        self.undelivered = b""
+        """What was typed, or came, when the guest had gone to another process."""
+
+    async def connect(self, vm: Machine, virtio: Console | None, holds: Holds) -> None:
+        """Connect the guest's console, until the guest has ended and its output is delivered.
+
+        With a `virtio` console, that one; what is written to the serial port then is dropped.
+        """
+        if virtio is None:
+            await self._converse(vm, vm.console, holds)
+            return
+        await vm.console.aclose()
+        async with trio.open_nursery() as nursery:
+            if self._target.kind == "stdio" and os.isatty(0):
+                nursery.start_soon(_follow_size, virtio)
+            await self._converse(vm, next(iter(virtio.ports.values())), holds)
+            nursery.cancel_scope.cancel()
+
+    async def _converse(self, vm: Machine, stream: ConsoleStream, holds: Holds) -> None:
+        typed = Input(stream)
+        await self._connected(vm, stream, typed, holds)
+        self.undelivered = typed.undelivered
 
 
 async def _follow_size(virtio: Console) -> None:
@@ -80,21 +148,29 @@ async def _follow_size(virtio: Console) -> None:
             virtio.resize(*os.get_terminal_size(0))
 
 
-async def _stdio(target: Target, vm: Machine, stream: ConsoleStream) -> None:
-    stdin, stdout = 0, 1
-    interactive = os.isatty(stdin)
+@contextmanager
+def _stdio(target: Target) -> Iterator[Connect]:
+    with (
+        closing(HostFd(0, os.O_RDONLY)) as source,
+        closing(HostFd(1, os.O_WRONLY)) as sink,
+    ):
+        yield partial(_connect_stdio, source, sink)
+
+
+async def _connect_stdio(
+    source: HostFd, sink: HostFd, vm: Machine, stream: ConsoleStream, typed: Input, holds: Holds
+) -> None:
+    interactive = os.isatty(0)
     with ExitStack() as stack:
-        source = stack.enter_context(closing(HostFd(stdin, os.O_RDONLY)))
-        sink = stack.enter_context(closing(HostFd(stdout, os.O_WRONLY)))
         if interactive:
-            stack.enter_context(terminal.raw(stdin))
+            stack.enter_context(terminal.raw(0))
         async with trio.open_nursery() as nursery:
             if interactive:
-                nursery.start_soon(_type, source, sink, vm, stream)
+                nursery.start_soon(_type, source, sink, vm, typed, holds)
             else:
-                nursery.start_soon(_pipe, source, stream)
+                nursery.start_soon(_pipe, source, typed)
             try:
-                await _output(stream, sink.write)
+                await _write_out(stream, 1, sink)
             except OSError as error:
                 if interactive:
                     vm.stop(status=128 + signal.SIGHUP)  # the terminal has gone
@@ -103,6 +179,19 @@ async def _stdio(target: Target, vm: Machine, stream: ConsoleStream) -> None:
                 else:
                     raise AvmmError(f"standard output: {error.strerror}") from None
             nursery.cancel_scope.cancel()
+        if interactive and (await vm.wait()).cause is Cause.MOVED:
+            # Meant for the guest, it must not be the next command of the shell's.
+            with trio.move_on_after(_LAST_KEYS_SECONDS):
+                while keys := await source.read():
+                    typed.undelivered += keys
+
+
+async def _write_out(stream: ConsoleStream, fd: int, sink: HostFd) -> None:
+    """Everything that the guest prints to `fd`, which is also `sink`, until it has ended."""
+    if isinstance(stream, Port):
+        await stream.write_to(fd)
+    else:
+        await _output(stream, sink.write)
 
 
 async def _output(stream: ConsoleStream, write: Callable[[bytes], Awaitable[None]]) -> None:
@@ -114,18 +203,19 @@ async def _output(stream: ConsoleStream, write: Callable[[bytes], Awaitable[None
         await trio.sleep(_BATCH_SECONDS)
 
 
-async def _pipe(source: HostFd, stream: ConsoleStream) -> None:
+async def _pipe(source: HostFd, typed: Input) -> None:
     """Input that is no terminal: as it is, then the end of input."""
     last = b"\n"
-    with suppress(trio.BrokenResourceError):
-        while data := await source.read():
-            await stream.send_all(data)
-            last = data[-1:]
-        # Ctrl-D ends the input only on an empty line: first end the one that is begun.
-        await stream.send_all(END_OF_INPUT if last in b"\r\n" else b"\r" + END_OF_INPUT)
+    while data := await source.read():
+        if not await typed.send(data):
+            return
+        last = data[-1:]
+    # Ctrl-D ends the input only on an empty line: first end the one that is begun.
+    if not await typed.send(END_OF_INPUT if last in b"\r\n" else b"\r" + END_OF_INPUT):
+        typed.undelivered = b""
 
 
-async def _type(source: HostFd, sink: HostFd, vm: Machine, stream: ConsoleStream) -> None:
+async def _type(source: HostFd, sink: HostFd, vm: Machine, typed: Input, holds: Holds) -> None:
     """Input from a person, who may also talk to avmm itself.
 
     What is typed goes through a channel, so that a guest which reads nothing does not keep the
@@ -133,11 +223,10 @@ async def _type(source: HostFd, sink: HostFd, vm: Machine, stream: ConsoleStream
     """
     escape = terminal.Escape()
     send, receive = trio.open_memory_channel[bytes](256)
-    async with trio.open_nursery() as nursery, AsyncExitStack() as pause:
-        nursery.start_soon(_forward, receive, stream)
-        is_paused = False
-        while typed := await source.read():
-            for part in escape.feed(typed):
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(typed.forward, receive)
+        while keys := await source.read():
+            for part in escape.feed(keys):
                 if isinstance(part, bytes):
                     try:
                         send.send_nowait(part)
@@ -147,69 +236,92 @@ async def _type(source: HostFd, sink: HostFd, vm: Machine, stream: ConsoleStream
                     await sink.write(terminal.HELP.encode())
                 elif part is terminal.Command.QUIT:
                     vm.stop()
-                elif is_paused:
-                    await pause.aclose()
-                    is_paused = False
-                    await sink.write(b"\r\navmm: running\r\n")
                 else:
-                    await pause.enter_async_context(vm.paused())
-                    is_paused = True
-                    await sink.write(b"\r\navmm: paused, Ctrl-A p lets the guest run on\r\n")
+                    await sink.write(f"\r\navmm: {await _toggle(holds)}\r\n".encode())
         vm.stop(status=128 + signal.SIGHUP)
 
 
-async def _forward(typed: trio.MemoryReceiveChannel[bytes], stream: ConsoleStream) -> None:
-    with suppress(trio.BrokenResourceError):
-        async for data in typed:
-            await stream.send_all(data)
+async def _toggle(holds: Holds) -> str:
+    """Pause the guest, or let it run on; says which."""
+    if holds.counts[TERMINAL]:
+        await holds.let_go(TERMINAL)
+        return f"still paused by {holds}" if str(holds) else "running"
+    try:
+        await holds.hold(TERMINAL)
+    except PauseRefused as error:
+        return str(error)
+    return "paused, Ctrl-A p lets the guest run on"
 
 
-async def _pty(target: Target, vm: Machine, stream: ConsoleStream) -> None:
+@contextmanager
+def _pty(target: Target) -> Iterator[Connect]:
     # Our own descriptor of the far end stays open: without it, the near end would give an
     # error whenever nobody is connected.
     near, far = os.openpty()
     try:
-        async with trio.lowlevel.FdStream(near) as host:
-            with terminal.raw(far):
-                print(f"avmm: the console is {os.ttyname(far)}", file=sys.stderr, flush=True)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_from_pty, host, stream)
-                    await _output(stream, host.send_all)
-                    nursery.cancel_scope.cancel()
+        with closing(os.fdopen(near, "r+b", buffering=0)) as file, terminal.raw(far):
+            print(f"avmm: the console is {os.ttyname(far)}", file=sys.stderr, flush=True)
+            yield partial(_connect_pty, file.fileno())
     finally:
         os.close(far)
 
 
-async def _from_pty(host: trio.lowlevel.FdStream, stream: ConsoleStream) -> None:
-    with suppress(trio.BrokenResourceError):
-        async for data in host:
-            await stream.send_all(data)
+async def _connect_pty(
+    near: int, vm: Machine, stream: ConsoleStream, typed: Input, holds: Holds
+) -> None:
+    async with trio.lowlevel.FdStream(os.dup(near)) as host:
+        await _serve(host, stream, typed)
 
 
-async def _file(target: Target, vm: Machine, stream: ConsoleStream) -> None:
+@contextmanager
+def _file(target: Target) -> Iterator[Connect]:
     try:
         fd = os.open(target.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise ConfigError(f"console file {target.path}: {error.strerror}") from None
     try:
         with closing(HostFd(fd, os.O_WRONLY)) as sink:
-            await _output(stream, sink.write)
-    except OSError as error:
-        raise AvmmError(f"console file {target.path}: {error.strerror}") from None
+            yield partial(_connect_file, target.path, fd, sink)
     finally:
         os.close(fd)
 
 
-async def _unix(target: Target, vm: Machine, stream: ConsoleStream) -> None:
-    """One client at a time; what the guest prints meanwhile waits in the port's buffer."""
-    listener = listen(target.path)
+async def _connect_file(
+    path: str,
+    fd: int,
+    sink: HostFd,
+    vm: Machine,
+    stream: ConsoleStream,
+    typed: Input,
+    holds: Holds,
+) -> None:
     try:
-        while (connection := await _next_client(listener, vm)) is not None:
-            await _serve_client(trio.SocketStream(connection), stream)
-    finally:
-        listener.close()
-        with suppress(FileNotFoundError):
-            Path(target.path).unlink()
+        await _write_out(stream, fd, sink)
+    except OSError as error:
+        raise AvmmError(f"console file {path}: {error.strerror}") from None
+
+
+@contextmanager
+def _unix(target: Target) -> Iterator[Connect]:
+    with closing(listen(target.path)) as listener:
+        try:
+            yield partial(_connect_unix, listener)
+        finally:
+            with suppress(FileNotFoundError):
+                Path(target.path).unlink()
+
+
+async def _connect_unix(
+    listener: trio.socket.SocketType,
+    vm: Machine,
+    stream: ConsoleStream,
+    typed: Input,
+    holds: Holds,
+) -> None:
+    """One client at a time; what the guest prints meanwhile waits in the port's buffer."""
+    while (connection := await _next_client(listener, vm)) is not None:
+        async with trio.SocketStream(connection) as client:
+            await _serve(client, stream, typed)
 
 
 async def _next_client(
@@ -229,23 +341,24 @@ async def _next_client(
     return connection
 
 
-async def _serve_client(client: trio.SocketStream, stream: ConsoleStream) -> None:
+async def _serve(client: trio.abc.Stream, stream: ConsoleStream, typed: Input) -> None:
     """Until the client leaves, or the guest has ended and its last output is sent."""
-    async with client, trio.open_nursery() as nursery:
+    typed.undelivered = b""  # by the client before, who has gone
+    async with trio.open_nursery() as nursery:
 
-        async def listen() -> None:
+        async def listen_to() -> None:
             with suppress(trio.BrokenResourceError):
                 async for data in client:
-                    await stream.send_all(data)
+                    await typed.send(bytes(data))
             nursery.cancel_scope.cancel()
 
-        nursery.start_soon(listen)
+        nursery.start_soon(listen_to)
         with suppress(trio.BrokenResourceError):
             await _output(stream, client.send_all)
         nursery.cancel_scope.cancel()
 
 
-_KINDS: Final[dict[str, Callable[[Target, Machine, ConsoleStream], Awaitable[None]]]] = {
+_KINDS: Final[dict[str, Callable[[Target], AbstractContextManager[Connect]]]] = {
     "stdio": _stdio,
     "pty": _pty,
     "unix": _unix,

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 import trio
 
 from avmm.boot import Protocol
-from avmm.cli import console
+from avmm.cli import attend, console
+from avmm.cli.attend import PATH
 from avmm.completion import Mode
 from avmm.config import UNCLAIMED, MachineConfig, read_toml
-from avmm.devices.virtio.console import Console
 from avmm.machine import Machine
-from avmm.outcome import Cause, Outcome
-from avmm.placing import virtio
+from avmm.outcome import Outcome
 
 
 class Port(click.ParamType[int | str]):
@@ -35,11 +32,6 @@ class Port(click.ParamType[int | str]):
             return int(str(value), 0)
         except ValueError:
             self.fail(f"{value!r} is no port: expected a number like 0xf4, or 'none'", param, ctx)
-
-
-_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LAST_OUTPUT_SECONDS: Final = 1.0
-PATH = click.Path(path_type=Path)
 
 
 @click.command()
@@ -110,6 +102,7 @@ PATH = click.Path(path_type=Path)
     metavar="NUMBER",
     help="KVM_CAP_NEEDS_COMPLETION's number in this host's kernel, if it has one.",
 )
+@attend.control_option
 @click.option("--config", type=PATH, metavar="FILE", help="Settings from TOML; options win.")
 def command(
     image: Path | None,
@@ -117,6 +110,7 @@ def command(
     roms: tuple[str, ...],
     disks: tuple[str, ...],
     console_target: str | None,
+    control_target: str | None,
     config: Path | None,
     net: tuple[str, ...],
     **options: Any,
@@ -136,31 +130,12 @@ def command(
     if target.virtio:
         cmdline = f"{machine_config.cmdline} console=hvc0".lstrip()
         machine_config = replace(machine_config, cmdline=cmdline)
-    outcome = trio.run(_run, machine_config, target)
-    if outcome.cause is not Cause.EXIT and outcome.cause is not Cause.STOPPED:
-        click.echo(f"avmm: the guest ended: {outcome}", err=True)
-    sys.exit(outcome.status & 0xFF)
+    attend.end(*trio.run(_run, machine_config, target, control_target))
 
 
-async def _run(config: MachineConfig, target: console.Target) -> Outcome:
-    virtio_console = Console() if target.virtio else None
-    devices = [virtio(virtio_console)] if virtio_console is not None else []
-    async with Machine(config, devices=devices) as vm:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, vm, nursery.cancel_scope)
-            # Returns by itself when the guest has ended and the last of its output is out.
-            await console.connect(target, vm, virtio_console)
-            nursery.cancel_scope.cancel()
-        return await vm.wait()
-
-
-async def _stop_on_signal(vm: Machine, scope: trio.CancelScope) -> None:
-    """SIGINT, SIGTERM and SIGHUP end the guest, so that the terminal is put back on the way out.
-
-    Output that nobody takes within a second is given up then.
-    """
-    with trio.open_signal_receiver(*_ENDING) as signals:
-        async for number in signals:
-            vm.stop(status=128 + number)
-            await trio.sleep(_LAST_OUTPUT_SECONDS)
-            scope.cancel()
+async def _run(
+    config: MachineConfig, target: console.Target, control_target: str | None
+) -> tuple[Outcome, bytes]:
+    with attend.opened(target, control_target) as ends:
+        async with Machine(config, devices=ends.devices(target.virtio)) as vm:
+            return await ends.attend(vm), ends.undelivered

@@ -164,10 +164,11 @@ class Device:
         """
 
     async def release(self) -> None:
-        """Let go of what only one machine may hold: a lock, an interface, the path of a socket.
+        """Let go of what only one machine may hold: a lock, an interface, the path of a socket,
+        and output that has no reader yet, which is saved for the other.
 
-        Called quiesced, so that another machine, in which this one goes on, can `acquire` it.
-        Does nothing where it is not held.
+        Called quiesced and before `save`, so that another machine, in which this one goes on, can
+        `acquire` it. Does nothing where it is not held.
         """
 
     async def acquire(self) -> None:

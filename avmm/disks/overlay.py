@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ from avmm.errors import ConfigError
 
 _BASE, _OWN = b"\0", b"\1"
 _CHUNK = 1 << 20
+"""Bytes of changes in a piece of the saved state."""
+_RUN = struct.Struct("<QQ")
+"""Where a run of changed sectors begins, and how long it is, in bytes."""
 
 
 class OverlayDisk(Disk):
@@ -132,28 +136,46 @@ class OverlayDisk(Disk):
         self._mark(offset, length)
 
     def save(self) -> Mapping[str, Any]:
-        changes = []
+        """The changes in pieces, each with its runs before it: a guest may write here and there,
+        and a run a piece would be more pieces than a state may have."""
+        changes: list[list[bytes]] = []
+        runs, data = bytearray(), bytearray()
         for own, start, length in self._runs(0, self.size):
-            for at in range(start, start + length, _CHUNK) if own else ():
-                data = bytearray(min(_CHUNK, start + length - at))
-                files.read_fully(self._fd, at, [memoryview(data)])
-                changes.append([at, bytes(data)])
+            at, end = start, start + length if own else start
+            while at < end:
+                part = bytearray(min(_CHUNK - len(data), end - at))
+                files.read_fully(self._fd, at, [memoryview(part)])
+                runs += _RUN.pack(at, len(part))
+                data += part
+                at += len(part)
+                if len(data) == _CHUNK:
+                    changes.append([bytes(runs), bytes(data)])
+                    runs, data = bytearray(), bytearray()
+        if data:
+            changes.append([bytes(runs), bytes(data)])
         return {"changes": changes}
 
     def load(self, state: Mapping[str, Any]) -> None:
         fields = Fields(self.name, state, ("changes",))
         changes = state["changes"]
         if type(changes) is not list or not all(map(self._is_change, changes)):
-            raise fields.error("changes", f"[offset, data] pairs of whole sectors in {self.size}")
+            raise fields.error("changes", f"[runs, data] pairs of whole sectors in {self.size}")
         self._map[:] = bytes(len(self._map))
         os.ftruncate(self._fd, 0)
         os.ftruncate(self._fd, self.size)
-        for offset, data in changes:
-            self._write(offset, [memoryview(data)])
+        for runs, data in changes:
+            left = [memoryview(data)]
+            for offset, length in _RUN.iter_unpack(runs):
+                self._write(offset, files.cut(left, length))
 
     def _is_change(self, pair: object) -> bool:
-        if type(pair) is not list or [type(part) for part in pair] != [int, bytes]:
+        if type(pair) is not list or [type(part) for part in pair] != [bytes, bytes]:
             return False
-        offset, data = pair
-        end = offset + len(data)
-        return 0 <= offset < end <= self.size and not offset % SECTOR and not end % SECTOR
+        runs, data = pair
+        if not runs or len(runs) % _RUN.size:
+            return False
+        pairs = list(_RUN.iter_unpack(runs))
+        return sum(length for _, length in pairs) == len(data) and all(
+            0 < length <= self.size - offset and not offset % SECTOR and not length % SECTOR
+            for offset, length in pairs
+        )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -41,6 +40,8 @@ class Pool:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._done: deque[_Job] = deque()
         self._pending = 0
+        self._is_told = False
+        """Will trio look at what is done, with nobody telling it?"""
 
     async def run(self, function: Callable[..., Any], *args: Any) -> None:
         """Call it in a thread; raises what it raises.
@@ -65,10 +66,15 @@ class Pool:
             token = job.token
             self._done.append(job)
             del job
-            with suppress(trio.RunFinishedError):  # trio has crashed: nobody waits any more
-                token.run_sync_soon(self._deliver, idempotent=True)
+            if not self._is_told:  # by two threads at once it may be told twice
+                self._is_told = True
+                try:
+                    token.run_sync_soon(self._deliver)
+                except trio.RunFinishedError:  # trio has crashed: nobody waits any more
+                    self._is_told = False
 
     def _deliver(self) -> None:
+        self._is_told = False  # before it looks: who comes after its look tells it again
         while self._done:
             job = self._done.popleft()
             self._pending -= 1

@@ -3,7 +3,7 @@
 from avmm.kvm._kvm import lib as constants
 from avmm.kvm.bridge import eventfd
 from avmm.kvm.errors import KvmError, KvmUnavailable
-from avmm.kvm.handles import Struct, System, Vcpu, Vm, capabilities, exit_name
+from avmm.kvm.handles import Struct, System, Vcpu, Vm, capabilities, copy_cpuid, exit_name
 
 __all__ = [
     "KvmError",
@@ -14,6 +14,7 @@ __all__ = [
     "Vm",
     "capabilities",
     "constants",
+    "copy_cpuid",
     "eventfd",
     "exit_name",
 ]

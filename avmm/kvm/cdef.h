@@ -372,7 +372,7 @@ struct avmm_vring {
     uint32_t size;
     uint8_t event_idx, indirect, signalled_once;
     uint16_t next_avail, next_used, signalled, head;
-    uint32_t readable, writable;
+    uint32_t readable, writable, sent;
     struct avmm_part parts[...];
     ...;
 };
@@ -383,6 +383,7 @@ int avmm_vring_pop(struct avmm_vring *ring);
 int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t written, int more);
 int avmm_vring_wants_interrupt(struct avmm_vring *ring);
 int avmm_vring_listen(struct avmm_vring *ring, int wanted);
+int avmm_vring_send(struct avmm_vring *ring, int fd, int is_socket, uint32_t most);
 
 /* fallocate(2), whose modes Python does not give. */
 #define FALLOC_FL_KEEP_SIZE ...
@@ -398,8 +399,8 @@ uint64_t avmm_pages_run(const uint64_t *bitmap, uint64_t page, uint64_t pages, u
 uint32_t avmm_pages_pack(const uint8_t *ram, uint64_t *bitmap, uint64_t pages, uint64_t *cursor,
                          struct avmm_run *runs, uint32_t most_runs, uint8_t *data,
                          uint32_t most_data, int skip_zeros, uint32_t *run_count);
-int avmm_pages_unpack(uint8_t *ram, uint64_t pages, const struct avmm_run *runs, uint32_t count,
-                      const uint8_t *data, uint64_t data_pages);
+int avmm_pages_unpack(uint8_t *ram, uint64_t pages, int fd, const struct avmm_run *runs,
+                      uint32_t count, const uint8_t *data, uint64_t data_pages);
 void avmm_dirty_mark(uint64_t *dirty, uint64_t offset, uint64_t length);
 void avmm_dirty_take(uint64_t *from, uint64_t *into, uint64_t words);
 void avmm_pages_add(const uint64_t *from, uint64_t *into, uint64_t words);

@@ -45,6 +45,14 @@ def exit_name(reason: int) -> str:
     return _EXIT_NAMES.get(reason, f"exit reason {reason}")
 
 
+def copy_cpuid(cpuid: Struct) -> Struct:
+    """Another `struct kvm_cpuid2` with the same leaves."""
+    size = ffi.sizeof("struct kvm_cpuid2") + cpuid.nent * ffi.sizeof("struct kvm_cpuid_entry2")
+    copy = ffi.new("struct kvm_cpuid2 *", {"nent": cpuid.nent, "entries": cpuid.nent})
+    ffi.memmove(copy, cpuid, size)
+    return copy
+
+
 _NO_REASONS: Final = {"KVM_EXIT_IO_IN", "KVM_EXIT_IO_OUT", "KVM_EXIT_XEN_HCALL"}
 _EXIT_NAMES: Final = {
     getattr(lib, name): name

@@ -92,30 +92,48 @@ static uint32_t avmm_pages_pack(const uint8_t *ram, uint64_t *bitmap, uint64_t p
     return copied;
 }
 
-/* Put runs into RAM: 0, or -1 where they are not within it, or not what `data_pages` holds; then
- * nothing was written. */
-static int avmm_pages_unpack(uint8_t *ram, uint64_t pages, const struct avmm_run *runs,
+static int write_fully(int fd, const uint8_t *data, uint64_t length, uint64_t offset)
+{
+    while (length) {
+        ssize_t done = pwrite(fd, data, length, (off_t)offset);
+        if (done < 0 && errno == EINTR)
+            continue;
+        if (done <= 0)
+            return done ? -errno : -EIO;
+        data += done, offset += (uint64_t)done, length -= (uint64_t)done;
+    }
+    return 0;
+}
+
+/* Put runs into RAM, which is mapped shared from the beginning of the file `fd`: 0, or -EINVAL
+ * where they are not within it, or not what `data_pages` holds; then nothing was written. Or
+ * -errno where the host has no memory left.
+ *
+ * Contents are written to the file, not to the mapping: a page that RAM has not had yet is then
+ * neither cleared first nor faulted in. */
+static int avmm_pages_unpack(uint8_t *ram, uint64_t pages, int fd, const struct avmm_run *runs,
                              uint32_t count, const uint8_t *data, uint64_t data_pages)
 {
     uint64_t wanted = 0;
     for (uint32_t i = 0; i < count; i++) {
         if (runs[i].kind > AVMM_RUN_DATA || !runs[i].count || runs[i].page >= pages
             || runs[i].count > pages - runs[i].page)
-            return -1;
+            return -EINVAL;
         if (runs[i].kind == AVMM_RUN_DATA)
             wanted += runs[i].count;
     }
     if (wanted != data_pages)
-        return -1;
+        return -EINVAL;
     for (uint32_t i = 0; i < count; i++) {
-        uint8_t *to = ram + runs[i].page * AVMM_PAGE;
-        uint64_t length = (uint64_t)runs[i].count * AVMM_PAGE;
-        if (runs[i].kind == AVMM_RUN_DATA) {
-            memcpy(to, data, length);
-            data += length;
-        } else {
-            memset(to, 0, length);
+        uint64_t at = runs[i].page * AVMM_PAGE, length = (uint64_t)runs[i].count * AVMM_PAGE;
+        if (runs[i].kind == AVMM_RUN_ZERO) {
+            memset(ram + at, 0, length);
+            continue;
         }
+        int error = write_fully(fd, data, length, at);
+        if (error)
+            return error;
+        data += length;
     }
     return 0;
 }

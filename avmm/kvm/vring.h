@@ -6,7 +6,10 @@
  */
 
 #include <endian.h>
+#include <errno.h>
 #include <stdint.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
 
 enum { AVMM_RAM_REGIONS = 8, AVMM_VRING_PARTS = 1024, AVMM_VRING_SIZE_MAX = 32768 };
 
@@ -48,6 +51,7 @@ struct avmm_vring {
     /* The chain that was walked last: first the readable parts, then the writable ones. */
     uint16_t head;
     uint32_t readable, writable;
+    uint32_t sent; /* how much of it avmm_vring_send has sent */
     struct avmm_part parts[AVMM_VRING_PARTS];
 };
 
@@ -94,6 +98,15 @@ static uint8_t *ram_at(const struct avmm_ram *ram, uint64_t gpa, uint64_t length
             return region->host + start;
         }
     }
+    return NULL;
+}
+
+/* Where byte `offset` of RAM as a whole is. */
+static uint8_t *ram_byte(const struct avmm_ram *ram, uint64_t offset)
+{
+    for (uint32_t i = 0; i < ram->count; i++)
+        if (offset - ram->regions[i].offset < ram->regions[i].size)
+            return ram->regions[i].host + (offset - ram->regions[i].offset);
     return NULL;
 }
 
@@ -274,4 +287,50 @@ static int avmm_vring_listen(struct avmm_vring *ring, int wanted)
     used_was_written(ring);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     return load16_acquire(avail + 2) != ring->next_avail;
+}
+
+/* Write what is readable of the chain that was walked last, at most `most` bytes: how many that
+ * were, 0 where `fd` takes none at once or has failed. */
+static uint32_t vring_send_one(const struct avmm_vring *ring, int fd, int is_socket, uint32_t most)
+{
+    struct iovec parts[AVMM_VRING_PARTS];
+    struct msghdr message = { .msg_iov = parts };
+    for (uint32_t i = 0; i < ring->readable && most; i++) {
+        const struct avmm_part *part = &ring->parts[i];
+        uint32_t length = part->length < most ? part->length : most;
+        parts[i] = (struct iovec){ ram_byte(ring->ram, part->offset), length };
+        most -= length;
+        message.msg_iovlen++;
+    }
+    ssize_t sent;
+    do
+        sent = is_socket ? sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+                         : writev(fd, parts, message.msg_iovlen);
+    while (sent < 0 && errno == EINTR);
+    return sent < 0 ? 0 : sent;
+}
+
+/* Write what is readable of the next chains to `fd`, and give back each that it takes whole at
+ * once: 0 when there are no more or `most` bytes were written, 1 when `fd` has taken only `sent`
+ * bytes of the chain that was walked last (it is full, or has failed), or a negative error.
+ * No more chains than the queue has entries: the guest may refill it for ever. */
+static int avmm_vring_send(struct avmm_vring *ring, int fd, int is_socket, uint32_t most)
+{
+    uint64_t total = 0;
+    for (uint32_t taken = 0; taken < ring->size && total < most; taken++) {
+        int answer = avmm_vring_pop(ring);
+        if (answer <= 0)
+            return answer;
+        uint64_t length = 0;
+        for (uint32_t i = 0; i < ring->readable; i++)
+            length += ring->parts[i].length;
+        ring->sent = length ? vring_send_one(ring, fd, is_socket, most) : 0;
+        if (ring->sent < length)
+            return 1;
+        answer = avmm_vring_push(ring, ring->head, 0, 0);
+        if (answer < 0)
+            return answer;
+        total += length;
+    }
+    return 0;
 }

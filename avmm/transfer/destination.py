@@ -89,8 +89,8 @@ class Receiver:
 
     def _unpack(self, pages: Pages) -> None:
         assert self._parts is not None
-        packed = pages.packed
-        if not unpack(self._parts.memory.whole, packed.runs, packed.data):
+        packed, memory = pages.packed, self._parts.memory
+        if not unpack(memory.whole, memory.fd, packed.runs, packed.data):
             raise ProtocolError("PAGES tells of pages that are not RAM, or not there")
 
 

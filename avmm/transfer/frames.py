@@ -31,6 +31,8 @@ HEADER_BYTES: Final = _HEAD.size + _SUM_BYTES
 MOST_DATA_PAGES: Final = 256
 MOST_RUNS: Final = 4096
 STATE_PIECE: Final = 1 << 20
+_FIRST_ROOM: Final = 1 << 16
+"""Of a reader's buffer, in bytes; then it grows with what has come, not with what is promised."""
 
 
 class Kind(IntEnum):
@@ -92,34 +94,41 @@ class Encoder:
 
 
 class Decoder:
-    """Takes the bytes of one direction, in whatever pieces, and gives frames."""
+    """Takes the bytes of one direction, in whatever pieces, and gives frames.
+
+    What has come lies in one buffer, which is used again and again, and frames are views of it.
+    """
 
     def __init__(self) -> None:
         self._number = 0
-        self._data = bytearray()
-        self._at = 0
+        self._data = bytearray(_FIRST_ROOM)
+        self._start = self._end = 0
 
     def feed(self, data: Buffer) -> None:
         """The next bytes. They are only held until `next` has given the frame they belong to."""
-        if self._at:
-            del self._data[: self._at]
-            self._at = 0
-        self._data += data
+        there, wanted = self._end - self._start, self._end - self._start + len(data)
+        if self._start + wanted > len(self._data):
+            rest = memoryview(self._data)[self._start : self._end]
+            if 2 * wanted > len(self._data):  # or it would be moved again and again
+                self._data = bytearray(4 * wanted)
+            self._data[:there] = rest
+            self._start, self._end = 0, there
+        self._data[self._end : self._end + len(data)] = data
+        self._end += len(data)
 
     @property
     def is_empty(self) -> bool:
         """Has nothing come of a frame that is not whole yet?"""
-        return self._at == len(self._data)
+        return self._start == self._end
 
     def next(self) -> Frame | None:
         """The next frame, if it is there; its payload is good until `feed`.
 
         Raises `ProtocolError` where it is none; nothing can be read after that.
         """
-        there = len(self._data) - self._at
-        if there < HEADER_BYTES:
+        if self._end - self._start < HEADER_BYTES:
             return None
-        number_kind, zero, zeros, length, number = _HEAD.unpack_from(self._data, self._at)
+        number_kind, zero, zeros, length, number = _HEAD.unpack_from(self._data, self._start)
         try:
             kind = Kind(number_kind)
         except ValueError:
@@ -133,21 +142,15 @@ class Decoder:
             raise ProtocolError(
                 f"frame {number} ({kind.name}) came, expected number {self._number}"
             )
-        if there < HEADER_BYTES + length:
+        if self._end - self._start < HEADER_BYTES + length:
             return None
-        with memoryview(self._data) as whole:
-            head = whole[self._at : self._at + _HEAD.size]
-            checksum = whole[self._at + _HEAD.size : self._at + HEADER_BYTES]
-            start = self._at + HEADER_BYTES
-            payload = bytes(whole[start : start + length])
-            good = checksum == _checksum(head, [payload])
-            head.release()
-            checksum.release()
-        if not good:
+        whole = memoryview(self._data)[self._start : self._start + HEADER_BYTES + length]
+        head, payload = whole[: _HEAD.size], whole[HEADER_BYTES:].toreadonly()
+        if whole[_HEAD.size : HEADER_BYTES] != _checksum(head, [payload]):
             raise ProtocolError(f"frame {number} ({kind.name}) is damaged: its checksum is wrong")
-        self._at += HEADER_BYTES + length
+        self._start += HEADER_BYTES + length
         self._number += 1
-        return Frame(kind, memoryview(payload))
+        return Frame(kind, payload)
 
 
 def _checksum(head: Buffer, payload: Sequence[Buffer]) -> bytes:

@@ -1,9 +1,11 @@
 """How fast a guest's RAM goes over, and when it is time to stop the guest: decisions, no I/O.
 
 Round after round what was written meanwhile is sent again. A round is the last that the guest runs
-through when what is then left can go over within the target downtime, at the rate that was seen.
-Where the left-over does not shrink, the guest writes as fast as the line carries: then it is
-throttled, more with each such round (QEMU calls that auto-converge), until it does.
+through when what is then left can go over within the target downtime, at the rate that was seen,
+and another round would not make that much shorter: rounds that shrink are short, and each saves
+the guest most of the standstill that is left. Where the left-over does not shrink, the guest
+writes as fast as the line carries: then it is throttled, more with each such round (QEMU calls
+that auto-converge), until it does.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from avmm.pages import PAGE
 
 _SHRINKS: Final = 0.7
 """A round that leaves more than this share of what the one before left gets nowhere."""
+_SHORT: Final = 0.05
+"""So little of the target downtime is not worth another round."""
 _FIRST_THROTTLE: Final = 0.2
 _MORE_THROTTLE: Final = 0.15
 _MOST_THROTTLE: Final = 0.95
@@ -69,9 +73,11 @@ class Pace:
             self.rate = sent / elapsed
         self.dirty_rate = pages_left * PAGE / elapsed
         before, self._left = self._left, pages_left
-        if not pages_left or self.expected_downtime(pages_left) <= self.target_downtime:
+        shrinks = before is None or pages_left <= _SHRINKS * before
+        expected = self.expected_downtime(pages_left) if pages_left else 0.0
+        if expected <= self.target_downtime * (_SHORT if shrinks else 1):
             return True
-        if before is not None and pages_left > _SHRINKS * before:
+        if not shrinks:
             self._slow_down()
         return False
 

@@ -66,7 +66,8 @@ class Report:
 
 
 class Sender:
-    """One migration of one machine. `has_ended` tells whether its guest has."""
+    """One migration of one machine. `nursery` is that of the machine, `has_ended` tells whether
+    its guest has."""
 
     def __init__(
         self,
@@ -74,12 +75,14 @@ class Sender:
         coordinator: Coordinator,
         stream: trio.abc.Stream,
         options: Options,
+        nursery: trio.Nursery,
         has_ended: Callable[[], bool],
         on_progress: Callable[[Progress], object],
     ) -> None:
         self._parts = parts
         self._coordinator = coordinator
         self._options = options
+        self._nursery = nursery
         self._has_ended = has_ended
         self._on_progress = on_progress
         self._source = Source(secrets.token_bytes(16))
@@ -106,10 +109,9 @@ class Sender:
             await self._agree()
             with self._parts.dirty_log() as log:
                 left = self._parts.memory.populated()
-                async with self._coordinator.throttled(lambda: self._pace.throttle):
-                    await self._copy_live(log, left)
+                await self._copy_live(log, left)
+                stopped = trio.current_time()  # nearly: some vCPUs may stand still from here on
                 async with self._coordinator.paused(self._options.deadline):
-                    stopped = trio.current_time()
                     log.collect(left)
                     await self._copy(left, stopped)
                     await self._hand_over()
@@ -136,13 +138,22 @@ class Sender:
 
     async def _copy_live(self, log: DirtyLog, left: Bitmap) -> None:
         """Rounds, until what is left can go over within the target downtime."""
-        while True:
-            start, sent = trio.current_time(), self._line.sent
-            await self._copy(left, start)
-            log.collect(left)
-            sent = self._line.sent - sent
-            if self._pace.round_ended(sent, trio.current_time() - start, len(left)):
-                return
+        throttling = trio.CancelScope()
+        self._nursery.start_soon(self._throttle, throttling)
+        try:
+            while True:
+                start, sent = trio.current_time(), self._line.sent
+                await self._copy(left, start)
+                log.collect(left)
+                sent = self._line.sent - sent
+                if self._pace.round_ended(sent, trio.current_time() - start, len(left)):
+                    return
+        finally:
+            throttling.cancel()
+
+    async def _throttle(self, scope: trio.CancelScope) -> None:
+        with scope:
+            await self._coordinator.throttle(lambda: self._pace.throttle)
 
     async def _copy(self, left: Bitmap, start: float) -> None:
         """A round: send these pages; `left` is empty then."""

@@ -440,6 +440,30 @@ async def test_resume_without_quiesce_does_nothing(port):
     assert port.line.edges == edges
 
 
+async def test_released_output_is_for_another_machine(cpu, nursery):
+    """Its reader waits, and gets it only where the guest comes back."""
+    port = cpu(Serial())
+    got = bytearray()
+    nursery.start_soon(collect, got, port.device.stream)
+    await wait_all_tasks_blocked()
+    await port.device.quiesce()
+    port.puts(b"ab")
+    await port.device.release()
+    assert port.device.save()["output"] == b"ab"
+    await wait_all_tasks_blocked()
+    assert got == b""
+    await port.device.acquire()
+    await wait_all_tasks_blocked()
+    assert got == b"ab"
+    await port.device.release()
+    port.puts(b"cd")
+    port.device.finish()
+    await wait_all_tasks_blocked()
+    assert got == b"ab"
+    assert await port.device.stream.receive_some() == b"", "the reader before was told the end"
+    assert port.device.save()["output"] == b"cd"
+
+
 # From a real thread, as a vCPU runs.
 
 

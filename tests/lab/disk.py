@@ -14,7 +14,13 @@ from typing import Final
 from lab.cache import LabError, artefact
 from lab.debian import SUITE, demand, run
 
-PACKAGES: Final = ("python3-minimal", "libpython3-stdlib", "busybox-static", "binutils")
+PACKAGES: Final = (
+    "python3-minimal",
+    "libpython3-stdlib",
+    "busybox-static",
+    "binutils",
+    "e2fsprogs",
+)
 PYTHON: Final = (3, 11)
 """That of the suite: compiled extensions and .pyc files come from here."""
 _NOT_NEEDED: Final = ("mypy", "ruff", "pip", "setuptools", "mypyc", "librt")

@@ -13,7 +13,7 @@ from avmm.boot import bzimage
 from avmm.boot.image import open_image
 from lab import krunfw
 from lab.cache import artefact
-from lab.debian import NEWER, download, kernel_package, newer_kernel_package
+from lab.debian import NEWER, download, kernel_package, newer_kernel_package, run
 
 _MOST: Final = 1 << 30
 _MODULES: Final = ("virtio_balloon", "vmw_vsock_virtio_transport")
@@ -21,8 +21,8 @@ _TOOL: Final = Path(__file__).parents[1] / "support" / "vsock_tool.c"
 
 
 def folders() -> dict[str, Path]:
-    """What is sent, by its name there: for each of Debian's kernels a folder with vmlinuz, vmlinux
-    and initrd.cpio.gz; one with a libkrunfw.so."""
+    """What is sent, by its name there: for each of Debian's kernels a folder with vmlinuz,
+    vmlinux, initrd.cpio.gz and an empty file system, ext4.img; one with a libkrunfw.so."""
     newer = newer_kernel_package(NEWER)
     return {
         "sent/debian": _folder("guest", kernel_package()),
@@ -40,7 +40,7 @@ def _folder(name: str, kernel: str) -> Path:
         [package.name for package in packages],
         [file.read_text() for file in own if file.is_file()],
     )
-    made_from = (names, _MODULES, texts)
+    made_from = (names, _MODULES, texts, "ext4")
 
     def build(place: Path) -> None:
         tool = place / "vsock"
@@ -48,6 +48,7 @@ def _folder(name: str, kernel: str) -> Path:
         made = avmm.image.build.build(
             packages, place, modules=_MODULES, added={PurePosixPath("/bin/vsock"): tool}
         )
+        run(["mke2fs", "-q", "-t", "ext4", place / "ext4.img", "16M"])
         with (
             open_image(made.kernel) as image,
             bzimage.unpack(image, _MOST) as (vmlinux, _),

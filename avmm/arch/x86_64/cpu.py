@@ -10,7 +10,7 @@ from typing import Final
 
 from avmm.arch.x86_64 import layout, tables
 from avmm.boot.entry import Entry, Mode
-from avmm.kvm import Struct, System, Vcpu
+from avmm.kvm import Struct, System, Vcpu, copy_cpuid
 
 # Control bits (Intel SDM 3A, 2.5 and 2.2.1).
 _CR0_PE, _CR0_ET, _CR0_NE, _CR0_PG = 1 << 0, 1 << 4, 1 << 5, 1 << 31
@@ -51,7 +51,7 @@ def set_up(system: System, vcpu: Vcpu, cpus: int, entry: Entry | None) -> None:
 
 def cpuid(system: System, index: int, cpus: int) -> Struct:
     """What the host offers, with this vCPU's APIC id and a topology of single-thread cores."""
-    offered = system.supported_cpuid()
+    offered = _host_cpuid(system)
     deadline = system.check("KVM_CAP_TSC_DEADLINE_TIMER")
     for entry in offered.entries:
         if entry.function == 1:
@@ -67,6 +67,17 @@ def cpuid(system: System, index: int, cpus: int) -> Struct:
             else:
                 entry.eax, entry.ebx, entry.ecx = 0, 0, entry.index
     return offered
+
+
+_asked: list[Struct] = []
+"""The host's CPUID, once it is known: KVM takes half a millisecond to tell what never changes."""
+
+
+def _host_cpuid(system: System) -> Struct:
+    """A copy of it, to be changed."""
+    if not _asked:
+        _asked.append(system.supported_cpuid())
+    return copy_cpuid(_asked[0])
 
 
 def _enter(entry: Entry, sregs: Struct, regs: Struct) -> None:

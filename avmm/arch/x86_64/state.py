@@ -102,6 +102,18 @@ def needs(system: System, vcpu: Vcpu) -> dict[str, Any]:
     }
 
 
+def needs_of(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The `needs` of a vCPU that has just been given this state, most of which are in it: asking
+    KVM again would add a millisecond to the time that a guest stands still."""
+    return {
+        "version": VERSION,
+        "cpuid": state["cpuid"],
+        "msrs": list(system.msr_indices()),
+        "xsave": len(state["xsave"]),
+        "tsc_khz": vcpu.tsc_khz(),
+    }
+
+
 def demand(system: System, vcpu: Vcpu, needed: Mapping[str, Any]) -> None:
     """Raise `StateError` where this host lacks what `needs` told of another one's vCPU."""
     _check_shape("vCPU", needed, _NEEDS_KEYS)
@@ -110,6 +122,7 @@ def demand(system: System, vcpu: Vcpu, needed: Mapping[str, Any]) -> None:
     )
     _demand_msrs(system, _numbers("msrs", needed["msrs"], len(needed["msrs"]), _U32))
     _demand_xsave(system, vcpu, needed["xsave"])
+    _demand_frequency(needed["tsc_khz"])
 
 
 def _demand_msrs(system: System, wanted: Iterable[int]) -> None:
@@ -159,10 +172,16 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
 
 
 def _offered(system: System, vcpu: Vcpu) -> list[features.Leaf]:
-    """The CPUID that a new vCPU shows its guest here; KVM may show more than it was told to
-    (kvm_pvm, whose guests see the hardware's)."""
-    vcpu.set_cpuid(cpu.cpuid(system, vcpu.index, cpus=vcpu.index + 1))
-    return vcpu.cpuid()
+    """The CPUID that a new vCPU, the first that is asked for, shows its guest here; KVM may show
+    more than it was told to (kvm_pvm, whose guests see the hardware's)."""
+    if not _shown:
+        vcpu.set_cpuid(cpu.cpuid(system, vcpu.index, cpus=vcpu.index + 1))
+        _shown.append(vcpu.cpuid())
+    return _shown[0]
+
+
+_shown: Final[list[list[features.Leaf]]] = []
+"""The answer, once it is known: in features, which it is for, all vCPUs of a host are alike."""
 
 
 def load_time(vcpus: Sequence[Vcpu], states: Sequence[Mapping[str, Any]]) -> None:
@@ -221,16 +240,24 @@ def load_vm(vm: Vm, state: Mapping[str, Any]) -> None:
 
 
 def _set_frequency(system: System, vcpu: Vcpu, khz: int) -> None:
+    _demand_frequency(khz)
     here = vcpu.tsc_khz()
     if khz == here:
         return
     if system.check("KVM_CAP_TSC_CONTROL"):
         vcpu.set_tsc_khz(khz)
+        if vcpu.tsc_khz() != khz:
+            raise StateError(f"this host's KVM does not let a TSC run at {khz} kHz")
     elif abs(khz - here) > here * _TSC_TOLERANCE:
         raise StateError(
             f"the guest's TSC runs at {khz} kHz, this host's at {here}, and its KVM cannot scale "
             "it (KVM_CAP_TSC_CONTROL)"
         )
+
+
+def _demand_frequency(khz: int) -> None:
+    if not 0 < khz < _U32:
+        raise StateError(f"tsc_khz is {khz:#x}: expected a frequency in kHz, above 0")
 
 
 def _in_deadline_mode(lapic: bytes) -> bool:

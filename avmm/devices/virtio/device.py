@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 import trio
 
 from avmm.devices.base import Doorbell, Wakeup
+from avmm.devices.hostfd import HostFd
 from avmm.devices.virtio.queue import Chain, Queue
 from avmm.errors import DeviceError
 
@@ -81,10 +82,7 @@ class GuestQueue:
 
     async def next(self) -> Chain:
         """The next chain, as soon as there is one. Cancelling takes none."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if time.perf_counter() - self._yielded > _YIELD_SECONDS:
-            await trio.lowlevel.checkpoint()
-            self._yielded = time.perf_counter()
+        await self.let_others_run()
         while (chain := self._queue.pop()) is None:
             await self.wait()
         return chain
@@ -93,12 +91,32 @@ class GuestQueue:
         """The next chain, or None where there is none now."""
         return self._queue.pop()
 
+    async def let_others_run(self) -> None:
+        """A checkpoint, where the last one was long ago or the task is cancelled."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if time.perf_counter() - self._yielded > _YIELD_SECONDS:
+            await trio.lowlevel.checkpoint()
+            self._yielded = time.perf_counter()
+
     async def wait(self) -> None:
         """Return as soon as there is a chain. A checkpoint only where it waits."""
         while not self._queue.listen():
             await self._bell.wait()
             self._yielded = time.perf_counter()
         self._queue.ignore()
+
+    def send(self, sink: HostFd, most: int) -> Chain | None:
+        """Write what is readable of chains to `sink` and give them back, until there are none or
+        about `most` bytes were written: None. Or until `sink` takes no more at once, or has
+        failed: the chain that it did not take whole, with the bytes that it took added to
+        `done`.
+
+        A `sink` that is a file is waited for, as long as `most` bytes take.
+        """
+        pushed, chain = self._queue.send(sink.fd, sink.is_socket, most)
+        if pushed:
+            self.signal()
+        return chain
 
     def push(
         self, chain: Chain, written: int = 0, *, signal: bool = True, more: bool = False
@@ -140,6 +158,9 @@ class _Ended:
         """Nothing: what was in flight is given out again, or forgotten."""
 
     stage = push
+
+    def send(self, fd: int, is_socket: bool, most: int) -> tuple[int, Chain | None]:
+        raise DeviceError("a virtqueue was used outside of serve()")
 
     def wants_interrupt(self) -> bool:
         return False

@@ -24,6 +24,7 @@ import trio
 from avmm.devices.state import Fields
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
+from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
 from avmm.errors import ConfigError
 
@@ -84,6 +85,7 @@ class Net(VirtioDevice):
         was no link."""
         self._link_wanted = True
         self._plugged = backend.is_connected
+        self._acquired = Waiters()
         self._is_loaded = False
         self._frame: Frame | None = None
 
@@ -113,9 +115,11 @@ class Net(VirtioDevice):
     # -- queues --------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        if not self._plugged:
-            await self.backend.connected()
-            self._change(self._link_wanted, True)
+        while True:
+            if not self._plugged:
+                await self.backend.connected()
+                self._change(self._link_wanted, True)
+            await self._acquired.wait()
 
     async def serve(self, queues: Mapping[int, GuestQueue], features: int) -> None:
         if self._is_loaded:  # the link may not be what it was where the state was taken
@@ -182,7 +186,8 @@ class Net(VirtioDevice):
 
     async def acquire(self) -> None:
         await self.backend.acquire()
-        self._plugged = self.backend.is_connected
+        self._change(self._link_wanted, self.backend.is_connected)
+        self._acquired.set()
 
     def save(self) -> Mapping[str, Any]:
         return {"mac": self.mac, "mtu": self.mtu, "link": self._link_wanted}

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from select import PIPE_BUF
 from typing import Any, Final
 
 import trio
 
 from avmm.devices.console import ConsoleStream
+from avmm.devices.hostfd import HostFd
 from avmm.devices.state import Fields
 from avmm.errors import ConfigError
 
@@ -97,6 +101,8 @@ class Port(ConsoleStream):
         self._finished = False
         self._released = False
         self._full_since: float | None = None
+        self._sink: HostFd | None = None
+        self._sink_error: OSError | None = None
         self.on_close: Callable[[], None] = lambda: None
         """For the device: called when the host closes its end."""
 
@@ -118,6 +124,34 @@ class Port(ConsoleStream):
                 raise trio.BrokenResourceError("the guest has ended")
             await self._changed.wait()
 
+    async def write_to(self, fd: int) -> None:
+        """Receive all output, to the guest's end, and write it to `fd`: a file, pipe, terminal or
+        socket, which is left as it is; the near end of a pseudoterminal should not block.
+
+        What it takes at once goes there straight out of guest memory; only what it does not is
+        buffered. Cancelling loses nothing. Raises `OSError` where `fd` has failed; what it did
+        not take is still there to be received.
+        """
+        with self._receiving, closing(HostFd(fd, os.O_WRONLY)) as sink:
+            self._sink = sink
+            try:
+                await trio.lowlevel.checkpoint()
+                while self._has_output() or not self._finished:
+                    if not self._has_output():
+                        await self._output.wait()
+                    else:
+                        await sink.writable()
+                        if not self._has_output():
+                            continue
+                        most = PIPE_BUF if sink.may_block else None
+                        with memoryview(self.output) as output, output[:most] as waiting:
+                            count = sink.write_now([waiting])
+                        self._has_read(count)
+                    if self._sink is None:
+                        raise self._sink_error or trio.ClosedResourceError()
+            finally:
+                self._sink = self._sink_error = None
+
     # What `ConsoleStream` needs of a cable.
 
     def _take(self, most: int | None) -> bytes | None:
@@ -127,15 +161,22 @@ class Port(ConsoleStream):
             return b"" if self._finished else None
         output = self.output
         data = bytes(output if most is None else output[:most])
-        del output[: len(data)]
-        if data:
+        self._has_read(len(data))
+        return data if data or self._finished else None
+
+    def _has_output(self) -> bool:
+        return bool(self.output) and not self._released
+
+    def _has_read(self, count: int) -> None:
+        """So much of the output has a reader."""
+        if count:
+            del self.output[:count]
             self._full_since = None
-            if self.stalled and len(output) < self.output_size:
+            if self.stalled and len(self.output) < self.output_size:
                 self.stalled = False
                 if self.lost and self.stall:
                     logger.warning("port %s: read again; %d bytes were lost", self.name, self.lost)
             self.drained.set()
-        return data if data or self._finished else None
 
     def _feed(self, data: memoryview) -> int:
         if not self._has_room():
@@ -155,6 +196,7 @@ class Port(ConsoleStream):
     def _close(self) -> None:
         if self.is_connected:
             self.is_connected = False
+            self._sink = None
             self.lost += len(self.output)
             self.output.clear()
             for waiters in (self._output, self._room, self.drained):
@@ -185,6 +227,23 @@ class Port(ConsoleStream):
             else:
                 with trio.move_on_after(wait):
                     await self.drained.wait()
+
+    @property
+    def sink(self) -> HostFd | None:
+        """Where output can go at once, because all that came before has gone there."""
+        return None if self.output or self._sink is None or self._sink.may_block else self._sink
+
+    def write_now(self, buffers: Sequence[memoryview]) -> int:
+        """Write output of the guest to the `sink`, as much as it takes at once, maybe none.
+        Where the sink has failed there is none any more."""
+        if (sink := self.sink) is None:
+            return 0
+        try:
+            return sink.write_now(buffers)
+        except OSError as error:
+            self._sink, self._sink_error = None, error
+            self._output.set()
+            return 0
 
     def give(self, data: bytes) -> None:
         """Output of the guest, as much as `room` told at most."""

@@ -43,7 +43,7 @@ class Chain:
     lists are this chain's own; `os.preadv`, `os.pwritev` and `sendmsg` take them as they are.
     """
 
-    __slots__ = ("done", "head", "readable", "writable")
+    __slots__ = ("_cut_off", "done", "head", "readable", "writable")
 
     def __init__(
         self, head: int, readable: list[memoryview], writable: list[memoryview], done: int = 0
@@ -52,6 +52,7 @@ class Chain:
         """The number of its first descriptor, by which the guest knows it."""
         self.readable = readable
         self.writable = writable
+        self._cut_off: list[memoryview] = []
         self.done = done
         """How far its work has got, in the device's own units: survives `hold` and a save."""
 
@@ -74,6 +75,10 @@ class Chain:
             return bytes(part[:count])
         return b"".join(_cut(self.readable, count))
 
+    def first(self, count: int) -> list[memoryview]:
+        """The next `count` bytes of what is readable, or what is left, which stay readable."""
+        return _cut(self.readable.copy(), count)
+
     def skip(self, count: int) -> None:
         """Let `readable` begin `count` bytes later."""
         _cut(self.readable, count)
@@ -89,17 +94,24 @@ class Chain:
 
     def cut_writable(self, count: int) -> list[memoryview]:
         """Take the next `count` writable bytes, or what is left, out of `writable`."""
-        return _cut(self.writable, count)
+        parts = _cut(self.writable, count)
+        self._cut_off += parts
+        return parts
 
     def cut_last_writable(self, count: int) -> list[memoryview]:
         """Take the last `count` writable bytes out of `writable` (where a status goes)."""
         before = _cut(self.writable, max(0, self.writable_bytes - count))
         last, self.writable = self.writable, before
+        self._cut_off += last
         return last
 
     def release(self) -> None:
-        """Let go of guest memory: the views cannot be used any more."""
-        for view in (*self.readable, *self.writable):
+        """Let go of guest memory: the views cannot be used any more.
+
+        Those that were cut off as well: whoever has them may be known to the traceback of an
+        error, and so not go before the garbage collector comes by.
+        """
+        for view in (*self.readable, *self.writable, *self._cut_off):
             view.release()
 
 
@@ -131,6 +143,12 @@ class Queue(Protocol):
 
     def stage(self, chain: Chain, written: int) -> None:
         """As `push`, but the guest sees it only together with the next that is pushed."""
+
+    def send(self, fd: int, is_socket: bool, most: int) -> tuple[int, Chain | None]:
+        """Write the readable bytes of chains to `fd` and push them: how many. Until there are none
+        or about `most` bytes were written (a file is waited for), or until `fd` takes no more at
+        once or has failed: then, too, the chain it did not take whole, the bytes that it took
+        added to its `done`. Raises `QueueError`."""
 
     def wants_interrupt(self) -> bool:
         """Is the guest to be interrupted for what was pushed since this was last asked?"""
@@ -225,6 +243,10 @@ class Virtqueue:
             self._again.popleft()
         elif not ring.pop():
             return None
+        return self._walked(ring, done)
+
+    def _walked(self, ring: SplitRing, done: int) -> Chain:
+        """The chain that was walked last, in flight."""
         fields, parts, whole = ring.struct, ring.parts, self._memory.whole
         count = fields.readable
         end = 2 * (count + fields.writable)
@@ -234,6 +256,14 @@ class Virtqueue:
             raise QueueError(f"descriptor {head} is made available while it is in use")
         chain = self._in_flight[head] = Chain(head, views[:count], views[count:], done)
         return chain
+
+    def send(self, fd: int, is_socket: bool, most: int) -> tuple[int, Chain | None]:
+        """See `Queue`."""
+        ring = self._ring
+        if ring is None or self._again:
+            return 0, self.pop()
+        pushed, is_cut = ring.send(fd, is_socket, most)
+        return pushed, self._walked(ring, ring.struct.sent) if is_cut else None
 
     def push(self, chain: Chain, written: int) -> None:
         """See `Queue`. Does nothing with a chain that was taken back by `hold` or `reset`."""

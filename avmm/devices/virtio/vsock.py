@@ -19,6 +19,7 @@ state is empty, and a machine may be loaded with a CID other than it was saved w
 from __future__ import annotations
 
 import errno
+import socket
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Mapping
@@ -125,8 +126,11 @@ class Vsock(VirtioDevice):
         self._is_acquired = trio.Event()
         if held:
             self._is_acquired.set()
+        self._listener: socket.socket | None = None
+        """At `unix`, from `acquire` until it is served."""
         self._serving = trio.CancelScope()
         self._served = trio.Event()
+        self._served.set()
         self._streams: dict[tuple[int, int], VsockStream] = {}
         """By (host port, guest port): what the guest may know of."""
         self._held = 0
@@ -241,11 +245,14 @@ class Vsock(VirtioDevice):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._reap)
             while self._unix is not None:
-                await self._is_acquired.wait()
+                while not self._is_acquired.is_set():  # it may have been released since
+                    await self._is_acquired.wait()
+                listener = self._listener or vsock_unix.listen(self._unix)
+                self._listener = None
                 self._serving, self._served = trio.CancelScope(), trio.Event()
                 try:
                     with self._serving:
-                        await vsock_unix.serve(self, self._unix)
+                        await vsock_unix.serve(self, listener, self._unix)
                 finally:
                     self._served.set()
 
@@ -386,11 +393,21 @@ class Vsock(VirtioDevice):
     async def release(self) -> None:
         if self._unix is not None and self._is_acquired.is_set():
             self._is_acquired = trio.Event()
+            self.close()
             self._serving.cancel()
             await self._served.wait()
 
     async def acquire(self) -> None:
+        if self._unix is not None and not self._is_acquired.is_set():
+            # Here, while it may still be refused, and not when the guest runs.
+            self._listener = vsock_unix.listen(self._unix)
         self._is_acquired.set()
+
+    def close(self) -> None:
+        """Let go of what `acquire` took and nobody serves; for who has made it. Idempotent."""
+        if self._listener is not None and self._unix is not None:
+            vsock_unix.close(self._listener, self._unix)
+            self._listener = None
 
     def save(self) -> Mapping[str, Any]:
         return {}

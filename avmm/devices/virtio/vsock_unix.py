@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from os import PathLike, fspath
@@ -38,12 +39,24 @@ _BROKEN: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 _LONGEST_PATH: Final = 107 - len("_4294967295")
 
 
-async def serve(vsock: Vsock, path: str | PathLike[str]) -> None:
-    """Serve PATH until cancelled. Raises `ConfigError` where it cannot listen there."""
+def listen(path: str | PathLike[str]) -> socket.socket:
+    """Listen at PATH, until `close`. Raises `ConfigError` where that cannot be."""
     path = fspath(path)
     if len(path.encode()) > _LONGEST_PATH:
         raise ConfigError(f"vsock socket {path}: expected a path of at most {_LONGEST_PATH} bytes")
-    listener = sockets.listen(path, "vsock", backlog=16)
+    return sockets.listen(path, "vsock", backlog=16)
+
+
+def close(listener: socket.socket, path: str | PathLike[str]) -> None:
+    """End `listen`."""
+    listener.close()
+    with suppress(FileNotFoundError):
+        Path(path).unlink()
+
+
+async def serve(vsock: Vsock, listener: socket.socket, path: str | PathLike[str]) -> None:
+    """Serve PATH until cancelled, and close it."""
+    path = fspath(path)
     free = trio.Semaphore(_CLIENTS)
     try:
         async with trio.open_nursery() as nursery:
@@ -53,9 +66,7 @@ async def serve(vsock: Vsock, path: str | PathLike[str]) -> None:
                 client, _ = await trio.socket.from_stdlib_socket(listener).accept()
                 nursery.start_soon(_serve_client, vsock, trio.SocketStream(client), free)
     finally:
-        listener.close()
-        with suppress(FileNotFoundError):
-            Path(path).unlink()
+        close(listener, path)
 
 
 async def _serve_client(vsock: Vsock, client: trio.SocketStream, free: trio.Semaphore) -> None:

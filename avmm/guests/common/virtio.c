@@ -35,6 +35,7 @@ enum register_offset {
 #define NEXT                    1
 #define DEVICE_WRITES           2
 #define NO_INTERRUPT            1
+#define NO_NOTIFY               1
 #define PIC_INPUTS              16
 
 static uint32_t get(const struct virtio_device *device, enum register_offset offset)
@@ -194,6 +195,13 @@ void virtqueue_offer(struct virtqueue *queue, uint16_t slot, const struct virtio
 void virtqueue_notify(const struct virtqueue *queue)
 {
         set(queue->device, QUEUE_NOTIFY, queue->number);
+}
+
+bool virtqueue_wants_notify(const struct virtqueue *queue)
+{
+        /* What was offered must be there before it is read what the device wants (2.7.10.1). */
+        asm volatile("mfence" : : : "memory");
+        return !(queue->used.flags & NO_NOTIFY);
 }
 
 int virtqueue_take(struct virtqueue *queue, uint32_t *length)

@@ -74,5 +74,8 @@ void virtqueue_offer(struct virtqueue *queue, uint16_t slot, const struct virtio
                      int count);
 void virtqueue_notify(const struct virtqueue *queue);
 
+/* Has the device not said that it looks at the queue anyway? */
+bool virtqueue_wants_notify(const struct virtqueue *queue);
+
 /* The first slot of a request that has come back, and how much the device wrote; -1: none. */
 int virtqueue_take(struct virtqueue *queue, uint32_t *length);

@@ -15,6 +15,7 @@
 #include "virtio.h"
 
 #define PARTS           3               /* of a block request: header, data, status */
+#define BLOCK_FLUSH     (1 << 9)
 #define FAULT           3
 #define NO_DEVICE       4
 
@@ -99,10 +100,10 @@ static void keep_busy(void *argument)
                                 is_new = true;
                         }
                 }
-                if (is_new)
-                        virtqueue_notify(run->queue);
-                else
+                if (!is_new)
                         pause();
+                else if (virtqueue_wants_notify(run->queue))
+                        virtqueue_notify(run->queue);
         }
         run->cycles = tsc() - begin;
 }
@@ -145,16 +146,20 @@ static struct run measure(const struct options *options, uint64_t count)
 void guest_main(uint64_t start_info)
 {
         struct options options;
+        uint32_t features;
         struct run run;
         bool found;
+        int count;
 
         console_init();
         trap_init();
         read_start_info(start_info);
         found = virtio_find(VIRTIO_BLOCK, &device) || virtio_find(VIRTIO_CONSOLE, &device);
         options = parse_options(boot.command_line);
-        if (!found ||
-            !virtio_start(&device, 0, queues, device.id == VIRTIO_CONSOLE ? QUEUES : 1)) {
+        /* Without it each write would be a flush, too, which no guest has it do. */
+        features = device.id == VIRTIO_BLOCK ? BLOCK_FLUSH : 0;
+        count = device.id == VIRTIO_CONSOLE ? QUEUES : 1;
+        if (!found || !virtio_start(&device, features, queues, count)) {
                 print("error: no virtio device\n");
                 finish(NO_DEVICE);
         }

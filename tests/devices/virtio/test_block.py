@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import struct
 import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -274,6 +275,22 @@ async def test_requests_that_cannot_be_answered(parts: list[tuple[int, int, bool
         await settle()
         assert requests.driver.needs_reset
         assert requests.ring.take() == []
+
+
+async def test_a_broken_request_leaves_no_view_of_those_beside_it() -> None:
+    """They are known to the tracebacks of what ended them, which know each other."""
+    gc.disable()
+    try:
+        async with served(GatedDisk()) as requests:
+            for _ in range(3):
+                requests.send(FLUSH)
+            await settle()
+            requests.ring.add([(DATA, 8, False)])
+            requests.ring.kick()
+            await settle()
+            assert requests.driver.needs_reset
+    finally:
+        gc.enable()
 
 
 async def test_a_header_in_pieces_and_a_status_behind_the_data() -> None:

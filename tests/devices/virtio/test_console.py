@@ -247,6 +247,33 @@ async def test_a_hostile_chain_of_gigabytes_costs_no_memory() -> None:
         assert len(console.ports["hvc0"].output) <= 64
 
 
+async def test_a_released_port_gives_and_takes_nothing() -> None:
+    """What is under way when the state is saved may go on in another machine."""
+    console = Console(*ports())
+    bench = Bench(console)
+    port = console.ports["hvc0"]
+    async with bench.running() as driver, trio.open_nursery() as nursery:
+        guest = await started(bench, driver)
+        guest.send(1, b"out")
+        await settle()
+        await bench.device.quiesce()
+        await bench.device.release()
+        assert port.discard_output() == 0
+        nursery.start_soon(port.send_all, b"in")
+        await settle()
+        state = console.save()["ports"][0][1]
+        assert (state["output"], state["input"]) == (b"out", b"")
+        await bench.device.acquire()
+        await settle()
+        assert await port.receive_some() == b"out"
+        assert console.save()["ports"][0][1]["input"] == b"in"
+        await bench.device.release()
+        console.finish()
+        assert await port.receive_some() == b""
+        with pytest.raises(trio.BrokenResourceError):
+            await port.send_all(b"x")
+
+
 async def test_input_is_bounded_and_waits_for_buffers() -> None:
     console = Console(Port("hvc0", console=True, input_size=16))
     bench = Bench(console)

@@ -18,6 +18,7 @@ from support.tap_guest import summed
 from support.virtio_driver import EVENT_IDX, VERSION_1, Bench, Driver, settle
 
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
+from avmm.devices.virtio.mmio import CONFIG_GENERATION
 from avmm.devices.virtio.net import Net
 from avmm.errors import ConfigError, DeviceError
 from avmm.net.pair import End, pair
@@ -348,6 +349,31 @@ async def test_frames_over_a_unix_socket(tmp_path: Path, side: str) -> None:
                 await trio.sleep(0.001)
     backend.close()
     assert path.exists() is (side == "connect")
+
+
+async def test_a_peer_comes_again_after_a_hand_over_that_failed(tmp_path: Path) -> None:
+    path = tmp_path / "net"
+    backend = UnixStream.listen(path)
+    net = Net(backend)
+    async with guest_of(net) as guest:
+        device = guest.driver.bench.device
+        for turn in range(3):
+            async with await trio.open_unix_socket(str(path)) as peer:
+                with trio.fail_after(2):
+                    while not net.link_up:  # noqa: ASYNC110
+                        await trio.sleep(0.001)
+                    guest.send(FRAME)
+                    assert await peer.receive_some() == b"\0\0\0\x64" + FRAME
+                await device.quiesce()
+                await device.release()
+                assert await peer.receive_some() == b""
+            assert not path.exists()
+            generation = guest.driver.bench.read(CONFIG_GENERATION)
+            await device.acquire()
+            await device.resume()
+            assert not net.link_up
+            assert guest.driver.bench.read(CONFIG_GENERATION) == generation + 1, turn
+    backend.close()
 
 
 async def test_a_stream_stays_whole_through_pauses(tmp_path: Path) -> None:

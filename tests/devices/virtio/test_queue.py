@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import struct
 import subprocess
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -466,3 +469,90 @@ def test_no_notification_is_lost_between_two_threads(
         [stress, chains, event_idx], capture_output=True, text=True, timeout=55, check=False
     )
     assert done.stdout == "ok\n"
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    near, far = os.pipe()
+    os.set_blocking(far, False)
+    yield near, far
+    os.close(near)
+    os.close(far)
+
+
+def test_chains_are_sent_until_the_sink_is_full(fix: Fixture, pipe: tuple[int, int]) -> None:
+    near, far = pipe
+    fcntl.fcntl(far, fcntl.F_SETPIPE_SZ, 4096)
+    fix.memory.write(0x8000, b"a" * 1000 + b"b" * 2000 + b"c" * 5000)
+    fix.ring.add([(0x8000, 1000, False), (0x8000 + 1000, 2000, False), (0xF000, 9, True)])
+    fix.ring.add([(0xF000, 0, False)])
+    assert fix.queue.send(far, False, 1 << 20) == (2, None)
+    assert fix.ring.take() == [(0, 0), (3, 0)]
+    assert os.read(near, 9999) == b"a" * 1000 + b"b" * 2000
+    fix.ring.add([(0x8000 + 3000, 5000, False)])
+    fix.ring.add([(0x8000, 1, False)])
+    pushed, chain = fix.queue.send(far, False, 1 << 20)
+    assert (pushed, fix.queue.in_flight) == (0, 1)
+    assert (chain.head, chain.done, chain.readable_bytes) == (4, 4096, 5000)
+    assert fix.ring.take() == []
+    fix.queue.hold()
+    assert fix.queue.send(far, False, 1 << 20)[1].done == 4096
+
+
+def test_a_call_sends_about_what_it_may(fix: Fixture, pipe: tuple[int, int]) -> None:
+    near, far = pipe
+    for _ in range(4):
+        fix.ring.add([(0x8000, 1000, False)])
+    assert fix.queue.send(far, False, 1500) == (2, None)
+    pushed, chain = fix.queue.send(far, False, 900)
+    assert (pushed, chain.done) == (0, 900)
+    assert len(os.read(near, 9999)) == 2900
+
+
+def test_a_sink_that_fails_takes_nothing(fix: Fixture) -> None:
+    near, far = os.pipe()
+    os.close(near)
+    fix.ring.add([(0x8000, 1000, False)])
+    assert fix.queue.send(far, False, 1500)[1].done == 0
+    os.close(far)
+
+
+def test_memory_beyond_the_hole_is_sent(fix: Fixture, pipe: tuple[int, int]) -> None:
+    near, far = pipe
+    fix.memory.table.struct.regions[0].size = 0x1_0000
+    with fix.memory.whole[0x2_0000:0x2_1000] as beyond:
+        fix.memory.table.add(1 << 32, 0x1000, 0x2_0000, beyond)
+        beyond[:4] = b"high"
+    fix.memory.write(0x8000, b"low ")
+    fix.ring.add([(0x8000, 4, False), (1 << 32, 4, False)])
+    assert fix.queue.send(far, False, 1 << 20) == (1, None)
+    assert os.read(near, 99) == b"low high"
+
+
+def test_a_guest_that_refills_meanwhile_holds_no_call(memory: GuestMemory) -> None:
+    """A thread gives back at once what the device has used, and the sink takes it in no time."""
+    size = 1024
+    fix = Fixture(memory, size=size)
+    for index in range(size):
+        fix.ring.describe(index, 0x8000, 1, 0, 0)
+        fix.ring.set16(fix.ring.avail + 4 + 2 * index, index)
+    words = memory.whole.cast("H")
+    avail, used = (fix.ring.avail + 2) // 2, (fix.ring.used + 2) // 2
+    words[avail] = size
+    ended = False
+
+    def refill() -> None:
+        while not ended:
+            words[avail] = words[used] + size & 0xFFFF
+
+    null = os.open(os.devnull, os.O_WRONLY)
+    guest = threading.Thread(target=refill)
+    guest.start()
+    try:
+        assert max(fix.queue.send(null, False, 1 << 30)[0] for _ in range(20)) == size
+    finally:
+        ended = True
+        guest.join()
+        os.close(null)
+        words.release()
+        fix.queue.reset()

@@ -563,6 +563,38 @@ async def test_the_guest_reaches_a_unix_socket(tmp_path: Path) -> None:
             assert await packets(guest, 1) == [(RST, 9, 53, 0, b"")]
 
 
+async def test_who_takes_over_listens_at_once_or_says_that_it_cannot(tmp_path: Path) -> None:
+    path = tmp_path / "vsock"
+    standby = Vsock(unix=path, held=False)
+    async with guest_of(Vsock(unix=path)) as guest:
+        device = guest.driver.bench.device
+        (await client_of(path)).socket.close()
+        with pytest.raises(ConfigError, match="vsock socket"):
+            await standby.acquire()
+        await device.release()
+        assert not path.exists()
+        await standby.acquire()
+        assert path.exists()
+        with pytest.raises(ConfigError, match="vsock socket"):
+            await device.acquire()
+        with trio.fail_after(2):
+            await standby.release()  # which has not run, and so serves nobody
+        assert not path.exists()
+        with trio.fail_after(2):
+            await device.acquire()
+            await device.release()  # before it could serve anybody
+            await settle()
+            assert not path.exists()
+            await device.acquire()
+        async with await client_of(path) as client:
+            await client.send_all(b"CONNECT 7\n")
+            await packets(guest, 1)
+    await standby.acquire()
+    standby.close()
+    standby.close()
+    assert not path.exists()
+
+
 def test_what_cannot_be() -> None:
     for cid in (2, -1, 0xFFFF_FFFF, "3", True):
         with pytest.raises(ConfigError, match="cid"):

@@ -8,14 +8,20 @@ at each call.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
 import socket
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import Final
 
 import trio
 
-_CHUNK = 4096
+_CHUNK: Final = select.PIPE_BUF
+"""A pipe that is writable takes so many bytes without waiting, whatever its mode."""
+_TIOCGPTN: Final = 0x80045430
 
 
 class HostFd:
@@ -27,30 +33,34 @@ class HostFd:
         kind = os.fstat(fd).st_mode
         self._socket: socket.socket | None = None
         self._waits = stat.S_ISFIFO(kind) or os.isatty(fd)
+        self.may_block = False
+        """Whether `write_now` may wait for who reads: no mode of our own could be had."""
         if stat.S_ISSOCK(kind):
             self._socket = socket.socket(fileno=os.dup(fd))
-            self._fd = self._socket.fileno()
+            self.fd = self._socket.fileno()
             return
-        self._fd = -1
-        if self._waits:
+        self.fd = -1
+        if self._waits and os.get_blocking(fd):
             # Not permitted, as after `su`: then reading and writing may block for a moment.
+            own = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             with suppress(OSError):
-                own = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-                self._fd = os.open(f"/proc/self/fd/{fd}", flags | own)
-        if self._fd < 0:
-            self._fd = os.dup(fd)
+                if not _is_pty_master(fd):
+                    self.fd = os.open(f"/proc/self/fd/{fd}", flags | own)
+            self.may_block = self.fd < 0
+        if self.fd < 0:
+            self.fd = os.dup(fd)
 
     async def read(self) -> bytes:
         """Some bytes, b"" at the end of input. Cancelling loses none."""
         while True:
             if self._waits or self._socket:
-                await trio.lowlevel.wait_readable(self._fd)
+                await trio.lowlevel.wait_readable(self.fd)
             else:
                 await trio.lowlevel.checkpoint()
             try:
                 if self._socket:
                     return self._socket.recv(_CHUNK, socket.MSG_DONTWAIT)
-                return os.read(self._fd, _CHUNK)
+                return os.read(self.fd, _CHUNK)
             except BlockingIOError:
                 continue
             except OSError:
@@ -61,22 +71,43 @@ class HostFd:
         any more."""
         async with self._writing:
             while data:
-                data = data[await self._write_some(data[:_CHUNK]) :]
+                await self.writable()
+                data = data[self.write_now([data[:_CHUNK]]) :]
 
-    async def _write_some(self, data: bytes) -> int:
+    async def writable(self) -> None:
+        """Return when `write_now` may take something, but for somebody else being quicker."""
         if self._waits or self._socket:
-            await trio.lowlevel.wait_writable(self._fd)
+            await trio.lowlevel.wait_writable(self.fd)
         else:
             await trio.lowlevel.checkpoint()
-        with suppress(BlockingIOError):
+
+    def write_now(self, buffers: Sequence[bytes | memoryview]) -> int:
+        """As many bytes of `buffers`, at most 1024 of them, as it takes without waiting: how many.
+        Raises `OSError` where nobody reads any more."""
+        try:
             if self._socket:
-                return self._socket.send(data, socket.MSG_DONTWAIT)
-            return os.write(self._fd, data)
-        return 0
+                return self._socket.sendmsg(buffers, (), socket.MSG_DONTWAIT)
+            return os.writev(self.fd, buffers)
+        except BlockingIOError:
+            return 0
+
+    @property
+    def is_socket(self) -> bool:
+        """Whether it has to be told at each call not to wait."""
+        return self._socket is not None
 
     def close(self) -> None:
         """Close our own descriptor."""
         if self._socket:
             self._socket.close()
         else:
-            os.close(self._fd)
+            os.close(self.fd)
+
+
+def _is_pty_master(fd: int) -> bool:
+    """Opening such a one once more makes another terminal."""
+    try:
+        fcntl.ioctl(fd, _TIOCGPTN, bytes(4))
+    except OSError:
+        return False
+    return True

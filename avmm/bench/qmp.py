@@ -1,0 +1,136 @@
+"""QEMU as far as migrations need it: a microvm with its serial console on a socket, driven by QMP.
+
+QMP (docs/interop/qmp-spec.rst in QEMU): JSON objects, a line each. A command's answer comes in
+order; events come in between and are kept, with the time that QEMU gives them.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from avmm.bench.qemu import MICROVM, QEMU
+from avmm.errors import AvmmError
+
+_SECONDS: Final = 60
+"""As long may anything take that QEMU is asked for."""
+_POLL: Final = 0.005
+"""Between two questions for how a migration is."""
+
+
+class Qemu:
+    """A running QEMU. Use it as a context manager, which ends it."""
+
+    def __init__(self, folder: Path, name: str, options: Sequence[str]) -> None:
+        """Its sockets lie in `folder`, by this name; a socket's path may not be long."""
+        monitor, self.console = folder / f"{name}.qmp", folder / f"{name}.serial"
+        command = [QEMU, *_without_stdio(MICROVM), *options]
+        command += ["-qmp", f"unix:{monitor},server=on,wait=off"]
+        command += ["-chardev", f"socket,id=serial,path={self.console},server=on,wait=off"]
+        command += ["-serial", "chardev:serial"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        self.events: dict[str, float] = {}
+        """When each kind of event came last, in seconds of the clock that QEMU goes by."""
+        try:
+            self._monitor = self._connect(monitor)
+            self._lines = self._monitor.makefile("r", encoding="utf-8")
+            self._lines.readline()  # its greeting
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self._end()
+            raise
+
+    def _connect(self, path: Path) -> socket.socket:
+        give_up = time.monotonic() + _SECONDS
+        while True:
+            stream = socket.socket(socket.AF_UNIX)
+            stream.settimeout(_SECONDS)
+            try:
+                stream.connect(str(path))
+            except OSError:
+                stream.close()
+                if self._process.poll() is not None or time.monotonic() > give_up:
+                    raise AvmmError(f"{QEMU} does not run: {self._said()!r}") from None
+                time.sleep(_POLL)
+            else:
+                return stream
+
+    def _said(self) -> bytes:
+        self._process.kill()
+        return self._process.communicate()[1][-500:]
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """What the command returns. Raises `AvmmError` where QEMU refuses it or has died."""
+        request = json.dumps({"execute": command, "arguments": arguments})
+        self._monitor.sendall(request.encode() + b"\n")
+        while True:
+            answer = self._next()
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                raise AvmmError(f"{QEMU}: {command}: {answer['error'].get('desc')}")
+
+    def _next(self) -> dict[str, Any]:
+        line = self._lines.readline()
+        if not line:
+            raise AvmmError(f"{QEMU} has ended: {self._said()!r}")
+        message: dict[str, Any] = json.loads(line)
+        if "event" in message:
+            at = message["timestamp"]
+            self.events[message["event"]] = at["seconds"] + at["microseconds"] / 1e6
+        return message
+
+    def wait_for(self, event: str) -> float:
+        """When the event came, or comes."""
+        while event not in self.events:
+            self._next()
+        return self.events[event]
+
+    def migrate(self, uri: str, downtime: float) -> dict[str, Any]:
+        """Migrate, as fast as it can be, and tell what `query-migrate` says when it is done."""
+        self.execute(
+            "migrate-set-parameters",
+            **{"downtime-limit": round(downtime * 1000), "max-bandwidth": 1 << 40},
+        )
+        self.execute("migrate", uri=uri)
+        give_up = time.monotonic() + _SECONDS
+        while (told := self.execute("query-migrate"))["status"] != "completed":
+            if told["status"] in ("failed", "cancelled") or time.monotonic() > give_up:
+                raise AvmmError(f"{QEMU} does not migrate: {told}")
+            time.sleep(_POLL)
+        return dict(told)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        for name in ("_lines", "_monitor"):
+            if (stream := getattr(self, name, None)) is not None:
+                with suppress(OSError):
+                    stream.close()
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+def _without_stdio(options: Sequence[str]) -> list[str]:
+    at = options.index("-serial")
+    return [*options[:at], *options[at + 2 :]]

@@ -1,0 +1,28 @@
+"""The other process of `avmm bench migration`: takes a guest in and shows that it lives.
+
+    python -m avmm.bench.receiver FD
+
+FD is a socket to the source. When the guest runs here, and has answered on its console what is
+typed, the answer goes to standard output, and that is the end.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import trio
+
+from avmm.bench.shell import ask
+from avmm.receive import receive
+
+
+async def main(fd: int) -> None:
+    """Take the guest that comes over the socket `fd`."""
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+    async with stream, receive(stream) as vm:
+        print(await ask(vm.console, b"\r"), flush=True)
+
+
+if __name__ == "__main__":
+    trio.run(main, int(sys.argv[1]))

@@ -1,0 +1,182 @@
+"""What snapshots and clones take: writing, against QEMU; restores and clones, against a boot.
+
+**Writing**: the bundled shell has written to all of its RAM. QEMU's microvm with the same guest
+migrates into a file, which is then synced, as avmm's is. Left out where there is no QEMU.
+
+**Restores and clones** are timed in this process, to the moment at which the guest goes on: the
+guest `exits kind=spin` counts at a place in RAM that is watched. The baseline is the boot of the
+same guest; for one with eight times the RAM it is the restore of the small one.
+
+**Resident memory** is that of the last tenth of many clones of an idle shell, each; the baseline
+is what booting that shell has added.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import trio
+
+from avmm import guests
+from avmm.bench import shell
+from avmm.bench.qemu import QEMU
+from avmm.bench.qmp import Qemu
+from avmm.bench.row import Row, SizeRow
+from avmm.config import MachineConfig
+from avmm.machine import Machine
+from avmm.restore import restore
+
+_COUNTER: Final = 0x9000
+_LOOK: Final = 0.0001
+"""Between two looks at it, in seconds: a core that only looks is one that the guest lacks."""
+_DOWNTIME: Final = 0.1
+_LARGE: Final = 8
+"""Times the RAM of the small guest."""
+
+
+async def measure(
+    memory: int, rounds: int, clones: int, progress: Callable[[], None]
+) -> list[Row | SizeRow]:
+    """All rows: medians over the rounds, and the median of the rounds' own ratios.
+
+    `progress` is called at each of `steps(rounds, clones)` steps.
+    """
+    with tempfile.TemporaryDirectory(prefix="avmm-bench-") as name:
+        folder = Path(name)
+        rows: list[Row | SizeRow] = []
+        if shutil.which(QEMU) is not None:
+            rows += await _writing(folder, memory, rounds, progress)
+        rows += await _going_on(folder, memory, rounds, progress)
+    rows.append(await _resident(memory, clones, progress))
+    return rows
+
+
+def steps(rounds: int, clones: int) -> int:
+    """How often `measure` calls `progress`, where there is a QEMU."""
+    return 3 * rounds + clones
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+async def _writing(
+    folder: Path, memory: int, rounds: int, progress: Callable[[], None]
+) -> list[Row]:
+    pairs = []
+    for _ in range(rounds):
+        base = await _theirs(folder, memory)
+        progress()
+        async with Machine(memory=memory, acpi=False) as vm:
+            await shell.fill(vm.console, memory)
+            start = time.perf_counter()
+            downtime = await vm.snapshot(folder / "ours")
+            pairs.append(((time.perf_counter() - start, downtime), base))
+        progress()
+    return [
+        _row(f"write, {what}", [(ours[at], base[at]) for ours, base in pairs])
+        for at, what in enumerate(("total", "downtime"))
+    ]
+
+
+async def _theirs(folder: Path, memory: int) -> tuple[float, float]:
+    """Total and downtime, in seconds."""
+    options = ["-kernel", str(guests.path("shell")), "-machine", "acpi=off", "-S"]
+    with Qemu(folder, "qemu", [*options, "-m", f"{memory >> 20}M"]) as qemu:
+        async with await trio.open_unix_socket(qemu.console) as console:
+            qemu.execute("cont")
+            await shell.fill(console, memory)
+            start = time.perf_counter()
+            told = qemu.migrate(f"exec:cat > {folder}/theirs", _DOWNTIME)
+            fd = os.open(folder / "theirs", os.O_RDONLY | os.O_CLOEXEC)
+            os.fsync(fd)
+            os.close(fd)
+            return time.perf_counter() - start, max(1, told["downtime"]) / 1000
+
+
+# -- restores and clones -----------------------------------------------------------------------
+
+
+async def _going_on(
+    folder: Path, memory: int, rounds: int, progress: Callable[[], None]
+) -> list[Row]:
+    boots, restores, large, clones = [], [], [], []
+    for size, name in ((memory, "small"), (_LARGE * memory, "large")):
+        async with Machine(_spinning(size)) as vm:
+            await _counts(vm)
+            await vm.snapshot(folder / name)
+    async with Machine(_spinning(memory)) as origin:
+        await _counts(origin)
+        await _timed(origin.clone)  # the first makes the origin copy-on-write
+        for _ in range(rounds):
+            async with origin.paused():  # that it does not take a core from the others
+                boots.append(await _timed(lambda: Machine(_spinning(memory))))
+                restores.append(await _timed(lambda: restore(folder / "small")))
+                large.append(await _timed(lambda: restore(folder / "large")))
+                clones.append(await _timed(origin.clone))
+            progress()
+    return [
+        _row("restore", list(zip(restores, boots, strict=True))),
+        _row(f"restore, {_LARGE} x RAM", list(zip(large, restores, strict=True))),
+        _row("clone", list(zip(clones, boots, strict=True))),
+    ]
+
+
+def _spinning(memory: int) -> MachineConfig:
+    kernel = guests.path("exits")
+    return MachineConfig(kernel=kernel, cmdline="kind=spin count=0", memory=memory)
+
+
+async def _timed(make: Callable[[], AbstractAsyncContextManager[Machine]]) -> float:
+    start = time.perf_counter()
+    async with make() as vm:
+        await _counts(vm)
+        return time.perf_counter() - start
+
+
+async def _counts(vm: Machine) -> None:
+    """Return when the guest has counted on."""
+    with vm.memory.view(_COUNTER, 8) as view, view.cast("Q") as counter:
+        before = counter[0]
+        while counter[0] == before:  # noqa: ASYNC110 - only the guest could tell
+            await trio.sleep(_LOOK)
+
+
+# -- resident memory ---------------------------------------------------------------------------
+
+
+async def _resident(memory: int, clones: int, progress: Callable[[], None]) -> SizeRow:
+    sizes = [_rss()]
+    async with AsyncExitStack() as stack:
+        origin = await stack.enter_async_context(Machine(memory=memory, acpi=False))
+        await shell.read_until(origin.console, shell.PROMPT)
+        sizes.append(_rss())
+        for _ in range(clones):
+            twin = await stack.enter_async_context(origin.clone())
+            await shell.ask(twin.console, b"\r")
+            sizes.append(_rss())
+            progress()
+    last = max(1, clones // 10)
+    each, booted = (sizes[-1] - sizes[-1 - last]) / last, sizes[1] - sizes[0]
+    return SizeRow(f"clone {clones}, RSS in KiB", each, booted, each / booted)
+
+
+def _rss() -> float:
+    with Path("/proc/self/statm").open() as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024
+
+
+def _row(case: str, pairs: list[tuple[float, float]]) -> Row:
+    return Row(
+        case,
+        median(ours for ours, _ in pairs) * 1e6,
+        median(base for _, base in pairs) * 1e6,
+        median(ours / base for ours, base in pairs),
+    )

@@ -1,0 +1,70 @@
+"""Who keeps the guest paused: the terminal's key and the control socket, each for itself.
+
+A guest runs when nobody holds it. Each holder's pauses are counted and undone by that holder, so
+that `avmm ctl resume` does not undo a pause of who sits at the terminal, nor the reverse; what is
+said after either tells who holds it still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
+
+from avmm.errors import AvmmError
+from avmm.machine import Machine
+
+TERMINAL: Final = "terminal"
+CONTROL: Final = "control"
+
+
+class PauseRefused(AvmmError):
+    """The guest may not be paused now."""
+
+
+class Holds:
+    """The pauses of one machine that outlive a call. Made by `opened`."""
+
+    def __init__(self, vm: Machine) -> None:
+        self._vm = vm
+        self._held: dict[str, list[AsyncExitStack]] = {TERMINAL: [], CONTROL: []}
+        self.refusal = ""
+        """Why the guest may not be held now; empty: it may."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many pauses of each holder there are."""
+        return {who: len(held) for who, held in self._held.items()}
+
+    def __str__(self) -> str:
+        names = [f"{who} ({count})" for who, count in self.counts.items() if count]
+        return " and ".join(names)
+
+    async def hold(self, who: str, deadline: float | None = None) -> None:
+        """Pause the guest once more. Raises as `Machine.paused`, and `PauseRefused`."""
+        if self.refusal:
+            raise PauseRefused(f"the guest cannot be paused: {self.refusal}")
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._vm.paused(deadline))
+            if self.refusal:  # since it was asked
+                raise PauseRefused(f"the guest cannot be paused: {self.refusal}")
+            self._held[who].append(stack.pop_all())
+
+    async def let_go(self, who: str) -> None:
+        """Undo one pause of `who`, who has one."""
+        await self._held[who].pop().aclose()
+
+    async def _let_all_go(self) -> None:
+        for who, held in self._held.items():
+            while held:
+                await self.let_go(who)
+
+
+@asynccontextmanager
+async def opened(vm: Machine) -> AsyncIterator[Holds]:
+    """The holds of `vm`; after the block there are none any more."""
+    holds = Holds(vm)
+    try:
+        yield holds
+    finally:
+        await holds._let_all_go()

@@ -1,0 +1,79 @@
+"""`avmm receive`: waits for a guest of another process, and becomes its VMM."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+
+from avmm.cli import attend, console, target
+from avmm.cli.target import Target
+from avmm.outcome import Outcome
+from avmm.receive import receive
+
+
+@click.command()
+@click.argument("source", metavar="unix:PATH|tcp:HOST:PORT")
+@attend.link_options
+@click.option(
+    "--most-memory", metavar="SIZE", help="Refuse a guest with more RAM than this, like 2G."
+)
+@target.tls_options
+def command(
+    source: str,
+    console_target: str,
+    control_target: str | None,
+    disks: tuple[str, ...],
+    net: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_ca: Path | None,
+    **options: Any,
+) -> None:
+    """Wait at unix:PATH or tcp:HOST:PORT for one guest, and run it from there on.
+
+    It is sent by `avmm ctl PATH migrate`. Its disks, networks and sockets are named here, as many
+    as it has. The command ends with the status that the guest ends with, or with 125 (2 where
+    something is missing here) when it has refused the guest, which then runs on where it was.
+
+    Whoever can reach a TCP port without TLS can send it a guest: use TLS, or a unix socket.
+    """
+    at = Target.parse(source)
+    tls = target.tls(at, tls_cert, tls_key, tls_ca)
+    context = None if tls is None else tls.context(server=True)
+    links = {"disks": disks, "net": net, **options}
+    parsed = console.parse(console_target)
+    attend.end(*trio.run(_run, at, context, parsed, control_target, links))
+
+
+async def _run(
+    at: Target,
+    context: ssl.SSLContext | None,
+    console_target: console.Target,
+    control_target: str | None,
+    links: dict[str, Any],
+) -> tuple[Outcome, bytes]:
+    with attend.opened(console_target, control_target) as ends:
+        async with attend.expecting() as has_come:
+            line = await _caller(at, context)
+            try:
+                async with receive(
+                    line, devices=lambda told: ends.devices(told.has_hvc), **links
+                ) as vm:
+                    has_come()
+                    await target.close(line)
+                    return await ends.attend(vm), ends.undelivered
+            finally:
+                await target.close(line)
+    raise AssertionError("a guest was expected, and that was given up without a signal")
+
+
+async def _caller(at: Target, context: ssl.SSLContext | None) -> trio.abc.Stream:
+    async with target.listening(at, context) as (where, accept):
+        click.echo(f"avmm: waiting at {where} for a guest", err=True)
+        line = await accept()
+    click.echo("avmm: a guest is on its way here", err=True)
+    return line
