@@ -28,7 +28,7 @@ pytestmark = [
 SECTORS = 4000
 PATIENCE = 0.5
 """How long a side waits, in seconds, where it is to find out that nothing comes any more."""
-SILENT = ("end", "stall", "lose", "double")
+SILENT = ("end", "stall", "lose", "double", "corrupt")
 CHANNELS = ("serial", "hvc", "vsock", "disk")
 
 

@@ -1,7 +1,8 @@
 """Nothing lost, nothing twice: the torture guest, moved to a new process at its exits.
 
-What is moved and compared is told in `support/torture.py`. The default suite samples the exits,
-the slow one takes every single one.
+What is moved and compared is told in `support/torture.py`, and in `support/torture_moves.py` for
+a guest that goes from process to process by migration, again and again. The default suite samples
+the exits, the slow one takes every single one.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ SINGLE_REENTRY_FAILS_FROM = 115
 """Just before the first access of which one re-entry is not enough (an access in fragments)."""
 
 
-def torture(*options: str, timeout: int = 55) -> subprocess.CompletedProcess[str]:
+def torture(
+    *options: str, timeout: int = 55, program: str = "torture"
+) -> subprocess.CompletedProcess[str]:
     if KIND in os.environ:
         timeout *= SLOWER
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "support.torture", *options],
+        [sys.executable, "-W", "ignore", "-m", f"support.{program}", *options],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
@@ -75,3 +78,35 @@ def test_it_fails_with_a_single_reentry() -> None:
     done = torture("--drain", "single", "--first", str(SINGLE_REENTRY_FAILS_FROM), timeout=110)
     assert done.returncode == 1
     assert "moved at access" in done.stderr
+
+
+def moves(cpus: int, moves: int, *options: str, timeout: int) -> subprocess.CompletedProcess[str]:
+    loops = 2 + moves // 8  # with some room, as its moves must not outlast the guest
+    return torture(
+        *("--cpus", str(cpus), "--loops", str(loops), "--moves", str(moves), "--step", "13"),
+        *options,
+        timeout=timeout,
+        program="torture_moves",
+    )
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_migrated_again_and_again(cpus: int) -> None:
+    done = moves(cpus, 9, timeout=55)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "ok 9\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_migrated_many_times(cpus: int) -> None:
+    done = moves(cpus, 100, timeout=115)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "ok 100\n"
+
+
+def test_migrations_without_a_drain_are_seen() -> None:
+    done = moves(1, 5, "--drain", "none", timeout=55)
+    assert done.returncode == 1
+    assert "window" in done.stderr or "the guest said" in done.stderr

@@ -95,34 +95,47 @@ class Accesses:
         await self.asked.wait()
 
 
-def machine(options: argparse.Namespace, stop: int | None, state: Any = None) -> Any:
-    """The guest, its windows (ports, MMIO and MSR of each CPU) and their shared counter."""
-    shared = Accesses(stop)
-    windows, places = [], []
-    for cpu in range(options.cpus):
-        ports, memory, msr = (Recorder(f"{n}{cpu}", shared) for n in ("ports", "mmio", "msr"))
-        windows += [ports, memory, msr]
-        places += [
-            avmm.pio(ports, PORTS + 0x20 * cpu, 32),
-            avmm.mmio(memory, WINDOW + 0x10000 * cpu, 0x10000),
-            avmm.msr(msr, MSR + cpu),
-        ]
-    calls = Recorder("calls", shared)  # a device only to be saved with the others
-    windows.append(calls)
-    places.append(avmm.pio(calls, CALLS, 1))
+class Windows:
+    """The windows of all CPUs (ports, MMIO and MSR of each), and their shared counter."""
+
+    def __init__(self, options: argparse.Namespace, shared: Accesses) -> None:
+        self.shared = shared
+        self.all: list[Recorder] = []
+        self.places: list[Any] = []
+        for cpu in range(options.cpus):
+            ports, memory, msr = (Recorder(f"{n}{cpu}", shared) for n in ("ports", "mmio", "msr"))
+            self.all += [ports, memory, msr]
+            self.places += [
+                avmm.pio(ports, PORTS + 0x20 * cpu, 32),
+                avmm.mmio(memory, WINDOW + 0x10000 * cpu, 0x10000),
+                avmm.msr(msr, MSR + cpu),
+            ]
+        self._calls = Recorder("calls", shared)  # a device only to be saved with the others
+        self.all.append(self._calls)
+        self.places.append(avmm.pio(self._calls, CALLS, 1))
+
+    def call(self, call: Any) -> int | Awaitable[int]:
+        return self._calls.read(call.number, 4)
+
+    @property
+    def logs(self) -> list[list[list[int]]]:
+        return [window.log for window in self.all]
+
+
+def machine(options: argparse.Namespace, windows: Windows, state: Any = None) -> avmm.Machine:
+    """The guest, with these windows."""
     words = f"cpus={options.cpus} loops={options.loops} msr={MSR:#x} long={options.long}"
     words += f" hypercall={int(options.hypercall)}"
-    vm = avmm.Machine(
+    return avmm.Machine(
         kernel=guests.path("torture"),
         cmdline=words,
         memory="16M",
         cpus=options.cpus,
-        devices=places,
+        devices=windows.places,
         state=state,
-        calls=lambda call: calls.read(call.number, 4),
+        calls=windows.call,
         completion_capability=options.capability,
     )
-    return vm, windows, shared
 
 
 Result = tuple[str, list[list[list[int]]]]
@@ -130,19 +143,20 @@ Result = tuple[str, list[list[list[int]]]]
 
 async def run(options: argparse.Namespace, state: Any = None) -> Result:
     """To the end: what the guest says, and the logs of its windows."""
-    vm, windows, _ = machine(options, None, state)
-    async with vm:
+    windows = Windows(options, Accesses(None))
+    async with machine(options, windows, state) as vm:
         said = b"".join([bytes(data) async for data in vm.console])
         outcome = await vm.wait()
     if outcome.status or outcome.cause is not avmm.Cause.EXIT:
         return f"ended by {outcome}: {said!r}", []
-    return said.decode(), [window.log for window in windows]
+    return said.decode(), windows.logs
 
 
 async def run_until(options: argparse.Namespace, stop: int) -> Any:
     """Pause while access number `stop` is being served: (the state, what was said so far)."""
-    vm, _, shared = machine(options, stop)
-    async with vm:
+    windows = Windows(options, Accesses(stop))
+    shared = windows.shared
+    async with machine(options, windows) as vm:
         await shared.wanted.wait()
         async with trio.open_nursery() as nursery:
             states: list[Any] = []
@@ -158,8 +172,9 @@ async def run_until(options: argparse.Namespace, stop: int) -> Any:
     return states[0]
 
 
-def in_new_process(work: Callable[[], Any]) -> Any:
-    """What `work` gives, computed in a forked process; an exception is one here as well."""
+def started(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Run `work` in a forked process; call what this gives for its result, once. An exception is
+    one there as well."""
     near, far = os.pipe()
     child = os.fork()
     if child == 0:
@@ -175,12 +190,21 @@ def in_new_process(work: Callable[[], Any]) -> Any:
             sys.stderr.flush()
             os._exit(status)
     os.close(far)
-    with open(near) as pipe:  # noqa: PTH123 - a descriptor
-        text = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if status:
-        raise RuntimeError("a guest's process failed")
-    return ast.literal_eval(text)
+
+    def result() -> Any:
+        with open(near) as pipe:  # noqa: PTH123 - a descriptor
+            text = pipe.read()
+        _, status = os.waitpid(child, 0)
+        if status:
+            raise RuntimeError("a guest's process failed")
+        return ast.literal_eval(text)
+
+    return result
+
+
+def in_new_process(work: Callable[[], Any]) -> Any:
+    """What `work` gives, computed in a forked process."""
+    return started(work)()
 
 
 def no_drain(vcpu: Any, serve: Any, policy: Any) -> None:
@@ -197,6 +221,17 @@ def single_reentry(vcpu: Any, serve: Any, policy: Any) -> None:
 
 
 DRAINS = {"none": no_drain, "single": single_reentry}
+
+
+def first_difference(there: list[list[list[int]]], here: list[list[list[int]]]) -> str:
+    """Of the logs of a guest that was moved and of one that was not; empty where there is none."""
+    for number, (theirs, ours) in enumerate(zip(there, here, strict=True)):
+        for at, (their, our) in enumerate(zip(theirs, ours, strict=False)):
+            if their != our:
+                return f"window {number}, {at}: {their}, not {our}"
+        if len(theirs) != len(ours):
+            return f"window {number}: {len(theirs)} accesses, not {len(ours)}"
+    return ""
 
 
 def main() -> None:
@@ -224,12 +259,8 @@ def main() -> None:
         again, their_logs = in_new_process(lambda state=state: trio.run(run, options, state))
         if not (again.endswith(said[said.rindex("torture ") :]) and said.endswith(again)):
             sys.exit(f"moved at access {stop}, the guest said {again!r}, expected {said!r}")
-        for number, (theirs, ours) in enumerate(zip(their_logs, logs, strict=True)):
-            for at, (their, our) in enumerate(zip(theirs, ours, strict=False)):
-                if their != our:
-                    sys.exit(f"moved at access {stop}: window {number}, {at}: {their}, not {our}")
-            if len(theirs) != len(ours):
-                sys.exit(f"moved at access {stop}: window {number}: {len(theirs)} accesses")
+        if difference := first_difference(their_logs, logs):
+            sys.exit(f"moved at access {stop}: {difference}")
         moved += 1
     print("ok", moved)
 
