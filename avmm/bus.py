@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -106,6 +106,11 @@ class PostedWrites:
         self._device = device
         self._lock = lock
         self._writes: deque[tuple[int, int, int]] = deque()
+
+    @property
+    def queue(self) -> Sized:
+        """What has been posted and not been handed over; to be looked at only. Any thread."""
+        return self._writes
 
     def post(self, offset: int, size: int, value: int) -> None:
         """A write that has left the ring."""

@@ -8,8 +8,10 @@ first. And no exit tells of the last ones: a pause has to look for them.
 Two steps keep that order without a lock that devices share. Whoever finds writes in the ring
 moves them to queues, one for each device (`avmm.bus.PostedWrites`), under a lock of the ring's
 own, in which no handler runs. A write leaves the ring only when it is in its queue, so that an
-empty ring tells that nothing is on the way. A device's queue is emptied under the device's lock:
-by the same thread as its next step, or by any access to the device that comes before.
+empty ring tells that all are in queues. A device's queue is emptied under the device's lock:
+by the same thread as its next step, or by any access to the device that comes before. Where a
+device raises, what is left in its queue stays there for whoever comes next, and the other devices
+get theirs all the same: writes are missing from no state because of another device.
 """
 
 from __future__ import annotations
@@ -31,17 +33,29 @@ class CoalescedWrites:
         self._ring = ring
         self._buses = buses
         self._posted = posted
+        self._queues = tuple(one.queue for one in posted)
         self._moving = threading.Lock()
 
     def deliver(self) -> None:
-        """Let the devices have all writes that are in the ring now.
+        """Let the devices have all writes that the guest has made until now.
 
-        Raises what a device raises, and `DeviceError` where it answers with an awaitable.
+        Raises what the first of the devices to raise does, after all have had theirs; and
+        `DeviceError` where one answers with an awaitable.
         """
-        if self._ring.is_empty:
+        # In this order: what leaves the ring is in its queue by then.
+        if self._ring.is_empty and not any(self._queues):
             return
         with self._moving:
             for is_port, address, size, value in self._ring:
                 self._buses[is_port].post(address, size, value)
+        first: Exception | None = None
         for posted in self._posted:
-            posted.deliver()
+            try:
+                posted.deliver()
+            except Exception as error:  # whatever it is, the others get theirs
+                if first is None:
+                    first = error
+                else:
+                    first.add_note(f"and another device: {error!r}")
+        if first is not None:
+            raise first

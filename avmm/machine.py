@@ -438,15 +438,34 @@ class Machine:
         return devices
 
     async def _run_vcpus(self, parts: Parts) -> None:
+        cause: BaseException | None = None
+        failures: list[Exception] = []
         try:
             await parts.group.run()
+        except BaseException as error:  # raised below: what comes now may fail as well
+            cause = error
+        try:
+            for step in (parts.deliver_coalesced, *(device.finish for device in parts.devices)):
+                try:
+                    step()
+                except Exception as error:  # whatever it is, the others hear of the end
+                    failures.append(error)
         finally:
-            parts.deliver_coalesced()
-            for device in parts.devices:
-                device.finish()
             if not self._outcomes:
                 self._outcomes.append(Outcome(Cause.STOPPED, detail="the machine was left"))
             self._ended.set()
+        if isinstance(cause, Exception):
+            # Why the guest has ended is what is to be known, and often they say the same again.
+            for failure in failures:
+                logger.error("after the guest had failed:", exc_info=failure)
+                (_only(cause) or cause).add_note(f"and at the guest's end: {failure!r}")
+            raise cause
+        # A cancellation among them goes to where it belongs, as out of any nursery.
+        errors = [*failures] if cause is None else [cause, *failures]
+        if len(errors) > 1:
+            raise BaseExceptionGroup(_NURSERY_GROUP, errors)
+        if errors:
+            raise errors[0]
         logger.debug("guest ended: %s", self._outcomes[0])
 
     def _end(self, outcome: Outcome) -> None:
@@ -490,12 +509,12 @@ async def _clone(
             yield twin
 
 
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+def _only(group: BaseException) -> BaseException | None:
     """The one exception in nurseries' groups, None where there are several.
 
     A group that somebody raised on purpose is an exception like others.
     """
-    error: BaseException = group
+    error = group
     while isinstance(error, BaseExceptionGroup) and error.message == _NURSERY_GROUP:
         if len(error.exceptions) != 1:
             return None

@@ -156,6 +156,54 @@ async def test_a_device_that_would_wait_is_refused_by_name(tmp_path: Path) -> No
             await vm.wait()
 
 
+async def _later() -> None:
+    await trio.lowlevel.checkpoint()
+
+
+class Picky(Log):
+    """Answers a write as it must not, until it has got over it."""
+
+    refuses = True
+
+    def write(self, offset: int, size: int, value: int) -> WriteAnswer:
+        super().write(offset, size, value)
+        return _later() if self.refuses else None
+
+
+async def test_a_device_that_raises_keeps_no_write_from_the_others(tmp_path: Path) -> None:
+    """Nor its own later ones from itself: they come with the next pause, exits or not."""
+    picky, log = Picky(), Log()
+    code = """
+        mov dx, 0x320; mov al, 1; out dx, al; mov al, 2; out dx, al
+        mov dx, 0x300; mov al, 7; out dx, al
+    """
+    places = [avmm.pio(picky, 0x320, 1, coalesced=True), ports(log)]
+    async with machine(tmp_path, code + STAY, devices=places) as vm:
+        await until_it_stays(vm)
+        with pytest.raises(DeviceError, match="Picky answered a coalesced write"):
+            async with vm.paused():
+                pytest.fail("a device has raised")
+        assert log.seen == [(0, 1, 7)]
+        assert picky.seen == [(0, 1, 1)]
+        picky.refuses = False
+        async with vm.paused():
+            assert picky.seen == [(0, 1, 1), (0, 1, 2)]
+            assert log.seen == [(0, 1, 7)]
+
+
+async def test_whichever_devices_raise_all_is_told(tmp_path: Path) -> None:
+    places = [avmm.pio(Picky(), PORT + at, 1, coalesced=True) for at in range(3)]
+    code = "mov dx, 0x300; out dx, al; inc edx; out dx, al; inc edx; out dx, al;"
+    async with machine(tmp_path, code + STAY, devices=places) as vm:
+        await until_it_stays(vm)
+        with pytest.raises(DeviceError, match="Picky answered") as caught:
+            async with vm.paused():
+                pytest.fail("devices have raised")
+        assert [note[:19] for note in caught.value.__notes__] == ["and another device:"] * 2
+        async with vm.paused():
+            pass
+
+
 async def test_without_a_ring_they_are_writes_like_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from support.guest import EXIT, machine
 
 import avmm
@@ -132,6 +133,87 @@ async def test_the_blocks_own_group_of_exceptions_stays_one(tmp_path: Path) -> N
         async with machine(tmp_path, FOREVER):
             raise ExceptionGroup("mine", [ValueError("one")])
     assert [type(error) for error in caught.value.exceptions] == [ValueError]
+
+
+class Bad(Null):
+    """Raises at the guest's end: at a coalesced write that only then reaches it, or when told."""
+
+    def __init__(self, *, at_write: bool = False, at_finish: bool = False) -> None:
+        self.at_write, self.at_finish = at_write, at_finish
+        self.finished = False
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if self.at_write:
+            raise KeyError("a write")
+
+    def finish(self) -> None:
+        self.finished = True
+        if self.at_finish:
+            raise ValueError("the end")
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    return [leaf for part in error.exceptions for leaf in leaves(part)]
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "expected"),
+    [
+        ("w", ["KeyError('a write')"]),
+        ("f", ["ValueError('the end')"]),
+        ("wff", ["KeyError('a write')", *["ValueError('the end')"] * 2]),
+    ],
+    ids=["a write", "the end", "several"],
+)
+@pytest.mark.parametrize("way", ["stopped", "left"])
+async def test_a_device_that_raises_at_the_end_leaves_nobody_waiting(
+    tmp_path: Path, fails_at: str, expected: list[str], way: str
+) -> None:
+    bads = [Bad(at_write=at == "w", at_finish=at == "f") for at in f"{fails_at}-"]
+    places = [avmm.pio(bad, 0x300 + at, 1, coalesced=True) for at, bad in enumerate(bads)]
+    code = "mov dx, 0x300; mov al, 1; out dx, al; mov dword ptr [0x200000], 1;" + FOREVER
+    ends: list[object] = []
+
+    async def live(vm: avmm.Machine) -> None:
+        async with vm:
+            while vm.memory.read(0x200000, 1) == b"\0":
+                await trio.lowlevel.checkpoint()
+            nursery.start_soon(wait, vm)
+            nursery.start_soon(read, vm)
+            await trio.testing.wait_all_tasks_blocked()
+            if way == "stopped":
+                vm.stop(3)
+                await trio.sleep_forever()
+
+    async def wait(vm: avmm.Machine) -> None:
+        ends.append((await vm.wait()).cause)
+
+    async def read(vm: avmm.Machine) -> None:
+        ends.append([data async for data in vm.console])
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(Exception, match=r".") as caught:
+                await live(machine(tmp_path, code, devices=places))
+    assert [repr(error) for error in leaves(caught.value)] == expected
+    assert sorted(ends, key=str) == [Cause.STOPPED, []]
+    assert all(bad.finished for bad in bads)
+
+
+async def test_what_ended_the_guest_is_not_hidden_by_what_a_device_raises_then(
+    tmp_path: Path,
+) -> None:
+    code = "mov dx, 0x300; out dx, al;" + FOREVER
+    devices = [
+        avmm.pio(Bad(at_write=True), 0x300, 1),
+        avmm.pio(Bad(at_finish=True), 0x301, 1),
+    ]
+    with trio.fail_after(20), pytest.raises(KeyError, match="a write") as caught:
+        async with machine(tmp_path, code, devices=devices):
+            await trio.sleep_forever()
+    assert "and at the guest's end: ValueError('the end')" in caught.value.__notes__
 
 
 @dataclass

@@ -141,12 +141,19 @@ def machine(options: argparse.Namespace, windows: Windows, state: Any = None) ->
 Result = tuple[str, list[list[list[int]]]]
 
 
-async def run(options: argparse.Namespace, state: Any = None) -> Result:
-    """To the end: what the guest says, and the logs of its windows."""
+async def run(
+    options: argparse.Namespace,
+    state: Any = None,
+    disturb: Callable[[avmm.Machine], Awaitable[None]] | None = None,
+) -> Result:
+    """To the end: what the guest says, and the logs of its windows; `disturb` runs meanwhile."""
     windows = Windows(options, Accesses(None))
-    async with machine(options, windows, state) as vm:
+    async with machine(options, windows, state) as vm, trio.open_nursery() as nursery:
+        if disturb is not None:
+            nursery.start_soon(disturb, vm)
         said = b"".join([bytes(data) async for data in vm.console])
         outcome = await vm.wait()
+        nursery.cancel_scope.cancel()
     if outcome.status or outcome.cause is not avmm.Cause.EXIT:
         return f"ended by {outcome}: {said!r}", []
     return said.decode(), windows.logs
