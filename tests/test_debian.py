@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 GUEST, NEWER = Path("sent/debian"), Path("sent/debian-6.12")
+KRUNFW = Path("sent/krunfw/libkrunfw.so")
 CMDLINE = "console=ttyS0 quiet reboot=t panic=-1"
 PROMPT = "avmm:/root# "
 Start = Callable[..., pexpect.spawn]
@@ -90,6 +91,8 @@ def test_a_shell_on_the_virtio_console_that_acpi_tells_of(start: Start) -> None:
 
 
 def test_the_kernel_of_a_libkrunfw(start: Start) -> None:
+    if not KRUNFW.exists():
+        pytest.skip("no libkrunfw has been sent: it could not be fetched")
     # It has virtio devices only, named on the command line, and cannot switch itself off.
     cmdline = ["--no-acpi", "--cmdline", "quiet panic=-1"]
     child = start(
@@ -136,6 +139,21 @@ def test_a_kernel_panic_ends_the_run(start: Start) -> None:
     child = start("vmlinuz", "--cmdline", CMDLINE + " rdinit=/nothing")
     child.expect_exact("Kernel panic")
     assert ends(child) == 0
+
+
+def test_a_script_instead_of_a_shell() -> None:
+    command = [sys.executable, "-m", "avmm", "run", "--config", GUEST / "script/guest.toml"]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 9, done.stderr
+    assert "\nSCRIPT RAN\n" in done.stdout.replace("\r", "")
+    assert PROMPT not in done.stdout
 
 
 def test_commands_from_a_pipe(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import lzma
@@ -10,6 +11,8 @@ import random
 import subprocess
 import sys
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
@@ -258,3 +261,155 @@ def test_the_command(linux: Path, busybox: Path, tmp_path: Path) -> None:
         2,
         "avmm: --add 'x': expected FILE:PATH with an absolute PATH\n",
     )
+
+
+# -- what means harm, and what cannot be written -------------------------------------------
+
+
+def bomb(path: Path, kind: bytes, before: Iterable[tarfile.TarInfo] = ()) -> Path:
+    """A package whose tar has a header of a GiB; a third of that is there."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = kind, 1 << 30
+    packer = lzma.LZMACompressor(preset=0)
+    parts = [packer.compress(head.tobuf(tarfile.GNU_FORMAT)) for head in (*before, info)]
+    parts += [packer.compress(bytes(1 << 20)) for _ in range(341)]
+    path.write_bytes(b"!<arch>\n" + member("data.tar.xz", b"".join([*parts, packer.flush()])))
+    return path
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from avmm.errors import ImageError
+from avmm.image import kernel
+from avmm.image.packages import Package
+import arpy, zstandard, lz4
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+try:
+    kernel.release(Package(Path(sys.argv[1])))
+except ImageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_header_of_a_gib_is_refused_before_it_is_read(tmp_path: Path, kind: bytes) -> None:
+    folder = tarfile.TarInfo("folder")
+    folder.type, folder.size = tarfile.DIRTYPE, 200 << 20  # which it does not have
+    path = bomb(tmp_path / "bomb.deb", kind, [folder, folder])
+    command = [sys.executable, "-c", LIMITED, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"{path}: is damaged: its headers are more than"), done.stderr
+
+
+def test_headers_about_headers_end(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+    data = (info.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, b"\0")) * 2000
+    path = tmp_path / "deep.deb"
+    path.write_bytes(b"!<arch>\n" + member("data.tar", data))
+    with pytest.raises(ImageError, match=r"deep.deb: is damaged"):
+        kernel.release(Package(path))
+
+
+def test_a_package_of_headers_only_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avmm.image.packages._HEADERS", 64 << 10)
+    path = deb(tmp_path / "many.deb", {f"/{n}": b"" for n in range(200)})
+    with pytest.raises(ImageError, match=r"many.deb: is damaged: its headers are more than"):
+        kernel.release(Package(path))
+    big = deb(tmp_path / "big.deb", {f"/{n}": b"x" * 10_000 for n in range(50)})
+    assert kernel.release(Package(big)) == "", "what files hold is no header"
+
+
+def greedy(content: bytes) -> bytes:
+    """xz that asks for a dictionary of 512 MiB."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 16 << 20}]
+    data = bytearray(lzma.compress(content, check=lzma.CHECK_NONE, filters=filters))
+    at = data.index(b"\x21\x01", 12) + 2  # xz-file-format 5.3.1: the filter and its properties
+    data[at] = 34
+    size = (data[12] + 1) * 4
+    data[12 + size - 4 : 12 + size] = zlib.crc32(data[12 : 12 + size - 4]).to_bytes(4, "little")
+    return bytes(data)
+
+
+def test_a_decoder_has_no_more_memory_than_it_may(tmp_path: Path, busybox: Path) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w"):
+        pass
+    path = tmp_path / "greedy.deb"
+    path.write_bytes(b"!<arch>\n" + member("data.tar.xz", greedy(out.getvalue())))
+    with pytest.raises(ImageError, match=r"greedy.deb: is damaged: Memory usage limit"):
+        kernel.release(Package(path))
+    at = f"/lib/modules/{RELEASE}/kernel"
+    files = {f"/boot/vmlinuz-{RELEASE}": b"K", f"{at}/a.ko.xz": greedy(b"\x7fELF")}
+    path = deb(tmp_path / "linux.deb", files)
+    with pytest.raises(ImageError, match="module a: is damaged: Memory usage limit"):
+        build.build([path, busybox], tmp_path / "guest", modules=["a"])
+
+
+def test_a_long_chain_of_modules_is_followed(tmp_path: Path, module: Callable[..., bytes]) -> None:
+    first = module("m1234")
+    assert first.count(b"m1234") == 1
+    at = f"/lib/modules/{RELEASE}/kernel"
+    files = {
+        f"{at}/m{n}.ko": first.replace(b"m1234", f"m{n + 1:04}".encode())
+        for n in range(1000, 2999)
+    }
+    files[f"{at}/m2999.ko"] = module()
+    modules = Modules(Package(deb(tmp_path / "chain.deb", files, "")), tmp_path)
+    assert names(modules.closure(["m1000"])) == [f"m{n}" for n in range(2999, 999, -1)]
+
+
+@pytest.mark.parametrize("name", ["vmlinuz", "initrd.cpio.gz", "guest.toml"])
+@pytest.mark.parametrize("blocked", ["{}", ".{}.partial"])
+def test_what_cannot_be_written_is_told(
+    linux: Path, busybox: Path, tmp_path: Path, name: str, blocked: str
+) -> None:
+    path = tmp_path / "guest" / name
+    (path.parent / blocked.format(name)).mkdir(parents=True)
+    with pytest.raises(ImageError, match=r"cannot be written: Is a directory") as caught:
+        build.build([linux, busybox], path.parent)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vmlinuz", "initrd.cpio.gz", "guest.toml"])
+def test_a_full_disk_leaves_what_was_there(
+    linux: Path, busybox: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = tmp_path / "guest"
+    build.build([linux, busybox], guest)
+    before = {path.name: path.read_bytes() for path in guest.iterdir()}
+    whole = Path.open
+
+    def opened(path: Path, mode: str = "r") -> object:
+        return whole(Path("/dev/full") if name in path.name else path, mode)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(ImageError, match=f"{name}: cannot be written: No space left"):
+        build.build([linux, busybox], guest)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in guest.iterdir()} == before
+
+
+def test_no_room_for_the_modules_is_told(
+    linux: Path, busybox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ImageError, match=r"\d.ko: cannot be written: No space left"):
+        build.build([linux, busybox], tmp_path / "guest")
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(ImageError, match=r"gone.*: No such file"):
+        build.build([linux, busybox], tmp_path / "guest")
+
+
+def test_what_is_added_must_be_there(linux: Path, busybox: Path, tmp_path: Path) -> None:
+    added = {PurePosixPath("/opt/x"): tmp_path / "gone"}
+    with pytest.raises(ImageError, match="gone: cannot be read: No such file"):
+        build.build([linux, busybox], tmp_path / "guest", added=added)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,9 +13,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import lab.__main__
 import pytest
-from lab import machine, payload
+from lab import guest, krunfw, machine, payload
 from lab.cache import KEPT_SECONDS, LabError, artefact, root
+from lab.debian import NEWER
 from lab.machine import L1
 
 pytestmark = pytest.mark.timeout(60)
@@ -73,6 +76,53 @@ def test_what_a_killed_build_has_left_is_swept() -> None:
     assert not partial.exists()
 
 
+def unused(made_from: object) -> Path:
+    """An artefact that nobody has used for long."""
+    place = artefact("thing", made_from, put("x"))
+    long_ago = time.time() - KEPT_SECONDS - 1
+    os.utime(place, (long_ago, long_ago))
+    return place
+
+
+def test_a_sweep_that_is_killed_leaves_nothing_that_looks_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = unused(1)
+    delete = shutil.rmtree
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists() and not ignore_errors:
+            raise KeyboardInterrupt
+        delete(path, ignore_errors=ignore_errors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        artefact("thing", 2, put("x"))
+    assert not first.exists()
+    second = artefact("thing", 2, put("x"))
+    assert {path.name for path in root().iterdir()} == {"thing.lock", second.name}
+
+
+def test_what_is_found_while_others_are_swept_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = unused(1)
+    found: list[Path] = []
+    finder = threading.Thread(target=lambda: found.append(artefact("thing", 1, put("again"))))
+    stat = Path.stat
+
+    def stat_and_be_late(path: Path, **options: bool) -> os.stat_result:
+        result = stat(path, **options)
+        if path == first and threading.current_thread() is not finder and not finder.ident:
+            finder.start()
+            finder.join(0.5)  # it ends, or it waits for us
+        return result
+
+    monkeypatch.setattr(Path, "stat", stat_and_be_late)
+    artefact("thing", 2, put("x"))
+    finder.join(30)
+    assert found == [first]
+    assert first.exists()
+
+
 def test_a_full_disk_is_told_and_cleared_up() -> None:
     def full(folder: Path) -> None:
         (folder / "half").write_text("x")
@@ -107,6 +157,40 @@ def test_one_builds_while_the_others_wait() -> None:
     assert built == [1]
     assert len(set(places)) == 1
     assert len(places) == 3
+
+
+# -- what is sent --------------------------------------------------------------------------
+
+
+def test_a_wheel_that_cannot_be_fetched_costs_no_other_guest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def lacking() -> Path:
+        raise LabError("lab: no wheel")
+
+    monkeypatch.setattr(guest, "newer_kernel_package", lambda series: "newer")
+    monkeypatch.setattr(guest, "kernel_package", lambda: "kernel")
+    monkeypatch.setattr(guest, "_folder", lambda name, kernel: tmp_path / kernel)
+    monkeypatch.setattr(krunfw, "folder", lacking)
+    assert guest.folders() == {
+        "sent/debian": tmp_path / "kernel",
+        f"sent/debian-{NEWER}": tmp_path / "newer",
+    }
+    assert capsys.readouterr().err == "lab: no wheel\n"
+
+
+def test_preparing_a_lab_makes_its_guests_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking() -> dict[str, Path]:
+        raise LabError(f"lab: no guests for {kinds}")
+
+    kinds: list[str] = []
+    monkeypatch.setattr(machine, "prepare", kinds.append)
+    monkeypatch.setattr(guest, "folders", lacking)
+    monkeypatch.setattr(sys, "argv", ["lab", "stock"])
+    assert lab.__main__.main() == 1
+    assert capsys.readouterr().err == "lab: no guests for ['stock']\n"
 
 
 # -- one run -------------------------------------------------------------------------------
@@ -222,7 +306,9 @@ def test_skips(): pytest.skip("not here")
 def test_is_lost(): pass
 """
 REPLAY = """
+import json
 import os
+import shutil
 from pathlib import Path
 from lab import machine, payload
 from lab.cache import LabError
@@ -230,17 +316,23 @@ from lab.machine import Hung
 
 def prepare(kind): return kind
 
+def write(tar, kind, script, texts, files):
+    tar.write_text(texts["nodes"])
+
 def run(l1, tar, seconds, on_line):
     on_line("up")
     on_line("a kernel message {")
     on_line('{"not": "a report"}')
+    hangs = os.environ.pop("HANGS", "")
     for line in Path("reports").read_text().splitlines():
-        if "is_lost" not in line:
+        report = json.loads(line)
+        if hangs == report["nodeid"] and report["when"] == "teardown":
+            raise Hung("L1 hangs")
+        if "is_lost" not in line and report["nodeid"] in tar.read_text().splitlines():
             on_line(line)
-    raise (Hung if os.environ.pop("HANGS", "") else LabError)("L1 died; its console: Oops")
+    raise LabError("L1 died; its console: Oops")
 
-machine.prepare, machine.run = prepare, run
-payload.write = lambda *_: None
+machine.prepare, machine.run, payload.write = prepare, run, write
 import lab.guest
 lab.guest.folders = lambda: {}
 """
@@ -279,7 +371,12 @@ def test_reports_from_there_are_as_if_made_here(tmp_path: Path) -> None:
     assert "not here" in said
     assert "FAILED test_there.py::test_is_lost - the lab ended without a result" in said
     assert "L1 died; its console: Oops" in said
-    environment["HANGS"] = "1"
+    environment["HANGS"] = "test_there.py::test_fails"
     said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock")
     assert "lab: once more, without the tests that have a result" in said
+    assert "2 failed, 1 passed, 1 skipped" in said, "none is counted twice"
     assert "FAILED test_there.py::test_is_lost - the lab ended without a result" in said
+    environment["HANGS"] = "test_there.py::test_passes"
+    said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock", "-k", "passes")
+    assert "1 passed, 3 deselected" in said
+    assert "lab: once more" not in said, "no test is left for a second machine"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from avmm.boot.image import Image
@@ -26,16 +26,25 @@ _LZ4_LEGACY_BLOCK: Final = 8 << 20
 _LZ4_LEGACY_BOUND: Final = _LZ4_LEGACY_BLOCK + _LZ4_LEGACY_BLOCK // 255 + 16
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """The data are no such format; says why."""
 
 
-class _CutOff(Exception):
+class CutOff(Exception):
     """The data end before the format does."""
 
 
-class Source:
-    """A run of an image's bytes, read once from its beginning to its end."""
+class Source(Protocol):
+    """Compressed bytes, read once from their beginning to their end."""
+
+    left: int
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end."""
+
+
+class _Run:
+    """A run of an image's bytes."""
 
     def __init__(self, image: Image, offset: int, size: int) -> None:
         self._image = image
@@ -43,7 +52,6 @@ class Source:
         self.left = size
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes, fewer at the end."""
         size = min(size, self.left)
         data = self._image.read(self._at, size, "compressed data") if size else b""
         self._at += size
@@ -58,11 +66,17 @@ class Codec:
     name: str
     magics: tuple[bytes, ...]
     decode: Callable[[Source], Iterator[bytes]]
+    """Gives pieces, empty ones, too; raises `Damaged` and `CutOff`."""
 
 
 def find(head: bytes) -> Codec | None:
     """The format of data that begin with these bytes, if it is one."""
     return next((codec for codec in CODECS if head.startswith(codec.magics)), None)
+
+
+def named(name: str) -> Codec:
+    """The format of that name, the first of several."""
+    return next(codec for codec in CODECS if codec.name == name)
 
 
 def decompress(
@@ -75,7 +89,7 @@ def decompress(
     """
     if size > limit:
         raise image.error(f"is {size} bytes even as {codec.name}; the most taken is {limit}")
-    source = Source(image, offset, size - trailer)
+    source = _Run(image, offset, size - trailer)
     fd = os.memfd_create("avmm-image", os.MFD_CLOEXEC)
     total = 0
     try:
@@ -88,9 +102,9 @@ def decompress(
                         f"guest's RAM: a decompression bomb, or far too big a kernel"
                     )
                 _write_all(image, fd, piece)
-        except _Damaged as error:
+        except Damaged as error:
             raise image.error(f"is damaged {codec.name}: {error}") from error.__cause__
-        except _CutOff:
+        except CutOff:
             raise image.error(
                 f"is cut off: its {codec.name} data goes on after {size} bytes"
             ) from None
@@ -121,17 +135,17 @@ def _stream(source: Source, decoder: Any, failure: type[Exception]) -> Iterator[
         if decoder.needs_input:
             data = source.read(_CHUNK)
             if not data:
-                raise _CutOff
+                raise CutOff
         try:
             yield decoder.decompress(data, _CHUNK)
         except (failure, EOFError) as error:
-            raise _Damaged(str(error)) from error
+            raise Damaged(str(error)) from error
     _check_unused(decoder.unused_data or b"")
 
 
 def _check_unused(data: bytes) -> None:
     if data.strip(b"\0"):
-        raise _Damaged("more data after the end of it")
+        raise Damaged("more data after the end of it")
 
 
 def _gzip(source: Source) -> Iterator[bytes]:
@@ -143,9 +157,9 @@ def _gzip(source: Source) -> Iterator[bytes]:
         try:
             piece = inflate.decompress(pending, _CHUNK)
         except zlib.error as error:
-            raise _Damaged(str(error)) from error
+            raise Damaged(str(error)) from error
         if not (piece or pending or inflate.eof):
-            raise _CutOff
+            raise CutOff
         yield piece
     _check_unused(inflate.unused_data)
 
@@ -184,13 +198,13 @@ def _lz4_legacy(source: Source) -> Iterator[bytes]:
     while header := source.read(4):
         size = int.from_bytes(header, "little")
         if len(header) < 4 or size > source.left:
-            raise _CutOff
+            raise CutOff
         if not 0 < size <= _LZ4_LEGACY_BOUND:
-            raise _Damaged(f"a block of {size} bytes, expected at most {_LZ4_LEGACY_BOUND}")
+            raise Damaged(f"a block of {size} bytes, expected at most {_LZ4_LEGACY_BOUND}")
         try:
             yield lz4.block.decompress(source.read(size), uncompressed_size=_LZ4_LEGACY_BLOCK)
         except lz4.block.LZ4BlockError as error:
-            raise _Damaged(str(error)) from error
+            raise Damaged(str(error)) from error
 
 
 def _zstd(source: Source) -> Iterator[bytes]:
@@ -202,11 +216,11 @@ def _zstd(source: Source) -> Iterator[bytes]:
         # piece of input keeps that within the decoder's memory.
         data = source.read(1 << 10)
         if not data:
-            raise _CutOff
+            raise CutOff
         try:
             yield decoder.decompress(data)
         except zstandard.ZstdError as error:
-            raise _Damaged(str(error)) from error
+            raise Damaged(str(error)) from error
     _check_unused(decoder.unused_data)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -11,6 +12,7 @@ from typing import Final
 from avmm.errors import ImageError
 from avmm.image import initramfs, kernel
 from avmm.image.modules import Modules
+from avmm.image.output import written
 from avmm.image.packages import Package
 
 DEFAULT_MODULES: Final = ("virtio_mmio", "virtio_console", "virtio_blk", "virtio_net")
@@ -58,8 +60,8 @@ def build(
     image = output / "vmlinuz"
     kernel.extract(found.kernel, image)
     progress("modules")
-    with tempfile.TemporaryDirectory() as folder:
-        available = Modules(found.kernel, Path(folder))
+    with _scratch() as folder:
+        available = Modules(found.kernel, folder)
         names = set(available.names)
         wanted = [name for name in DEFAULT_MODULES if name in names]
         loaded = available.closure([*wanted, *modules])
@@ -68,11 +70,24 @@ def build(
     contents = initramfs.Contents(found.busybox, loaded, text, added or {})
     size = initramfs.write(contents, initrd)
     config = output / "guest.toml"
-    config.write_text(
+    settings = (
         f'kernel = "{image.name}"\ninitrd = "{initrd.name}"\ncmdline = "{CMDLINE}"\n'
         'memory = "256M"\n'
     )
+    with written(config) as file:
+        file.write(settings.encode())
     return Built(image, initrd, config, found.release, list(loaded), size)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for the time being; its place is `$TMPDIR`'s."""
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise ImageError(f"{error.filename or 'a folder'}: {error.strerror}") from None
+    with folder as path:
+        yield Path(path)
 
 
 @dataclass(frozen=True)

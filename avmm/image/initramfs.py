@@ -16,6 +16,7 @@ from typing import Final
 
 from avmm.errors import ImageError
 from avmm.image.cpio import Archive
+from avmm.image.output import written
 from avmm.image.packages import Package
 
 _BUSYBOX: Final = frozenset({"/bin/busybox", "/usr/bin/busybox"})
@@ -63,14 +64,12 @@ def find_busybox(package: Package) -> bytes | None:
 
 def write(contents: Contents, output: Path) -> int:
     """Write the archive, gzip'ed; gives its size in bytes. Raises `ImageError`."""
-    try:
-        with output.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
+    with written(output) as raw:
+        with gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
             archive = Archive(out)  # type: ignore[arg-type]
             _fill(archive, contents)
             archive.close()
-        return output.stat().st_size
-    except OSError as error:
-        raise ImageError(f"{error.filename or output}: {error.strerror}") from None
+        return raw.tell()
 
 
 def _fill(archive: Archive, contents: Contents) -> None:
@@ -92,9 +91,12 @@ def _fill(archive: Archive, contents: Contents) -> None:
     if contents.script is not None:
         archive.file("etc/script", contents.script, mode=0o755)
     for target, source in contents.added.items():
-        executable = source.stat().st_mode & 0o111
+        try:
+            executable, content = source.stat().st_mode & 0o111, source.read_bytes()
+        except OSError as error:
+            raise ImageError(f"{source}: cannot be read: {error.strerror}") from None
         mode = 0o755 if executable else 0o644
-        archive.file(str(target).lstrip("/"), source.read_bytes(), mode=mode)
+        archive.file(str(target).lstrip("/"), content, mode=mode)
 
 
 def _is_dynamic(data: bytes) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from avmm.errors import ImageError
+from avmm.image.output import written
 from avmm.image.packages import Package
 
 _KERNEL: Final = re.compile(r"/boot/vmlinu[xz]-(?P<release>[^/]+)")
@@ -25,15 +26,8 @@ def extract(package: Package, output: Path) -> str:
     """Write the package's kernel to `output`; gives its release. Raises `ImageError`."""
     for path, content in package.files():
         if match := _KERNEL.fullmatch(str(path)):
-            partial = output.with_name(f".{output.name}.partial")
-            try:
-                with partial.open("wb") as file:
-                    shutil.copyfileobj(content, file)
-                partial.replace(output)
-            except OSError as error:
-                raise ImageError(f"{output}: cannot be written: {error.strerror}") from None
-            finally:
-                partial.unlink(missing_ok=True)
+            with written(output) as file:
+                shutil.copyfileobj(content, file)
             return match["release"]
     raise ImageError(
         f"{package.path}: has no kernel (/boot/vmlinuz-*): expected a linux-image package; one "

@@ -8,19 +8,18 @@ installation, so the modules themselves are asked.
 from __future__ import annotations
 
 import io
-import lzma
 import re
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from avmm.errors import ImageError
+from avmm.image.decoded import Decoded
 from avmm.image.packages import Package
 
 _MODULE: Final = re.compile(
-    r".*/lib/modules/[^/]+/.*/(?P<name>[^/]+)\.ko(\.(?P<compression>xz|gz|zst))?"
+    r".*/lib/modules/[^/]+/.*/(?P<name>[^/]+)\.ko(?P<compression>\.(xz|gz|zst))?"
 )
 _BUILTIN: Final = re.compile(r".*/lib/modules/[^/]+/modules\.builtin")
 _LARGEST: Final = 128 << 20
@@ -36,11 +35,14 @@ class Module:
 
     def content(self) -> bytes:
         """The ELF. Raises `ImageError` where it cannot be decompressed."""
-        data = self.file.read_bytes()
         try:
-            plain = _decompressed(data, self.compression)
-        except (lzma.LZMAError, zlib.error, ValueError) as error:
+            with self.file.open("rb") as file:
+                size = self.file.stat().st_size
+                plain = _limited(Decoded(file, size, self.compression))
+        except ValueError as error:
             raise ImageError(f"module {self.name}: is damaged: {error}") from None
+        except OSError as error:
+            raise ImageError(f"{self.file}: cannot be read: {error.strerror}") from None
         if not plain.startswith(b"\x7fELF"):
             raise ImageError(f"module {self.name}: is no ELF")
         return plain
@@ -57,7 +59,7 @@ class Modules:
             if match := _MODULE.fullmatch(str(path)):
                 name = canonical(match["name"])
                 file = folder / f"{len(self._modules)}.ko"
-                file.write_bytes(content.read())
+                _put(file, content.read())
                 self._modules[name] = Module(name, file, match["compression"] or "")
             elif _BUILTIN.fullmatch(str(path)):
                 lines = content.read().decode("utf-8", "replace").split()
@@ -75,28 +77,29 @@ class Modules:
         package does not have.
         """
         ordered: dict[str, bytes] = {}
-        self._visit(wanted, ordered, (), soft=False)
-        return ordered
-
-    def _visit(
-        self, names: Iterable[str], ordered: dict[str, bytes], above: tuple[str, ...], soft: bool
-    ) -> None:
-        for name in map(canonical, names):
+        # Those on the way down to where we are, each needed by the one before it.
+        above: dict[str, bytes] = {}
+        # No recursion: a chain may be longer than Python's stack, in a package that means harm.
+        left: list[Iterator[tuple[str, bool]]] = [iter([(name, False) for name in wanted])]
+        while left:
+            step = next(left[-1], None)
+            if step is None:
+                left.pop()
+                if above:
+                    name, content = above.popitem()
+                    ordered[name] = content
+                continue
+            name, soft = canonical(step[0]), step[1]
             if name in ordered or name in self._builtin or name in above:
                 continue
             module = self._modules.get(name)
-            if module is None:
-                if soft:
-                    continue
-                needed = f", which {above[-1]} needs" if above else ""
+            if module is not None:
+                above[name] = module.content()
+                left.append(iter(_needs(above[name])))
+            elif not soft:
+                needed = f", which {next(reversed(above))} needs" if above else ""
                 raise ImageError(f"{self._package.path}: has no module {name!r}{needed}")
-            content = module.content()
-            info = modinfo(content)
-            chain = (*above, name)
-            self._visit(_pre(info), ordered, chain, soft=True)
-            depends = [one for text in info.get("depends", []) for one in text.split(",") if one]
-            self._visit(depends, ordered, chain, soft=False)
-            ordered[name] = content
+        return ordered
 
 
 def canonical(name: str) -> str:
@@ -130,20 +133,24 @@ def _pre(info: Mapping[str, list[str]]) -> list[str]:
     return names
 
 
-def _decompressed(data: bytes, compression: str) -> bytes:
-    if compression == "xz":
-        plain = lzma.LZMADecompressor().decompress(data, _LARGEST)
-    elif compression == "gz":
-        plain = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(data, _LARGEST)
-    elif compression == "zst":
-        import zstandard  # noqa: PLC0415
+def _needs(content: bytes) -> list[tuple[str, bool]]:
+    """The modules that must be there before this one, and whether it can do without."""
+    info = modinfo(content)
+    depends = [name for text in info.get("depends", []) for name in text.split(",") if name]
+    return [*((name, True) for name in _pre(info)), *((name, False) for name in depends)]
 
-        try:
-            plain = zstandard.ZstdDecompressor().stream_reader(data).read(_LARGEST)
-        except zstandard.ZstdError as error:
-            raise ValueError(str(error)) from None
-    else:
-        plain = data
-    if len(plain) >= _LARGEST:
-        raise ValueError(f"more than {_LARGEST} bytes")
-    return plain
+
+def _put(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise ImageError(f"{file}: cannot be written: {error.strerror}") from None
+
+
+def _limited(decoded: Decoded) -> bytes:
+    plain = bytearray()
+    for piece in decoded.pieces():
+        plain += piece
+        if len(plain) > _LARGEST:
+            raise ValueError(f"more than {_LARGEST} bytes")
+    return bytes(plain)

@@ -2,24 +2,27 @@
 
 deb(5): an ar archive whose member `data.tar`, compressed in one of several ways, holds the
 files. It is read as a stream, once for each question; nothing is unpacked to its own path.
+
+tarfile keeps every header, and reads the long ones whole (a name, a pax header), however long they
+say to be. So what it reads besides the files' contents is counted, and limited.
 """
 
 from __future__ import annotations
 
-import lzma
 import tarfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Final
+from typing import IO, Final
 
 from avmm.errors import ImageError
+from avmm.image.decoded import Decoded
 
 _MAGIC: Final = b"!<arch>\n"
 _LARGEST: Final = 256 << 20
 """Of a file that is taken out of a package; kernels and modules are far smaller."""
-_MODES: Final = {".gz": "r|gz", ".xz": "r|xz", ".bz2": "r|bz2", "": "r|"}
+_HEADERS: Final = 32 << 20
+"""Of all headers in a package; a kernel's 5,000 files have 5 MiB."""
 
 
 class Package:
@@ -40,12 +43,14 @@ class Package:
 
         A content can be read until the next one is asked for.
         """
-        with self._data() as tar:
-            for member in tar:
+        with self._data() as (data, tar):
+            while (member := tar.next()) is not None:
+                stored = tar.offset - member.offset_data  # nothing of a folder, whatever it says
+                if max(member.size, stored) > _LARGEST:
+                    raise ImageError(f"{self.path}: {member.name} is {member.size} bytes")
+                data.allow(stored)
                 if not member.isfile():
                     continue
-                if member.size > _LARGEST:
-                    raise ImageError(f"{self.path}: {member.name} is {member.size} bytes")
                 content = tar.extractfile(member)
                 assert content is not None
                 yield (
@@ -54,15 +59,17 @@ class Package:
                 )
 
     @contextmanager
-    def _data(self) -> Iterator[tarfile.TarFile]:
+    def _data(self) -> Iterator[tuple[_Counted, tarfile.TarFile]]:
         import arpy  # noqa: PLC0415 - only where a package is read
 
         with _damage_told(self.path), arpy.Archive(str(self.path)) as archive:
             for member in archive:
                 name = member.header.name.decode("ascii", "replace")
                 if name.startswith("data.tar"):
-                    with _tar(member, name.removeprefix("data.tar")) as tar:
-                        yield tar
+                    suffix = name.removeprefix("data.tar")
+                    data = _Counted(Decoded(member, member.header.size, suffix))
+                    with tarfile.open(fileobj=data, mode="r|") as tar:  # type: ignore[call-overload]
+                        yield data, tar
                     return
         raise ImageError(f"{self.path}: has no data.tar: expected a Debian package")
 
@@ -71,10 +78,10 @@ class Package:
 def _damage_told(path: Path) -> Iterator[None]:
     """`ImageError` for all that the libraries raise where a package is cut off or damaged."""
     import arpy  # noqa: PLC0415
-    import zstandard  # noqa: PLC0415
 
-    damage = (arpy.ArchiveFormatError, arpy.ArchiveAccessError, zstandard.ZstdError)
-    more = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError, OSError)
+    damage = (arpy.ArchiveFormatError, arpy.ArchiveAccessError, tarfile.TarError)
+    # tarfile descends a level with each header that is about the next one.
+    more = (EOFError, ValueError, RecursionError, OSError)
     try:
         yield
     except (*damage, *more) as error:
@@ -94,13 +101,21 @@ class Content:
             return self._content.read(size)
 
 
-def _tar(content: Any, suffix: str) -> tarfile.TarFile:
-    if suffix == ".zst":
-        import zstandard  # noqa: PLC0415
+class _Counted:
+    """A tar for tarfile to read: `_HEADERS` bytes, and what is allowed for each content."""
 
-        content = zstandard.ZstdDecompressor().stream_reader(content)
-        suffix = ""
-    mode = _MODES.get(suffix)
-    if mode is None:
-        raise tarfile.ReadError(f"data.tar{suffix}: a compression that is not known")
-    return tarfile.open(fileobj=content, mode=mode)  # type: ignore[call-overload,no-any-return]
+    def __init__(self, data: Decoded) -> None:
+        self._data = data
+        self._left = _HEADERS
+
+    def allow(self, size: int) -> None:
+        """So many bytes are a file's."""
+        self._left += size
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes. Raises `ValueError` where that is too much."""
+        data = self._data.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"its headers are more than {_HEADERS} bytes")
+        return data

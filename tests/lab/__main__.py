@@ -1,7 +1,7 @@
 """`python -m lab [--send PATH] KIND COMMAND...`, from tests/: run a command in the lab.
 
 What is sent is in sent/ there; the command's working directory is the tree. It ends with the
-command's status.
+command's status. Without a command it builds all that `pytest --lab KIND` will need.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab import machine, payload
+from lab import guest, machine, payload
 from lab.cache import LabError
 
 SECONDS = 900
@@ -28,6 +28,9 @@ def main() -> int:
     script = f"{{ {shlex.join(command)}; }} >/dev/ttyS1 2>&1\nstatus=$?\nsleep 1\nexit $status\n"
     try:
         l1 = machine.prepare(kind)
+        if not command:
+            guest.folders()
+            return 0
         with tempfile.TemporaryDirectory() as scratch:
             tar = Path(scratch, "payload.tar")
             payload.write(tar, kind, script, {}, {f"sent/{p.name}": p for p in options.send})

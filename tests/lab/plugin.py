@@ -93,8 +93,10 @@ class _Run:
             try:
                 self._play_in(l1)
             except machine.Hung as error:
-                print(f"\n{error}\nlab: once more, without the tests that have a result")
-                self._play_in(l1)
+                print(f"\n{error}")
+                if self._left:
+                    print("lab: once more, without the tests that have a result")
+                    self._play_in(l1)
         except (LabError, OSError) as error:  # a full disk here, too
             self._said = str(error)
         for nodeid, item in list(self._left.items()):
@@ -126,9 +128,10 @@ class _Run:
         if report.when == "setup":
             hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
         hook.pytest_runtest_logreport(report=report)
+        if report.when == "call" or not report.passed:  # no call comes after a setup like that
+            self._left.pop(report.nodeid, None)
         if report.when == "teardown":
             hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
-            self._left.pop(report.nodeid, None)
 
     def _report_lost(self, nodeid: str, item: pytest.Item) -> None:
         text = f"the lab ended without a result of this test:\n{self._said[-3000:]}"
