@@ -37,11 +37,10 @@ LAB = [
     "prepare proposing",
     "pytest --lab proposing",
     "prepare newer",
-    "pytest --lab newer tests/test_xen.py",
+    "pytest --lab newer tests/test_xen.py tests/test_completion_report.py",
 ]
 
 
-@pytest.mark.skipif(not RUN.exists(), reason="the tree was sent without it")
 @pytest.mark.parametrize(
     ("user", "lacking", "failing", "status", "said"),
     [

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
+from click.testing import CliRunner
 
-from avmm.cli.completion_report import Shape, examine_shape, hypercall
+from avmm.cli import completion_report, doctor
+from avmm.cli.completion_report import Shape, examine_shape, hypercalls
+from avmm.kvm import System
 
 pytestmark = pytest.mark.usefixtures("kvm")
 
@@ -22,14 +26,58 @@ async def test_a_shape_that_never_leaves_kvm_run_is_said_to_be_impossible_in_tim
 async def test_a_shape_that_this_kvm_does_not_offer_is_said_to_be_impossible(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("avmm.kvm.Vm.check", lambda vm, capability: 0)
-    assert examine_shape(hypercall()).error == "its KVM lacks KVM_CAP_EXIT_HYPERCALL"
+    kvms, xens = hypercalls()
+    lacking = {"KVM_CAP_EXIT_HYPERCALL", "KVM_CAP_XEN_HVM"}
+    check = System.check
+    monkeypatch.setattr(
+        System, "check", lambda system, name: 0 if name in lacking else check(system, name)
+    )
+    assert examine_shape(kvms).error == "its KVM lacks KVM_CAP_EXIT_HYPERCALL"
+    assert examine_shape(xens).error == "its KVM lacks KVM_CAP_XEN_HVM"
 
 
 @pytest.mark.lab(only="stock")
 async def test_an_uncompleted_hypercall_is_lost_and_repeated() -> None:
-    finding = examine_shape(hypercall())
+    finding = examine_shape(hypercalls()[0])
     assert (finding.exit, finding.error) == ("KVM_EXIT_HYPERCALL", "")
     assert "lost: the guest got 0x11" in finding.uncompleted
     assert "repeated: hypercall 12" in finding.uncompleted
     assert (finding.drained, finding.exits_until_drained) == ("right", 1)
+
+
+@pytest.mark.lab(only="newer")
+async def test_an_uncompleted_hypercall_of_xens_is_lost_and_repeated() -> None:
+    finding = examine_shape(hypercalls()[1])
+    assert (finding.exit, finding.error) == ("KVM_EXIT_XEN", "")
+    assert "lost: the guest got 0x11" in finding.uncompleted
+    assert "repeated: Xen hypercall 17" in finding.uncompleted
+    assert (finding.drained, finding.exits_until_drained) == ("right", 1)
+
+
+@pytest.fixture
+def no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = System.__init__
+    monkeypatch.setattr(System, "__init__", lambda system: there(system, "/nowhere/kvm"))
+
+
+@pytest.mark.usefixtures("no_kvm")
+def test_without_kvm_programs_are_told_for_each_shape() -> None:
+    done = CliRunner().invoke(doctor.command, ["--completion", "--json"])
+    assert done.exit_code == 1
+    findings = json.loads(done.stdout)
+    assert [finding["access"] for finding in findings] == list(completion_report.NAMES)
+    assert all("open /nowhere/kvm failed" in finding["error"] for finding in findings)
+    assert not any(finding["drained"] for finding in findings)
+
+
+@pytest.mark.usefixtures("no_kvm")
+def test_without_kvm_people_are_told_once() -> None:
+    done = CliRunner().invoke(doctor.command, ["--completion"])
+    assert done.exit_code == 1
+    assert done.stdout.startswith("problem        open /nowhere/kvm failed")
+    assert done.stdout.count("/nowhere/kvm") == 1
+
+
+def test_every_shape_that_is_tried_is_named() -> None:
+    shapes = (*completion_report.SHAPES, *hypercalls())
+    assert tuple(shape.name for shape in shapes) == completion_report.NAMES

@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import random
+import struct
 import subprocess
 import sys
 import tarfile
@@ -21,8 +22,8 @@ import zstandard
 
 from avmm.config import MachineConfig, read_toml
 from avmm.errors import ImageError
-from avmm.image import build, kernel
-from avmm.image.modules import Modules
+from avmm.image import build, initramfs, kernel
+from avmm.image.modules import Modules, modinfo
 from avmm.image.packages import Package
 
 RELEASE = "6.1.0-9-cloud"
@@ -348,6 +349,44 @@ def test_a_decoder_has_no_more_memory_than_it_may(tmp_path: Path, busybox: Path)
     path = deb(tmp_path / "linux.deb", files)
     with pytest.raises(ImageError, match="module a: is damaged: Memory usage limit"):
         build.build([path, busybox], tmp_path / "guest", modules=["a"])
+
+
+def section_header(module: bytes, name: bytes) -> int:
+    """Where the header of a section is in an ELF of 64 bits."""
+    start, size, count, names = struct.unpack_from("<Q10xHHH", module, 40)
+    headers = [start + size * n for n in range(count)]
+    texts = struct.unpack_from("<Q", module, headers[names] + 24)[0]
+    at = module.index(b"\0" + name + b"\0", texts) + 1 - texts
+    return next(here for here in headers if struct.unpack_from("<I", module, here)[0] == at)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        pytest.param(4, struct.pack("<I", 8), id="of zeros that are not there"),  # SHT_NOBITS
+        pytest.param(8, struct.pack("<Q", 1 << 11), id="compressed"),  # SHF_COMPRESSED
+        pytest.param(24, struct.pack("<Q", (1 << 64) - 1), id="out of reach"),
+        pytest.param(32, struct.pack("<Q", 1 << 63), id="longer than memory"),
+    ],
+)
+def test_a_hostile_modinfo_is_refused(
+    module: Callable[..., bytes], field: int, value: bytes
+) -> None:
+    damaged = bytearray(module("a,b"))
+    assert modinfo(bytes(damaged))["depends"] == ["a,b"]
+    at = section_header(damaged, b".modinfo")
+    damaged[at + 32 : at + 40] = struct.pack("<Q", 1 << 45)
+    damaged[at + field : at + field + len(value)] = value
+    with pytest.raises(ImageError, match="a module is"):
+        modinfo(bytes(damaged))
+
+
+def test_a_damaged_busybox_is_no_static_one(tmp_path: Path) -> None:
+    program = bytearray(elf(tmp_path, "-static", "-nostdlib", source="void _start(void) {}"))
+    program[32:40] = bytes([255] * 8)  # where the segments are
+    package = Package(deb(tmp_path / "busybox.deb", {"/bin/busybox": bytes(program)}))
+    with pytest.raises(ImageError, match="expected the package busybox-static"):
+        initramfs.find_busybox(package)
 
 
 def test_a_long_chain_of_modules_is_followed(tmp_path: Path, module: Callable[..., bytes]) -> None:

@@ -53,6 +53,8 @@ class Shape:
     registers: Mapping[str, int] = field(default_factory=dict)
     capability: str = ""
     """What KVM must offer for it."""
+    xen: bool = False
+    """Are hypercalls Xen's?"""
 
 
 def _shape(name: str, code: str, **registers: int) -> Shape:
@@ -75,8 +77,18 @@ SHAPES: Final = (
 )
 
 
-def hypercall() -> Shape:
-    """KVM_HC_MAP_GPA_RANGE, by the instruction that this host's CPU has for it."""
+_HYPERCALL, _XEN_HYPERCALL = "hypercall", "Xen hypercall"
+_XEN_NUMBER: Final = 17
+"""Any number does: it is the witness who answers."""
+NAMES: Final = (*(shape.name for shape in SHAPES), _HYPERCALL, _XEN_HYPERCALL)
+"""Of all shapes."""
+
+
+def hypercalls() -> tuple[Shape, Shape]:
+    """KVM_HC_MAP_GPA_RANGE, and one of Xen's, by the instruction that this host's CPU has.
+
+    Raises `KvmUnavailable`.
+    """
     system = System()
     try:
         leaves = system.supported_cpuid()
@@ -87,7 +99,11 @@ def hypercall() -> Shape:
     )
     code = bytes.fromhex("0f01c1" if by_intel else "0f01d9")  # vmcall, vmmcall
     page = {"rax": constants.KVM_HC_MAP_GPA_RANGE, "rbx": 0x20_0000, "rcx": 1, "rdx": 0}
-    return Shape("hypercall", code, page, "KVM_CAP_EXIT_HYPERCALL")
+    xen = {"rax": _XEN_NUMBER, "rdi": 1, "rsi": 2}
+    return (
+        Shape(_HYPERCALL, code, page, "KVM_CAP_EXIT_HYPERCALL"),
+        Shape(_XEN_HYPERCALL, code, xen, "KVM_CAP_XEN_HVM", xen=True),
+    )
 
 
 @dataclass
@@ -142,20 +158,23 @@ class _Guest:
             pio(_Witness("port", log), _PORT, 1),
             mmio(_Witness("MMIO", log), _WINDOW, 0x2000),
         ]
+        if shape.capability:
+            _demand(shape.capability)
         if "msr" in shape.name:
             places.append(msr(_Witness("MSR", log), _MSR))
         with tempfile.NamedTemporaryFile() as image:
             image.write(shape.code + _FINISH)
             image.flush()
             config = MachineConfig.make(
-                kernel=image.name, flat=f"long@{_ORIGIN:#x}", memory="4M", unclaimed="ignore"
+                kernel=image.name,
+                flat=f"long@{_ORIGIN:#x}",
+                memory="4M",
+                unclaimed="ignore",
+                xen=shape.xen,
             )
             self.parts = Parts(config, places, self._end, self._answer, state)
         self.vcpu = self.parts.vcpus[0]
         self.exits = self.parts.exits(self.vcpu)
-        if shape.capability and not self.parts.vm.check(shape.capability):
-            self.parts.close()
-            raise AvmmError(f"its KVM lacks {shape.capability}")
         if state is None:
             regs = self.vcpu.regs()
             for name, value in shape.registers.items():
@@ -167,7 +186,8 @@ class _Guest:
         self.ended = True
 
     def _answer(self, call: Call) -> int:
-        self._log.append(f"hypercall {call.number}")
+        kind = "Xen hypercall" if call.kind == "xen" else "hypercall"
+        self._log.append(f"{kind} {call.number}")
         return 0x11 * len(self._log)
 
     def step(self) -> int:
@@ -185,6 +205,15 @@ class _Guest:
     def finish(self) -> None:
         while not self.ended:
             self.step()
+
+
+def _demand(capability: str) -> None:
+    system = System()
+    try:
+        if not system.check(capability):
+            raise AvmmError(f"its KVM lacks {capability}")
+    finally:
+        system.close()
 
 
 def _run(vcpu: Vcpu) -> int:
@@ -215,8 +244,11 @@ def _run(vcpu: Vcpu) -> int:
 
 
 def examine() -> list[Finding]:
-    """All shapes on this host; needs a running trio loop, blocks it for a second or two."""
-    return [examine_shape(shape) for shape in (*SHAPES, hypercall())]
+    """All shapes on this host; needs a running trio loop, blocks it for a second or two.
+
+    Raises `KvmUnavailable`.
+    """
+    return [examine_shape(shape) for shape in (*SHAPES, *hypercalls())]
 
 
 def examine_shape(shape: Shape) -> Finding:

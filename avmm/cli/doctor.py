@@ -136,7 +136,17 @@ def _completion(as_json: bool) -> None:
     async def examine_in_trio() -> list[completion_report.Finding]:
         return completion_report.examine()
 
-    findings = trio.run(examine_in_trio)
+    try:
+        findings = trio.run(examine_in_trio)
+    except KvmUnavailable as error:
+        if as_json:
+            nothing = [
+                completion_report.Finding(n, error=str(error)) for n in completion_report.NAMES
+            ]
+            click.echo(json.dumps([asdict(finding) for finding in nothing], indent=2))
+        else:
+            _print_problem(str(error))
+        sys.exit(1)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -168,6 +178,10 @@ def _print(report: Report) -> None:
     for note in report.notes:
         click.echo(f"note           {note}")
     for problem in report.problems:
-        click.echo(f"{click.style('problem', fg='red')}        {problem}")
+        _print_problem(problem)
     if not report.problems:
         click.echo("avmm works on this host.")
+
+
+def _print_problem(problem: str) -> None:
+    click.echo(f"{click.style('problem', fg='red')}        {problem}")

@@ -106,5 +106,5 @@ def _is_dynamic(data: bytes) -> bool:
     try:
         segments: Iterable[object] = ELFFile(io.BytesIO(data)).iter_segments("PT_INTERP")
         return next(iter(segments), None) is not None
-    except ELFError:
+    except (ELFError, OverflowError):
         return True

@@ -116,9 +116,15 @@ def modinfo(content: bytes) -> Mapping[str, list[str]]:
     found: dict[str, list[str]] = {}
     try:
         section = ELFFile(io.BytesIO(content)).get_section_by_name(".modinfo")
-    except (ELFError, ConstructError) as error:
+        if section is None:
+            return found
+        if section["sh_type"] != "SHT_PROGBITS" or section.compressed:
+            # Such a section's size is what it says, not what is there.
+            raise ImageError("a module is damaged: its .modinfo holds no plain text")
+        text = section.data()
+    except (ELFError, ConstructError, OverflowError) as error:
         raise ImageError(f"a module is no ELF: {error}") from None
-    for entry in section.data().split(b"\0") if section is not None else ():
+    for entry in text.split(b"\0"):
         key, _, value = entry.decode("utf-8", "replace").partition("=")
         found.setdefault(key, []).append(value)
     return found

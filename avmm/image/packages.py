@@ -22,7 +22,7 @@ _MAGIC: Final = b"!<arch>\n"
 _LARGEST: Final = 256 << 20
 """Of a file that is taken out of a package; kernels and modules are far smaller."""
 _HEADERS: Final = 32 << 20
-"""Of all headers in a package; a kernel's 5,000 files have 5 MiB."""
+"""Of all headers in a package; those of the 1,150 files of a cloud kernel are 0.7 MiB."""
 
 
 class Package:
