@@ -231,12 +231,20 @@ async def test_a_host_that_has_little_room(
 ) -> None:
     """A guest that sent more than there is credit for would lose the connection."""
     packets: list[int] = []
-    take = VsockStream.take
+    take, receive = VsockStream.take, VsockStream.receive_some
+    requested = trio.Event()
 
     def noted(stream: VsockStream, op: int, *rest: Any) -> bool:
         packets.append(op)
+        if op == Op.CREDIT_REQUEST:
+            requested.set()
         return take(stream, op, *rest)
 
+    async def receive_late(stream: VsockStream, most: int | None = None) -> bytes:
+        await requested.wait()
+        return await receive(stream, most)
+
+    monkeypatch.setattr(VsockStream, "receive_some", receive_late)
     monkeypatch.setattr(VsockStream, "take", noted)
     for module in (vsock, vsock_stream):
         monkeypatch.setattr(module, "BUFFER", 60)

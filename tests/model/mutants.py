@@ -63,6 +63,7 @@ _UNDO: Final = """\
 """
 _PARK: Final = """\
             await self._vcpus.parked()
+            self._deliver_coalesced()
 """
 _QUIESCE: Final = """\
             for device in self._devices:
@@ -219,7 +220,11 @@ BUGS: Final = (
         (("group", "            if loop.failed:\n", "            if False:\n"),),
         "failing world",
     ),
-    Bug("state is read before vCPUs are parked", (("migration", _PARK, ""),), "world"),
+    Bug(
+        "state is read before vCPUs are parked",
+        (("migration", _PARK, "            self._deliver_coalesced()\n"),),
+        "world",
+    ),
     Bug(
         "state is read before devices are quiesced",
         (("migration", "                await device.quiesce()\n", ""),),
