@@ -255,9 +255,11 @@ def test_a_guest_that_does_not_end_its_exit_is_named() -> None:
     assert len(served) == vcpu.runs == DRAIN_LIMIT
 
 
-def test_an_ap_that_never_says_eintr_is_an_error_too() -> None:
-    with pytest.raises(VcpuError, match="vCPU 5 was not drained"):
-        drain(Scripted(-errno.EAGAIN), lambda reason: None, CompletionPolicy())
+@pytest.mark.parametrize(("before", "last"), [((), "none"), ((IO,), "KVM_EXIT_IO")])
+def test_an_ap_that_never_says_eintr_is_an_error_too(before: tuple[int, ...], last: str) -> None:
+    says = rf"vCPU 5 was not drained .* the last exit was {last}; now it says EAGAIN$"
+    with pytest.raises(VcpuError, match=says):
+        drain(Scripted(*before, -errno.EAGAIN), lambda reason: None, CompletionPolicy())
 
 
 def test_a_run_that_fails_is_raised() -> None:
