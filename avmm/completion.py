@@ -90,7 +90,7 @@ COMPLETE: Final = frozenset(
 
 
 DRAIN_LIMIT: Final = 10_000
-"""Exits that one drain may serve. The longest instruction, a `rep ins` that KVM cuts into
+"""How often one drain may enter. The longest instruction, a `rep ins` that KVM cuts into
 pages, is interrupted between its batches, so real guests need a handful."""
 
 
@@ -205,9 +205,10 @@ def drain(vcpu: DrainableVcpu, serve: Callable[[int], None], policy: CompletionP
     It stays on one thread because KVM keeps what is pending with the task that ran the vCPU;
     CVE-2026-31588 is what came of a second `KVM_RUN` from another one.
 
-    Raises `VcpuError` for a guest that still exits after `DRAIN_LIMIT` exits, `KvmError` where
+    Raises `VcpuError` for a guest that still exits after `DRAIN_LIMIT` entries, `KvmError` where
     `KVM_RUN` fails, and what `serve` raises.
     """
+    last = None
     for _ in range(DRAIN_LIMIT):
         vcpu.page.immediate_exit = 1
         status = vcpu.run()
@@ -219,10 +220,10 @@ def drain(vcpu: DrainableVcpu, serve: Callable[[int], None], policy: CompletionP
         if status < 0:
             raise KvmError("KVM_RUN", -status)
         flags = vcpu.page.flags
+        last = status
         serve(status)
         if not policy.needs(status, flags, is_output=is_output(vcpu.page)):
             return
-    raise VcpuError(
-        f"vCPU {vcpu.index} was not drained after {DRAIN_LIMIT} exits; the last one was "
-        f"{exit_name(status)}"
-    )
+    text = f"vCPU {vcpu.index} was not drained after {DRAIN_LIMIT} entries; the last exit was "
+    text += "none" if last is None else exit_name(last)
+    raise VcpuError(text + ("; now it says EAGAIN" if status == -errno.EAGAIN else ""))

@@ -17,6 +17,7 @@ class VcpuGroup:
     def __init__(self, lot: ParkingLot, loops: Sequence[VcpuLoop]) -> None:
         self._lot = lot
         self.loops = loops
+        self._asked = 0.0
 
     async def run(self) -> None:
         """Run all vCPUs until the last has ended. Raises as `VcpuLoop.run`, in a group."""
@@ -32,6 +33,7 @@ class VcpuGroup:
     def pause(self) -> None:
         """Ask all at once to drain and park; `parked` waits for it."""
         self._lot.ask()
+        self._asked = trio.current_time()
 
     def resume(self) -> None:
         """Take a `pause` back, whether they have parked yet or not."""
@@ -57,4 +59,5 @@ class VcpuGroup:
 
     def late(self) -> list[str]:
         """What each vCPU waits for that has not parked, for a person."""
-        return [loop.waits_for() for loop in self.loops if not loop.is_parked]
+        seconds = trio.current_time() - self._asked
+        return [loop.waits_for(seconds) for loop in self.loops if not loop.is_parked]

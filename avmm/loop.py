@@ -147,16 +147,21 @@ class VcpuLoop:
         """Is its exit with its task now, and the thread waiting?"""
         return self._handed_over is not None
 
-    def waits_for(self) -> str:
-        """What keeps the vCPU from parking, for a person; from trio."""
+    def waits_for(self, seconds: float) -> str:
+        """What keeps the vCPU from parking, which it was asked to so many seconds ago, for a
+        person; from trio.
+
+        When a handler was called is not written down: each exit would pay for it.
+        """
+        late = f"{seconds:.1f} s after it was to pause"
         since = self._handed_over
         if since is None:
             if self._vcpu.page.exit_reason in (
                 constants.KVM_EXIT_UNKNOWN,
                 constants.KVM_EXIT_INTR,
             ):
-                return f"vCPU {self.index} has not left the guest"
-            return f"vCPU {self.index} is at {self._exits.owner()}, which has not returned"
+                return f"vCPU {self.index} has not left the guest, {late}"
+            return f"vCPU {self.index} is at {self._exits.owner()}, not returned {late}"
         waiting = time.monotonic() - since
         return f"vCPU {self.index} waits for {self._exits.owner()}, since {waiting:.1f} s"
 

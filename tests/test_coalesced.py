@@ -13,7 +13,7 @@ from support.guest import machine
 import avmm
 from avmm import Device
 from avmm.bus import Bus, PostedWrites
-from avmm.devices.base import ReadAnswer, WriteAnswer
+from avmm.devices.base import Host, ReadAnswer, WriteAnswer
 from avmm.errors import DeviceError
 from avmm.kvm import System
 
@@ -144,6 +144,46 @@ async def test_a_hundred_pauses_in_a_stream_of_them(tmp_path: Path) -> None:
             while len(log.seen) == count:
                 await trio.lowlevel.checkpoint()
     assert log.seen == [(0, 4, n) for n in range(len(log.seen))]
+
+
+class Worker(Log):
+    """What it is written begins work, which its task does and `quiesce` waits for."""
+
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        self.wakeup = host.wakeup()
+        self.done: list[int] = []
+        self.all_done = trio.Event()
+
+    def write(self, offset: int, size: int, value: int) -> WriteAnswer:
+        self.wakeup.set()
+        return super().write(offset, size, value)
+
+    async def run(self) -> None:
+        while True:
+            await self.wakeup.wait()
+            while len(self.done) < len(self.seen):
+                await trio.lowlevel.checkpoint()
+                self.done.append(self.seen[len(self.done)][2])
+            self.all_done.set()
+
+    async def quiesce(self) -> None:
+        while len(self.done) < len(self.seen):
+            self.all_done = trio.Event()
+            await self.all_done.wait()
+
+    def save(self) -> dict[str, Any]:
+        return {"done": list(self.done)}
+
+
+async def test_what_they_begin_is_waited_for_and_saved(tmp_path: Path) -> None:
+    """A pause delivers them before it quiesces their devices."""
+    worker = Worker()
+    async with machine(tmp_path, COUNT_TO_100 + STAY, devices=[ports(worker)]) as vm:
+        await until_it_stays(vm)
+        assert len(worker.seen) < 100  # else this test shows nothing
+        async with vm.paused(deadline=20):
+            assert dict(vm.save()["devices"])["Worker"]["done"] == list(range(100))
 
 
 async def test_a_device_that_would_wait_is_refused_by_name(tmp_path: Path) -> None:

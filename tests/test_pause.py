@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,38 @@ async def test_a_pause_with_a_deadline_fails_by_name_and_harms_nothing(tmp_path:
         async with vm.paused(deadline=20):
             pass
         await device.more()
+    assert device.complete
+
+
+class Blocking(Recorder):
+    """A plain handler that keeps its thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.may_return = threading.Event(), threading.Event()
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.entered.set()
+        self.may_return.wait(20)
+        self.seen.append(value)
+
+
+async def test_a_handler_that_blocks_is_named_with_how_long_it_was_waited_for(
+    tmp_path: Path,
+) -> None:
+    device = Blocking()
+    async with machine(tmp_path, COUNTING, devices=[avmm.pio(device, PORT, 4)]) as vm:
+        while not device.entered.is_set():
+            await trio.lowlevel.checkpoint()
+        with pytest.raises(avmm.PauseTimeout) as caught:
+            async with vm.paused(deadline=0.6):
+                pytest.fail("the handler has not returned")
+        device.may_return.set()
+        await device.more()
+    what = "vCPU 0 is at Blocking at KVM_EXIT_IO: out of 4 bytes at port 0x300, not returned"
+    late = re.search(f"{what} ([0-9.]+) s after it was to pause", str(caught.value))
+    assert late is not None, str(caught.value)
+    assert float(late[1]) >= 0.6
     assert device.complete
 
 

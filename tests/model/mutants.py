@@ -41,6 +41,11 @@ _LOOK: Final = """\
                 if self._stopping:
                     return
 """
+_IS_OUTPUT: Final = """\
+    if page.exit_reason == constants.KVM_EXIT_IO:
+        return bool(page.io.direction == constants.KVM_EXIT_IO_OUT)
+    return page.exit_reason == constants.KVM_EXIT_MMIO and bool(page.mmio.is_write)
+"""
 _AWAIT: Final = """\
             try:
                 await work
@@ -65,6 +70,9 @@ _PARK: Final = """\
             await self._vcpus.parked()
             self._deliver_coalesced()
 """
+_DELIVER: Final = """\
+            self._deliver_coalesced()
+"""
 _QUIESCE: Final = """\
             for device in self._devices:
                 quiesced.append(device)
@@ -82,6 +90,33 @@ BUGS: Final = (
                 "        return\n",
             ),
         ),
+        "drain",
+    ),
+    Bug(
+        "the drain goes on until EINTR, whatever the policy says",
+        (
+            (
+                "completion",
+                "        if not policy.needs(status, flags, is_output=is_output(vcpu.page)):\n"
+                "            return\n",
+                "        policy.needs(status, flags, is_output=is_output(vcpu.page))\n",
+            ),
+        ),
+        "drain",
+    ),
+    Bug(
+        "the loop drains whatever the policy says",
+        (("loop", "if status < 0 or self._needs_completion(status):", "if True:"),),
+        "loop",
+    ),
+    Bug(
+        "everything is taken for an output",
+        (("completion", _IS_OUTPUT, "    return True\n"),),
+        "drain",
+    ),
+    Bug(
+        "nothing is taken for an output",
+        (("completion", _IS_OUTPUT, "    return False\n"),),
         "drain",
     ),
     Bug(
@@ -220,11 +255,7 @@ BUGS: Final = (
         (("group", "            if loop.failed:\n", "            if False:\n"),),
         "failing world",
     ),
-    Bug(
-        "state is read before vCPUs are parked",
-        (("migration", _PARK, "            self._deliver_coalesced()\n"),),
-        "world",
-    ),
+    Bug("state is read before vCPUs are parked", (("migration", _PARK, _DELIVER),), "world"),
     Bug(
         "state is read before devices are quiesced",
         (("migration", "                await device.quiesce()\n", ""),),
@@ -324,8 +355,8 @@ _unknown: Final = st.fixed_dictionaries(
 FINDERS: Final = {
     "unknown": (_unknown, _drain, 800),
     "drain": (drains, _drain, 800),
-    "loop": (requesting, _loop, 800),
-    "world": (cases(), _world, 800),
+    "loop": (requesting, _loop, 4000),
+    "world": (cases(), _world, 3000),
     "failing world": (cases(fails=True), _world, 800),
 }
 """By name: what to draw, the property, and within how many examples it must find a bug

@@ -32,6 +32,7 @@ class ModelSpot:
         self._lot = lot
         self._parked = 0
         self._stopping = False
+        model.wanted = lambda: lot.asked or self._stopping
 
     @property
     def asked(self) -> bool:
@@ -45,6 +46,7 @@ class ModelSpot:
         pass
 
     def park(self) -> None:
+        self.model.rest()
         lot = self._lot
         with lot.changed:
             number = lot.round

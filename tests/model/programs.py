@@ -86,7 +86,7 @@ def hosts(retries: bool = False) -> st.SearchStrategy[Host]:
         Host,
         out_past=st.booleans(),
         store_past=st.booleans(),
-        flags=st.sampled_from(["none", "honest", "always", "stale"]),
+        flags=st.sampled_from(["none", "honest", "sparing", "deaf", "always", "stale"]),
         sample_early=st.booleans(),
         batch=st.sampled_from([1, 3, 4, 1024]),
         outs_batch=st.sampled_from([1, 2]),

@@ -12,8 +12,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from avmm.completion import COMPLETE
 from avmm.errors import AvmmError
-from avmm.kvm import KvmError
+from avmm.kvm import KvmError, exit_name
 from model.production import Production
 from model.programs import hosts, programs
 from model.solo import STEPS, InlineLoop, Result, Solo, oracle
@@ -80,6 +81,26 @@ def can_tell(
     return not (trusts and silent and unknown)
 
 
+def needs_none(code: Production, decide: Any) -> Callable[[int], None]:
+    """For `ModelVcpu.on_needless`: where the policy can tell, nobody enters again for nothing.
+
+    It cannot where it does not go by the flag; nor, of an output, before it has seen the flag.
+    """
+
+    def on_needless(reason: int) -> None:
+        knows = reason in COMPLETE or (decide.by_flag and decide._seen_set)
+        if knows and decide.mode is not code.completion.Mode.ALWAYS:
+            raise Broken(f"KVM_RUN was entered to complete {exit_name(reason)}, which needs none")
+
+    return on_needless
+
+
+def believed(host: Host, decide: Any) -> None:
+    """A kernel that tells the truth is not called a liar."""
+    if host.flags in ("honest", "sparing") and decide.lie:
+        raise Broken(f"an honest kernel is not believed: {decide.lie}")
+
+
 def drained_at(
     code: Production,
     program: Sequence[Op],
@@ -102,6 +123,7 @@ def drained_at(
         return next(answers, False)
 
     solo.late = answers_late
+    solo.model.on_needless = needs_none(code, decide)
     number = 0
     for _ in range(STEPS):
         if solo.model.finished:
@@ -113,14 +135,17 @@ def drained_at(
         solo.serve(status)
         if pauses is None or number in pauses:
             try:
-                if decide.needs(status, flags):
+                is_output = code.completion.is_output(solo.model.page)
+                if decide.needs(status, flags, is_output=is_output):
                     code.completion.drain(solo.model, solo.serve, decide)
             except AvmmError as error:
                 raise Broken(f"drained at exit {number}: {error}") from error
+            believed(host, decide)
             if onto is not None:
                 host, decide = onto, policy(code, believes)  # another kernel: nothing is known
             solo = solo.again(host)
             solo.late = answers_late
+            solo.model.on_needless = needs_none(code, decide)
         number += 1
     same(solo.to_end(), expected, f"drained at exits {pauses or 'all'}")
     return number
@@ -169,12 +194,15 @@ def requested_at(
     def parked(inline: InlineLoop) -> None:
         same(solo.again().to_end(), expected, f"parked at point {inline.points}")
 
-    inline = InlineLoop(solo, policy(code, believes), at_point, parked)
+    decide = policy(code, believes)
+    solo.model.on_needless = needs_none(code, decide)
+    inline = InlineLoop(solo, decide, at_point, parked)
     try:
         result = inline.run()
     except (AvmmError, KvmError) as error:
         raise Broken(f"the vCPU ended: {error}") from error
     same(result, expected, "having run on")
+    believed(host, decide)
     return inline.points, inline.parks
 
 

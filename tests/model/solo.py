@@ -188,6 +188,7 @@ class InlineLoop:
         self._lot.release()
 
     def _park(self) -> None:
+        self.solo.model.rest()
         if not self._lot.asked:
             return  # resumed on its way there
         self.parks += 1

@@ -18,6 +18,7 @@ from avmm.completion import (
     CompletionPolicy,
     Mode,
     drain,
+    is_output,
 )
 from avmm.errors import VcpuError
 from avmm.kvm import KvmError, constants
@@ -25,7 +26,8 @@ from model.production import REAL
 from model.solo import Solo
 from model.vcpu import UNKNOWN_EXIT, Host, ModelVcpu, Op
 
-IO, HLT = constants.KVM_EXIT_IO, constants.KVM_EXIT_HLT
+IO, MMIO = constants.KVM_EXIT_IO, constants.KVM_EXIT_MMIO
+HLT = constants.KVM_EXIT_HLT
 SET, CLEAR = NEEDS_COMPLETION, 0
 UNKNOWN = [UNKNOWN_EXIT, constants.KVM_EXIT_MEMORY_FAULT, constants.KVM_EXIT_NOTIFY]
 
@@ -197,6 +199,37 @@ def test_no_history_leaves_a_documented_exit_uncompleted(
         logging.disable(logging.NOTSET)
 
 
+@pytest.mark.parametrize(
+    ("op", "exits"),
+    [
+        (Op("in", 4), [False]),
+        (Op("out", 4), [True]),
+        (Op("load", 8, parts=(3, 5)), [False, False]),
+        (Op("store", 8, parts=(3, 5)), [True, True]),
+        (Op("rmw", 2), [False, True]),
+        (Op("outs_mmio", 1), [False, True]),
+        (Op("ins_mmio", 1), [False, True]),
+    ],
+    ids=lambda case: getattr(case, "kind", ""),
+)
+def test_an_output_is_what_asks_for_nothing(op: Op, exits: list[bool]) -> None:
+    solo = Solo(REAL, (op,), Host())
+    seen = []
+    while not solo.model.finished:
+        if (status := solo.model.run()) >= 0:
+            seen.append(is_output(solo.model.page))
+            solo.serve(status)
+    assert seen == exits
+
+
+@pytest.mark.parametrize("reason", sorted((DOCUMENTED | COMPLETE | {*UNKNOWN}) - {IO, MMIO}))
+def test_no_other_exit_is_an_output_whatever_was_before_it(reason: int) -> None:
+    page = ModelVcpu(0, (), Host()).page
+    page.io.direction, page.mmio.is_write = constants.KVM_EXIT_IO_OUT, 1
+    page.exit_reason = reason
+    assert not is_output(page)
+
+
 # -- the drain -----------------------------------------------------------------------------
 
 
@@ -222,9 +255,11 @@ def test_a_guest_that_does_not_end_its_exit_is_named() -> None:
     assert len(served) == vcpu.runs == DRAIN_LIMIT
 
 
-def test_an_ap_that_never_says_eintr_is_an_error_too() -> None:
-    with pytest.raises(VcpuError, match="vCPU 5 was not drained"):
-        drain(Scripted(-errno.EAGAIN), lambda reason: None, CompletionPolicy())
+@pytest.mark.parametrize(("before", "last"), [((), "none"), ((IO,), "KVM_EXIT_IO")])
+def test_an_ap_that_never_says_eintr_is_an_error_too(before: tuple[int, ...], last: str) -> None:
+    says = rf"vCPU 5 was not drained .* the last exit was {last}; now it says EAGAIN$"
+    with pytest.raises(VcpuError, match=says):
+        drain(Scripted(*before, -errno.EAGAIN), lambda reason: None, CompletionPolicy())
 
 
 def test_a_run_that_fails_is_raised() -> None:

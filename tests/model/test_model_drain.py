@@ -26,6 +26,7 @@ HOSTS = [
     pytest.param(Host(out_past=False), id="stock kvm_amd"),
     pytest.param(Host(out_past=False, store_past=False), id="arm64"),
     pytest.param(Host(flags="honest", sample_early=True), id="with the flag"),
+    pytest.param(Host(flags="sparing"), id="with the series' change"),
 ]
 
 

@@ -88,8 +88,11 @@ class Host:
     store_past: bool = True
     """At an MMIO write's exit, RIP is past it: x86; on arm64 it is not."""
     flags: str = "none"
-    """Bit 15: "none" never set; "honest"; "always" set, even where it must not be; "stale"
-    as "honest", but not cleared by a run that is interrupted."""
+    """Bit 15: "none" never set; "honest" on all but what never needs it; "sparing" as "honest",
+    but not on an output that the kernel is through with (so Linux with the series' change, at
+    the elements of a `rep outs`); "deaf" as "honest", but not on what loads, which is a lie;
+    "always" set, even where it must not be; "stale" as "honest", but not cleared by a run that is
+    interrupted."""
     sample_early: bool = False
     """`immediate_exit` is read when KVM_RUN begins (Linux 6.12), not after completion."""
     batch: int = 4
@@ -157,6 +160,11 @@ class ModelVcpu:
         """The tests': a pause or stop was asked for, and the asking has returned."""
         self.still = False
         """The tests': somebody looks at the state; nothing may run."""
+        self.on_needless: Callable[[int], None] = lambda reason: None
+        """The tests': called at a `run` that is to complete the last exit, with its reason, where
+        that exit left nothing to be completed and said so."""
+        self.wanted: Callable[[], bool] = lambda: True
+        """Is it asked to park or end? Else a `run` with `immediate_exit` is no completion."""
         self.thread: int | None = None
         self.thread_id = 0
         self.exits = 0
@@ -166,6 +174,10 @@ class ModelVcpu:
         if state is None:
             self._at(0)
         self._pending: Steps | None = None
+        self._through = False
+        """Is nothing left to be done after the exit that is being made?"""
+        self._needless: int | None = None
+        """The reason of the last exit, where nobody needs to enter again for it."""
         self._retries = 0
         self._data = bytearray(4096)
         self._lock = threading.Lock()
@@ -178,6 +190,9 @@ class ModelVcpu:
     def run(self) -> int:
         """KVM_RUN."""
         self._check_thread()
+        needless, self._needless = self._needless, None
+        if needless is not None and self.page.request and self.wanted():
+            self.on_needless(needless)
         self.gate("enter")
         with self._lock:
             self._inside, self._signal = True, False
@@ -240,6 +255,10 @@ class ModelVcpu:
             raise Broken(f"vCPU {self.index} is interrupted while its state is read")
         with self._lock:
             self._state.interrupts += (vector,)
+
+    def rest(self) -> None:
+        """It stands still: what comes then is no completion of its last exit."""
+        self._needless = None
 
     def end(self) -> None:
         """Leave the guest at once and for good, whatever bug is planted: for tearing down."""
@@ -336,9 +355,22 @@ class ModelVcpu:
         self._retries = self._host.retries
         self.page.exit_reason = reason
         needs = reason != constants.KVM_EXIT_INTR
-        flags = {"none": False, "always": True}.get(self._host.flags, needs)
+        flags = {
+            "none": False,
+            "always": True,
+            "sparing": needs and not self._through,
+            "deaf": needs and not self._loads(reason),
+        }.get(self._host.flags, needs)
         self.page.flags = NEEDS_COMPLETION if flags else 0
+        is_through = self._through or not needs
+        self._needless = reason if is_through and not flags else None
+        self._through = False
         return reason
+
+    def _loads(self, reason: int) -> bool:
+        if reason == constants.KVM_EXIT_IO:
+            return bool(self.page.io.direction == constants.KVM_EXIT_IO_IN)
+        return reason == constants.KVM_EXIT_MMIO and not self.page.mmio.is_write
 
     def _at(self, pc: int) -> None:
         self._state.pc = pc
@@ -390,6 +422,7 @@ class ModelVcpu:
         data = self._value(op.size).to_bytes(op.size, "little")
         if self._host.out_past:
             self._next()
+        self._through = self._host.out_past
         yield self._port(constants.KVM_EXIT_IO_OUT, op, 1, data)
         if not self._host.out_past:
             self._next()
@@ -417,6 +450,7 @@ class ModelVcpu:
         after = self._state.count
         if not self._host.out_past:
             self._state.count = before
+        self._through = self._host.out_past
         yield self._port(constants.KVM_EXIT_IO_OUT, op, count, data)
         self._state.count = after
 
@@ -433,7 +467,8 @@ class ModelVcpu:
         value, address = self._value(sum(op.parts)), op.at
         if self._host.store_past:
             self._next()
-        for length in op.parts:
+        for at, length in enumerate(op.parts, 1):
+            self._through = self._host.store_past and at == len(op.parts)
             yield self._address(address, length, value & (1 << 8 * length) - 1)
             value >>= 8 * length
             address += length
@@ -445,6 +480,7 @@ class ModelVcpu:
         value = self._loaded(op.size)
         self._take(value)
         self._next()
+        self._through = True
         yield self._address(op.at, op.size, value + 1 & (1 << 8 * op.size) - 1)
 
     def _do_outs_mmio(self, op: Op) -> Steps:
@@ -467,6 +503,7 @@ class ModelVcpu:
         value = int.from_bytes(self._data[64 : 64 + op.size], "little")
         self._take(value)
         self._state.count -= 1
+        self._through = True
         yield self._address(op.at, op.size, value)
 
     def _do_rdmsr(self, op: Op) -> Steps:
