@@ -1,7 +1,8 @@
 """What a machine is, told to whoever is to make one like it: for snapshots, migration and clones.
 
 A description is plain data, and compared before anything of the guest's is touched: the sizes and
-devices must be the same, or the guest would find another computer under its feet.
+devices must be the same, or the guest would find another computer under its feet. So must the
+sizes of its disks: a wrong one is refused before a migration has sent any memory.
 
 **What lies outside of the machine is named by whoever loads it.** Files, interfaces and sockets
 belong to a host, and a description may come from anybody, so no path in it is ever opened. It
@@ -14,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from avmm.bus import Placement
 from avmm.config import MachineConfig
@@ -24,6 +25,8 @@ from avmm.devices.virtio.net import Net
 from avmm.disks import DiskOptions
 from avmm.errors import AvmmError, ConfigError, StateError
 from avmm.links import NetOptions, VsockOptions
+
+_Model = TypeVar("_Model", VirtioBlock, Net)
 
 VERSION: Final = 1
 _SAME: Final = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit", "xen")
@@ -59,9 +62,8 @@ def describe(
     config: MachineConfig, places: Sequence[Placement], roms: Sequence[tuple[int, bytes]]
 ) -> dict[str, Any]:
     """The description of a machine of this config, with these devices and read-only regions."""
-    models = [p.device.model for p in places if isinstance(p.device, VirtioMmio)]
-    blocks = [model for model in models if isinstance(model, VirtioBlock)][-len(config.disks) :]
-    nets = [model for model in models if isinstance(model, Net)][-len(config.net) :]
+    blocks = _last(VirtioBlock, len(config.disks), places)
+    nets = _last(Net, len(config.net), places)
     return {
         "version": VERSION,
         "settings": {name: getattr(config, name) for name in (*_SAME, *_OWN)},
@@ -74,12 +76,9 @@ def describe(
                 "overlay": options.overlay,
                 "serial": options.serial,
             }
-            for options, block in zip(config.disks, blocks, strict=False)
+            for options, block in zip(config.disks, blocks, strict=True)
         ],
-        "nets": [
-            {"mac": net.mac.hex(":"), "mtu": net.mtu}
-            for _, net in zip(config.net, nets, strict=False)
-        ],
+        "nets": [{"mac": net.mac.hex(":"), "mtu": net.mtu} for net in nets],
         "vsock": None if config.vsock is None else config.vsock.cid,
         "hvc": config.console.startswith("virtio"),
         "roms": [[gpa, data] for gpa, data in roms],
@@ -96,9 +95,11 @@ class Described:
     has_hvc: bool
     """Does the `avmm` command give the guest a virtio console?"""
     devices: list[Any]
+    disk_sizes: tuple[int, ...]
 
     def demand_devices(self, places: Sequence[Placement]) -> None:
-        """Raise `StateError` where a machine with these devices is another one."""
+        """Raise `StateError` where a machine with these devices is another one, and `ConfigError`
+        where its disks, which are open, are of other sizes than the guest's."""
         here = [[p.device.name, p.space, p.base, p.size, p.irq] for p in places]
         for theirs, ours in zip(self.devices, here, strict=False):
             if theirs != ours:
@@ -107,6 +108,13 @@ class Described:
             more = self.devices[len(here) :] or here[len(self.devices) :]
             side = "here is none" if len(self.devices) > len(here) else "the guest knows none"
             raise StateError(f"{_device(more[0])}: {side}")
+        blocks = _last(VirtioBlock, len(self.disk_sizes), places)
+        for size, block in zip(self.disk_sizes, blocks, strict=True):
+            if size != block.disk.size:
+                raise ConfigError(
+                    f"disk {block.disk.name}: it has {block.disk.size} bytes, the guest's has "
+                    f"{size}"
+                )
 
 
 def read(description: object, links: Links, **settings: Any) -> Described:
@@ -140,7 +148,16 @@ def read(description: object, links: Links, **settings: Any) -> Described:
         # Else the next description, of the machine that is made here, would not tell of it.
         **{"console": "virtio"} if description["hvc"] else {},
     )
-    return Described(config, roms, description["hvc"], description["devices"])
+    sizes = tuple(disk["size"] for disk in description["disks"])
+    return Described(config, roms, description["hvc"], description["devices"], sizes)
+
+
+def _last(kind: type[_Model], count: int, places: Sequence[Placement]) -> list[_Model]:
+    """Those that the settings ask for come after the caller's own."""
+    devices = [place.device for place in places]
+    models = [device.model for device in devices if isinstance(device, VirtioMmio)]
+    found = [model for model in models if isinstance(model, kind)]
+    return found[len(found) - count :]
 
 
 def _disks(told: list[Any], links: Sequence[str | DiskOptions] | None) -> list[DiskOptions]:

@@ -20,6 +20,7 @@ import pytest
 import trustme
 from support.commands import AVMM, PROMPT, Command, avmm, ctl, receiver, status
 
+from avmm.disks import RawDisk
 from avmm.transfer.protocol import Commit, Destination, Offer, State
 
 pytestmark = pytest.mark.usefixtures("kvm")
@@ -176,7 +177,7 @@ def test_ctrl_c_gives_it_up_and_the_guest_stays(
         ([], ["--most-memory", "32M"], 2, "has 67108864 bytes of RAM, 33554432 are allowed"),
         (["--disk", "{}/disk"], [], 2, "the guest has 1 disks ('disk')"),
         (["--disk", "{}/disk,ro"], ["--disk", "{}/disk"], 2, "has 'disk' as read-only"),
-        (["--disk", "{}/disk"], ["--disk", "{}/small"], 125, "sectors is 16, expected the 8"),
+        (["--disk", "{}/disk"], ["--disk", "{}/small"], 2, "has 4096 bytes, the guest's has 8192"),
         (["--vsock", "cid=9"], [], 2, "socket device, with CID 9"),
         ([], ["--console", "virtio"], 2, "the guest has no virtio console"),
     ],
@@ -285,7 +286,7 @@ def test_a_report_is_drawn_of_what_was_begun_and_of_nothing_else(
 ) -> None:
     disk, other = tmp_path / "disk", tmp_path / "other"
     disk.write_bytes(bytes(8192))
-    other.write_bytes(bytes(4096))  # which shows when the state is loaded
+    other.write_bytes(bytes(8192))
     picture, path = tmp_path / "report.png", tmp_path / "ctl"
     guest = commands.enter_context(
         Command("run", "--control", f"unix:{path}", "--disk", str(disk))
@@ -293,7 +294,8 @@ def test_a_report_is_drawn_of_what_was_begun_and_of_nothing_else(
     guest.expect(PROMPT)
     for options, is_drawn in [(["--most-memory", "1M"], False), (["--disk", str(other)], True)]:
         _, target = receiver(commands, f"unix:{tmp_path / 'move'}", *options)
-        done = ctl(path, "migrate", target, "--report", str(picture))
+        with RawDisk(other):  # in use, which shows when the guest is to be taken over
+            done = ctl(path, "migrate", target, "--report", str(picture))
         assert done.returncode == 125
         assert picture.exists() is is_drawn
     assert picture.read_bytes().startswith(b"\x89PNG")

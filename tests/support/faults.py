@@ -39,8 +39,8 @@ class Fault:
     message: Message | None = None
 
 
-class _Frames:
-    """The frames of one way."""
+class Frames:
+    """The frames of one way, as its bytes come."""
 
     def __init__(self) -> None:
         self.end = 0
@@ -73,7 +73,7 @@ class Line:
         """What became of the migration, for messages."""
         self.source, self._near = trio.testing.memory_stream_pair()
         self.destination, self._far = trio.testing.memory_stream_pair()
-        self.frames = {"there": _Frames(), "back": _Frames()}
+        self.frames = {"there": Frames(), "back": Frames()}
 
     @property
     def gone(self) -> dict[str, int]:
