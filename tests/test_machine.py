@@ -480,11 +480,12 @@ async def test_plain_handlers_of_one_device_never_overlap(tmp_path: Path) -> Non
 
 async def test_an_awaitable_that_is_never_begun_is_cancelled_not_forgotten(tmp_path: Path) -> None:
     """The block is left after a handler returned its coroutine, before trio could run it."""
-    returned = threading.Event()
+    may_return, returned = threading.Event(), threading.Event()
     begun = []
 
     class Late(Constant):
         def read(self, offset: int, size: int) -> object:
+            assert may_return.wait(20)
             returned.set()
             return self.later()
 
@@ -497,6 +498,7 @@ async def test_an_awaitable_that_is_never_begun_is_cancelled_not_forgotten(tmp_p
     async with machine(tmp_path, TOUCH + FOREVER, devices=[place]):
         while not any(one.name == "avmm vCPU 0" for one in threading.enumerate()):
             await trio.lowlevel.checkpoint()
+        may_return.set()
         assert returned.wait(20)  # trio stands still meanwhile
     assert begun == [True]
 

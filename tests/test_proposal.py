@@ -97,6 +97,93 @@ async def test_the_kernel_proves_itself(tmp_path: Path) -> None:
     assert echo.seen == list(range(len(echo.seen)))
 
 
+class Gated(Device):
+    """Answers each access when it may."""
+
+    def __init__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.asked, self.open = trio.Event(), trio.Event()
+
+    async def read(self, offset: int, size: int) -> int:  # type: ignore[override]
+        await self._pass()
+        return 0
+
+    async def write(self, offset: int, size: int, value: int) -> None:  # type: ignore[override]
+        await self._pass()
+
+    async def _pass(self) -> None:
+        self.asked.set()
+        await self.open.wait()
+
+
+class Entries:
+    """How often a machine's only vCPU was entered, by its loop or to complete an exit."""
+
+    def __init__(self, vm: avmm.Machine) -> None:
+        self.count = 0
+        parts = vm.prepare()
+        for runs in (parts.vcpus[0], parts.group.loops[0]._spot):
+            runs.run = self._counted(runs.run)
+
+    def _counted(self, run: Callable[[], int]) -> Callable[[], int]:
+        def counted() -> int:
+            self.count += 1
+            return run()
+
+        return counted
+
+    async def until_parked(self, vm: avmm.Machine, device: Gated) -> int:
+        """For the exit that the device has in hand, the one that brought it included."""
+        await device.asked.wait()
+        before = self.count - 1
+        entries = []
+        async with trio.open_nursery() as nursery:
+
+            async def pause() -> None:
+                async with vm.paused(deadline=20):
+                    entries.append(self.count - before)
+                    device.close()
+
+            nursery.start_soon(pause)
+            while not vm._running.group._lot.asked:
+                await trio.lowlevel.checkpoint()
+            device.open.set()
+        return entries[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "at_output"),
+    [
+        pytest.param({"completion": "always"}, 2, marks=pytest.mark.lab),
+        pytest.param({"completion": "list"}, 2, marks=pytest.mark.lab),
+        pytest.param({"completion_capability": PROPOSED}, 1, marks=proposing),
+        pytest.param({}, 1, marks=proposing, id="proved"),
+    ],
+)
+async def test_an_output_that_the_kernel_is_through_with_is_not_entered_for_again(
+    tmp_path: Path, config: dict[str, Any], at_output: int
+) -> None:
+    """An element of `rep outs`; an input, which shows the flag as well, always is."""
+    device = Gated()
+    code = """
+        2: mov dx, 0x300
+        in al, dx
+        mov esi, 0x100000
+        mov ecx, 3
+        rep outsb
+        jmp 2b
+    """
+    vm = machine(tmp_path, code, devices=[avmm.pio(device, 0x300, 1)], **config)
+    entries = Entries(vm)
+    async with vm:
+        for _ in range(3):
+            assert await entries.until_parked(vm, device) == 2
+            for _ in range(3):
+                assert await entries.until_parked(vm, device) == at_output
+
+
 @proposing
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("cpus", ["1", "2"])

@@ -3,7 +3,9 @@
 Run as a program: `python -m support.torture --cpus 2 --every 1 [--drain none|single] ...`. Each
 guest lives in a process of its own (forked before anything runs), so that what is loaded is
 loaded into a new VM of a new process. Says `ok N` where all N moved guests saw and did exactly
-what an uninterrupted one does, else what the first difference is.
+what an uninterrupted one does, else what the first difference is. With `--capability`,
+that must be the number by which this kernel announces NEEDS_COMPLETION, and its flag must decide
+to the end.
 """
 
 from __future__ import annotations
@@ -154,6 +156,7 @@ async def run(
         said = b"".join([bytes(data) async for data in vm.console])
         outcome = await vm.wait()
         nursery.cancel_scope.cancel()
+    judge(options, vm)
     if outcome.status or outcome.cause is not avmm.Cause.EXIT:
         return f"ended by {outcome}: {said!r}", []
     return said.decode(), windows.logs
@@ -176,7 +179,15 @@ async def run_until(options: argparse.Namespace, stop: int) -> Any:
             while not vm._parts.group._lot.asked:
                 await trio.lowlevel.checkpoint()
             shared.asked.set()
+    judge(options, vm)
     return states[0]
+
+
+def judge(options: argparse.Namespace, vm: Any) -> None:
+    """With `--capability`, the kernel's flag has decided until the end."""
+    policy = vm._parts.policy
+    if options.capability is not None and not policy.by_flag:
+        raise RuntimeError(f"the flag does not decide, but {policy.describe()}")
 
 
 def started(work: Callable[[], Any]) -> Callable[[], Any]:
