@@ -34,6 +34,8 @@ _SAME: Final = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit", "xen")
 _OWN: Final = ("unclaimed", "completion", "completion_capability")
 """Settings of the host's side, which another host may choose anew."""
 _LONGEST_NAME: Final = 64
+_MOST_NAMES: Final = 8
+"""Of that length, and so many of them, are shown in a message."""
 _KEYS: Final = {
     "version": int,
     "settings": dict,
@@ -166,7 +168,8 @@ def _disks(told: list[Any], links: Sequence[str | DiskOptions] | None) -> list[D
             disk, {"name": str, "size": int, "read_only": bool, "overlay": bool, "serial": str}
         )
     if len(told) != len(links or ()):
-        names = ", ".join(repr(disk["name"]) for disk in told) or "none"
+        names = ", ".join(_shown(disk) for disk in told[:_MOST_NAMES]) or "none"
+        names += ", ..." if len(told) > _MOST_NAMES else ""
         raise ConfigError(
             f"the guest has {len(told)} disks ({names}): expected disks to say which {len(told)} "
             f"files they are here, not {len(links or ())}"
@@ -176,10 +179,10 @@ def _disks(told: list[Any], links: Sequence[str | DiskOptions] | None) -> list[D
         options = link if isinstance(link, DiskOptions) else DiskOptions.parse(link)
         if options.read_only != disk["read_only"]:
             how = "read-only" if disk["read_only"] else "writable"
-            raise ConfigError(f"disk {options.file}: the guest has {disk['name']!r} as {how}")
+            raise ConfigError(f"disk {options.file}: the guest has {_shown(disk)} as {how}")
         if options.overlay != disk["overlay"]:
             how = "an overlay" if disk["overlay"] else "no overlay"
-            raise ConfigError(f"disk {options.file}: {disk['name']!r} is {how}")
+            raise ConfigError(f"disk {options.file}: {_shown(disk)} is {how}")
         result.append(replace(options, serial=options.serial or disk["serial"]))
     return result
 
@@ -227,6 +230,10 @@ def _rom(pair: object) -> tuple[int, bytes]:
 def _demand(fields: object, kinds: Mapping[str, type]) -> None:
     if type(fields) is not dict or {n: type(v) for n, v in fields.items()} != kinds:
         raise StateError(f"a description's entry is not one of {', '.join(kinds)}")
+
+
+def _shown(disk: Mapping[str, Any]) -> str:
+    return repr(disk["name"][:_LONGEST_NAME])
 
 
 def _device(entry: object) -> str:

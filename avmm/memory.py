@@ -38,6 +38,10 @@ HOLE_START: Final = 0xC000_0000
 HOLE_END: Final = 0x1_0000_0000
 """First GPA after the hole: RAM that did not fit below goes on here."""
 
+GPA_LIMIT: Final = 1 << 52
+"""Above it no x86 processor has memory."""
+_MOST_READONLY: Final = 256
+"""Regions; KVM has room for twice as many, and a hostile description may have any number."""
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"\s*(\d{1,20})\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE | re.ASCII)
 
@@ -138,12 +142,20 @@ class GuestMemory:
         """Lay `data` at `gpa` where the guest can read and run but not write it.
 
         A guest's write to it leaves the guest as an MMIO exit. The region is rounded up to
-        whole pages. Raises `ConfigError` where it is not page-aligned or overlaps a region.
-        Call it before the memory is given to a VM.
+        whole pages. Raises `ConfigError` where it is not page-aligned, overlaps a region, is
+        where no guest has memory, or is one too many. Call it before the memory is given to a VM.
         """
         size = -(-len(data) // PAGE) * PAGE
         if self._closed or gpa < 0 or gpa % PAGE or not data:
             raise ConfigError(f"read-only region at {gpa:#x}: expected a page-aligned, filled one")
+        if gpa + size > GPA_LIMIT:
+            raise ConfigError(
+                f"read-only region {gpa:#x}-{gpa + size:#x}: expected one below {GPA_LIMIT:#x}"
+            )
+        if sum(other.readonly for other in self._regions) == _MOST_READONLY:
+            raise ConfigError(
+                f"read-only region at {gpa:#x}: there are {_MOST_READONLY}, which is the most"
+            )
         for other in self._regions:
             if gpa < other.end and other.gpa < gpa + size:
                 raise ConfigError(

@@ -58,7 +58,7 @@ from avmm.kvm import System, Vcpu, Vm, constants
 from avmm.kvm.parking import ParkingLot
 from avmm.kvm.ring import WriteRing
 from avmm.loop import VcpuLoop, Wakeup, device_lock
-from avmm.memory import HOLE_END, GuestMemory
+from avmm.memory import GPA_LIMIT, HOLE_END, GuestMemory
 from avmm.outcome import Cause, Outcome
 from avmm.placing import Unplaced, allocate, named, virtio
 
@@ -80,7 +80,6 @@ _IN_KERNEL: Final = (
     ("mmio", layout.KVM_IDENTITY_MAP, layout.KVM_PAGES_END - 1, "TSS"),
 )
 """Where KVM answers by itself: a device there would never be called."""
-_GPA_LIMIT: Final = 1 << 52
 _PORTS: Final = 1 << 16
 _MSRS: Final = 1 << 32
 
@@ -232,7 +231,7 @@ class Parts:
         self.interrupts = Interrupts(self.vm)
         stack.callback(self.interrupts.close)
         self.pio = Bus("port", _PORTS, unclaimed)
-        self.mmio = Bus("address", _GPA_LIMIT, unclaimed)
+        self.mmio = Bus("address", GPA_LIMIT, unclaimed)
         self.msrs = Bus("MSR", _MSRS, unclaimed, unit=8)
         self.devices: list[Device] = []
         self.hosts: list[_Host] = []

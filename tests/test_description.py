@@ -280,6 +280,35 @@ async def test_a_good_one_makes_a_machine(good: Good) -> None:
     await prepared(good.told, good.links)
 
 
+@pytest.mark.parametrize(
+    ("roms", "why"),
+    [
+        ([[1 << 52, b"x"]], "expected one below 0x10000000000000"),
+        ([[(1 << 64) - 4096, b"x"]], "expected one below 0x10000000000000"),
+        ([[(1 << 52) - 4096, bytes(4097)]], "expected one below 0x10000000000000"),
+        ([[-4096, b"x"]], "expected a page-aligned, filled one"),
+        ([[0xF000_0001, b"x"]], "expected a page-aligned, filled one"),
+        ([[0xF000_0000, b""]], "expected a page-aligned, filled one"),
+        ([[0xF000_0000, b"x"]] * 2, "overlaps memory"),
+        ([[0x1000, b"x"]], "overlaps memory"),
+        # Each would be held against each other one, while nothing else of the program runs.
+        ([[(1 << 32) + (page << 12), b"x"] for page in range(65_536)], "256, which is the most"),
+    ],
+    ids=range(9),
+)
+async def test_read_only_regions_that_cannot_be(good: Good, roms: list[Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        await prepared(good.told | {"roms": roms}, good.links)
+
+
+def test_long_names_and_many_of_them_are_not_shown(good: Good) -> None:
+    disk = good.told["disks"][0] | {"name": "x" * 100_000}
+    for disks in ([disk], [disk] * 65_536, [disk | {"read_only": True}] * 3):
+        with pytest.raises(ConfigError) as caught:
+            description.read(good.told | {"disks": disks}, good.links)
+        assert len(str(caught.value)) < 2000
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_machine_is_made_of_hostile_descriptions_or_is_refused(
