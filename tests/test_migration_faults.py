@@ -26,6 +26,8 @@ pytestmark = [
 ]
 
 SECTORS = 4000
+MANY = int(os.environ.get("AVMM_FAULTS", "300"))
+"""How many random bytes the slow test takes; half a second each."""
 PATIENCE = 0.5
 """How long a side waits, in seconds, where it is to find out that nothing comes any more."""
 SILENT = ("end", "stall", "lose", "double", "corrupt")
@@ -248,6 +250,6 @@ async def test_at_random_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-async def test_at_a_thousand_random_bytes(tmp_path: Path) -> None:
-    seen = await at_random(tmp_path, 1000, 2)
-    assert min(seen["failed"], seen["migrated"], seen["unknown, there"], seen["unknown, here"]) > 5
+async def test_at_many_random_bytes(tmp_path: Path) -> None:
+    seen = await at_random(tmp_path, MANY, 2)
+    assert min(seen["failed"], seen["migrated"], seen["unknown, there"]) > MANY / 100
