@@ -198,6 +198,9 @@ def _nets(
             f"to here, not {len(links or ())}"
         )
     options = [NetOptions.parse(link) for link in links or ()]
+    for option, net in zip(options, told, strict=True):
+        if option.mtu not in (NetOptions.mtu, net["mtu"]):
+            raise ConfigError(f"net mtu {option.mtu}: the guest knows one of {net['mtu']}")
     try:
         return [
             replace(option, mac=option.mac or net["mac"], mtu=net["mtu"])

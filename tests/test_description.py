@@ -144,6 +144,11 @@ def test_what_the_link_says_of_itself_stays(good: Good) -> None:
     assert described.config.disks[0].serial == "mine"
     assert described.config.vsock is not None
     assert described.config.vsock.cid == 9
+    nets = [f"{net},mac=52:54:00:00:00:0{n}" for n, net in enumerate(good.links.net or (), 1)]
+    described = good.read(net=nets)
+    assert [net.mac for net in described.config.net] == [net[-17:] for net in nets]
+    with pytest.raises(ConfigError, match=r"net mtu 9001: the guest knows one of"):
+        good.read(net=[f"{net},mtu=9001" for net in good.links.net or ()])
 
 
 # -- other devices -------------------------------------------------------------------------

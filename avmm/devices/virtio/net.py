@@ -67,7 +67,8 @@ def parse_mtu(mtu: object) -> int:
 class Net(VirtioDevice):
     """A network device whose other side is `backend`.
 
-    `mac` is the guest's address, a random one by default; `mtu` the longest packet, in bytes.
+    `mac` is the guest's address, by default a random one, or that of a state that is loaded; `mtu`
+    the longest packet, in bytes.
     """
 
     device_id: ClassVar[int] = 1
@@ -77,6 +78,7 @@ class Net(VirtioDevice):
     def __init__(self, backend: Backend, *, mac: str | None = None, mtu: int = 1500) -> None:
         self.backend = backend
         # Local, of one station: of the range that QEMU uses.
+        self._has_given_mac = mac is not None
         self.mac = parse_mac(mac) if mac is not None else b"\x52\x54\0" + secrets.token_bytes(3)
         """The guest's address, 6 bytes."""
         self.mtu = parse_mtu(mtu)
@@ -197,7 +199,9 @@ class Net(VirtioDevice):
         mac = fields.data("mac", 6, least=6)
         mtu = fields.number("mtu", _MOST_MTU, least=_LEAST_MTU)
         link = fields.flag("link")
-        self.mac, self.mtu, self._link_wanted, self._frame = mac, mtu, link, None
+        if not self._has_given_mac:
+            self.mac = mac
+        self.mtu, self._link_wanted, self._frame = mtu, link, None
         self._is_loaded = True
 
 

@@ -222,7 +222,10 @@ async def test_the_link_goes_down_and_up(cable: tuple[Net, End]) -> None:
         await far.send(Frame(FRAME))
         await settle()
         assert len(guest.got()) == 1
-    other = Net(pair()[0], mac="52:54:00:00:00:01")
+    chosen = Net(pair()[0], mac="52:54:00:00:00:01")
+    chosen.load(net.save())
+    assert chosen.mac == bytes.fromhex("525400000001")
+    other = Net(pair()[0])
     Bench(other).device.load(state)
     assert (other.mac, other.mtu, other.link_up) == (net.mac, 9000, False)
 
