@@ -125,8 +125,10 @@ async def test_a_busy_guest_moves_and_is_restored(listener: socket.socket, tmp_p
             return
         await guest.command(vm, "kill %1; wait; umount /mnt")
         assert await guest.command(vm, "dmesg | grep -e stall -e 'hung task'") == ""
-        await vm.console.send_all(b"exit 7\r")
-        assert (await vm.wait()).status == 7
+        # Not `exit 7`: the lab's QEMU takes a TSS that is busy, as KVM saves and loads it, for none,
+        # and lets nothing in ring 3 at a port after a load.
+        await vm.console.send_all(b"poweroff\r")
+        assert (await vm.wait()).cause is avmm.Cause.SHUTDOWN
 
     async with trio.open_nursery() as nursery:
         socket_listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
