@@ -125,8 +125,8 @@ async def test_a_busy_guest_moves_and_is_restored(listener: socket.socket, tmp_p
             return
         await guest.command(vm, "kill %1; wait; umount /mnt")
         assert await guest.command(vm, "dmesg | grep -e stall -e 'hung task'") == ""
-        # Not `exit 7`: the lab's QEMU takes a TSS that is busy, as KVM saves and loads it, for none,
-        # and lets nothing in ring 3 at a port after a load.
+        # Not `exit 7`: the lab's QEMU takes a TSS that is busy, as KVM saves and loads it, for
+        # none, and lets nothing in ring 3 at a port after a load.
         await vm.console.send_all(b"poweroff\r")
         assert (await vm.wait()).cause is avmm.Cause.SHUTDOWN
 
