@@ -31,11 +31,12 @@ echo "pytest $*" >>"$NOTES"
 case "$*" in *"--lab $FAILING"*) exit 1;; esac
 """,
 }
+CHANGED = ("proposal", "torture", "pause", "state", "coalesced", "virtio_kvm", "disk_kvm")
 LAB = [
     "prepare stock",
     "pytest --lab stock",
     "prepare proposing",
-    "pytest --lab proposing",
+    f"pytest --lab proposing {' '.join(f'tests/test_{name}.py' for name in CHANGED)}",
     "prepare newer",
     "pytest --lab newer tests/test_xen.py tests/test_completion_report.py",
 ]
