@@ -291,6 +291,40 @@ async def test_cancelling_the_source_at_each_checkpoint(tmp_path: Path) -> None:
     assert cancelled > 20
 
 
+class Slow(avmm.Device):
+    """Quiesces and resumes in several steps."""
+
+    async def run(self) -> None:
+        await trio.sleep_forever()
+
+    async def quiesce(self) -> None:
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
+
+    resume = quiesce
+
+    def save(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: Any) -> None:
+        assert state == {}
+
+
+async def test_cancelling_a_clone_at_each_checkpoint() -> None:
+    """The machine runs on, and can be cloned as before; of the twin nothing is left."""
+    outcomes = []
+    async with avmm.Machine(memory="8M", devices=[avmm.pio(Slow(), 0x5000, 1)]) as vm:
+        await answers(vm)
+        while "there" not in outcomes:
+            is_there = False
+            number = len(outcomes) + 1
+            async with cancelled_at(number), vm.clone(devices=[avmm.pio(Slow(), 0x5000, 1)]):
+                is_there = True  # cancelled from here on it ends, as any machine
+            outcomes.append("there" if is_there else "not there")
+            await answers(vm)
+    assert outcomes.count("not there") >= 3
+
+
 async def test_cancelling_the_destination_at_each_checkpoint(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(4096))
