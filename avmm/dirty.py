@@ -12,9 +12,6 @@ calls of `collect`.
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 from avmm.errors import AvmmError
 from avmm.kvm import Vm
 from avmm.memory import GuestMemory
@@ -67,14 +64,3 @@ class DirtyLog:
     def _set(self, on: bool) -> None:
         for slot, region, view in self._slots:
             self._vm.set_memory(slot, region.gpa, view, log_dirty=on)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -28,7 +28,7 @@ import os
 import secrets
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,7 @@ async def write(
     target = Path(path)
     with _replacement(target) as fd:
         writer = _Writer(fd, parts.memory, target)
-        with parts.dirty_log() as log:
+        with closing(parts.dirty_log()) as log:
             left = parts.memory.populated()
 
             def tell(number: int) -> None:

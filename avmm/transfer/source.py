@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -107,7 +108,7 @@ class Sender:
         begin = trio.current_time()
         try:
             await self._agree()
-            with self._parts.dirty_log() as log:
+            with closing(self._parts.dirty_log()) as log:
                 left = self._parts.memory.populated()
                 await self._copy_live(log, left)
                 stopped = trio.current_time()  # nearly: some vCPUs may stand still from here on
