@@ -28,14 +28,16 @@ the same contents. One whose contents die with its process puts them into `save`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
 from avmm.devices.state import Fields
 from avmm.errors import DeviceError
 
 SECTOR: Final = 512
 """Bytes; the unit of every offset and length (VIRTIO 1.2, 5.2.4)."""
+Done: TypeAlias = Callable[[Exception | None, bool], None]
+"""What raised the request, or None; and whether another one's end is told right after."""
 _ZEROES: Final = memoryview(bytes(64 * 1024))
 
 
@@ -83,6 +85,15 @@ class Disk:
 
     def write_now(self, offset: int, buffers: Sequence[memoryview]) -> bool:
         """Do what `write` does, if it can be done without waiting; False: call `write`."""
+        return False
+
+    def begin_write(self, offset: int, buffers: Sequence[memoryview], done: Done) -> bool:
+        """Begin what `write` does and return True, or do nothing and return False: call `write`.
+
+        `done` is called in trio when it has ended, once and whatever happens: it cannot be
+        cancelled, so a pause waits for it. A disk whose writes end in threads of its own saves
+        each the task that would wait for it.
+        """
         return False
 
     async def release(self) -> None:

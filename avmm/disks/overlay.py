@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from avmm.devices.state import Fields
 from avmm.disks import files
-from avmm.disks.base import SECTOR, Disk
+from avmm.disks.base import SECTOR, Disk, Done
 from avmm.disks.pool import Pool
 from avmm.disks.raw import THREADS
 from avmm.errors import ConfigError
@@ -116,6 +116,10 @@ class OverlayDisk(Disk):
 
     async def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
         await self._pool.run(self._write, offset, buffers)
+
+    def begin_write(self, offset: int, buffers: Sequence[memoryview], done: Done) -> bool:
+        self._pool.begin(done, self._write, offset, buffers)
+        return True
 
     def _write(self, offset: int, buffers: Sequence[memoryview]) -> None:
         files.write_fully(self._fd, offset, buffers)

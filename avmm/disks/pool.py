@@ -17,16 +17,18 @@ from typing import Any
 import outcome
 import trio
 
+from avmm.disks.base import Done
+
 
 class _Job:
-    __slots__ = ("args", "function", "result", "task", "token")
+    __slots__ = ("args", "done", "error", "function", "token")
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def __init__(self, done: Done, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.done = done
         self.function = function
         self.args = args
-        self.task = trio.lowlevel.current_task()
         self.token = trio.lowlevel.current_trio_token()
-        self.result: outcome.Outcome[Any]
+        self.error: Exception | None = None
 
 
 class Pool:
@@ -49,18 +51,30 @@ class Pool:
         A call that has begun cannot be taken back: cancelling waits for its end, and is then
         delivered at the next checkpoint.
         """
-        job = _Job(function, args)
+        task = trio.lowlevel.current_task()
+
+        def done(error: Exception | None, more: bool) -> None:
+            result = outcome.Value(None) if error is None else outcome.Error(error)
+            trio.lowlevel.reschedule(task, result)
+
+        self.begin(done, function, *args)
+        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+
+    def begin(self, done: Done, function: Callable[..., Any], *args: Any) -> None:
+        """Call it in a thread, and `done`, which must not raise, in trio, some time later."""
         self._pending += 1
         if self._pending > len(self._threads) < self._most:
             thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._threads.append(thread)
             thread.start()
-        self._jobs.put(job)
-        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        self._jobs.put(_Job(done, function, args))
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job.result = outcome.capture(job.function, *job.args)
+            try:
+                job.function(*job.args)
+            except Exception as error:
+                job.error = error  # `done` tells it to whoever asked
             # Guest memory is let go of here, not when the next job comes.
             job.function, job.args = _nothing, ()
             token = job.token
@@ -78,9 +92,7 @@ class Pool:
         while self._done:
             job = self._done.popleft()
             self._pending -= 1
-            trio.lowlevel.reschedule(job.task, job.result)
-            # An error knows the frame of `run`, which knows the job: no circle, it holds buffers.
-            del job.result
+            job.done(job.error, bool(self._done))
 
     def close(self) -> None:
         """End the threads, after what they have in hand; idempotent."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from avmm.disks import files
-from avmm.disks.base import Disk
+from avmm.disks.base import Disk, Done
 from avmm.disks.pool import Pool
 
 THREADS: Final = 4
@@ -66,6 +66,10 @@ class RawDisk(Disk):
 
     def write_now(self, offset: int, buffers: Sequence[memoryview]) -> bool:
         return self._try("write", offset, buffers)
+
+    def begin_write(self, offset: int, buffers: Sequence[memoryview], done: Done) -> bool:
+        self._pool.begin(done, files.write_fully, self._fd, offset, buffers)
+        return True
 
     def _try(self, what: str, offset: int, buffers: Sequence[memoryview]) -> bool:
         """File systems differ in what they can do so; ext4 cannot write."""

@@ -1,8 +1,8 @@
 """The block device (VIRTIO 1.2, 5.2): one queue of requests to an `avmm.disks` disk.
 
 Everything found in the ring is begun before the guest is interrupted once for what was done at
-once. What the disk has to wait for goes on in tasks, side by side, at most one for each entry of
-the queue, and is given back in whichever order it ends.
+once. What the disk has to wait for goes on side by side, in tasks or where the disk takes it
+without one, and is given back in whichever order it ends.
 
 A request that was not given back at a pause is made again from its beginning. That is safe, for
 each kind can be made twice, and the guest has not been told that it was made at all.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Final
 
 import trio
@@ -183,6 +184,10 @@ class VirtioBlock(VirtioDevice):
         self.disk.load(state["disk"])
 
 
+async def _fail_with(error: Exception) -> None:
+    raise error
+
+
 class _Request:
     """What of a chain is left to be answered."""
 
@@ -209,13 +214,20 @@ class _Service:
         """The requests that change the disk and have not ended, by number, the oldest first."""
         self._begun = 0
         self._ended = trio.lowlevel.ParkingLot()
+        self._without_task = 0
+        """How many of them the disk has, which no cancelled task would wait for."""
         self._nursery: trio.Nursery
 
     async def run(self) -> None:
         try:
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(self._tell)
-                await self._take()
+                try:
+                    await self._take()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        while self._without_task:
+                            await self._ended.park()
         finally:
             self._signal()
 
@@ -309,7 +321,33 @@ class _Service:
             if done:
                 self._finish(request, OK)
                 return
-        self._nursery.start_soon(self._write, request, buffers, self._number())
+        number = self._number()
+        if self._flushes:
+            ended = partial(self._written, request, number)
+            if self._disk.begin_write(request.sector * SECTOR, buffers, ended):
+                self._without_task += 1
+                return
+        self._nursery.start_soon(self._write, request, buffers, number)
+
+    def _written(
+        self, request: _Request, number: int, error: Exception | None, more: bool
+    ) -> None:
+        """The end of a write without a task."""
+        self._without_task -= 1
+        self._end(number)
+        try:
+            if error is None:
+                self._finish(request, OK)
+            elif isinstance(error, OSError):
+                self._fail(request, error)
+            else:
+                raise error
+            if more:
+                self._finished.set()
+            else:  # at once: the guest need not wait for another round of the scheduler
+                self._signal()
+        except Exception as failure:  # of the ring, or a bug: as if a task had raised it
+            self._nursery.start_soon(_fail_with, failure)
 
     async def _write(self, request: _Request, buffers: Sequence[memoryview], number: int) -> None:
         try:
@@ -321,6 +359,7 @@ class _Service:
         else:
             self._finish(request, OK)
         self._end(number)
+        self._finished.set()
 
     async def _flush(self, request: _Request, begun: int) -> None:
         """Wait for all changes that came before, not only for those that had ended."""
@@ -368,6 +407,7 @@ class _Service:
         else:
             self._finish(request, OK)
         self._end(number)
+        self._finished.set()
 
     # -- its end ---------------------------------------------------------------------------------
 
@@ -382,7 +422,6 @@ class _Service:
     def _end(self, number: int) -> None:
         del self._changes[number]
         self._ended.unpark_all()
-        self._finished.set()
 
     def _fail(self, request: _Request, error: OSError) -> None:
         self._device.failed(request.kind, request.sector, error)

@@ -19,7 +19,7 @@ from support.virtio_driver import EVENT_IDX, VERSION_1, Bench, Driver, settle
 
 from avmm.devices.virtio.block import VirtioBlock
 from avmm.disks import OverlayDisk, RawDisk
-from avmm.disks.base import Disk
+from avmm.disks.base import Disk, Done
 from avmm.errors import ConfigError, DeviceError
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
@@ -491,6 +491,66 @@ async def test_a_pause_while_a_thread_is_at_work(image: Path, tmp_path: Path) ->
                         OK,
                         pattern(SIZE)[4096 * n : 4096 * (n + 1)],
                     )
+
+
+class ThreadedDisk(MemoryDisk):
+    """Takes writes without a task, and ends them when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[Done] = []
+
+    def begin_write(self, offset: int, buffers: Sequence[memoryview], done: Done) -> bool:
+        self.begun.append(done)
+        return True
+
+
+async def test_what_a_disk_ends_without_a_task_is_told_at_once() -> None:
+    disk = ThreadedDisk()
+    async with served(disk) as requests:
+        heads = [requests.send(OUT, n, bytes(512)) for n in range(3)]
+        flush = requests.send(FLUSH)
+        await settle()
+        interrupts = requests.driver.bench.line.pulses
+        disk.begun.pop(1)(None, True)
+        disk.begun.pop(0)(OSError(errno.EIO, "x"), False)
+        assert requests.driver.bench.line.pulses == interrupts + 1
+        assert await requests.answer(heads[1]) == (OK, b"")
+        assert await requests.answer(heads[0]) == (IOERR, b"")
+        assert disk.did == []  # the flush waits for the third
+        disk.begun.pop()(None, False)
+        assert await requests.answer(heads[2]) == (OK, b"")
+        assert await requests.answer(flush) == (OK, b"")
+
+
+async def test_a_pause_waits_for_writes_without_a_task() -> None:
+    disk = ThreadedDisk()
+    async with served(disk) as requests:
+        head = requests.send(OUT, 0, bytes(512))
+        await settle()
+        device = requests.driver.bench.device
+        async with trio.open_nursery() as nursery:
+            with trio.move_on_after(0.05) as scope:
+                await device.quiesce()
+            assert scope.cancelled_caught
+            nursery.start_soon(device.quiesce)
+            await settle()
+            disk.begun.pop()(None, False)
+        assert requests.ring.take() == [(head, 1)]  # and not made again after it
+        await device.resume()
+        await settle()
+        assert disk.begun == []
+
+
+async def test_a_bug_in_a_disk_ends_the_machine_by_its_own_name() -> None:
+    disk = ThreadedDisk()
+    with pytest.raises(ExceptionGroup) as caught:
+        async with served(disk) as requests:
+            requests.send(OUT, 0, bytes(512))
+            await settle()
+            disk.begun.pop()(ZeroDivisionError("a bug"), False)
+            await trio.sleep_forever()
+    assert caught.group_contains(ZeroDivisionError, match="a bug")
 
 
 def sectors(count: int) -> bytes:
