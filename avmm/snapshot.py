@@ -182,14 +182,27 @@ class _Writer:
         cancellation waits for a piece to be done."""
         self._packer.rewind()
         tell()
-        with _errors_named(self._target):
-            while await trio.to_thread.run_sync(self._copy_some, left, skip_zeros):
-                tell()
+        while await self._in_thread(self._copy_some, left, skip_zeros):
+            tell()
 
     async def finish(self, body: bytes) -> None:
         """Add all that is not RAM, and put the whole where no loss of power takes it away."""
-        with _errors_named(self._target):
-            await trio.to_thread.run_sync(self._finish, body)
+        await self._in_thread(self._finish, body)
+
+    async def _in_thread(self, function: Callable[..., Any], *args: object) -> Any:
+        """Errors end in the thread. Their frames know views of guest memory, and trio keeps an
+        error that leaves a thread in a circle: the memory would stay mapped."""
+
+        def work() -> tuple[Any, str]:
+            try:
+                return function(*args), ""
+            except OSError as error:
+                return None, error.strerror or str(error)
+
+        result, why = await trio.to_thread.run_sync(work)
+        if why:
+            raise SnapshotError(f"snapshot {self._target}: {why}")
+        return result
 
     def _copy_some(self, left: Bitmap, skip_zeros: bool) -> bool:
         packed = self._packer.next(left, skip_zeros=skip_zeros)
@@ -237,16 +250,19 @@ def _write_fully(fd: int, data: memoryview, offset: int) -> None:
 def _sums(fd: int, offset: int, size: int) -> Iterator[int]:
     """The checksum of each chunk of RAM in the file; 0 for one that is zeros.
 
-    Whether these are a hole or not: programs that copy files make the one of the other.
+    Whether these are a hole or not: programs that copy files make the one of the other. It is
+    read, not mapped: looking into a hole takes room where the file system is a tmpfs, and is a
+    SIGBUS where that is full.
     """
+    buffer = memoryview(bytearray(min(CHUNK, size)))
     zeros = {length: xxhash.xxh3_64_intdigest(bytes(length)) for length in (CHUNK, size % CHUNK)}
     for start in range(0, size, CHUNK):
         length = min(CHUNK, size - start)
         if _is_hole(fd, offset + start, length):
             yield 0
             continue
-        with mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=offset + start) as view:
-            value = xxhash.xxh3_64_intdigest(view)
+        files.read_fully(fd, offset + start, [buffer[:length]])
+        value = xxhash.xxh3_64_intdigest(buffer[:length])
         yield 0 if value == zeros[length] else value
 
 

@@ -436,8 +436,18 @@ async def test_that_running_cannot_be_told_is_no_end_of_the_guest(pair: Pair) ->
 # -- a guest that ends ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("command", "end"),
+    [
+        (b"exit 7", (avmm.Cause.EXIT, 7)),
+        (b"reboot", (avmm.Cause.RESET, 0)),
+        (b"crash", (avmm.Cause.TRIPLE_FAULT, 0)),
+    ],
+)
 @pytest.mark.parametrize("microseconds", [0, 3000, 10_000, 20_000, 40_000])
-async def test_a_guest_that_ends_meanwhile_ends_on_one_side(pair: Pair, microseconds: int) -> None:
+async def test_a_guest_that_ends_meanwhile_ends_on_one_side(
+    pair: Pair, microseconds: int, command: bytes, end: tuple[avmm.Cause, int]
+) -> None:
     async with avmm.Machine(memory="64M") as vm, trio.open_nursery() as nursery:
         await answers(vm)
         there = Destination(nursery, pair[1])
@@ -454,16 +464,17 @@ async def test_a_guest_that_ends_meanwhile_ends_on_one_side(pair: Pair, microsec
             both.start_soon(migrate)
             await trio.sleep(microseconds / 1e6)
             with contextlib.suppress(trio.BrokenResourceError):
-                await vm.console.send_all(b"exit 7\r")
+                await vm.console.send_all(command + b"\r")
         await there.arrived.wait()
         outcome = await vm.wait()
         assert moved == (there.vm is not None) == (outcome.cause is avmm.Cause.MOVED)
         if there.vm is None:
-            assert outcome.status == 7
+            assert (outcome.cause, outcome.status) == end
         else:  # the command may have come too late, and then nobody has it
             with contextlib.suppress(trio.BrokenResourceError):
-                await there.vm.console.send_all(b"\rexit 7\r")
-            assert (await there.vm.wait()).status == 7
+                await there.vm.console.send_all(b"\r" + command + b"\r")
+            outcome = await there.vm.wait()
+            assert (outcome.cause, outcome.status) == end
         await there.leave()
 
 

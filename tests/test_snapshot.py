@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import struct
+import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -273,8 +274,51 @@ async def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def full_up_to(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A file system of its own that has room for so many bytes more than what is there."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "avmm-test", folder], check=True)
+
+    def leave(room: int) -> Path:
+        filler = folder / "filler"
+        filler.unlink(missing_ok=True)
+        found = os.statvfs(folder)
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - room)
+        return folder
+
+    yield leave
+    subprocess.run(["umount", folder], check=True)
+
+
+async def test_a_full_file_system_leaves_the_snapshot_that_was_there(
+    snap: Path, full_up_to: Callable[[int], Path]
+) -> None:
+    size = -(-snap.stat().st_blocks * 512 // PAGE) * PAGE
+    mine = full_up_to(2 * size) / "snap"
+    async with avmm.Machine(memory="8M") as vm:
+        await vm.console.receive_some()
+        await vm.snapshot(mine)
+        before = mine.read_bytes()
+        for room in (PAGE, size // 2, size - PAGE):
+            full_up_to(room)
+            with pytest.raises(SnapshotError, match=f"snapshot {mine}: No space left on device"):
+                await vm.snapshot(mine)
+            assert mine.read_bytes() == before
+            assert {path.name for path in mine.parent.iterdir()} == {"snap", "filler"}
+        full_up_to(2 * size)
+        await vm.snapshot(mine)
+        await vm.console.send_all(b"exit 4\r")
+        assert (await vm.wait()).status == 4
+    await runs(mine, verify=True)
+
+
+@pytest.fixture
 def most_file_bytes() -> Iterator[Callable[[int], None]]:
-    """Sets a limit for files, as a disk has one that is full (but for the error's number)."""
+    """Sets a limit for files: what a full file system does, at any byte."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
