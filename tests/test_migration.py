@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -357,6 +358,45 @@ async def test_cancelling_the_destination_at_each_checkpoint(tmp_path: Path) -> 
                     await vm.settle(runs_here=True)
                 await answers(vm)
         assert outcomes.count("failed") > 10
+
+
+# -- a slow line ---------------------------------------------------------------------------
+
+
+class Thin(trio.abc.SendStream):
+    """Takes 256 KiB in so many seconds, without a sign of it before all has gone."""
+
+    def __init__(self, stream: trio.abc.SendStream, seconds: float) -> None:
+        self._stream, self._seconds = stream, seconds
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.sleep(len(data) / (256 << 10) * self._seconds)
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+@pytest.mark.parametrize(("seconds", "is_dead"), [(0.2, False), (1.5, True)])
+async def test_a_slow_line_is_no_dead_one(pair: Pair, seconds: float, is_dead: bool) -> None:
+    here = trio.StapledStream(Thin(pair[0].send_stream, seconds), pair[0].receive_stream)
+    async with avmm.Machine(memory="16M") as vm, trio.open_nursery() as nursery:
+        await answers(vm)
+        vm.memory.write(12 << 20, os.urandom(1 << 20))  # one frame of it
+        there = Destination(nursery, pair[1])
+        if is_dead:
+            with pytest.raises(MigrationError, match=r"the line took too little for 0\.6 s"):
+                await vm.migrate(here, stall_seconds=0.6)
+            await answers(vm)
+        else:
+            await vm.migrate(here, stall_seconds=0.6)
+        await trio.aclose_forcefully(here)
+        await there.arrived.wait()
+        assert (there.vm is None) == is_dead
+        await there.leave()
 
 
 # -- streams that keep no contract ---------------------------------------------------------

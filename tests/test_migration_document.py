@@ -158,6 +158,25 @@ async def test_who_gives_up_says_why_and_the_guest_runs_on(after: int) -> None:
         assert (await vm.wait()).status == 3
 
 
+async def test_who_gives_up_when_it_has_got_commit_will_never_run_it() -> None:
+    here, there = lines()
+    peer = Peer(there)
+    async with here, there, avmm.Machine(memory="8M") as vm, trio.open_nursery() as nursery:
+        await started(vm)
+
+        async def migrate() -> None:
+            with pytest.raises(avmm.MigrationError, match="gave up: not on a Wednesday") as caught:
+                await vm.migrate(here)
+            assert not isinstance(caught.value, avmm.HandOverUnknownError)
+
+        nursery.start_soon(migrate)
+        await peer.until_ready()
+        assert (await peer.frame())[0] == COMMIT
+        await peer.say(ABORT, msgpack.packb({"why": "not on a Wednesday"}))
+        await vm.console.send_all(b"exit 3\r")
+        assert (await vm.wait()).status == 3
+
+
 async def test_a_guest_waits_stopped_for_who_has_got_commit_and_says_nothing() -> None:
     here, there = lines()
     peer = Peer(there)

@@ -198,9 +198,11 @@ async def at_messages(folder: Path, kind: Kind, at: int) -> None:
             wanted = "migrated"  # what comes after the last word is not listened to
         elif kind == "double" and message is Message.READY:
             wanted = "unknown, there"  # it has begun, and then the line is seen to be broken
-        elif kind == "double" and message in (Message.STATE, Message.STATE_END):
-            # Seen after READY was said, where both came at once; COMMIT may be on its way then.
-            wanted = "unknown, here" if outcome == "unknown, here" else "failed"
+        elif kind == "corrupt" and message is Message.COMMIT:
+            wanted = "failed"  # it was seen, and the answer says so
+        elif kind == "lose" and message is Message.COMMIT:
+            # Seen, or more is waited for.
+            wanted = "failed" if outcome == "failed" else "unknown, here"
         elif message is Message.COMMIT:
             wanted = "unknown, here"
         else:

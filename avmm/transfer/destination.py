@@ -5,19 +5,32 @@ Whatever fails before COMMIT has come whole leaves nothing behind here, and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from avmm.errors import PeerAbortedError, ProtocolError, StateError
 from avmm.pages import unpack
 from avmm.transfer.line import Line
-from avmm.transfer.protocol import Commit, Destination, Offer, Pages, Round, State
+from avmm.transfer.protocol import (
+    Commit,
+    Destination,
+    DestinationState,
+    Offer,
+    Pages,
+    Round,
+    State,
+)
 
 if TYPE_CHECKING:
     from avmm.machine import Machine
     from avmm.parts import Parts
+
+
+_COMMIT_SECONDS: Final = 20.0
+"""As long may COMMIT take: a source that hears nothing any more wants back what is held here."""
 
 
 class Receiver:
@@ -61,7 +74,8 @@ class Receiver:
         while True:
             taken = self._side.next()
             if taken is None:
-                await self._line.hear()
+                is_ready = self._side.state is DestinationState.READY
+                await self._line.hear(_COMMIT_SECONDS if is_ready else math.inf)
                 continue
             event, answer = taken
             if answer:

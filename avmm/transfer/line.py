@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import socket
 import ssl
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from avmm.transfer.frames import Buffer
 from avmm.transfer.protocol import Destination, Source
 
 _CHUNK: Final = 1 << 20
+_PIECE: Final = 256 << 10
+"""Bytes that a line must take within its time. Less would cost a fast one."""
 _SOCKET_BYTES: Final = 208 << 10
 """The kernel doubles it, to have room for its own books."""
 _LAST_WORD_SECONDS: Final = 1.0
@@ -24,8 +27,8 @@ _LAST_WORD_SECONDS: Final = 1.0
 class Line:
     """`stream` is the caller's to close; any trio byte stream will do.
 
-    `stall_seconds`: as long may nothing be taken, or given where something is waited for, before
-    the line counts as dead.
+    `stall_seconds`: as long may 256 KiB take to leave, or nothing come where something is waited
+    for, before the line counts as dead.
     """
 
     def __init__(
@@ -45,11 +48,14 @@ class Line:
         the other side has said last where it gave up. Cancelled, part of the frame may have
         left."""
         done = False
+        frame = memoryview(b"".join(buffers))
         try:
-            with trio.move_on_after(self._stall_seconds):
-                frame = b"".join(buffers)
-                await self._stream.send_all(frame)
-                self.sent += len(frame)
+            with trio.move_on_after(self._stall_seconds) as scope:
+                while frame:
+                    await self._stream.send_all(frame[:_PIECE])
+                    self.sent += len(frame[:_PIECE])
+                    frame = frame[_PIECE:]
+                    scope.deadline = trio.current_time() + self._stall_seconds
                 done = True
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self.is_broken = True
@@ -58,7 +64,7 @@ class Line:
         finally:
             self.is_broken |= not done
         if not done:
-            raise MigrationError(f"the line took nothing for {self._stall_seconds} s")
+            raise MigrationError(f"the line took too little for {self._stall_seconds} s")
 
     async def _last_word(self) -> None:
         """Who closes the line may have said why before."""
@@ -71,18 +77,20 @@ class Line:
                 while self._side.next():
                     pass
 
-    async def hear(self) -> None:
-        """Feed the side with what comes next. Raises `MigrationError` where nothing comes."""
+    async def hear(self, most_seconds: float = math.inf) -> None:
+        """Feed the side with what comes next. Raises `MigrationError` where nothing comes, for
+        `most_seconds` at the most."""
         heard = False
+        patience = min(most_seconds, self._stall_seconds)
         try:
-            with trio.move_on_after(self._stall_seconds):
+            with trio.move_on_after(patience):
                 data = await self._stream.receive_some(_CHUNK)
                 heard = True
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self.is_broken = True
             raise MigrationError(f"the line was cut: {_why(error)}") from error
         if not heard:
-            raise MigrationError(f"nothing came for {self._stall_seconds} s")
+            raise MigrationError(f"nothing came for {patience} s")
         if not data:
             self.is_broken = True
             self._side.feed_end()

@@ -14,7 +14,8 @@
 Before COMMIT either may say ABORT, and why, or just go away: the guest runs on at the source. A
 destination runs it only when COMMIT has come whole. That leaves one case which no protocol can
 decide: COMMIT may have left and RUNNING does not come. Then the source keeps the guest stopped
-(`SourceState.COMMITTED`), and a person decides.
+(`SourceState.COMMITTED`), and a person decides. Who says ABORT never runs the guest, whatever
+comes: where a destination gave up before it got COMMIT, its ABORT is an answer to that, too.
 
 Each method that makes a frame may be called in one state only; each frame that comes may come in
 one state only. Everything else raises `ProtocolError`, after which nothing goes on.
@@ -121,7 +122,7 @@ class _Side:
         return frame
 
     def abort(self, why: str) -> list[Buffer]:
-        """ABORT: this side gives up. Before COMMIT; nothing may be said after it."""
+        """ABORT: this side gives up, for good. Nothing may be said after it."""
         return self._encoder.frame(Kind.ABORT, encode({"why": _printable(why[:4000])}))
 
 

@@ -2,8 +2,9 @@
 
 At most one side ever runs the guest. Until COMMIT is begun, whatever goes wrong here (a failure, a
 timeout, a cancellation, at any byte) is undone: the guest runs on as if nothing had been asked.
-Then nothing can be undone, nor cancelled: for `answer_seconds` RUNNING is waited for. If it does
-not come the guest stays stopped and somebody has to decide: `HandOverUnknownError`.
+Then nothing can be cancelled, and undone only if the destination says that it has given up: for
+`answer_seconds` RUNNING is waited for. If it does not come the guest stays stopped and somebody
+has to decide: `HandOverUnknownError`.
 """
 
 from __future__ import annotations
@@ -251,21 +252,26 @@ class Sender:
                 return
 
     async def _commit(self) -> None:
-        why = f"no answer came for {self._options.answer_seconds} s"
+        why, given_up = f"no answer came for {self._options.answer_seconds} s", None
         try:
             with trio.move_on_after(self._options.answer_seconds):
                 await self._line.say(self._source.commit())
                 await self._until(SourceState.DONE)
+        except PeerAbortedError as error:  # who says so has not run the guest, and never will
+            given_up = error
         except Exception as error:  # whatever a stream raises: COMMIT may have left
             why = str(error) or repr(error)
         finally:  # of an interrupted program, too
             if self.is_done:
                 self._coordinator.forsake()
-            else:
+            elif given_up is None:
                 self.is_unsettled = True
                 self._coordinator.retain()
         if self.is_done:
             return
+        if given_up is not None:
+            await self._take_back()
+            raise given_up
         raise HandOverUnknownError(
             f"COMMIT was sent, then {why}: the guest runs at the destination, or nowhere. It "
             "stays stopped here. Look whether it runs there; if so, end it here "
