@@ -156,7 +156,7 @@ async def write(
             stopped = trio.current_time()
             async with coordinator.paused(deadline):
                 log.collect(left)
-                await writer.copy(left, partial(tell, ROUNDS))
+                await writer.copy(left, partial(tell, number + 1))
                 state = parts.save(with_memory=False)
                 description = parts.describe()
             downtime = trio.current_time() - stopped
