@@ -33,6 +33,7 @@ def torture(
         text=True,
         timeout=timeout,
         check=False,
+        env=os.environ | {"AVMM_TORTURE_SECONDS": str(timeout - 5)},
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
+import faulthandler
 import os
 import sys
 import traceback
@@ -28,6 +29,8 @@ from avmm import guests
 MSR = 0x4D56_0000
 PORTS, WINDOW = 0x200, 0xD000_0000
 CALLS = 0x300
+PATIENCE = float(os.environ.get("AVMM_TORTURE_SECONDS", "0"))
+"""A process that is not done within that ends with the stacks of its threads; 0: no limit."""
 
 
 class Recorder(avmm.Device):
@@ -167,7 +170,7 @@ async def run_until(options: argparse.Namespace, stop: int) -> Any:
     windows = Windows(options, Accesses(stop))
     shared = windows.shared
     async with machine(options, windows) as vm:
-        await shared.wanted.wait()
+        await wanted(shared, vm)
         async with trio.open_nursery() as nursery:
             states: list[Any] = []
 
@@ -181,6 +184,19 @@ async def run_until(options: argparse.Namespace, stop: int) -> Any:
             shared.asked.set()
     judge(options, vm)
     return states[0]
+
+
+async def wanted(shared: Accesses, vm: avmm.Machine) -> None:
+    """Until the pause is asked for. Raises `RuntimeError` where the guest ends before."""
+    async with trio.open_nursery() as nursery:
+
+        async def look_for_the_end() -> None:
+            outcome = await vm.wait()
+            raise RuntimeError(f"the guest has ended by {outcome}, not at the access meant")
+
+        nursery.start_soon(look_for_the_end)
+        await shared.wanted.wait()
+        nursery.cancel_scope.cancel()
 
 
 def judge(options: argparse.Namespace, vm: Any) -> None:
@@ -199,6 +215,8 @@ def started(work: Callable[[], Any]) -> Callable[[], Any]:
         status = 1
         try:
             os.close(near)
+            if PATIENCE:
+                faulthandler.dump_traceback_later(PATIENCE, exit=True)
             with open(far, "w") as pipe:  # noqa: PTH123 - a descriptor
                 pipe.write(repr(work()))
             status = 0

@@ -33,6 +33,7 @@ from support.torture import (
     machine,
     run,
     started,
+    wanted,
 )
 
 MEANWHILE = 100
@@ -84,12 +85,12 @@ async def live(
             nursery.start_soon(read)
             if leave_by is not None:
                 out = await stack.enter_async_context(stream_of(leave_by))
-                await windows.shared.wanted.wait()
+                await wanted(windows.shared, vm)
                 nursery.start_soon(answer_at_pause, vm, windows)
                 await vm.migrate(out)
             outcome = await vm.wait()
-    wanted = avmm.Cause.EXIT if leave_by is None else avmm.Cause.MOVED
-    if outcome.status or outcome.cause is not wanted:
+    expected = avmm.Cause.EXIT if leave_by is None else avmm.Cause.MOVED
+    if outcome.status or outcome.cause is not expected:
         raise RuntimeError(f"machine {number} ended by {outcome}")
     return b"".join(said).decode(), windows.logs if leave_by is None else []
 

@@ -16,7 +16,7 @@
 #include "trap.h"
 
 #define NO_CPU          3
-#define PATIENCE        (1ull << 33)    /* TSC cycles: some seconds, for the host may be busy */
+#define PATIENCE        (1ull << 36)    /* TSC cycles: half a minute, for the host may be busy */
 
 extern const char trampoline[], trampoline_end[];
 extern uint64_t boot_stack;
