@@ -21,7 +21,7 @@ from avmm.devices.state import Fields
 from avmm.disks import files
 from avmm.disks.base import SECTOR, Disk, Done
 from avmm.disks.pool import Pool
-from avmm.disks.raw import THREADS
+from avmm.disks.raw import THREADS, WRITERS
 from avmm.errors import ConfigError
 
 _BASE, _OWN = b"\0", b"\1"
@@ -48,6 +48,7 @@ class OverlayDisk(Disk):
         self._base, self.size = files.open_disk(Path(path), read_only=True)
         self.name = f"overlay of {os.fspath(path)}"
         self._pool = Pool(f"avmm {self.name}", THREADS)
+        self._writers = Pool(f"avmm {self.name} writes", WRITERS)
         place = os.fspath(folder or os.environ.get("TMPDIR") or "/var/tmp")
         try:
             self._file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115 - close() does
@@ -74,6 +75,7 @@ class OverlayDisk(Disk):
         if not self._closed:
             self._closed = True
             self._pool.close()
+            self._writers.close()
             self._file.close()
             self._map.close()
             os.close(self._base)
@@ -115,10 +117,10 @@ class OverlayDisk(Disk):
             return False
 
     async def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        await self._pool.run(self._write, offset, buffers)
+        await self._writers.run(self._write, offset, buffers)
 
     def begin_write(self, offset: int, buffers: Sequence[memoryview], done: Done) -> bool:
-        self._pool.begin(done, self._write, offset, buffers)
+        self._writers.begin(done, self._write, offset, buffers)
         return True
 
     def _write(self, offset: int, buffers: Sequence[memoryview]) -> None:

@@ -92,7 +92,9 @@ class Pool:
         while self._done:
             job = self._done.popleft()
             self._pending -= 1
-            job.done(job.error, bool(self._done))
+            # An error may know frames that know the job: no circle, it holds buffers.
+            error, job.error = job.error, None
+            job.done(error, bool(self._done))
 
     def close(self) -> None:
         """End the threads, after what they have in hand; idempotent."""

@@ -18,6 +18,9 @@ from avmm.disks.pool import Pool
 
 THREADS: Final = 4
 """How many requests of one disk may wait for the host's storage at the same time."""
+WRITERS: Final = 2
+"""How many more may write. The host takes what is written into its cache: more threads would get
+in each other's way, and where it does not, reads need not wait behind writes."""
 
 
 class RawDisk(Disk):
@@ -39,6 +42,7 @@ class RawDisk(Disk):
         self.read_only = read_only
         self.can_discard = not read_only
         self._pool = Pool(f"avmm disk {Path(path).name}", THREADS)
+        self._writers = Pool(f"avmm disk {Path(path).name} writes", WRITERS)
         self._at_once = {"read": True, "write": True}
         self._flush_error: OSError | None = None
 
@@ -51,6 +55,7 @@ class RawDisk(Disk):
     def close(self) -> None:
         """End its threads, unlock and close it; idempotent. Not while a machine uses it."""
         self._pool.close()
+        self._writers.close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -59,7 +64,7 @@ class RawDisk(Disk):
         await self._pool.run(files.read_fully, self._fd, offset, buffers)
 
     async def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        await self._pool.run(files.write_fully, self._fd, offset, buffers)
+        await self._writers.run(files.write_fully, self._fd, offset, buffers)
 
     def read_now(self, offset: int, buffers: Sequence[memoryview]) -> bool:
         return self._try("read", offset, buffers)
@@ -68,7 +73,7 @@ class RawDisk(Disk):
         return self._try("write", offset, buffers)
 
     def begin_write(self, offset: int, buffers: Sequence[memoryview], done: Done) -> bool:
-        self._pool.begin(done, files.write_fully, self._fd, offset, buffers)
+        self._writers.begin(done, files.write_fully, self._fd, offset, buffers)
         return True
 
     def _try(self, what: str, offset: int, buffers: Sequence[memoryview]) -> bool:
