@@ -10,6 +10,7 @@ STOP and RESUME tell it more exactly than its `query-migrate`, in whole millisec
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
@@ -35,6 +36,8 @@ RATES: Final = (0, 200)
 TARGET_DOWNTIME: Final = 0.1
 _WARM_SECONDS: Final = 0.5
 """How long it has been writing when the migration begins."""
+_ENOUGH: Final = 0.4
+"""As much of the rate must it have reached, standstill and first touches of pages included."""
 _Times = tuple[float, float]
 """Total and downtime, in seconds."""
 
@@ -126,3 +129,6 @@ async def _prepare(console: trio.abc.Stream, memory: int, rate: int) -> None:
 def _demand_alive(said: str, rate: int) -> None:
     if shell.PROMPT.decode() not in said or (rate and "wrote to" not in said):
         raise AvmmError(f"the guest does not go on after its migration: {said!r}")
+    reached = re.search(r": (\d+) MiB/s", said)
+    if rate and (reached is None or int(reached[1]) < rate * _ENOUGH):
+        raise AvmmError(f"the guest was to write to {rate} MiB/s, and has not: {said!r}")
