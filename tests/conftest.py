@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,25 @@ def nothing_left() -> Iterator[None]:
     after = resources()
     for kind, old, new in zip(("descriptors", "threads", "mappings"), before, after, strict=True):
         assert not new - old, f"{kind} left behind"
+
+
+@pytest.fixture
+def full_up_to(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A file system of its own that has room for so many bytes more than what is there."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64M", "avmm-test", folder]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+
+    def leave(room: int) -> Path:
+        filler = folder / "filler"
+        filler.unlink(missing_ok=True)
+        found = os.statvfs(folder)
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - room)
+        return folder
+
+    yield leave
+    subprocess.run(["umount", folder], check=True)

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import struct
-import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -271,27 +270,6 @@ async def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 
 
 # -- writing -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def full_up_to(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A file system of its own that has room for so many bytes more than what is there."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a file system")
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "avmm-test", folder], check=True)
-
-    def leave(room: int) -> Path:
-        filler = folder / "filler"
-        filler.unlink(missing_ok=True)
-        found = os.statvfs(folder)
-        with filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - room)
-        return folder
-
-    yield leave
-    subprocess.run(["umount", folder], check=True)
 
 
 async def test_a_full_file_system_leaves_the_snapshot_that_was_there(

@@ -6,7 +6,7 @@ import errno
 import gc
 import struct
 import warnings
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -452,6 +452,23 @@ async def test_a_file_that_was_cut_short(image: Path, caplog: pytest.LogCaptureF
         async with served(disk) as requests:
             assert (await requests.do(IN, 100, room=512))[0] == IOERR
             assert "shorter than it was" in caplog.text
+
+
+async def test_a_host_without_room(
+    full_up_to: Callable[[int], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    image = full_up_to(1 << 20) / "image"
+    with image.open("wb") as file:
+        file.truncate(SIZE)
+    with RawDisk(image) as disk:
+        full_up_to(0)
+        async with served(disk) as requests:
+            for _ in range(2):
+                assert await requests.do(OUT, 8, b"x" * 4096) == (IOERR, b"")
+            assert "cannot be written at sector 8: No space left on device" in caplog.text
+            full_up_to(1 << 20)
+            assert await requests.do(OUT, 8, b"x" * 4096) == (OK, b"")
+        assert image.read_bytes()[4096:8192] == b"x" * 4096
 
 
 async def test_saved_for_a_disk_of_this_size_alone(disk: Disk) -> None:
