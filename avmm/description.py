@@ -119,11 +119,14 @@ class Described:
                 )
 
 
-def read(description: object, links: Links, **settings: Any) -> Described:
+def read(
+    description: object, links: Links, *, own_addresses: bool = False, **settings: Any
+) -> Described:
     """What a description means on this host. Hostile input.
 
     `settings` replace those of the host's side (`unclaimed` and the like). Raises `StateError`
-    where it is no description, `ConfigError` where `links` does not say what it needs.
+    where it is no description, `ConfigError` where `links` does not say what it needs: MAC
+    addresses, too, with `own_addresses`, for the machine that is described goes on.
     """
     if type(description) is not dict or description.get("version") != VERSION:
         raise StateError(f"no description of a machine in version {VERSION}")
@@ -145,7 +148,7 @@ def read(description: object, links: Links, **settings: Any) -> Described:
     config = MachineConfig.make(
         **told | settings,
         disks=_disks(description["disks"], links.disks),
-        net=_nets(description["nets"], links.net),
+        net=_nets(description["nets"], links.net, own_addresses),
         vsock=_vsock(description["vsock"], links.vsock),
         # Else the next description, of the machine that is made here, would not tell of it.
         **{"console": "virtio"} if description["hvc"] else {},
@@ -171,8 +174,8 @@ def _disks(told: list[Any], links: Sequence[str | DiskOptions] | None) -> list[D
         names = ", ".join(_shown(disk) for disk in told[:_MOST_NAMES]) or "none"
         names += ", ..." if len(told) > _MOST_NAMES else ""
         raise ConfigError(
-            f"the guest has {len(told)} disks ({names}): expected disks to say which {len(told)} "
-            f"files they are here, not {len(links or ())}"
+            f"the guest has {_count(told, 'disk')} ({names}): expected disks to say which file "
+            f"each of them is here, not {len(links or ())}"
         )
     result = []
     for disk, link in zip(told, links or (), strict=True):
@@ -188,17 +191,23 @@ def _disks(told: list[Any], links: Sequence[str | DiskOptions] | None) -> list[D
 
 
 def _nets(
-    told: list[Any], links: Sequence[NetOptions | str | Mapping[str, Any]] | None
+    told: list[Any],
+    links: Sequence[NetOptions | str | Mapping[str, Any]] | None,
+    own_addresses: bool,
 ) -> list[NetOptions]:
     for net in told:
         _demand(net, {"mac": str, "mtu": int})
     if len(told) != len(links or ()):
         raise ConfigError(
-            f"the guest has {len(told)} network devices: expected net to say what they are linked "
-            f"to here, not {len(links or ())}"
+            f"the guest has {_count(told, 'network device')}: expected net to say what each is "
+            f"linked to here, not {len(links or ())}"
         )
     options = [NetOptions.parse(link) for link in links or ()]
     for option, net in zip(options, told, strict=True):
+        if own_addresses and option.mac is None:
+            raise ConfigError(
+                f"net {option}: expected its mac=ADDRESS; the guest's is {net['mac']!r}"
+            )
         if option.mtu not in (NetOptions.mtu, net["mtu"]):
             raise ConfigError(f"net mtu {option.mtu}: the guest knows one of {net['mtu']}")
     try:
@@ -221,7 +230,7 @@ def _vsock(
         raise ConfigError(
             f"the guest has a socket device, with CID {cid}: expected vsock to say its CID here"
         )
-    return VsockOptions.parse(link)
+    return VsockOptions.parse(link, demand_cid=True)
 
 
 def _rom(pair: object) -> tuple[int, bytes]:
@@ -237,6 +246,10 @@ def _demand(fields: object, kinds: Mapping[str, type]) -> None:
 
 def _shown(disk: Mapping[str, Any]) -> str:
     return repr(disk["name"][:_LONGEST_NAME])
+
+
+def _count(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}" + "s" * (len(things) != 1)
 
 
 def _device(entry: object) -> str:

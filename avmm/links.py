@@ -32,12 +32,14 @@ class VsockOptions:
     unix: Path | None = None
 
     @classmethod
-    def parse(cls, value: object) -> VsockOptions:
-        """Raises `ConfigError`."""
+    def parse(cls, value: object, *, demand_cid: bool = False) -> VsockOptions:
+        """Raises `ConfigError`; with `demand_cid` also where no CID is said."""
         if isinstance(value, cls):
             return value
         expected = "expected cid=NUMBER or cid=NUMBER,unix=PATH"
         fields = _fields("vsock", value, ("cid", "unix"), expected)
+        if demand_cid and "cid" not in fields:
+            raise ConfigError(f"vsock {value!r}: {expected}")
         cid = _number("vsock cid", fields.get("cid", 3))
         if not HOST_CID < cid <= _MOST_CID:
             raise ConfigError(f"vsock cid {cid}: expected a number from 3 to {_MOST_CID}")

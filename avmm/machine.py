@@ -109,7 +109,7 @@ class Machine:
         self._calls = calls
         self._origin = Origin(state)
         self._outcomes: list[Outcome] = []
-        self._migrating = self._unsettled = False
+        self._migrating = self._unsettled = self._settling = False
         self._ended = trio.Event()
         self._parts: Parts | None = None
         self._nursery: trio.Nursery | None = None
@@ -235,6 +235,8 @@ class Machine:
 
         parts, coordinator = self._running, self._coordinator
         assert coordinator is not None
+        if self._unsettled:
+            raise AvmmError("this machine was handed over and waits for settle()")
         return await snapshot.write(
             parts, coordinator, path, deadline=deadline, on_progress=on_progress
         )
@@ -255,8 +257,8 @@ class Machine:
         RAM is copied while the guest runs, until the rest can go over within `target_downtime`
         seconds, throttling a guest that writes faster than the line carries; at most `bandwidth`
         bytes a second. Then it is stopped (within `deadline` seconds), handed over, and this
-        machine has ended (`Cause.MOVED`). The line counts as dead when it takes or gives nothing
-        for `stall_seconds`.
+        machine has ended (`Cause.MOVED`). The line counts as dead when it gives nothing, or takes
+        less than 256 KiB, for `stall_seconds`.
 
         Raises `MigrationError`, `PauseTimeout` or `DeviceError` where that fails, or is cancelled,
         and the guest runs on here as before. Only from the moment of the hand-over itself it
@@ -297,19 +299,26 @@ class Machine:
 
         `runs_here=True` lets it run on here: only where it certainly does not run at the
         destination and never will. False ends this machine (`Cause.MOVED`). Raises `ConfigError`
-        where somebody else holds its disks or interfaces; then it is as before.
+        where somebody else holds its disks or interfaces, and `AvmmError` where somebody else is
+        settling it; then, or cancelled, it is as before.
         """
         coordinator = self._coordinator
         if not self._unsettled or coordinator is None:
             raise AvmmError("there is nothing to settle: no hand-over of this machine is unknown")
-        if runs_here:
-            await self._running.acquire()
-            self._unsettled = False
-            await coordinator.relinquish()
-        else:
+        if self._settling:
+            raise AvmmError("this machine is being settled already")
+        if not runs_here:
             self._unsettled = False
             coordinator.forsake()
             self._end(Outcome(Cause.MOVED))
+            return
+        self._settling = True
+        try:
+            await self._running.acquire()
+            self._unsettled = False
+        finally:
+            self._settling = False
+        await coordinator.relinquish()
 
     def clone(
         self,
@@ -326,10 +335,10 @@ class Machine:
 
         RAM is shared until one of them writes to it. What cannot be shared is the caller's choice,
         and is asked for where it is missing: `disks`, `net` and `vsock` say what the twin's are,
-        as many as the guest has, `devices` and `calls` are as for `Machine`. The twin keeps its
-        MAC addresses unless `net` says others, which its driver sees when it looks. What this
-        machine's consoles have put out that nobody has received is received here only, or, with
-        `keep_output`, from both.
+        as many as the guest has, with a CID and MAC addresses (the same ones, to keep them; of
+        others its driver knows when it looks). `devices` and `calls` are as for `Machine`. What
+        this machine's consoles have put out that nobody has received is received here only, or,
+        with `keep_output`, from both.
 
         Entering it raises `ConfigError` for what is missing, and as `paused` and `Machine` do.
         """
@@ -493,7 +502,7 @@ async def _clone(
     parts = machine._running
     if machine._unsettled or (machine._outcomes and machine._outcomes[0].cause is Cause.MOVED):
         raise AvmmError("the guest was handed over to another machine: there it can be cloned")
-    described = description.read(parts.describe(), links)
+    described = description.read(parts.describe(), links, own_addresses=True)
     with ExitStack() as stack:
         async with machine.paused(deadline):
             state = parts.save(with_memory=False)

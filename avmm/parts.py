@@ -453,13 +453,15 @@ class Parts:
     async def acquire(self) -> None:
         """Take hold of it, again or, after `standby`, for the first time.
 
-        Raises `ConfigError` where somebody else has it; then this machine holds nothing of it.
+        Raises `ConfigError` where somebody else has it; then, or cancelled, this machine holds
+        nothing of it.
         """
         try:
             for device in self.devices:
                 await device.acquire()
-        except ConfigError:
-            await self.release()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.release()
             raise
 
     def dirty_log(self) -> DirtyLog:

@@ -26,6 +26,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -193,14 +194,14 @@ class _Writer:
         """Errors end in the thread. Their frames know views of guest memory, and trio keeps an
         error that leaves a thread in a circle: the memory would stay mapped."""
 
-        def work() -> tuple[Any, str]:
+        def work() -> tuple[Any, str | None]:
             try:
-                return function(*args), ""
+                return function(*args), None
             except OSError as error:
-                return None, error.strerror or str(error)
+                return None, error.strerror or repr(error)
 
         result, why = await trio.to_thread.run_sync(work)
-        if why:
+        if why is not None:
             raise SnapshotError(f"snapshot {self._target}: {why}")
         return result
 
@@ -287,6 +288,12 @@ def _errors_named(target: Path) -> Iterator[None]:
 @contextmanager
 def _replacement(target: Path) -> Iterator[int]:
     """A new file, to be written in the block, which takes `target`'s place after it."""
+    if not target.name:
+        raise SnapshotError(f"snapshot {target}: expected the name of a file")
+    with _errors_named(target), suppress(FileNotFoundError):
+        mode = target.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder, renaming refuses
+            raise SnapshotError(f"snapshot {target}: expected no device, pipe or socket there")
     partial_path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     with _errors_named(target):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

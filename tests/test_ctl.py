@@ -108,6 +108,27 @@ def test_a_client_is_greeted_and_answered_line_by_line(raw: Raw) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("migrate", "tcp:a..b:5"), "expected unix:PATH or tcp:HOST:PORT"),
+        (("migrate", "tcp:" + "x" * 70 + ":5"), "expected unix:PATH or tcp:HOST:PORT"),
+        (("migrate", "tcp:no-such-host.invalid:5"), "tcp:no-such-host.invalid:5: "),
+        (("migrate", "unix:/" + "x" * 200), "unix:/xxx"),
+        (("snapshot", "/"), "snapshot /: expected the name of a file"),
+        (("snapshot", "/proc/1"), "snapshot /proc/1: "),
+    ],
+)
+def test_a_mistyped_place_ends_no_guest(
+    guest: Command, tmp_path: Path, arguments: tuple[str, str], why: str
+) -> None:
+    done = ctl(tmp_path / "ctl", *arguments)
+    assert done.returncode in (2, 125)
+    assert why in done.stderr
+    assert "Traceback" not in done.stderr
+    assert status(tmp_path / "ctl")["state"] == "running"
+
+
+@pytest.mark.parametrize(
     ("line", "why"),
     [
         (b"", "no JSON"),

@@ -7,6 +7,7 @@ import errno
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -456,6 +457,96 @@ async def test_whatever_comes_after_commit_the_source_does_not_run(
         await vm.settle(runs_here=False)
         assert (await vm.wait()).cause is avmm.Cause.MOVED
         await there.leave()
+
+
+class Deaf(trio.abc.SendStream):
+    """Fails at COMMIT, of which nothing leaves."""
+
+    def __init__(self, stream: trio.abc.SendStream) -> None:
+        self._stream = stream
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if bytes(data[:1]) == bytes([COMMIT]):
+            raise OSError(errno.EIO, "gone")
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class Slowly(Slow):
+    """Takes hold only when it may."""
+
+    def __init__(self) -> None:
+        self.may = trio.Event()
+        self.holds = 0
+
+    async def acquire(self) -> None:
+        await self.may.wait()
+        self.holds += 1
+
+    async def release(self) -> None:
+        self.holds = 0
+
+
+async def test_settled_once(pair: Pair, tmp_path: Path) -> None:
+    """Who decides at the same time is told; a cancelled decision is none."""
+    device, there = Slowly(), Slowly()
+    there.may.set()
+    line = trio.StapledStream(Deaf(pair[0].send_stream), pair[0].receive_stream)
+    async with (
+        avmm.Machine(memory="8M", devices=[avmm.pio(device, 0x5000, 1)]) as vm,
+        trio.open_nursery() as nursery,
+    ):
+        await answers(vm)
+        destination = Destination(nursery, pair[1], devices=[avmm.pio(there, 0x5000, 1)])
+        with pytest.raises(HandOverUnknownError):
+            await vm.migrate(line, answer_seconds=1)
+        with pytest.raises(AvmmError, match="settle"):
+            await vm.snapshot(tmp_path / "snap")
+        await trio.aclose_forcefully(line)
+        await destination.ended.wait()
+        assert there.holds == 0, "it was released before the source was told"
+        with trio.move_on_after(0) as scope:
+            await vm.settle(runs_here=True)
+        assert scope.cancelled_caught
+        async with trio.open_nursery() as deciders:
+            deciders.start_soon(partial(vm.settle, runs_here=True))
+            await trio.testing.wait_all_tasks_blocked()
+            for runs_here in (True, False):
+                with pytest.raises(AvmmError, match="being settled already"):
+                    await vm.settle(runs_here=runs_here)
+            device.may.set()
+        assert device.holds == 1
+        await answers(vm)
+        async with vm.paused():
+            pass
+        await answers(vm)
+
+
+async def test_a_clone_has_addresses_of_its_own(tmp_path: Path) -> None:
+    net, cid = f"listen={tmp_path / 'net'}", f"cid=7,unix={tmp_path / 'vsock'}"
+    theirs, there = f"listen={tmp_path / 'net2'}", f"unix={tmp_path / 'vsock2'}"
+    async with avmm.Machine(memory="8M", net=[net], vsock=cid) as vm:
+        await answers(vm)
+        mac = "02:00:00:00:00:07"
+        for links, why in (
+            ({}, "expected net to say"),
+            ({"net": [theirs], "vsock": f"cid=8,{there}"}, "expected its mac=ADDRESS"),
+            ({"net": [f"{theirs},mac={mac}"]}, "expected vsock to say its CID"),
+            ({"net": [f"{theirs},mac={mac}"], "vsock": there}, "expected cid=NUMBER"),
+        ):
+            with pytest.raises(ConfigError, match=why):
+                async with vm.clone(**links):
+                    pytest.fail("it lacks an address")
+        async with vm.clone(net=[f"{theirs},mac={mac}"], vsock=f"cid=8,{there}") as twin:
+            await answers(twin)
+            described = twin._running.describe()
+            assert ([net["mac"] for net in described["nets"]], described["vsock"]) == ([mac], 8)
+        await answers(vm)
 
 
 async def test_that_running_cannot_be_told_is_no_end_of_the_guest(pair: Pair) -> None:

@@ -275,12 +275,11 @@ async def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 async def test_a_full_file_system_leaves_the_snapshot_that_was_there(
     snap: Path, full_up_to: Callable[[int], Path]
 ) -> None:
-    size = -(-snap.stat().st_blocks * 512 // PAGE) * PAGE
-    mine = full_up_to(2 * size) / "snap"
+    mine = full_up_to(4 * snap.stat().st_blocks * 512) / "snap"
     async with avmm.Machine(memory="8M") as vm:
         await vm.console.receive_some()
         await vm.snapshot(mine)
-        before = mine.read_bytes()
+        before, size = mine.read_bytes(), mine.stat().st_blocks * 512
         for room in (PAGE, size // 2, size - PAGE):
             full_up_to(room)
             with pytest.raises(SnapshotError, match=f"snapshot {mine}: No space left on device"):
@@ -359,14 +358,20 @@ async def test_cancelled_at_each_checkpoint(snap: Path, tmp_path: Path) -> None:
 
 async def test_places_where_no_file_can_be(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
     async with avmm.Machine(memory="8M") as vm:
         for name, why in (
+            ("/", "expected the name of a file"),
+            ("pipe", "expected no device, pipe or socket"),
+            ("link", "expected no device, pipe or socket"),
             ("missing/snap", "No such file"),
             ("folder", "Is a directory"),
             ("x" * 250, "File name too long"),
         ):
             with pytest.raises(SnapshotError, match=why):
                 await vm.snapshot(tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "pipe", "link"}
+    assert (tmp_path / "pipe").is_fifo()
     for name, why in (("missing", "No such file"), ("folder", "Is a directory")):
         refused(tmp_path / name, why)

@@ -382,6 +382,9 @@ class _Client:
                         answer = {"result": await command.run(self._control, arguments, emit)}
                     except AvmmError as error:
                         answer = _error(error)
+                    except Exception as error:  # a bug, of which the guest does not die
+                        logger.exception("%s", line[:200])
+                        answer = {"error": f"a bug: {error!r}", "kind": "AvmmError"}
                     watch.cancel_scope.cancel()
             events.close()
         await self._say(answer)

@@ -47,7 +47,7 @@ class Target:
         host, _, port = rest.rpartition(":")
         if host[:1] + host[-1:] == "[]":  # an IPv6 address has colons itself
             host = host[1:-1]
-        if kind == "tcp" and host and port.isascii() and port.isdigit() and int(port) <= 0xFFFF:
+        if kind == "tcp" and _is_host(host) and _is_port(port):
             return cls(kind, host=host, port=int(port))
         raise ConfigError(f"target {text!r}: expected unix:PATH or tcp:HOST:PORT")
 
@@ -59,6 +59,18 @@ class Target:
             if ":" in self.host
             else (f"tcp:{self.host}:{self.port}")
         )
+
+
+def _is_host(text: str) -> bool:
+    """Can a name like that be looked up? Whether there is such a host, who looks finds out."""
+    try:
+        return bool(text) and "\0" not in text and bool(text.encode("idna"))
+    except UnicodeError:  # a part of it is empty, or too long
+        return False
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 0xFFFF
 
 
 @dataclass(frozen=True)

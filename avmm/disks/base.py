@@ -92,7 +92,7 @@ class Disk:
 
         `done` is called in trio when it has ended, once and whatever happens: it cannot be
         cancelled, so a pause waits for it. A disk whose writes end in threads of its own saves
-        each the task that would wait for it.
+        each the task that would wait for it. Where an `OSError` is raised `done` is not called.
         """
         return False
 

@@ -5,6 +5,7 @@ Whatever fails before COMMIT has come whole leaves nothing behind here, and the 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from avmm.parts import Parts
 
 
+logger = logging.getLogger(__name__)
+
 _COMMIT_SECONDS: Final = 20.0
 """As long may COMMIT take: a source that hears nothing any more wants back what is held here."""
 
@@ -50,6 +53,7 @@ class Receiver:
         self._on_round = on_round
         self._machine: Machine | None = None
         self._parts: Parts | None = None
+        self._has_acquired = False
 
     async def receive(self) -> Machine:
         """The machine, to be entered: the guest may run. Raises as `avmm.receive`."""
@@ -57,12 +61,23 @@ class Receiver:
             await self._until_commit()
         except BaseException as error:
             if self._parts is not None:
-                self._parts.close()
+                await self._let_go(self._parts)
             if not isinstance(error, PeerAbortedError):
                 await self._line.give_up(_told(error))
             raise
         assert self._machine is not None
         return self._machine
+
+    async def _let_go(self, parts: Parts) -> None:
+        """Of what was acquired, too: devices of the caller's are not closed with the machine."""
+        try:
+            if self._has_acquired:
+                with trio.CancelScope(shield=True):
+                    await parts.release()
+        except OSError as error:
+            logger.error("what the guest has of this host cannot be let go of: %s", error)
+        finally:
+            parts.close()
 
     async def confirm(self) -> None:
         """Tell the source that the guest runs here. That it cannot be told is no failure here: it
@@ -91,6 +106,7 @@ class Receiver:
                 assert self._parts is not None
                 self._parts.load(event.state)
                 await self._parts.acquire()
+                self._has_acquired = True
                 await self._line.say(self._side.ready())
             elif isinstance(event, Commit):
                 return

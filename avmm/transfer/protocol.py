@@ -8,14 +8,14 @@
     PAGES, ROUND ... ->                             the guest runs at the source
     STATE ..., STATE_END ->                         it stands still
                      <-           READY             all is loaded, and could run
-    COMMIT           ->                             from here on the source never runs it again
+    COMMIT           ->                             now the source never runs it, but after ABORT
                      <-           RUNNING
 
 Before COMMIT either may say ABORT, and why, or just go away: the guest runs on at the source. A
 destination runs it only when COMMIT has come whole. That leaves one case which no protocol can
 decide: COMMIT may have left and RUNNING does not come. Then the source keeps the guest stopped
-(`SourceState.COMMITTED`), and a person decides. Who says ABORT never runs the guest, whatever
-comes: where a destination gave up before it got COMMIT, its ABORT is an answer to that, too.
+(`SourceState.COMMITTED`), and a person decides. A destination that says ABORT never runs the
+guest, whatever comes: where it gave up before it got COMMIT, its ABORT is an answer to that, too.
 
 Each method that makes a frame may be called in one state only; each frame that comes may come in
 one state only. Everything else raises `ProtocolError`, after which nothing goes on.
@@ -196,7 +196,8 @@ class Source(_Side):
         yield self._encoder.frame(Kind.STATE_END, encode({"bytes": len(data)}))
 
     def commit(self) -> list[Buffer]:
-        """COMMIT. Once the first byte of it may have left, the source never runs the guest."""
+        """COMMIT. Once the first byte of it may have left, the source never runs the guest, unless
+        the destination says ABORT."""
         self._demand(SourceState.READY)
         self.state = SourceState.COMMITTED
         return self._encoder.frame(Kind.COMMIT, encode({"identity": self._identity}))

@@ -267,10 +267,11 @@ class Sender:
             elif given_up is None:
                 self.is_unsettled = True
                 self._coordinator.retain()
+            else:
+                await self._take_back()
         if self.is_done:
             return
         if given_up is not None:
-            await self._take_back()
             raise given_up
         raise HandOverUnknownError(
             f"COMMIT was sent, then {why}: the guest runs at the destination, or nowhere. It "

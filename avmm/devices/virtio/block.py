@@ -185,7 +185,11 @@ class VirtioBlock(VirtioDevice):
 
 
 async def _fail_with(error: Exception) -> None:
-    raise error
+    """Raise it where a task would have: no frame of ours knows it then, which it knows."""
+    try:
+        raise error
+    finally:
+        del error
 
 
 class _Request:
@@ -324,9 +328,14 @@ class _Service:
         number = self._number()
         if self._flushes:
             ended = partial(self._written, request, number)
-            if self._disk.begin_write(request.sector * SECTOR, buffers, ended):
-                self._without_task += 1
+            self._without_task += 1
+            try:
+                if self._disk.begin_write(request.sector * SECTOR, buffers, ended):
+                    return
+            except OSError as error:
+                self._written(request, number, error, more=True)
                 return
+            self._without_task -= 1
         self._nursery.start_soon(self._write, request, buffers, number)
 
     def _written(
@@ -341,12 +350,12 @@ class _Service:
             elif isinstance(error, OSError):
                 self._fail(request, error)
             else:
-                raise error
+                self._nursery.start_soon(_fail_with, error)
             if more:
                 self._finished.set()
             else:  # at once: the guest need not wait for another round of the scheduler
                 self._signal()
-        except Exception as failure:  # of the ring, or a bug: as if a task had raised it
+        except QueueError as failure:
             self._nursery.start_soon(_fail_with, failure)
 
     async def _write(self, request: _Request, buffers: Sequence[memoryview], number: int) -> None:
