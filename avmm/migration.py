@@ -74,8 +74,6 @@ class Coordinator:
         # Held while the machine is on its way to a standstill or back. Whoever else asks
         # meanwhile waits, within its own deadline; no vCPU and no device ever takes it.
         self._moving = trio.Lock()
-        self._waiting_for = ""
-        """What the pause that failed last had waited for."""
         self._forsaken = False
         self._stage = ""
         """What the way to a standstill or back waits for, other than vCPUs; for a person."""
@@ -98,33 +96,29 @@ class Coordinator:
         at its resume, a `DeviceError` that names those not back within `RESUME_SECONDS`, or
         both in a group.
         """
-        why = ""
+        waited_for = [""]  # this call's own: others may fail at the same time, for other reasons
         with trio.move_on_after(float("inf") if deadline is None else deadline) as scope:
-            try:
-                await self._hold()
-            except trio.Cancelled:
-                why = self._waiting_for
-                raise
+            await self._hold(waited_for)
         if scope.cancelled_caught:
-            raise PauseTimeout(f"the pause was given up after {deadline} s: {why}")
+            raise PauseTimeout(f"the pause was given up after {deadline} s: {waited_for[-1]}")
         try:
             yield
         finally:
             with trio.CancelScope(shield=True):
                 await self._release()
 
-    async def _hold(self) -> None:
+    async def _hold(self, waited_for: list[str]) -> None:
         try:
             self._moving.acquire_nowait()  # no round of the scheduler before the first kick
         except trio.WouldBlock:
             try:
                 await self._moving.acquire()
             except trio.Cancelled:
-                self._waiting_for = f"another pause is under way: {self._describe()}"
+                waited_for.append(f"another pause is under way: {self._describe()}")
                 raise
         try:
             if self._standstill is None:
-                self._standstill = await self._stand_still()
+                self._standstill = await self._stand_still(waited_for)
             self._holders += 1
         finally:
             self._moving.release()
@@ -175,8 +169,9 @@ class Coordinator:
                 quiesced, self._standstill = self._standstill, None
                 await self._run_on(quiesced)
 
-    async def _stand_still(self) -> Sequence[QuiescableDevice]:
-        """All steps; gives what `_run_on` is to resume, and calls it itself where one fails."""
+    async def _stand_still(self, waited_for: list[str]) -> Sequence[QuiescableDevice]:
+        """All steps; gives what `_run_on` is to resume, and calls it itself where one fails: then
+        what it had waited for is noted."""
         quiesced: list[QuiescableDevice] = []
         try:
             self._vcpus.pause()
@@ -187,7 +182,7 @@ class Coordinator:
                 self._stage = f"{device.name} has not finished what it has in flight"
                 await device.quiesce()
         except BaseException as error:
-            self._waiting_for = self._describe()
+            waited_for.append(self._describe())
             with trio.CancelScope(shield=True):
                 try:
                     await self._run_on(quiesced)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,10 @@ import pytest
 from avmm.kvm import KvmUnavailable, System
 
 pytest_plugins = ["lab.plugin"]
+
+# What a shell runs in the background ignores Ctrl-C, and so would the commands that are tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -264,7 +264,7 @@ def test_what_a_restored_guest_is_linked_to_is_asked_for(
     guest.expect(PROMPT)
     assert ctl(path, "snapshot", str(file)).returncode == 0
     done = avmm("restore", str(file))
-    assert (done.returncode, "the guest has 1 disks" in done.stderr) == (2, True)
+    assert (done.returncode, "the guest has 1 disk" in done.stderr) == (2, True)
     done = avmm("restore", str(file), "--disk", f"{disk},ro")
     assert (done.returncode, "socket device, with CID 7" in done.stderr) == (2, True)
     links = ["--disk", f"{disk},ro", "--vsock", "cid=8"]

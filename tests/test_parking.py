@@ -48,6 +48,13 @@ def test_nothing_is_lost_in_whichever_order_threads_meet(stress: Stress) -> None
 
 
 BUGS: Final = {
+    "parks without a second KVM_RUN": ("if (!drained) {", "if (0) {"),
+    "takes no heed of the flag": ("\n            && !(run->flags & KVM_RUN_NEEDS_COMPLETION)", ""),
+    "takes no heed of Mode.ALWAYS": (" && !s->lot->always", ""),
+    "takes INTR for this KVM_RUN's": (
+        "            run->exit_reason = KVM_EXIT_UNKNOWN;\n",
+        "            ;\n",
+    ),
     "sleeps though the round is over": (
         "    if (atomic_load(&lot->round) != round || atomic_load(&s->stopping))\n"
         "        return;\n",

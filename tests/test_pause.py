@@ -248,8 +248,7 @@ async def pauses(count: int) -> None:
         while not all(counters[64 * cpu] for cpu in range(4)):
             await trio.lowlevel.checkpoint()
         for number in range(count):
-            if number % 8 == 0:
-                await trio.sleep(moments.random() * 0.001)
+            await trio.sleep(moments.random() * 0.0003)
             async with vm.paused(deadline=30):
                 if number % 16 == 0:
                     before = bytes(counters)

@@ -175,7 +175,7 @@ def test_ctrl_c_gives_it_up_and_the_guest_stays(
     ("options", "theirs", "code", "why"),
     [
         ([], ["--most-memory", "32M"], 2, "has 67108864 bytes of RAM, 33554432 are allowed"),
-        (["--disk", "{}/disk"], [], 2, "the guest has 1 disks ('disk')"),
+        (["--disk", "{}/disk"], [], 2, "the guest has 1 disk ('disk')"),
         (["--disk", "{}/disk,ro"], ["--disk", "{}/disk"], 2, "has 'disk' as read-only"),
         (["--disk", "{}/disk"], ["--disk", "{}/small"], 2, "has 4096 bytes, the guest's has 8192"),
         (["--vsock", "cid=9"], [], 2, "socket device, with CID 9"),

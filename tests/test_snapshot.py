@@ -249,7 +249,7 @@ async def test_what_is_missing_is_asked_for_and_nothing_is_left_open(tmp_path: P
     async with avmm.Machine(memory="8M", **settings) as vm:
         await vm.snapshot(snap)
     for given, why in (
-        ({}, f"the guest has 1 disks .*{disk.name}.* not 0"),
+        ({}, f"the guest has 1 disk .*{disk.name}.* not 0"),
         ({"disks": [str(disk)]}, "socket device, with CID 3: expected vsock"),
         ({"disks": [f"{disk},ro"], "vsock": "cid=3"}, "as writable"),
         ({"disks": [f"{disk},overlay"], "vsock": "cid=3"}, "is no overlay"),

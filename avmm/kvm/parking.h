@@ -223,7 +223,10 @@ static int avmm_spot_run(struct avmm_spot *s)
     struct kvm_run *run = s->run;
     for (;;) {
         int drained = run->immediate_exit;      /* nobody else clears it */
-        run->exit_reason = KVM_EXIT_UNKNOWN;    /* older kernels leave it as it was */
+        /* Older kernels leave it as it was, and INTR would be taken for this run's. Any other
+         * reason stays: arm64's KVM completes a load only where it still finds KVM_EXIT_MMIO. */
+        if (run->exit_reason == KVM_EXIT_INTR)
+            run->exit_reason = KVM_EXIT_UNKNOWN;
         if (ioctl(s->fd, KVM_RUN, 0) >= 0)
             return run->exit_reason;
         if (errno != EINTR)

@@ -234,6 +234,24 @@ def test_who_asks_meanwhile_does_not_change_what_a_deadline_names() -> None:
     slow(script)
 
 
+def test_two_deadlines_at_the_same_time_name_what_each_has_waited_for() -> None:
+    async def script(world: World, nursery: trio.Nursery) -> None:
+        await world.answer(0)
+        await world.step(0, 400)
+        world.quiesce_manner.append("late")
+        first = await world.pause(nursery, 1.0)
+        second = await world.pause(nursery, 1.0)
+        for number in range(2):
+            await world.step(number, 40)
+        await world.advance(1.0)
+        assert (first.outcome, second.outcome) == ("timeout", "timeout")
+        assert "ports of vCPU 0 has not finished" in str(first.error)
+        assert "another pause is under way" not in str(first.error)
+        assert "another pause is under way" in str(second.error)
+
+    slow(script)
+
+
 def test_a_deadline_while_another_pause_is_under_way() -> None:
     async def script(world: World, nursery: trio.Nursery) -> None:
         first = await world.pause(nursery)

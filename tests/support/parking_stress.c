@@ -24,6 +24,7 @@ static int pending[VCPUS];              /* exits that are not completed */
 static _Atomic int in_guest[VCPUS];
 static _Atomic int still;               /* the asker looks: nobody may run or be unfinished */
 static volatile int rounds_done;
+static int always;                      /* as the lot's: even INTR may leave something pending */
 
 static void die(const char *why)
 {
@@ -37,6 +38,8 @@ static int avmm_kick(int tid)
     return syscall(SYS_tgkill, getpid(), tid, SIGUSR1) < 0 ? -errno : 0;
 }
 
+#define KVM_RUN_NEEDS_COMPLETION (1 << 15)      /* parking.h has the same */
+
 /* As the kernel: finish what is pending, sample immediate_exit once, then run until a signal
  * comes, which is delivered on the way out. */
 static int fake_run(int fd, unsigned long request, int unused)
@@ -48,6 +51,7 @@ static int fake_run(int fd, unsigned long request, int unused)
     if (atomic_load(&still))
         die("a vCPU runs");
     int answer = -1;
+    pages[fd].flags = 0;
     pause_perhaps();
     if (pending[fd] && --pending[fd]) {
         answer = 0;
@@ -62,7 +66,14 @@ static int fake_run(int fd, unsigned long request, int unused)
             int interrupted = ppoll(NULL, 0, chance() >> 30 ? NULL : &soon, &old) < 0;
             atomic_store(&in_guest[fd], 0);
             if (interrupted) {
-                pages[fd].exit_reason = KVM_EXIT_INTR;
+                /* Alone, and with the flag clear, this reason says that nothing is pending. */
+                int flagged = !(chance() >> 30), unsaid = !(chance() >> 30);
+                if (flagged)
+                    pages[fd].flags = KVM_RUN_NEEDS_COMPLETION;
+                if (!unsaid)
+                    pages[fd].exit_reason = KVM_EXIT_INTR;
+                if (flagged || unsaid || always)
+                    pending[fd] = 1;
                 errno = EINTR;
             } else {
                 pending[fd] = 1 + (chance() >> 30);
@@ -143,6 +154,7 @@ static void live(int rounds)
     memset(spots, 0, sizeof spots);
     memset(pages, 0, sizeof pages);
     memset(pending, 0, sizeof pending);
+    always = lot.always = !(chance() >> 30);
     avmm_lot_init(&lot);
     pthread_t threads[VCPUS];
     for (int i = 0; i < VCPUS; i++) {

@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=0)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--last", type=int, help="only so many accesses, the last")
     parser.add_argument("--hypercall", action="store_true", help="for one CPU")
     parser.add_argument("--drain", choices=DRAINS)
     options = parser.parse_args()
@@ -290,7 +291,8 @@ def main() -> None:
         sys.exit(f"the uninterrupted guest {said}")
     total = sum(map(len, logs))
     moved = 0
-    for stop in range(options.first, total, options.every):
+    first = options.first if options.last is None else total - options.last
+    for stop in range(first, total, options.every):
         state = in_new_process(lambda stop=stop: trio.run(run_until, options, stop))
         again, their_logs = in_new_process(lambda state=state: trio.run(run, options, state))
         if not (again.endswith(said[said.rindex("torture ") :]) and said.endswith(again)):

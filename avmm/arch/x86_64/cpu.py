@@ -20,6 +20,7 @@ _RFLAGS_FIXED = 1 << 1
 
 # CPUID bits (SDM 2A, CPUID).
 _TSC_DEADLINE, _HYPERVISOR, _HTT = 1 << 24, 1 << 31, 1 << 28
+_VMX, _SVM = 1 << 5, 1 << 2
 _SMT_LEVEL, _CORE_LEVEL = 1 << 8, 2 << 8
 
 # MSRs that firmware would have set (SDM 4, table 2-2).
@@ -50,7 +51,10 @@ def set_up(system: System, vcpu: Vcpu, cpus: int, entry: Entry | None) -> None:
 
 
 def cpuid(system: System, index: int, cpus: int) -> Struct:
-    """What the host offers, with this vCPU's APIC id and a topology of single-thread cores."""
+    """What the host offers, with this vCPU's APIC id and a topology of single-thread cores.
+
+    But no virtualization in the guest: what runs in a guest's guest is in no state that is saved.
+    """
     offered = _host_cpuid(system)
     deadline = system.check("KVM_CAP_TSC_DEADLINE_TIMER")
     for entry in offered.entries:
@@ -58,6 +62,11 @@ def cpuid(system: System, index: int, cpus: int) -> Struct:
             entry.ebx = entry.ebx & 0xFFFF | min(cpus, 255) << 16 | (index & 0xFF) << 24
             entry.ecx |= _HYPERVISOR | (_TSC_DEADLINE if deadline else 0)
             entry.edx = entry.edx | _HTT if cpus > 1 else entry.edx & ~_HTT
+            entry.ecx &= ~_VMX
+        elif entry.function == 0x8000_0001:
+            entry.ecx &= ~_SVM
+        elif entry.function == 0x8000_000A:
+            entry.eax = entry.ebx = entry.ecx = entry.edx = 0
         elif entry.function in (0x0B, 0x1F):
             entry.edx = index
             if entry.index == 0:
