@@ -381,7 +381,7 @@ class Thin(trio.abc.SendStream):
         await self._stream.aclose()
 
 
-@pytest.mark.parametrize(("seconds", "is_dead"), [(0.2, False), (1.5, True)])
+@pytest.mark.parametrize(("seconds", "is_dead"), [(0.5, False), (4, True)])
 async def test_a_slow_line_is_no_dead_one(pair: Pair, seconds: float, is_dead: bool) -> None:
     here = trio.StapledStream(Thin(pair[0].send_stream, seconds), pair[0].receive_stream)
     async with avmm.Machine(memory="16M") as vm, trio.open_nursery() as nursery:
@@ -389,11 +389,11 @@ async def test_a_slow_line_is_no_dead_one(pair: Pair, seconds: float, is_dead: b
         vm.memory.write(12 << 20, os.urandom(1 << 20))  # one frame of it
         there = Destination(nursery, pair[1])
         if is_dead:
-            with pytest.raises(MigrationError, match=r"the line took too little for 0\.6 s"):
-                await vm.migrate(here, stall_seconds=0.6)
+            with pytest.raises(MigrationError, match=r"the line took too little for 1\.5 s"):
+                await vm.migrate(here, stall_seconds=1.5)
             await answers(vm)
         else:
-            await vm.migrate(here, stall_seconds=0.6)
+            await vm.migrate(here, stall_seconds=1.5)
         await trio.aclose_forcefully(here)
         await there.arrived.wait()
         assert (there.vm is None) == is_dead

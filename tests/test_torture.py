@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def torture(
         text=True,
         timeout=timeout,
         check=False,
-        env=os.environ | {"AVMM_TORTURE_SECONDS": str(timeout - 5)},
+        env=os.environ | {"AVMM_TORTURE_UNTIL": str(time.monotonic() + timeout - 5)},
     )
 
 
@@ -103,6 +104,14 @@ def test_migrated_again_and_again(cpus: int) -> None:
 @pytest.mark.parametrize(("cpus", "times"), [(1, 100), (2, 1000)])
 def test_migrated_many_times(cpus: int, times: int) -> None:
     done = moves(cpus, times, timeout=890)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == f"ok {times}\n"
+
+
+@pytest.mark.parametrize("times", [9, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.timeout(180)
+def test_through_a_snapshot_again_and_again(tmp_path: Path, times: int) -> None:
+    done = moves(2, times, "--snapshots", str(tmp_path), timeout=55 if times == 9 else 175)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == f"ok {times}\n"
 

@@ -14,8 +14,10 @@ import argparse
 import ast
 import errno
 import faulthandler
+import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -29,8 +31,8 @@ from avmm import guests
 MSR = 0x4D56_0000
 PORTS, WINDOW = 0x200, 0xD000_0000
 CALLS = 0x300
-PATIENCE = float(os.environ.get("AVMM_TORTURE_SECONDS", "0"))
-"""A process that is not done within that ends with the stacks of its threads; 0: no limit."""
+UNTIL = float(os.environ.get("AVMM_TORTURE_UNTIL", "inf"))
+"""A process that is not done by then (CLOCK_MONOTONIC) ends with the stacks of its threads."""
 
 
 class Recorder(avmm.Device):
@@ -215,8 +217,8 @@ def started(work: Callable[[], Any]) -> Callable[[], Any]:
         status = 1
         try:
             os.close(near)
-            if PATIENCE:
-                faulthandler.dump_traceback_later(PATIENCE, exit=True)
+            if math.isfinite(UNTIL):
+                faulthandler.dump_traceback_later(max(1, UNTIL - time.monotonic()), exit=True)
             with open(far, "w") as pipe:  # noqa: PTH123 - a descriptor
                 pipe.write(repr(work()))
             status = 0

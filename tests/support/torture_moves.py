@@ -2,7 +2,7 @@
 
 `python -m support.torture_moves --cpus 2 --loops 4 --moves 20 --step 31`: each of its machines
 lives in a process of its own, and migrates to the next one when that many accesses have been
-served. Two times of three the next access of each CPU is answered only when the machine is
+served, or leaves a snapshot for it (`--snapshots FOLDER`). Two times of three the next access of each CPU is answered only when the machine is
 paused, so the very exits are moved (as in `support.torture`); the third time the guest runs while
 its RAM is copied, as far as `MEANWHILE`, so that it does not outrun all moves.
 Says `ok MOVES` where the last machine has the logs that the uninterrupted guest has, and all of
@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import Awaitable
 from functools import partial
+from pathlib import Path
 
 import trio
 
@@ -95,6 +96,42 @@ async def live(
     return b"".join(said).decode(), windows.logs if leave_by is None else []
 
 
+async def through(options: argparse.Namespace, number: int) -> Result:
+    """Machine `number`, from the snapshot that the one before it has left, and to its own."""
+    is_last = number == options.moves
+    held = options.step + (MEANWHILE if number % 3 == 2 else 0)
+    windows = Windows(options, HeldAccesses(None if is_last else options.step, held))
+    said: list[bytes] = []
+    path = Path(options.snapshots, "snap")
+    vm = (
+        avmm.restore(path, devices=windows.places, calls=windows.call)
+        if number
+        else machine(options, windows)
+    )
+    async with vm, trio.open_nursery() as nursery:
+        reading = trio.CancelScope()
+
+        async def read() -> None:
+            with reading:
+                async for data in vm.console:
+                    said.append(bytes(data))  # noqa: PERF401 - what came before a cancellation stays
+
+        nursery.start_soon(read)
+        if not is_last:
+            await wanted(windows.shared, vm)
+            nursery.start_soon(answer_at_pause, vm, windows)
+            async with vm.paused(deadline=20):
+                reading.cancel()
+                await trio.lowlevel.checkpoint()
+                await vm.snapshot(path)
+                vm.stop()
+        outcome = await vm.wait()
+    expected = avmm.Cause.EXIT if is_last else avmm.Cause.STOPPED
+    if outcome.status or outcome.cause is not expected:
+        raise RuntimeError(f"machine {number} ended by {outcome}")
+    return b"".join(said).decode(), windows.logs if is_last else []
+
+
 def stream_of(end: socket.socket) -> trio.SocketStream:
     return trio.SocketStream(trio.socket.from_stdlib_socket(end))
 
@@ -108,6 +145,11 @@ async def answer_at_pause(vm: avmm.Machine, windows: Windows) -> None:
 def moved(options: argparse.Namespace) -> Result:
     """What all machines of the guest have said, and the logs of the last."""
     said, logs = "", []
+    if options.snapshots:
+        for number in range(options.moves + 1):
+            part, logs = in_new_process(partial(trio.run, through, options, number))
+            said += part
+        return said, logs
     results = []
     come_by = None
     for number in range(options.moves + 1):
@@ -141,6 +183,7 @@ def main() -> None:
     parser.add_argument("--loops", type=int, default=1)
     parser.add_argument("--moves", type=int, default=10)
     parser.add_argument("--step", type=int, default=31)
+    parser.add_argument("--snapshots", metavar="FOLDER", help="through files there, not by a line")
     parser.add_argument("--drain", choices=DRAINS)
     parser.set_defaults(capability=None, long=0, hypercall=False)
     options = parser.parse_args()
