@@ -2,9 +2,10 @@
 
 `python -m support.torture_moves --cpus 2 --loops 4 --moves 20 --step 31`: each of its machines
 lives in a process of its own, and migrates to the next one when that many accesses have been
-served, or leaves a snapshot for it (`--snapshots FOLDER`). Two times of three the next access of each CPU is answered only when the machine is
-paused, so the very exits are moved (as in `support.torture`); the third time the guest runs while
-its RAM is copied, as far as `MEANWHILE`, so that it does not outrun all moves.
+served, or leaves a snapshot for it (`--snapshots FOLDER`). Two times of three the next access of
+each CPU is answered only when the machine is paused, so the very exits are moved (as in
+`support.torture`); the third time the guest runs while its RAM is copied, as far as `MEANWHILE`,
+so that it does not outrun all moves.
 Says `ok MOVES` where the last machine has the logs that the uninterrupted guest has, and all of
 them together have said what that one says.
 """
@@ -114,7 +115,7 @@ async def through(options: argparse.Namespace, number: int) -> Result:
         async def read() -> None:
             with reading:
                 async for data in vm.console:
-                    said.append(bytes(data))  # noqa: PERF401 - what came before a cancellation stays
+                    said.append(bytes(data))  # one by one: it may be cancelled
 
         nursery.start_soon(read)
         if not is_last:
