@@ -31,6 +31,7 @@ TAP = "avmm1"
 TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB
 TAP_FLAGS = 0x5002  # a TAP without packet information, with virtio's header
 MOVES = 4
+RESTORES = 2
 
 
 def keep_tap(persistent: bool) -> None:
@@ -130,26 +131,34 @@ async def test_a_busy_guest_moves_and_is_restored(listener: socket.socket, tmp_p
         await vm.console.send_all(b"poweroff\r")
         assert (await vm.wait()).cause is avmm.Cause.SHUTDOWN
 
+    async def leave(vm: avmm.Machine) -> None:
+        async with vm.paused(deadline=20):
+            await vm.snapshot(saved)
+            vm.stop()
+
     async with trio.open_nursery() as nursery:
         socket_listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         nursery.start_soon(numbers.take, socket_listener)
-        async with avmm.Machine(
+        machine = avmm.Machine(
             kernel=GUEST / "vmlinuz",
             initrd=GUEST / "initrd.cpio.gz",
             memory="256M",
             cpus=2,
             cmdline=CMDLINE,
             **links,
-        ) as vm:
+        )
+        async with machine as vm:
             await guest.until(vm, PROMPT)
             await guest.command(vm, "mkdir -p /mnt; mount -t ext4 /dev/vda /mnt")
             await guest.command(vm, "ip addr add 10.99.0.2/24 dev eth0")
             loop = "i=0; while :; do echo $i; echo $i > /mnt/i; i=$((i+1)); usleep 20000; done"
             await guest.command(vm, f"({loop}) | nc 10.99.0.1 4001 &")
             await numbers.more(20)
-            async with vm.paused(deadline=20):
-                await vm.snapshot(saved)
-                vm.stop()
+            await leave(vm)
+        for _ in range(RESTORES):
+            async with avmm.restore(saved, **links) as vm:
+                await numbers.more(20)
+                await leave(vm)
         async with avmm.restore(saved, **links) as vm:
             await on(vm, MOVES)
         nursery.cancel_scope.cancel()

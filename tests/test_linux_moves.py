@@ -108,12 +108,14 @@ async def test_a_linux_that_moves_and_is_restored(vmlinux: Path, tmp_path: Path)
             assert (await vm.wait()).cause is avmm.Cause.MOVED
             moved.set()
 
+    for line in (2, 3, 4):
+        async with machine as vm:
+            await reader.until(vm, f"line {line} ")
+            async with vm.paused(deadline=20):
+                await vm.snapshot(saved)  # in the place of the one that it came from
+                vm.stop()
+        machine = avmm.restore(saved, disks=[str(image)])
     async with machine as vm:
-        await reader.until(vm, "line 4 ")
-        async with vm.paused(deadline=20):
-            await vm.snapshot(saved)
-            vm.stop()
-    async with avmm.restore(saved, disks=[str(image)]) as vm:
         await from_here(vm)
     reader.check()
     check_disk(image)
