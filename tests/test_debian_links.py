@@ -160,3 +160,36 @@ async def test_the_balloon() -> None:
             await vm.balloon.set_target(0)
         answer = await command(vm, "dd if=/dev/urandom of=/tmp/x bs=1M count=60; echo $?")
         assert answer.splitlines()[-2] == "0"
+
+
+async def test_a_second_port_a_file_system_and_entropy(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    console = avmm.Console(avmm.Port("hvc0", console=True), avmm.Port("data"))
+    async with machine(console, disks=[str(image)], rng=True) as vm:
+        await said(vm)
+        assert (await command(vm, "od -An -N64 -x /dev/hwrng | wc -l")).startswith("4\n")
+        # The guest makes the file system, and the host reads what is in it.
+        await command(vm, "mke2fs -F /dev/vda; mkdir -p /mnt; mount -t ext4 /dev/vda /mnt")
+        await command(vm, "dd if=/dev/urandom of=/mnt/data bs=64k count=32")
+        digest = (await command(vm, "sha256sum /mnt/data; umount /mnt")).split()[0]
+        port = vm.ports["data"]
+        # A port can be opened once.
+        await vm.console.send_all(b"cat 0<>$(echo /dev/vport*p*) 1>&0 &\r")
+        with trio.fail_after(120):
+            await port.opened()
+            received = bytearray()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(port.send_all, DATA)
+                while len(received) < len(DATA):
+                    received += await port.receive_some()
+        assert hashlib.sha256(received).digest() == hashlib.sha256(DATA).digest()
+        await vm.console.send_all(b"exit 7\r")
+        assert (await vm.wait()).status == 7
+    checked = await trio.run_process(["e2fsck", "-fn", image], capture_stdout=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    debugfs = ["debugfs", "-R", "cat data", image]
+    data = (await trio.run_process(debugfs, capture_stdout=True)).stdout
+    assert len(data) == 32 << 16
+    assert hashlib.sha256(data).hexdigest() == digest

@@ -6,6 +6,8 @@ import os
 import random
 import resource
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -353,6 +355,42 @@ async def test_cancelled_at_each_checkpoint(snap: Path, tmp_path: Path) -> None:
             while not said.endswith(b"on\r\navmm> "):
                 said += await vm.console.receive_some()
     assert cancelled > 5
+    await runs(snap)
+
+
+WRITER = """
+import sys, trio, avmm
+
+async def main():
+    async with avmm.Machine(memory="8M") as vm:
+        await vm.console.receive_some()
+        print("begins", flush=True)
+        while True:
+            await vm.snapshot(sys.argv[1])
+
+trio.run(main)
+"""
+
+
+async def test_killed_while_it_writes(snap: Path, tmp_path: Path) -> None:
+    """Whenever that is, the file is a whole snapshot; what is left besides may be deleted."""
+    moments, partials = random.Random(1), 0
+    for _ in range(12):
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-c", WRITER, str(snap)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        async with process.stdout:
+            assert await process.stdout.receive_some()
+            await trio.sleep(moments.random() * 0.05)
+            process.kill()
+            await process.wait()
+        snapshot.read(snap, verify=True).close()
+        for path in tmp_path.glob(f".{snap.name}.*.partial"):
+            path.unlink()
+            partials += 1
+        assert list(tmp_path.iterdir()) == [snap]
+    assert partials, "none was killed in the midst of writing"
     await runs(snap)
 
 

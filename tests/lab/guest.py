@@ -18,7 +18,7 @@ from lab.cache import LabError, artefact
 from lab.debian import NEWER, download, kernel_package, newer_kernel_package, run
 
 _MOST: Final = 1 << 30
-_MODULES: Final = ("virtio_balloon", "vmw_vsock_virtio_transport")
+_MODULES: Final = ("virtio_balloon", "virtio_rng", "vmw_vsock_virtio_transport")
 _SCRIPT: Final = "#!/bin/sh\necho SCRIPT RAN\nexit 9\n"
 _TOOL: Final = Path(__file__).parents[1] / "support" / "vsock_tool.c"
 
