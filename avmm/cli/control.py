@@ -230,7 +230,7 @@ def _text(name: str, value: Any) -> str:
 def _positive(name: str, value: Any) -> float:
     if type(value) in (int, float) and 0 < value < 1 << 63:
         return float(value)
-    raise RequestError(f"{name}: expected a number above 0")
+    raise RequestError(f"{name}: expected a number above 0 and below 2**63")
 
 
 def _tls(name: str, value: Any) -> dict[str, str]:

@@ -7,10 +7,12 @@ that was handed over; 130 where Ctrl-C gave it up, and the guest stays; 125 for 
 from __future__ import annotations
 
 import json
+import math
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -102,9 +104,23 @@ def result(answer: Answer, path: Path, given_up: str = "given up") -> Answer:
     raise (ConfigError if kind in ("ConfigError", "RequestError") else AvmmError)(text)
 
 
+class _Seconds(click.ParamType):
+    """More than none, and not for ever."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> float:
+        with suppress(ValueError):
+            if 0 < float(value) < math.inf:
+                return float(value)
+        self.fail(f"{value!r}: expected seconds, above 0", param, context)
+
+
 DEADLINE = click.option(
     "--deadline",
-    type=float,
+    type=_Seconds(),
     metavar="SECONDS",
     help="Give up where the guest does not come to a standstill by then.",
 )
@@ -200,7 +216,7 @@ def snapshot(path: Path, file: Path, deadline: float | None) -> None:
 @click.option("--bandwidth", metavar="SIZE", help="At most so many bytes a second, like 100M.")
 @click.option(
     "--downtime",
-    type=float,
+    type=_Seconds(),
     metavar="SECONDS",
     help="How long the guest may stand still.  [default: 0.1]",
 )

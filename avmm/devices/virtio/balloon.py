@@ -2,9 +2,10 @@
 
     await vm.balloon.set_target(256 << 20)   # returns when the guest has given as much
 
-The guest puts pages into its balloon (inflates it) and they go back to the host at once: RAM
-there reads as zeros when the guest takes them out again. With DEFLATE_ON_OOM it takes pages back
-by itself before it runs out of memory, whatever the target.
+The guest puts pages into its balloon (inflates it) and they go back to the host at once: when it
+takes them out again, RAM there reads as zeros, or, in a clone or out of a snapshot, as what was
+there when that began. With DEFLATE_ON_OOM it takes pages back by itself before it runs out of
+memory, whatever the target.
 
 Page numbers are the guest's word: those that are not RAM are refused, the rest is its own loss.
 """
