@@ -115,9 +115,9 @@ def test_a_client_is_greeted_and_answered_line_by_line(raw: Raw) -> None:
         (("migrate", "tcp:no-such-host.invalid:5"), "tcp:no-such-host.invalid:5: "),
         (("migrate", "unix:/" + "x" * 200), "unix:/xxx"),
         (("snapshot", "/"), "snapshot /: expected the name of a file"),
-        (("pause", "--deadline=nan"), "'nan': expected seconds, above 0"),
-        (("pause", "--deadline=-1"), "'-1': expected seconds, above 0"),
-        (("pause", "--deadline=soon"), "'soon': expected seconds, above 0"),
+        (("pause", "--deadline=nan"), "nan: expected seconds, above 0"),
+        (("pause", "--deadline=-1"), "-1: expected seconds, above 0"),
+        (("pause", "--deadline=soon"), "'soon' is not a valid float"),
         (("snapshot", "/proc/1"), "snapshot /proc/1: "),
     ],
 )

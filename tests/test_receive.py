@@ -227,7 +227,7 @@ def test_lines_that_cannot_be(
         ("unix:x", certificates["source"], 2, "TLS is for tcp:HOST:PORT"),
         ("tcp:127.0.0.1:1", certificates["source"][:2], 2, "expected all three"),
         ("tcp:127.0.0.1:1", ["--bandwidth", "fast"], 2, "'fast' is no size"),
-        ("tcp:127.0.0.1:1", ["--downtime", "-1"], 2, "downtime: expected a number above 0"),
+        ("tcp:127.0.0.1:1", ["--downtime", "-1"], 2, "-1: expected seconds, above 0"),
     ]:
         done = ctl(path, "migrate", target, *options)
         assert (done.returncode, why in done.stderr) == (code, True), done.stderr

@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -104,23 +103,19 @@ def result(answer: Answer, path: Path, given_up: str = "given up") -> Answer:
     raise (ConfigError if kind in ("ConfigError", "RequestError") else AvmmError)(text)
 
 
-class _Seconds(click.ParamType):
+def _seconds(
+    context: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
     """More than none, and not for ever."""
-
-    name = "seconds"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, context: click.Context | None
-    ) -> float:
-        with suppress(ValueError):
-            if 0 < float(value) < math.inf:
-                return float(value)
-        self.fail(f"{value!r}: expected seconds, above 0", param, context)
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter(f"{value:g}: expected seconds, above 0")
+    return value
 
 
 DEADLINE = click.option(
     "--deadline",
-    type=_Seconds(),
+    type=float,
+    callback=_seconds,
     metavar="SECONDS",
     help="Give up where the guest does not come to a standstill by then.",
 )
@@ -216,7 +211,8 @@ def snapshot(path: Path, file: Path, deadline: float | None) -> None:
 @click.option("--bandwidth", metavar="SIZE", help="At most so many bytes a second, like 100M.")
 @click.option(
     "--downtime",
-    type=_Seconds(),
+    type=float,
+    callback=_seconds,
     metavar="SECONDS",
     help="How long the guest may stand still.  [default: 0.1]",
 )
