@@ -6,17 +6,19 @@ hands over the second half of a page-crossing store. What is pending is in no st
 space can read, so state that is saved before is wrong. Documentation/virt/kvm/api.rst names
 the exits for which user space must assume this (`DOCUMENTED` below).
 
-**What the list thread said.** In January 2025 Sean Christopherson proposed ("[PATCH 0/5] KVM:
-Add a kvm_run flag to signal need for completion") that the kernel say so itself: bit 15 of
+**What the list thread said.** In January 2025 Sean Christopherson proposed ("[PATCH 0/5] KVM: Add
+a kvm_run flag to signal need for completion") that the kernel say so itself: bit 15 of
 `kvm_run.flags`, set on each exit that must be completed, announced by a capability. User space
 would then re-enter if and only if the flag is set, and need no list of exit types again. Marc
-Zyngier objected for arm64: there the PC still points at the load or store when it exits, so
-the guest's state is consistent by itself, and a restored guest simply makes the access again.
-Christopherson answered that making it again is just as wrong: the device has acted on the
-store already, and a load may have side effects. Both are right in what they say: on arm64
-nothing of the guest's own state is torn, yet an uncompleted save repeats the store as well as
-the load for the device. So avmm completes on arm64, too. Chao Gao noted that the flag must only
-be set by `KVM_RUN` itself, because user space reads it nowhere else.
+Zyngier objected for arm64: there the PC still points at the load or store when it exits, so the
+guest's state is consistent by itself, and a restored guest simply makes the access again.
+Christopherson answered that making it again is just as wrong: the device has acted on the store
+already, and a load may have side effects. Both are right in what they say: on arm64 nothing of
+the guest's own state is torn, yet an uncompleted save repeats the store as well as the load for
+the device. So avmm completes on arm64, too; there KVM does so where it still finds
+`KVM_EXIT_MMIO` in `kvm_run` at the next entry, and nobody may write that field between. Chao Gao
+noted that the flag must only be set by `KVM_RUN` itself, because user space reads it nowhere
+else.
 
 **Why the capability is not believed by its number.** The series was not merged, and the number
 that it proposed, 239, is `KVM_CAP_ARM_WRITABLE_IMP_ID_REGS` in mainline. A kernel that answers

@@ -23,14 +23,14 @@ from hypothesis.stateful import (
 from model.mutants import BUGS
 from model.production import REAL, Production
 from model.programs import hosts, programs
-from model.properties import Believes
-from model.schedules import play
+from model.properties import Believes, beliefs
+from model.schedules import Action, failing, play
 from model.vcpu import Broken, Host, Op
 from model.world import WATCHDOG, World, lived
 
 pytestmark = pytest.mark.timeout(300)  # a busy machine takes its time
 cpus = st.integers(0, 3)
-EXAMPLES = 500
+EXAMPLES = 300
 
 
 class Machine(RuleBasedStateMachine):
@@ -46,11 +46,13 @@ class Machine(RuleBasedStateMachine):
         self.answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
 
-    @initialize(several=st.lists(programs(4), min_size=1, max_size=3), host=hosts())
-    def create(self, several: list[tuple[Op, ...]], host: Host) -> None:
+    @initialize(
+        several=st.lists(programs(4), min_size=1, max_size=3), host=hosts(), believes=beliefs()
+    )
+    def create(self, several: list[tuple[Op, ...]], host: Host, believes: Believes) -> None:
         def life() -> None:
             try:
-                lived(self.code, several, host, Believes(), self._script)
+                lived(self.code, several, host, believes, self._script)
             except BaseException as error:
                 self.answers.put(error)
             else:
@@ -153,9 +155,22 @@ class Machine(RuleBasedStateMachine):
             self._join()
 
 
-def examined(code: Production, examples: int = EXAMPLES, **more: Any) -> list[BaseException]:
+class FailingMachine(Machine):
+    """Devices fail as well, at once or later, at an access or when they are quiesced."""
+
+    @rule(failure=failing)
+    def fail(self, failure: Action) -> None:
+        self._do(*failure)
+
+
+def examined(
+    code: Production,
+    examples: int = EXAMPLES,
+    kind: type[Machine] = Machine,
+    **more: Any,
+) -> list[BaseException]:
     """Run the machine on this code; gives what it found, raises what hypothesis makes of it."""
-    machine = type("Machine", (Machine,), {"code": code, "found": []})
+    machine = type("Machine", (kind,), {"code": code, "found": []})
     logging.disable(logging.WARNING)  # lying kernels are named in the log, by the hundred
     try:
         run_state_machine_as_test(
@@ -180,24 +195,34 @@ def test_the_state_machine_finds_nothing() -> None:
     assert not examined(REAL)
 
 
+def test_nor_where_devices_fail() -> None:
+    assert not examined(REAL, kind=FailingMachine)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_state_machine_finds_nothing_in_many_examples() -> None:
-    assert not examined(REAL, 5_000)
+@pytest.mark.parametrize(("kind", "examples"), [(Machine, 5_000), (FailingMachine, 2_000)])
+def test_the_state_machine_finds_nothing_in_many_examples(
+    kind: type[Machine], examples: int
+) -> None:
+    assert not examined(REAL, examples, kind)
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("kind", "name"),
     [
-        "no re-entry in the loop",
-        "lost kick: immediate_exit cleared after the look at the requests",
-        "the first of several pauses to be left resumes",
-        "a stopped vCPU ends in the midst of its exit",
+        (Machine, "no re-entry in the loop"),
+        (Machine, "lost kick: immediate_exit cleared after the look at the requests"),
+        (Machine, "the first of several pauses to be left resumes"),
+        (Machine, "a stopped vCPU ends in the midst of its exit"),
+        (FailingMachine, "an abandoned exit counts as finished"),
+        (FailingMachine, "a failed vCPU is taken for parked"),
+        (FailingMachine, "resume forgotten after a pause that failed"),
     ],
 )
-def test_the_state_machine_finds_planted_bugs(name: str) -> None:
+def test_the_state_machine_finds_planted_bugs(kind: type[Machine], name: str) -> None:
     bug = next(bug for bug in BUGS if bug.name == name)
     quick = {"derandomize": True, "database": None, "report_multiple_bugs": False}
-    found = examined(bug.planted(), phases=[Phase.generate], **quick)
+    found = examined(bug.planted(), 2 * EXAMPLES, kind, phases=[Phase.generate], **quick)
     assert found
     assert isinstance(found[0], Broken)
