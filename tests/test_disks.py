@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,36 @@ async def contents(disk: Disk, offset: int = 0, length: int = SIZE) -> bytes:
 def room(path: Path) -> int:
     os.sync()
     return path.stat().st_blocks * 512
+
+
+@pytest.fixture
+def block_device(image: Path) -> Iterator[Path]:
+    """What holds `image`."""
+    try:
+        command = ["losetup", "--find", "--show", image]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no loop device can be had here: {getattr(error, 'stderr', error)}")
+    device = Path(done.stdout.strip())
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+async def test_a_block_device(image: Path, block_device: Path) -> None:
+    with RawDisk(block_device) as disk:
+        assert (disk.size, disk.name) == (SIZE, str(block_device))
+        await disk.write(512, [memoryview(b"x" * 512), memoryview(b"y" * 1024)])
+        await disk.flush()
+        assert image.read_bytes()[:2560] == b"b" * 512 + b"x" * 512 + b"y" * 1024 + b"b" * 512
+        await disk.write_zeroes(8192, 65536, unmap=True)
+        await disk.discard(SIZE // 2, SIZE // 4)
+        await disk.flush()
+        assert await contents(disk, 8192, 65536) == bytes(65536)
+        assert await contents(disk, 8192 + 65536, 4096) == b"b" * 4096
+        with pytest.raises(ConfigError, match=f"disk {block_device}: "):
+            RawDisk(block_device)
+    with RawDisk(block_device, read_only=True) as disk, RawDisk(block_device, read_only=True):
+        assert (await contents(disk))[:1024] == b"b" * 512 + b"x" * 512
 
 
 async def test_a_file(image: Path) -> None:
