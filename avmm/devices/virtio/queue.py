@@ -69,8 +69,9 @@ class Chain:
     def take(self, count: int) -> bytes:
         """Copy the next `count` bytes of what is readable, or what is left; `readable` then
         begins after them."""
-        if self.readable and len(self.readable[0]) > count:  # the usual header
-            part = self.readable[0]
+        if self.readable and len(part := self.readable[0]) >= count:  # the usual header
+            if len(part) == count:
+                return bytes(self.readable.pop(0))
             self.readable[0] = part[count:]
             return bytes(part[:count])
         return b"".join(_cut(self.readable, count))
@@ -100,6 +101,10 @@ class Chain:
 
     def cut_last_writable(self, count: int) -> list[memoryview]:
         """Take the last `count` writable bytes out of `writable` (where a status goes)."""
+        if self.writable and len(self.writable[-1]) == count:  # the usual status
+            last = [self.writable.pop()]
+            self._cut_off += last
+            return last
         before = _cut(self.writable, max(0, self.writable_bytes - count))
         last, self.writable = self.writable, before
         self._cut_off += last
