@@ -132,6 +132,9 @@ def _promise(state: dict[str, Any], function: int, column: int, bits: int) -> No
         (lambda s: s["vcpus"][1].update(cpuid=[]), "tells of no processor"),
         (lambda s: _promise(s, 7, 4, 1 << 15), "lacks features .*: 0x7.0 ebx bits 15$"),
         (lambda s: _promise(s, 1, 5, 1 << 16), "lacks features .*: 0x1.0 ecx bits 16$"),
+        # VMX and SVM, which none is told of: what a guest's guests are doing is in no state.
+        (lambda s: _promise(s, 1, 5, 1 << 5), "lacks features .*: 0x1.0 ecx bits 5$"),
+        (lambda s: _promise(s, 0x8000_0001, 5, 1 << 2), "features .*: 0x80000001.0 ecx bits 2$"),
         (lambda s: s["vcpus"][1].update(tsc_khz=1), "cannot scale it|refuses|does not let"),
         *(
             (lambda s, khz=khz: s["vcpus"][1].update(tsc_khz=khz), "expected a frequency")
