@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
-import faulthandler
 import math
 import os
 import sys
-import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -27,12 +25,13 @@ import trio
 import avmm
 import avmm.loop
 from avmm import guests
+from support.where import tell_at
 
 MSR = 0x4D56_0000
 PORTS, WINDOW = 0x200, 0xD000_0000
 CALLS = 0x300
 UNTIL = float(os.environ.get("AVMM_TORTURE_UNTIL", "inf"))
-"""A process that is not done by then (CLOCK_MONOTONIC) ends with the stacks of its threads."""
+"""A process that is not done by then (CLOCK_MONOTONIC) tells where it hangs, and ends."""
 
 
 class Recorder(avmm.Device):
@@ -218,7 +217,7 @@ def started(work: Callable[[], Any]) -> Callable[[], Any]:
         try:
             os.close(near)
             if math.isfinite(UNTIL):
-                faulthandler.dump_traceback_later(max(1, UNTIL - time.monotonic()), exit=True)
+                tell_at(UNTIL)
             with open(far, "w") as pipe:  # noqa: PTH123 - a descriptor
                 pipe.write(repr(work()))
             status = 0
