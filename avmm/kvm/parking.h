@@ -223,9 +223,12 @@ static int avmm_spot_run(struct avmm_spot *s)
     struct kvm_run *run = s->run;
     for (;;) {
         int drained = run->immediate_exit;      /* nobody else clears it */
-        /* Older kernels leave it as it was, and INTR would be taken for this run's. Any other
-         * reason stays: arm64's KVM completes a load only where it still finds KVM_EXIT_MMIO. */
+        /* Older kernels leave it as it was: a reason that is stale would be taken for this run's,
+         * and for an exit that is being served (loop.py). But arm64's KVM completes a load only
+         * where it still finds KVM_EXIT_MMIO. */
+#ifdef __aarch64__
         if (run->exit_reason == KVM_EXIT_INTR)
+#endif
             run->exit_reason = KVM_EXIT_UNKNOWN;
         if (ioctl(s->fd, KVM_RUN, 0) >= 0)
             return run->exit_reason;
