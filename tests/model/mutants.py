@@ -316,10 +316,10 @@ BUGS: Final = (
             ),
             (
                 "migration",
-                "                self._standstill = await self._stand_still()\n"
+                "                self._standstill = await self._stand_still(waited_for)\n"
                 "            self._holders += 1\n",
                 "                self._holders += 1\n"
-                "                self._standstill = await self._stand_still()\n"
+                "                self._standstill = await self._stand_still(waited_for)\n"
                 "                self._holders -= 1\n"
                 "            self._holders += 1\n",
             ),
