@@ -216,7 +216,6 @@ def test_the_state_machine_finds_nothing_in_many_examples(
         (Machine, "the first of several pauses to be left resumes"),
         (Machine, "a stopped vCPU ends in the midst of its exit"),
         (FailingMachine, "an abandoned exit counts as finished"),
-        (FailingMachine, "a failed vCPU is taken for parked"),
         (FailingMachine, "resume forgotten after a pause that failed"),
     ],
 )
