@@ -31,7 +31,7 @@ TAP = "avmm1"
 TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB
 TAP_FLAGS = 0x5002  # a TAP without packet information, with virtio's header
 MOVES = 4
-RESTORES = 2
+RESTORES = 1
 
 
 def keep_tap(persistent: bool) -> None:

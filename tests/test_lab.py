@@ -324,12 +324,18 @@ def run(l1, tar, seconds, on_line):
     on_line("a kernel message {")
     on_line('{"not": "a report"}')
     hangs = os.environ.pop("HANGS", "")
+    late = os.environ.pop("LATE", "")
     for line in Path("reports").read_text().splitlines():
         report = json.loads(line)
         if hangs == report["nodeid"] and report["when"] == "teardown":
             raise Hung("L1 hangs")
+        if late == report["nodeid"] and report["when"] == "call":
+            report |= {"outcome": "failed", "longrepr": "E   trio.TooSlowError"}
+            line = json.dumps(report)
         if "is_lost" not in line and report["nodeid"] in tar.read_text().splitlines():
             on_line(line)
+    if late:
+        return "L1 has ended"
     raise LabError("L1 died; its console: Oops")
 
 machine.prepare, machine.run, payload.write = prepare, run, write
@@ -380,3 +386,10 @@ def test_reports_from_there_are_as_if_made_here(tmp_path: Path) -> None:
     said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock", "-k", "passes")
     assert "1 passed, 3 deselected" in said
     assert "lab: once more" not in said, "no test is left for a second machine"
+    environment["LATE"] = "test_there.py::test_passes"
+    said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock")
+    assert "lab: test_there.py::test_passes was late, and gets a second chance" in said
+    assert "2 failed, 1 passed, 1 skipped" in said, "the second result counts, and lost ones do"
+    environment["LATE"] = "test_there.py::test_fails"
+    said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock", "-k", "fails")
+    assert "1 failed, 3 deselected" in said, "it failed the second time"

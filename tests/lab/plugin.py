@@ -26,6 +26,8 @@ SECONDS: Final = 2400
 """The most that all tests together may take in L1."""
 SLOWER: Final = 6
 """How many times as long as here a test may take there."""
+_LATE: Final = ("TimeoutExpired", "TooSlowError", "Failed: Timeout")
+"""What the report of a test says that has run out of its time."""
 _SCRIPT: Final = """\
 python3 -m pytest -p lab.inside -p no:cacheprovider -q --timeout {timeout} -m '{marks}' @nodes \
 >/tmp/said 2>&1
@@ -83,23 +85,28 @@ class _Run:
         self._config = session.config
         self._kind = kind
         self._left = {item.nodeid: item for item in session.items}
+        self._late: set[str] = set()
         self._said = ""
 
     def play(self) -> None:
         from lab import machine  # noqa: PLC0415 - only here
 
+        lost: dict[str, pytest.Item] = {}
         try:
             l1 = machine.prepare(self._kind)
             try:
                 self._play_in(l1)
             except machine.Hung as error:
                 print(f"\n{error}")
-                if self._left:
-                    print("lab: once more, without the tests that have a result")
-                    self._play_in(l1)
+            else:
+                lost = {node: it for node, it in self._left.items() if node not in self._late}
+                self._left = {node: self._left[node] for node in self._late}
+            if self._left:
+                print("\nlab: once more, without the tests that have a result")
+                self._play_in(l1)
         except (LabError, OSError) as error:  # a full disk here, too
             self._said = str(error)
-        for nodeid, item in list(self._left.items()):
+        for nodeid, item in (lost | self._left).items():
             self._report_lost(nodeid, item)
 
     def _play_in(self, l1: L1) -> None:
@@ -125,6 +132,8 @@ class _Run:
         report = hook.pytest_report_from_serializable(config=self._config, data=data)
         if isinstance(report.longrepr, list):  # a skip's (file, line, reason): JSON has no tuples
             report.longrepr = tuple(report.longrepr)
+        if report.when == "call" and self._is_late(report):
+            return
         if report.when == "setup":
             hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
         hook.pytest_runtest_logreport(report=report)
@@ -132,6 +141,19 @@ class _Run:
             self._left.pop(report.nodeid, None)
         if report.when == "teardown":
             hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+
+    def _is_late(self, report: pytest.TestReport) -> bool:
+        """Has it run out of time, for the first time? Then it gets a second L1: under emulation a
+        kernel, or a guest of it, hangs now and then. Both are told; a test that is late in both
+        has failed."""
+        text = str(report.longrepr)
+        if not report.failed or not any(word in text for word in _LATE):
+            return False
+        if report.nodeid in self._late:
+            return False
+        self._late.add(report.nodeid)
+        print(f"\nlab: {report.nodeid} was late, and gets a second chance:\n{text[-4000:]}")
+        return True
 
     def _report_lost(self, nodeid: str, item: pytest.Item) -> None:
         text = f"the lab ended without a result of this test:\n{self._said[-3000:]}"

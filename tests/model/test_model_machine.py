@@ -201,7 +201,7 @@ def test_nor_where_devices_fail() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("kind", "examples"), [(Machine, 5_000), (FailingMachine, 2_000)])
+@pytest.mark.parametrize(("kind", "examples"), [(Machine, 5_000), (FailingMachine, 1_000)])
 def test_the_state_machine_finds_nothing_in_many_examples(
     kind: type[Machine], examples: int
 ) -> None:
