@@ -179,8 +179,9 @@ class LastWord(avmm.Device):
         pass
 
 
-async def test_output_that_nobody_has_read_is_read_at_the_destination_alone() -> None:
-    """Its reader here has been woken, and has its turn when the state was saved."""
+async def test_output_at_the_standstill_is_read_on_one_side_alone() -> None:
+    """Its reader here has been woken, and has its turn when the state was saved; on a busy host
+    before, and then it is here that it is read."""
     got: list[bytes] = []
     last_word = LastWord()
     async with (
@@ -199,5 +200,6 @@ async def test_output_that_nobody_has_read_is_read_at_the_destination_alone() ->
         async with avmm.receive(there, devices=[avmm.pio(LastWord(), 0x500, 1)]) as moved:
             await moved.console.send_all(b"\x04")
             text = b"".join([data async for data in moved.console])
-    assert got == []
-    assert text.count(b"x") == 1
+    here_too = b"".join(got)
+    assert here_too in (b"", b"x")
+    assert (here_too + text).count(b"x") == 1
