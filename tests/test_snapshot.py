@@ -375,14 +375,18 @@ trio.run(main)
 async def test_killed_while_it_writes(snap: Path, tmp_path: Path) -> None:
     """Whenever that is, the file is a whole snapshot; what is left besides may be deleted."""
     moments, partials = random.Random(1), 0
-    for _ in range(12):
+    for number in range(12):
         process = await trio.lowlevel.open_process(
             [sys.executable, "-c", WRITER, str(snap)], stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         async with process.stdout:
             assert await process.stdout.receive_some()
-            await trio.sleep(moments.random() * 0.05)
+            if number % 3 == 0:  # while there is such a file, for certain but for its last moment
+                while not list(tmp_path.glob(f".{snap.name}.*.partial")):
+                    await trio.lowlevel.checkpoint()
+            else:
+                await trio.sleep(moments.random() * 0.05)
             process.kill()
             await process.wait()
         snapshot.read(snap, verify=True).close()

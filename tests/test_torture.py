@@ -25,17 +25,24 @@ SINGLE_REENTRY_FAILS_FROM = 115
 def torture(
     *options: str, timeout: int = 55, program: str = "torture"
 ) -> subprocess.CompletedProcess[str]:
+    """Run it; where it hangs, it says where a while before it is killed."""
     if KIND in os.environ:
         timeout *= 2  # with time to say so, where it hangs, and to be run again
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", f"support.{program}", *options],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        env=os.environ | {"AVMM_TORTURE_UNTIL": str(time.monotonic() + timeout - 5)},
-    )
+    command = [sys.executable, "-W", "ignore", "-m", f"support.{program}", *options]
+    until = {"AVMM_TORTURE_UNTIL": str(time.monotonic() + 0.85 * timeout)}
+    try:
+        return subprocess.run(
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env=os.environ | until,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode()
+        pytest.fail(f"TimeoutExpired: {options} after {timeout} s; it said:\n{said}")
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,7 @@ def _command(l1: L1, payload: Path, console: Path, sent: Path) -> Sequence[str]:
         "-drive", f"file={payload},format=raw,if=virtio,readonly=on",
         "-chardev", f"file,id=console,path={console}", "-serial", "chardev:console",
         "-chardev", f"file,id=sent,path={sent}", "-serial", "chardev:sent",
+        "-qmp", f"unix:{sent}.qmp,server=on,wait=off",
     ]  # fmt: skip
 
 

@@ -86,31 +86,24 @@ class _Run:
         self._kind = kind
         self._left = {item.nodeid: item for item in session.items}
         self._late: set[str] = set()
-        self._said = ""
+        self._said: list[str] = []
+        """The end of each L1, by its console."""
 
     def play(self) -> None:
         from lab import machine  # noqa: PLC0415 - only here
 
-        lost: dict[str, pytest.Item] = {}
         try:
             l1 = machine.prepare(self._kind)
-            try:
-                self._play_in(l1)
-            except machine.Hung as error:
-                print(f"\n{error}")
-            else:
-                lost = {node: it for node, it in self._left.items() if node not in self._late}
-                self._left = {node: self._left[node] for node in self._late}
-            if self._left:
+            if not self._play_in(l1):
                 print("\nlab: once more, without the tests that have a result")
                 self._play_in(l1)
         except (LabError, OSError) as error:  # a full disk here, too
-            self._said = str(error)
-        for nodeid, item in (lost | self._left).items():
+            self._said.append(str(error))
+        for nodeid, item in self._left.items():
             self._report_lost(nodeid, item)
 
-    def _play_in(self, l1: L1) -> None:
-        """Run what is left."""
+    def _play_in(self, l1: L1) -> bool:
+        """Run what is left. Have all of these a result then?"""
         from lab import guest, machine, payload  # noqa: PLC0415 - only here
 
         timeout = SLOWER * float(self._config.getini("timeout") or 60)
@@ -119,7 +112,13 @@ class _Run:
         with tempfile.TemporaryDirectory() as scratch:
             tar = Path(scratch, "payload.tar")
             payload.write(tar, self._kind, script, nodes, guest.folders())
-            self._said = machine.run(l1, tar, SECONDS, self._take)
+            try:
+                self._said.append(machine.run(l1, tar, SECONDS, self._take))
+            except machine.Hung as error:
+                self._said.append(str(error))
+        if self._left:
+            print(f"\n{self._said[-1][-3000:]}")
+        return not self._left
 
     def _take(self, line: str) -> None:
         try:
@@ -156,7 +155,7 @@ class _Run:
         return True
 
     def _report_lost(self, nodeid: str, item: pytest.Item) -> None:
-        text = f"the lab ended without a result of this test:\n{self._said[-3000:]}"
+        text = f"the lab ended without a result of this test:\n{self._said[-1][-3000:]}"
         sections: Sequence[tuple[str, str]] = ()
         report = pytest.TestReport(
             nodeid,

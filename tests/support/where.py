@@ -17,7 +17,7 @@ from typing import Any
 import avmm
 from avmm.kvm.kick import kick
 
-_LOOK_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
 _LOOKS = 3
 
 
@@ -32,7 +32,7 @@ def _wait(deadline: float) -> None:
     for vm in [found for found in gc.get_objects() if isinstance(found, avmm.Machine)]:
         for _ in range(_LOOKS):
             _tell_machine(vm)
-    _tell_threads()
+            _tell_threads()
     sys.stderr.flush()
     os._exit(1)
 
@@ -66,6 +66,8 @@ def _tell_machine(vm: Any) -> None:
         if thread is not None and thread.native_id is not None:
             kick(thread.native_id)
         teller.join(_LOOK_SECONDS)
+        if teller.is_alive():
+            print(f"vCPU {loop.index} does not leave KVM_RUN at a signal", file=sys.stderr)
 
 
 def _tell_registers(vcpu: Any) -> None:
