@@ -247,13 +247,18 @@ def test_a_run_that_does_not_end_is_given_up(fake: Fake) -> None:
 
 def test_a_run_that_falls_silent_is_given_up(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "SILENT_SECONDS", 1)
-    with pytest.raises(machine.Hung, match="L1 has sent nothing for 1 s; its console:\nOops"):
+    with pytest.raises(machine.Lost, match="L1 has sent nothing for 1 s; its console:\nOops"):
         run(fake("echo up >$sent; echo Oops >$console; exec sleep 100"))
 
 
 def test_a_qemu_that_fails_is_told_with_what_it_said(fake: Fake) -> None:
     with pytest.raises(LabError, match="QEMU failed with status 3: no such machine"):
         run(fake("echo up >$sent; echo no such machine >&2; exit 3"))
+
+
+def test_a_qemu_that_crashes_is_told(fake: Fake) -> None:
+    with pytest.raises(machine.Lost, match=r"(?s)QEMU was ended by signal 11.*\nOops"):
+        run(fake("echo up >$sent; echo Oops >$console; kill -SEGV $$"))
 
 
 def test_nothing_is_left_behind(
@@ -312,7 +317,7 @@ import shutil
 from pathlib import Path
 from lab import machine, payload
 from lab.cache import LabError
-from lab.machine import Hung
+from lab.machine import Lost
 
 def prepare(kind): return kind
 
@@ -328,14 +333,16 @@ def run(l1, tar, seconds, on_line):
     for line in Path("reports").read_text().splitlines():
         report = json.loads(line)
         if hangs == report["nodeid"] and report["when"] == "teardown":
-            raise Hung("L1 hangs")
+            raise Lost("L1 hangs")
         if late == report["nodeid"] and report["when"] == "call":
             report |= {"outcome": "failed", "longrepr": "E   trio.TooSlowError"}
             line = json.dumps(report)
         if "is_lost" not in line and report["nodeid"] in tar.read_text().splitlines():
             on_line(line)
+    if os.environ.pop("DIES", ""):
+        return "a triple fault"
     if late:
-        return "L1 has ended"
+        return "lab: run.sh ended with 0"
     raise LabError("L1 died; its console: Oops")
 
 machine.prepare, machine.run, payload.write = prepare, run, write
@@ -386,6 +393,11 @@ def test_reports_from_there_are_as_if_made_here(tmp_path: Path) -> None:
     said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock", "-k", "passes")
     assert "1 passed, 3 deselected" in said
     assert "lab: once more" not in said, "no test is left for a second machine"
+    environment["DIES"] = "1"
+    said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock")
+    assert "lab: L1 is gone before its time:\na triple fault" in said
+    assert "lab: once more, without the tests that have a result" in said
+    del environment["DIES"]
     environment["LATE"] = "test_there.py::test_passes"
     said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock")
     assert "lab: test_there.py::test_passes was late, and gets a second chance" in said

@@ -54,8 +54,8 @@ class HungBoot(LabError):
     """L1 has not come up; this happens once in some forty times."""
 
 
-class Hung(LabError):
-    """L1 was at work and has fallen silent."""
+class Lost(LabError):
+    """L1 was at work, and has fallen silent or crashed."""
 
 
 def run(
@@ -68,8 +68,8 @@ def run(
     """Boot L1 with the tar `payload`, whose run.sh it executes; gives its console's text.
 
     Lines that it writes to /dev/ttyS1 are handed to `on_line` as they come. A boot that hangs
-    is tried once more. Raises `LabError` where L1 has not ended after `seconds`, `Hung` where it
-    sends nothing for long.
+    is tried once more. Raises `LabError` where L1 has not ended after `seconds`, `Lost` where it
+    sends nothing for long, or QEMU crashes.
     """
     try:
         return _run(l1, payload, seconds, on_line, boot_seconds)
@@ -103,11 +103,15 @@ def _run(
             process.kill()
             process.wait()
             lines.read()
-        if process.returncode > 0:
-            raise LabError(
-                f"lab: QEMU failed with status {process.returncode}: {_text(said)[-1000:]}"
+        status, text, warnings = process.returncode, _text(console), _text(said)[-1000:]
+        if status > 0:
+            raise LabError(f"lab: QEMU failed with status {status}: {warnings}")
+        if status < 0:
+            raise Lost(
+                f"lab: QEMU was ended by signal {-status}: {warnings}\n"
+                f"Its console:\n{text[-3000:]}"
             )
-        return _text(console)
+        return text
 
 
 def _wait(
@@ -126,7 +130,7 @@ def _wait(
         if passed > seconds:
             raise LabError(f"lab: L1 has not ended after {seconds:.0f} s")
         if lines.count and time.monotonic() - lines.last > SILENT_SECONDS:
-            raise Hung(f"lab: L1 has sent nothing for {SILENT_SECONDS} s")
+            raise Lost(f"lab: L1 has sent nothing for {SILENT_SECONDS} s")
 
 
 class _Lines:
@@ -169,7 +173,6 @@ def _command(l1: L1, payload: Path, console: Path, sent: Path) -> Sequence[str]:
         "-drive", f"file={payload},format=raw,if=virtio,readonly=on",
         "-chardev", f"file,id=console,path={console}", "-serial", "chardev:console",
         "-chardev", f"file,id=sent,path={sent}", "-serial", "chardev:sent",
-        "-qmp", f"unix:{sent}.qmp,server=on,wait=off",
     ]  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 Each test's reports are made in L1 (`inside`), come as lines of JSON, and go to pytest's own hooks;
 so counts, failures with their output, durations and --junitxml are what they always are. Where
-L1 hangs, the tests that have no result yet are run in a second one; where it dies, or hangs again,
-they fail with the end of its console.
+L1 hangs or dies, the tests that have no result yet are run in a second one; where pytest dies in
+it, or a second machine is lost, they fail with the end of its console.
 """
 
 from __future__ import annotations
@@ -86,24 +86,28 @@ class _Run:
         self._kind = kind
         self._left = {item.nodeid: item for item in session.items}
         self._late: set[str] = set()
-        self._said: list[str] = []
-        """The end of each L1, by its console."""
+        self._said = ""
+        """The end of the last L1, by its console."""
 
     def play(self) -> None:
         from lab import machine  # noqa: PLC0415 - only here
 
+        lost: dict[str, pytest.Item] = {}
         try:
             l1 = machine.prepare(self._kind)
-            if not self._play_in(l1):
+            if self._play_in(l1):  # what has no result then ended pytest itself
+                lost = {node: it for node, it in self._left.items() if node not in self._late}
+                self._left = {node: self._left[node] for node in self._late}
+            if self._left:
                 print("\nlab: once more, without the tests that have a result")
                 self._play_in(l1)
         except (LabError, OSError) as error:  # a full disk here, too
-            self._said.append(str(error))
-        for nodeid, item in self._left.items():
+            self._said = str(error)
+        for nodeid, item in (lost | self._left).items():
             self._report_lost(nodeid, item)
 
     def _play_in(self, l1: L1) -> bool:
-        """Run what is left. Have all of these a result then?"""
+        """Run what is left. Has L1 come to its end as it should?"""
         from lab import guest, machine, payload  # noqa: PLC0415 - only here
 
         timeout = SLOWER * float(self._config.getini("timeout") or 60)
@@ -113,12 +117,13 @@ class _Run:
             tar = Path(scratch, "payload.tar")
             payload.write(tar, self._kind, script, nodes, guest.folders())
             try:
-                self._said.append(machine.run(l1, tar, SECONDS, self._take))
-            except machine.Hung as error:
-                self._said.append(str(error))
-        if self._left:
-            print(f"\n{self._said[-1][-3000:]}")
-        return not self._left
+                self._said = machine.run(l1, tar, SECONDS, self._take)
+            except machine.Lost as error:
+                self._said = str(error)
+        ended = "lab: run.sh ended with" in self._said
+        if self._left and not ended:
+            print(f"\nlab: L1 is gone before its time:\n{self._said[-3000:]}")
+        return ended
 
     def _take(self, line: str) -> None:
         try:
@@ -155,7 +160,7 @@ class _Run:
         return True
 
     def _report_lost(self, nodeid: str, item: pytest.Item) -> None:
-        text = f"the lab ended without a result of this test:\n{self._said[-1][-3000:]}"
+        text = f"the lab ended without a result of this test:\n{self._said[-3000:]}"
         sections: Sequence[tuple[str, str]] = ()
         report = pytest.TestReport(
             nodeid,
