@@ -15,7 +15,7 @@ from pathlib import Path
 
 import lab.__main__
 import pytest
-from lab import guest, krunfw, machine, payload
+from lab import emulator, guest, krunfw, machine, payload
 from lab.cache import KEPT_SECONDS, LabError, artefact, root
 from lab.debian import NEWER
 from lab.machine import L1
@@ -207,7 +207,7 @@ def fake(tmp_path: Path) -> Fake:
         qemu.chmod(0o755)
         for name in ("kernel", "initramfs", "root"):
             (tmp_path / name).touch()
-        return L1(*(tmp_path / name for name in ("kernel", "initramfs", "root")), qemu=str(qemu))
+        return L1(*(tmp_path / name for name in ("kernel", "initramfs", "root")), (str(qemu),))
 
     return fake
 
@@ -277,6 +277,15 @@ def test_nothing_is_left_behind(
 def test_an_unknown_lab_is_refused() -> None:
     with pytest.raises(LabError, match="'other': expected one of stock, newer, proposing"):
         machine.prepare("other")
+
+
+def test_backports_come_from_where_debian_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = ["bookworm-updates http://here/updates/", "bookworm http://here/debian/"]
+    monkeypatch.setattr(emulator, "run", lambda command: "\n".join(sources))
+    assert emulator._site() == "http://here/debian/"
+    sources.pop()
+    with pytest.raises(LabError, match="apt has no source of bookworm"):
+        emulator._site()
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

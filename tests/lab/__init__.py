@@ -7,11 +7,12 @@ backports, whose KVM has more to offer (Xen's hypercalls), and `pytest --lab pro
 that carries the list's proposal (needs_completion.patch). `python -m lab KIND COMMAND...`, from
 tests/, runs a command there.
 
-Under emulation L1's kernel, or a guest of its, hangs now and then, and not all of it is understood
-(`anchor` has what is). A test that runs out of time in L1 is told, with all that it has said, and
-run once more in a new L1: whoever wants to know why reads that, and does not count on its passing.
+Under emulation a kernel, or a guest of it, hangs now and then. What is understood is kept away:
+`emulator` is a QEMU that has it mended, and `anchor` keeps L1's kernel from what set it off. A test
+that runs out of time in L1 all the same is told, with all that it has said, and run once more in a
+new L1: whoever wants to know why reads that, and does not count on its passing.
 
 `cache` keeps what is built, `debian` fetches packages, `proposal` builds the patched modules,
-`disk` and `initramfs` make what L1 boots from, `payload` what it is sent, `machine` runs it,
-`anchor` keeps its kernel from a hang, `plugin` is pytest's side here and `inside` its side there.
+`disk` and `initramfs` make what L1 boots from, `payload` what it is sent, `emulator` is what it
+runs in, `machine` runs it, `plugin` is pytest's side here and `inside` its side there.
 """

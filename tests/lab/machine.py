@@ -36,18 +36,19 @@ class L1:
     kernel: Path
     initramfs: Path
     root: Path
-    qemu: str = "qemu-system-x86_64"
+    qemu: tuple[str, ...]
+    """The beginning of its command."""
 
 
 def prepare(kind: str) -> L1:
     """Everything that a lab of this kind needs, built on first use. Raises `LabError`."""
-    from lab import disk, initramfs  # noqa: PLC0415 - building needs more than running
+    from lab import disk, emulator, initramfs  # noqa: PLC0415 - building needs more than running
 
     if kind not in KINDS:
         raise LabError(f"lab: {kind!r}: expected one of {', '.join(KINDS)}")
     demand(NEEDED)
     boot = initramfs.boot(kind)
-    return L1(boot.kernel, boot.initramfs, disk.image())
+    return L1(boot.kernel, boot.initramfs, disk.image(), emulator.command())
 
 
 class HungBoot(LabError):
@@ -167,7 +168,7 @@ def _die_with_parent() -> None:
 
 def _command(l1: L1, payload: Path, console: Path, sent: Path) -> Sequence[str]:
     return [
-        l1.qemu, *_MACHINE,
+        *l1.qemu, *_MACHINE,
         "-kernel", str(l1.kernel), "-initrd", str(l1.initramfs), "-append", _CMDLINE,
         "-drive", f"file={l1.root},format=raw,if=virtio,snapshot=on",
         "-drive", f"file={payload},format=raw,if=virtio,readonly=on",
