@@ -126,6 +126,8 @@ class GuestMemory:
         for region, view in zip(self._regions, self._views, strict=True):
             self.table.add(region.gpa, region.size, region.offset, view)
         self._dirty: Bitmap | None = None
+        """Kept once it was needed: who marks pages is not asked whether they have done so."""
+        self._is_logged = False
         self._closed = False
 
     @property
@@ -222,26 +224,30 @@ class GuestMemory:
     @property
     def is_logged(self) -> bool:
         """Is it between `log` and `unlog`?"""
-        return self._dirty is not None
+        return self._is_logged
 
     def log(self) -> None:
         """Note from now on which pages the host writes; forgets what was noted before."""
-        self._dirty = Bitmap(self.size // PAGE)
+        if self._dirty is None:
+            self._dirty = Bitmap(self.size // PAGE)
+        self._dirty.move_into(Bitmap(self.size // PAGE))
+        self._is_logged = True
         self.table.log(self._dirty.data)
 
     def unlog(self) -> None:
         """Note it no more; idempotent."""
         self.table.log(None)
-        self._dirty = None
+        self._is_logged = False
 
     def mark(self, gpa: int, length: int) -> None:
         """The host has written these bytes of RAM, if it is RAM. Any thread."""
-        if self._dirty is not None and (at := self._offset(gpa, length)) is not None:
-            self._dirty.mark(at, length)
+        dirty = self._dirty
+        if dirty is not None and self._is_logged and (at := self._offset(gpa, length)) is not None:
+            dirty.mark(at, length)
 
     def take_dirty(self, into: Bitmap) -> None:
         """Move what was noted since `log` or the last call into `into`."""
-        if self._dirty is not None:
+        if self._dirty is not None and self._is_logged:
             self._dirty.move_into(into)
 
     def populated(self) -> Bitmap:

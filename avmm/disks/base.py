@@ -36,8 +36,8 @@ from avmm.errors import DeviceError
 
 SECTOR: Final = 512
 """Bytes; the unit of every offset and length (VIRTIO 1.2, 5.2.4)."""
-Done: TypeAlias = Callable[[Exception | None, bool], None]
-"""What raised the request, or None; and whether another one's end is told right after."""
+Done: TypeAlias = Callable[[Exception | None], None]
+"""Called with what the request raised, or None."""
 _ZEROES: Final = memoryview(bytes(64 * 1024))
 
 
@@ -90,9 +90,9 @@ class Disk:
     def begin_write(self, offset: int, buffers: Sequence[memoryview], done: Done) -> bool:
         """Begin what `write` does and return True, or do nothing and return False: call `write`.
 
-        `done` is called in trio when it has ended, once and whatever happens: it cannot be
-        cancelled, so a pause waits for it. A disk whose writes end in threads of its own saves
-        each the task that would wait for it. Where an `OSError` is raised `done` is not called.
+        `done` is called when it has ended, once and whatever happens, in whichever thread: it
+        cannot be cancelled, so a pause waits for it. A disk whose writes end in threads of its
+        own saves each the way back to trio. Where an `OSError` is raised `done` is not called.
         """
         return False
 

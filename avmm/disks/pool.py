@@ -1,7 +1,8 @@
 """Threads for file I/O that may have to wait: one wake-up of trio for all that finished meanwhile.
 
 `trio.to_thread.run_sync` costs each call a new hand-over in both directions. Here jobs go into
-one queue, which a thread that is awake just goes on with, and come back in batches.
+one queue, which a thread that is awake just goes on with, and come back in batches; or not to
+trio at all, where their end is no matter of its.
 
 Threads start when there is work for them and stay until `close`.
 """
@@ -12,23 +13,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 import outcome
 import trio
 
 from avmm.disks.base import Done
 
-
-class _Job:
-    __slots__ = ("args", "done", "error", "function", "token")
-
-    def __init__(self, done: Done, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self.done = done
-        self.function = function
-        self.args = args
-        self.token = trio.lowlevel.current_trio_token()
-        self.error: Exception | None = None
+_Job: TypeAlias = tuple[Done, Callable[..., Any], tuple[Any, ...]]
 
 
 class Pool:
@@ -40,8 +32,10 @@ class Pool:
         self._most = most
         self._threads: list[threading.Thread] = []
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._done: deque[_Job] = deque()
         self._pending = 0
+        self._counting = threading.Lock()
+        """Of what is pending."""
+        self._done: deque[tuple[trio.lowlevel.Task, outcome.Outcome[None]]] = deque()
         self._is_told = False
         """Will trio look at what is done, with nobody telling it?"""
 
@@ -51,35 +45,11 @@ class Pool:
         A call that has begun cannot be taken back: cancelling waits for its end, and is then
         delivered at the next checkpoint.
         """
-        task = trio.lowlevel.current_task()
+        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
 
-        def done(error: Exception | None, more: bool) -> None:
+        def done(error: Exception | None) -> None:
             result = outcome.Value(None) if error is None else outcome.Error(error)
-            trio.lowlevel.reschedule(task, result)
-
-        self.begin(done, function, *args)
-        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
-
-    def begin(self, done: Done, function: Callable[..., Any], *args: Any) -> None:
-        """Call it in a thread, and `done`, which must not raise, in trio, some time later."""
-        self._pending += 1
-        if self._pending > len(self._threads) < self._most:
-            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
-        self._jobs.put(_Job(done, function, args))
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job.function(*job.args)
-            except Exception as error:
-                job.error = error  # `done` tells it to whoever asked
-            # Guest memory is let go of here, not when the next job comes.
-            job.function, job.args = _nothing, ()
-            token = job.token
-            self._done.append(job)
-            del job
+            self._done.append((task, result))
             if not self._is_told:  # by two threads at once it may be told twice
                 self._is_told = True
                 try:
@@ -87,14 +57,39 @@ class Pool:
                 except trio.RunFinishedError:  # trio has crashed: nobody waits any more
                     self._is_told = False
 
+        self.begin(done, function, *args)
+        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+
+    def begin(self, done: Done, function: Callable[..., Any], *args: Any) -> None:
+        """Call it in a thread, and there, after it, `done`, which must not raise."""
+        with self._counting:
+            self._pending += 1
+        if self._pending > len(self._threads) < self._most:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._jobs.put((done, function, args))
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            done, function, args = job
+            error = None
+            try:
+                function(*args)
+            except Exception as raised:
+                error = raised  # `done` tells it to whoever asked
+            # Guest memory is let go of here, not when the next job comes.
+            del job, function, args
+            with self._counting:
+                self._pending -= 1
+            done(error)
+            # An error may know frames that know the job: no circle, it holds buffers.
+            del done, error
+
     def _deliver(self) -> None:
         self._is_told = False  # before it looks: who comes after its look tells it again
         while self._done:
-            job = self._done.popleft()
-            self._pending -= 1
-            # An error may know frames that know the job: no circle, it holds buffers.
-            error, job.error = job.error, None
-            job.done(error, bool(self._done))
+            trio.lowlevel.reschedule(*self._done.popleft())
 
     def close(self) -> None:
         """End the threads, after what they have in hand; idempotent."""
@@ -103,7 +98,3 @@ class Pool:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
-
-
-def _nothing() -> None:
-    """What a finished job holds on to."""

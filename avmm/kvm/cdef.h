@@ -378,7 +378,7 @@ struct avmm_vring {
 };
 int avmm_vring_check(const struct avmm_vring *ring);
 int avmm_vring_walk(struct avmm_vring *ring, uint16_t head);
-void avmm_vring_mark(struct avmm_vring *ring, uint16_t head);
+void avmm_vring_mark(const struct avmm_vring *ring, uint16_t head);
 int avmm_vring_pop(struct avmm_vring *ring);
 int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t written, int more);
 int avmm_vring_wants_interrupt(struct avmm_vring *ring);

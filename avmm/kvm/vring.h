@@ -47,6 +47,7 @@ struct avmm_vring {
     uint64_t desc, avail, used;
     uint32_t size;
     uint8_t event_idx, indirect, signalled_once;
+    pthread_mutex_t giving;     /* back: who pushes, or asks whether to interrupt for it */
     uint16_t next_avail, next_used, signalled;
     /* The chain that was walked last: first the readable parts, then the writable ones. */
     uint16_t head;
@@ -125,11 +126,18 @@ static uint8_t *vring_used(const struct avmm_vring *ring)
     return ram_at(ring->ram, ring->used, 6 + 8ull * ring->size, NULL);
 }
 
+/* Any thread: whoever begins or ends the log need not wait for those that give chains back. Once
+ * there was one its memory stays until RAM goes. */
+static uint64_t *dirty_log(const struct avmm_vring *ring)
+{
+    return __atomic_load_n(&ring->ram->dirty, __ATOMIC_SEQ_CST);
+}
+
 static void used_was_written(const struct avmm_vring *ring)
 {
-    uint64_t offset, length = 6 + 8ull * ring->size;
-    if (ring->ram->dirty && ram_at(ring->ram, ring->used, length, &offset))
-        avmm_dirty_mark(ring->ram->dirty, offset, length);
+    uint64_t offset, length = 6 + 8ull * ring->size, *dirty = dirty_log(ring);
+    if (dirty && ram_at(ring->ram, ring->used, length, &offset))
+        avmm_dirty_mark(dirty, offset, length);
 }
 
 /* 0, or why a queue cannot be so: to be called before anything else (2.7, table of alignments). */
@@ -207,14 +215,22 @@ static int avmm_vring_walk(struct avmm_vring *ring, uint16_t head)
 
 /* The device may have written what is writable of the chain of `head`: note it in the log of dirty
  * pages, if there is one. The descriptors are read again; a driver that has changed them since
- * loses what is its own. */
-static void avmm_vring_mark(struct avmm_vring *ring, uint16_t head)
+ * loses what is its own. The chain that was walked last stays as it is. */
+static void avmm_vring_mark(const struct avmm_vring *ring, uint16_t head)
 {
-    if (!ring->ram->dirty || avmm_vring_walk(ring, head) < 0)
+    uint64_t *dirty = dirty_log(ring);
+    if (!dirty)
         return;
-    const struct avmm_part *part = ring->parts + ring->readable;
-    for (uint32_t i = 0; i < ring->writable; i++, part++)
-        avmm_dirty_mark(ring->ram->dirty, part->offset, part->length);
+    struct avmm_vring walker;   /* its 16 KiB of parts are the walk's to fill */
+    walker.ram = ring->ram;
+    walker.desc = ring->desc;
+    walker.size = ring->size;
+    walker.indirect = ring->indirect;
+    if (avmm_vring_walk(&walker, head) < 0)
+        return;
+    const struct avmm_part *part = walker.parts + walker.readable;
+    for (uint32_t i = 0; i < walker.writable; i++, part++)
+        avmm_dirty_mark(dirty, part->offset, part->length);
 }
 
 /* Take the next chain: 1, 0 where there is none, or a negative error. */
@@ -243,12 +259,14 @@ static int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t writ
     if (!used)
         return -AVMM_VRING_PLACE;
     avmm_vring_mark(ring, head);
+    pthread_mutex_lock(&ring->giving);
     uint8_t *entry = used + 4 + 8 * (ring->next_used & (ring->size - 1));
     store32(entry, head);
     store32(entry + 4, written);
     ring->next_used++;
     if (!more)
         store16_release(used + 2, ring->next_used);
+    pthread_mutex_unlock(&ring->giving);
     used_was_written(ring);
     return 0;
 }
@@ -261,14 +279,16 @@ static int avmm_vring_wants_interrupt(struct avmm_vring *ring)
     const uint8_t *avail = vring_avail(ring);
     if (!avail)
         return -AVMM_VRING_PLACE;
+    pthread_mutex_lock(&ring->giving);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    if (!ring->event_idx)
-        return !(load16(avail) & AVAIL_NO_INTERRUPT);
     uint16_t before = ring->signalled, now = ring->next_used;
     int first = !ring->signalled_once;
-    uint16_t event = load16(avail + 4 + 2 * ring->size);
     ring->signalled = now;
     ring->signalled_once = 1;
+    pthread_mutex_unlock(&ring->giving);
+    if (!ring->event_idx)
+        return !(load16(avail) & AVAIL_NO_INTERRUPT);
+    uint16_t event = load16(avail + 4 + 2 * ring->size);
     return first || (uint16_t)(now - event - 1) < (uint16_t)(now - before);
 }
 

@@ -2,7 +2,8 @@
 
 Everything found in the ring is begun before the guest is interrupted once for what was done at
 once. What the disk has to wait for goes on side by side, in tasks or where the disk takes it
-without one, and is given back in whichever order it ends.
+without one, and is given back in whichever order it ends: a write that ends in one of the disk's
+threads in that thread, for the guest need not wait for trio, too.
 
 A request that was not given back at a pause is made again from its beginning. That is safe, for
 each kind can be made twice, and the guest has not been told that it was made at all.
@@ -12,7 +13,10 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Final
 
@@ -101,6 +105,8 @@ class VirtioBlock(VirtioDevice):
         self.identity = serial.encode().ljust(_ID_BYTES, b"\0")
         self._failing: set[int] = set()
         self._lines_left = _LINES
+        self._telling = threading.Lock()
+        """A write may fail in a thread of the disk's."""
         discards = disk.can_discard and not disk.read_only
         self.supported = {IN, FLUSH, GET_ID}
         self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
@@ -146,9 +152,12 @@ class VirtioBlock(VirtioDevice):
     def failed(self, kind: int, sector: int, error: OSError) -> None:
         """One line, and no more until such a request has succeeded; bounded, for the guest
         decides how often it asks."""
-        if kind not in self._failing and self._lines_left:
-            self._failing.add(kind)
-            self._lines_left -= 1
+        with self._telling:
+            is_new = kind not in self._failing and self._lines_left > 0
+            if is_new:
+                self._failing.add(kind)
+                self._lines_left -= 1
+        if is_new:
             logger.error(
                 "%s (%s) cannot be %s at sector %d: %s; the guest gets an I/O error",
                 self.name,
@@ -220,6 +229,11 @@ class _Service:
         self._ended = trio.lowlevel.ParkingLot()
         self._without_task = 0
         """How many of them the disk has, which no cancelled task would wait for."""
+        self._over: deque[tuple[int, Exception | None]] = deque()
+        """Those of them that are over, for trio to count, and what bug has ended them."""
+        self._waiting = 0
+        """How many tasks wait for such an end."""
+        self._token = trio.lowlevel.current_trio_token()
         self._nursery: trio.Nursery
 
     async def run(self) -> None:
@@ -230,8 +244,7 @@ class _Service:
                     await self._take()
                 finally:
                     with trio.CancelScope(shield=True):
-                        while self._without_task:
-                            await self._ended.park()
+                        await self._until(lambda: not self._without_task)
         finally:
             self._signal()
 
@@ -239,6 +252,7 @@ class _Service:
         queue = self._queue
         while True:
             chain: Chain | None = await queue.next()
+            self._count_ends()
             left = _BATCH
             while chain is not None:
                 self._begin(chain)
@@ -333,30 +347,47 @@ class _Service:
                 if self._disk.begin_write(request.sector * SECTOR, buffers, ended):
                     return
             except OSError as error:
-                self._written(request, number, error, more=True)
+                self._without_task -= 1
+                self._fail(request, error)
+                self._end(number)
                 return
             self._without_task -= 1
         self._nursery.start_soon(self._write, request, buffers, number)
 
-    def _written(
-        self, request: _Request, number: int, error: Exception | None, more: bool
-    ) -> None:
-        """The end of a write without a task."""
-        self._without_task -= 1
-        self._end(number)
+    def _written(self, request: _Request, number: int, error: Exception | None) -> None:
+        """The end of a write without a task, in whichever thread."""
         try:
             if error is None:
                 self._finish(request, OK)
             elif isinstance(error, OSError):
                 self._fail(request, error)
-            else:
+                error = None
+            self._queue.signal()
+        except QueueError as broken:
+            error = broken
+        self._over.append((number, error))
+        if error or self._waiting:  # who waits has said so before it looks at what is over
+            with suppress(trio.RunFinishedError):  # trio has crashed: nobody waits any more
+                self._token.run_sync_soon(self._count_ends)
+
+    def _count_ends(self) -> None:
+        """In trio, of the writes that have ended without a task."""
+        while self._over:
+            number, error = self._over.popleft()
+            self._without_task -= 1
+            self._end(number)
+            if error is not None:
                 self._nursery.start_soon(_fail_with, error)
-            if more:
-                self._finished.set()
-            else:  # at once: the guest need not wait for another round of the scheduler
-                self._signal()
-        except QueueError as failure:
-            self._nursery.start_soon(_fail_with, failure)
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        """Return when it is so, which changes only with the end of a change."""
+        self._waiting += 1
+        try:
+            self._count_ends()
+            while not is_so():
+                await self._ended.park()
+        finally:
+            self._waiting -= 1
 
     async def _write(self, request: _Request, buffers: Sequence[memoryview], number: int) -> None:
         try:
@@ -373,8 +404,7 @@ class _Service:
     async def _flush(self, request: _Request, begun: int) -> None:
         """Wait for all changes that came before, not only for those that had ended."""
         try:
-            while self._changes and next(iter(self._changes)) <= begun:
-                await self._ended.park()
+            await self._until(lambda: not self._changes or next(iter(self._changes)) > begun)
             await self._disk.flush()
         except OSError as error:
             self._fail(request, error)

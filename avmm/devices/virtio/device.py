@@ -65,7 +65,8 @@ class Link(Protocol):
 
 
 class GuestQueue:
-    """A queue while `serve` runs. From trio only; used by one task at a time.
+    """A queue while `serve` runs. From trio only, and used by one task at a time, but for `push`
+    and `signal`: any thread may call these that has ended before `serve` does.
 
     Where the guest breaks a rule, methods raise `QueueError`: let it pass, the transport
     stops the device and tells the guest (DEVICE_NEEDS_RESET).

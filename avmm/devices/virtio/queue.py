@@ -144,7 +144,9 @@ class Queue(Protocol):
         """The next chain, None where there is none. Raises `QueueError`."""
 
     def push(self, chain: Chain, written: int) -> None:
-        """Give a chain back, with `written` bytes written to it. Raises `QueueError`."""
+        """Give a chain back, with `written` bytes written to it. Raises `QueueError`.
+
+        This and `wants_interrupt` may be called in any thread."""
 
     def stage(self, chain: Chain, written: int) -> None:
         """As `push`, but the guest sees it only together with the next that is pushed."""
@@ -273,14 +275,14 @@ class Virtqueue:
     def push(self, chain: Chain, written: int) -> None:
         """See `Queue`. Does nothing with a chain that was taken back by `hold` or `reset`."""
         if self._ring is not None and self._in_flight.get(chain.head) is chain:
+            del self._in_flight[chain.head]  # before the guest can make it available again
             self._ring.push(chain.head, written)
-            del self._in_flight[chain.head]
 
     def stage(self, chain: Chain, written: int) -> None:
         """See `Queue`. Does nothing where `push` does nothing."""
         if self._ring is not None and self._in_flight.get(chain.head) is chain:
-            self._ring.push(chain.head, written, more=True)
             del self._in_flight[chain.head]
+            self._ring.push(chain.head, written, more=True)
 
     def wants_interrupt(self) -> bool:
         """See `Queue`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import struct
+import threading
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ OK, IOERR, UNSUPP = 0, 1, 2
 F_FLUSH = 1 << 9
 DATA = 0x2_0000
 SIZE = 1 << 20
+AT_ONCE = 4
 
 
 class Requests:
@@ -529,15 +531,67 @@ async def test_what_a_disk_ends_without_a_task_is_told_at_once() -> None:
         flush = requests.send(FLUSH)
         await settle()
         interrupts = requests.driver.bench.line.pulses
-        disk.begun.pop(1)(None, True)
-        disk.begun.pop(0)(OSError(errno.EIO, "x"), False)
+        disk.begun.pop(1)(None)
+        disk.begun.pop(0)(OSError(errno.EIO, "x"))
         assert requests.driver.bench.line.pulses == interrupts + 1
         assert await requests.answer(heads[1]) == (OK, b"")
         assert await requests.answer(heads[0]) == (IOERR, b"")
         assert disk.did == []  # the flush waits for the third
-        disk.begun.pop()(None, False)
+        disk.begun.pop()(None)
         assert await requests.answer(heads[2]) == (OK, b"")
         assert await requests.answer(flush) == (OK, b"")
+
+
+async def test_a_write_ends_in_a_threads_own_time_while_trio_is_busy() -> None:
+    disk = ThreadedDisk()
+    async with served(disk) as requests:
+        head = requests.send(OUT, 0, bytes(512))
+        await settle()
+        pulses = requests.driver.bench.line.pulses
+        thread = threading.Thread(target=disk.begun.pop(), args=(None,))
+        thread.start()
+        thread.join()
+        assert requests.ring.take() == [(head, 1)]
+        assert requests.driver.bench.line.pulses == pulses + 1
+
+
+@pytest.mark.parametrize("error", [None, OSError(errno.ENOSPC, "full")])
+async def test_a_flush_and_a_pause_are_told_by_a_thread(error: OSError | None) -> None:
+    disk = ThreadedDisk()
+    async with served(disk) as requests:
+        heads = [requests.send(OUT, 0, bytes(512)), requests.send(FLUSH)]
+        await settle()
+        await trio.to_thread.run_sync(disk.begun.pop(), error)
+        statuses = [(await requests.answer(head))[0] for head in heads]
+        assert statuses == [IOERR if error else OK, OK]
+        requests.send(OUT, 0, bytes(512))
+        await settle()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(requests.driver.bench.device.quiesce)
+            await settle()
+            await trio.to_thread.run_sync(disk.begun.pop(), error)
+        assert len(requests.ring.take()) == 1
+
+
+async def test_thousands_of_writes_end_in_two_threads(image: Path) -> None:
+    """Each is answered once, and is on the disk; pages are logged meanwhile, now and then."""
+    with RawDisk(image) as disk:
+        disk.write_now = lambda offset, buffers: False  # type: ignore[method-assign]
+        async with served(disk) as requests:
+            memory = requests.driver.bench.memory
+            for turn in range(300):
+                requests.at = requests.driver.end
+                heads = [
+                    requests.send(OUT, 8 * n, bytes([(turn + n) % 256]) * 4096)
+                    for n in range(AT_ONCE)
+                ]
+                memory.log() if turn % 2 else memory.unlog()
+                assert [await requests.answer(head) for head in heads] == [(OK, b"")] * len(heads)
+                assert all(
+                    image.read_bytes()[4096 * n : 4096 * (n + 1)]
+                    == bytes([(turn + n) % 256]) * 4096
+                    for n in range(AT_ONCE)
+                )
 
 
 async def test_a_pause_waits_for_writes_without_a_task() -> None:
@@ -552,7 +606,7 @@ async def test_a_pause_waits_for_writes_without_a_task() -> None:
             assert scope.cancelled_caught
             nursery.start_soon(device.quiesce)
             await settle()
-            disk.begun.pop()(None, False)
+            disk.begun.pop()(None)
         assert requests.ring.take() == [(head, 1)]  # and not made again after it
         await device.resume()
         await settle()
@@ -565,7 +619,7 @@ async def test_a_bug_in_a_disk_ends_the_machine_by_its_own_name() -> None:
         async with served(disk) as requests:
             requests.send(OUT, 0, bytes(512))
             await settle()
-            disk.begun.pop()(ZeroDivisionError("a bug"), False)
+            disk.begun.pop()(ZeroDivisionError("a bug"))
             await trio.sleep_forever()
     assert caught.group_contains(ZeroDivisionError, match="a bug")
 

@@ -450,14 +450,18 @@ def test_whatever_is_in_a_ring_stays_in_ram(direct, indirect, heads, count, even
             memory.close()
 
 
-@pytest.fixture(scope="module")
-def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp("stress") / "vring_stress"
-    source = Path(__file__).parents[2] / "support" / "vring_stress.c"
+def compiled(name: str, folder: Path) -> Path:
+    program = folder / name
+    source = Path(__file__).parents[2] / "support" / f"{name}.c"
     header = Path(avmm.__file__).parent / "kvm"
     command = ["cc", "-O2", "-std=gnu11", "-pthread", f"-I{header}", "-o", str(program)]
     subprocess.run([*command, str(source)], check=True)
     return program
+
+
+@pytest.fixture(scope="module")
+def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled("vring_stress", tmp_path_factory.mktemp("stress"))
 
 
 @pytest.mark.parametrize("event_idx", ["1", "0"], ids=["event_idx", "flags"])
@@ -472,6 +476,13 @@ def test_no_notification_is_lost_between_two_threads(
     done = subprocess.run(
         [stress, chains, event_idx], capture_output=True, text=True, timeout=290, check=False
     )
+    assert done.stdout == "ok\n"
+
+
+def test_several_threads_give_chains_back(tmp_path: Path) -> None:
+    program = compiled("vring_givers", tmp_path)
+    command = [program, "100000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=55, check=False)
     assert done.stdout == "ok\n"
 
 
