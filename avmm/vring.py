@@ -53,9 +53,8 @@ class RamTable:
         """Mark the pages that rings and devices write in `bitmap`, a bit for each of RAM as a
         whole, from now on; None: no more."""
         self._bitmap = bitmap
-        self.struct.dirty = (
-            ffi.NULL if bitmap is None else ffi.cast("uint64_t *", ffi.from_buffer(bitmap))
-        )
+        words = ffi.NULL if bitmap is None else ffi.cast("uint64_t *", ffi.from_buffer(bitmap))
+        lib.avmm_ram_log(self.struct, words)
 
     def clear(self) -> None:
         """There is no RAM any more."""

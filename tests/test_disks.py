@@ -455,6 +455,24 @@ async def test_a_thread_at_work_is_waited_for() -> None:
     pool.close()
 
 
+async def test_a_system_without_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    none, one = Pool("none", 2), Pool("one", 2)
+    await one.run(lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start"):
+            await none.run(lambda: None)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(one.run, lambda: None)
+    await none.run(lambda: None)
+    none.close()
+    one.close()
+
+
 async def test_what_a_thread_raises() -> None:
     pool = Pool("test", 1)
     with pytest.raises(ZeroDivisionError):

@@ -48,8 +48,12 @@ class Pool:
         task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
 
         def done(error: Exception | None) -> None:
+            if isinstance(error, OSError):
+                # Of its own, for this frame knows `error` when trio's may have hung theirs on it.
+                error = OSError(*error.args)
             result = outcome.Value(None) if error is None else outcome.Error(error)
             self._done.append((task, result))
+            del error, result
             if not self._is_told:  # by two threads at once it may be told twice
                 self._is_told = True
                 try:
@@ -61,23 +65,32 @@ class Pool:
         await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
 
     def begin(self, done: Done, function: Callable[..., Any], *args: Any) -> None:
-        """Call it in a thread, and there, after it, `done`, which must not raise."""
+        """Call it in a thread, and there, after it, `done`, which must not raise.
+
+        Raises `RuntimeError` where there is no thread and the system has none to give."""
+        if self._pending >= len(self._threads) < self._most:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more of them
+                if not self._threads:
+                    raise
+            else:
+                self._threads.append(thread)
         with self._counting:
             self._pending += 1
-        if self._pending > len(self._threads) < self._most:
-            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
         self._jobs.put((done, function, args))
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             done, function, args = job
-            error = None
+            error: Exception | None = None
             try:
                 function(*args)
+            except OSError as raised:  # where it came from tells nothing, and knows the buffers
+                error = raised.with_traceback(None)
             except Exception as raised:
-                error = raised  # `done` tells it to whoever asked
+                error = raised
             # Guest memory is let go of here, not when the next job comes.
             del job, function, args
             with self._counting:

@@ -376,6 +376,7 @@ struct avmm_vring {
     struct avmm_part parts[...];
     ...;
 };
+void avmm_ram_log(struct avmm_ram *ram, uint64_t *dirty);
 int avmm_vring_check(const struct avmm_vring *ring);
 int avmm_vring_walk(struct avmm_vring *ring, uint16_t head);
 void avmm_vring_mark(const struct avmm_vring *ring, uint16_t head);

@@ -126,10 +126,19 @@ static uint8_t *vring_used(const struct avmm_vring *ring)
     return ram_at(ring->ram, ring->used, 6 + 8ull * ring->size, NULL);
 }
 
-/* Any thread: whoever begins or ends the log need not wait for those that give chains back. Once
- * there was one its memory stays until RAM goes. */
+/* Log what is written from now on, or (NULL) no more. Who writes need not be waited for: it either
+ * sees the log after its write, or the write is seen by whoever reads RAM after this. Once there
+ * was a log, its memory stays until RAM goes. */
+static void avmm_ram_log(struct avmm_ram *ram, uint64_t *dirty)
+{
+    __atomic_store_n(&ram->dirty, dirty, __ATOMIC_SEQ_CST);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+/* The log to be told of what was written before this call. */
 static uint64_t *dirty_log(const struct avmm_vring *ring)
 {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     return __atomic_load_n(&ring->ram->dirty, __ATOMIC_SEQ_CST);
 }
 

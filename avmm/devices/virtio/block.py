@@ -347,10 +347,13 @@ class _Service:
                 if self._disk.begin_write(request.sector * SECTOR, buffers, ended):
                     return
             except OSError as error:
-                self._without_task -= 1
                 self._fail(request, error)
                 self._end(number)
+                self._without_task -= 1
                 return
+            except BaseException:
+                self._without_task -= 1
+                raise
             self._without_task -= 1
         self._nursery.start_soon(self._write, request, buffers, number)
 
@@ -358,13 +361,17 @@ class _Service:
         """The end of a write without a task, in whichever thread."""
         try:
             if error is None:
-                self._finish(request, OK)
+                self._answer(request, OK)
             elif isinstance(error, OSError):
-                self._fail(request, error)
+                self._device.failed(request.kind, request.sector, error)
+                self._answer(request, IOERR)
                 error = None
             self._queue.signal()
-        except QueueError as broken:
+        except Exception as broken:  # raised in trio: here it would end a thread that others need
             error = broken
+        # The disk's thread still knows the request when trio has been told, and guest memory may
+        # go then.
+        del request.chain, request.status
         self._over.append((number, error))
         if error or self._waiting:  # who waits has said so before it looks at what is over
             with suppress(trio.RunFinishedError):  # trio has crashed: nobody waits any more
@@ -467,7 +474,12 @@ class _Service:
         self._finish(request, IOERR)
 
     def _finish(self, request: _Request, status: int, written: int = 0) -> None:
-        """Answer it; `written` bytes were put before its status.
+        """Answer it, and interrupt the guest later, for all that is answered in trio meanwhile."""
+        self._answer(request, status, written)
+        self._pushed = True
+
+    def _answer(self, request: _Request, status: int, written: int = 0) -> None:
+        """Give it back; `written` bytes were put before its status. Any thread.
 
         Told to the driver is what was written from the beginning of its buffers on without a gap
         (2.7.8.2), and so the status only where all before it was.
@@ -479,4 +491,3 @@ class _Service:
         room = sum(map(len, chain.writable))
         whole = room == (0 if request.kind == GET_ID else written)
         self._queue.push(chain, written + whole, signal=False)
-        self._pushed = True

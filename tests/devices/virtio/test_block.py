@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import struct
 import threading
 import warnings
@@ -22,6 +23,7 @@ from avmm.devices.virtio.block import VirtioBlock
 from avmm.disks import OverlayDisk, RawDisk
 from avmm.disks.base import Disk, Done
 from avmm.errors import ConfigError, DeviceError
+from avmm.pages import PAGE, Bitmap
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -573,6 +575,50 @@ async def test_a_flush_and_a_pause_are_told_by_a_thread(error: OSError | None) -
         assert len(requests.ring.take()) == 1
 
 
+async def test_who_has_written_knows_no_guest_memory_any_more() -> None:
+    disk = ThreadedDisk()
+    async with served(disk) as requests:
+        for n in range(2):
+            requests.send(OUT, n, bytes(512))
+        await settle()
+        kept = disk.begun.copy()
+        kept[0](None)
+        kept[1](OSError(errno.ENOSPC, "full"))
+    assert kept  # and `served` has closed the memory without a warning
+
+
+async def test_what_the_end_of_a_write_raises_ends_the_machine() -> None:
+    """A filter of the user's for the log, say."""
+
+    def stumble(record: logging.LogRecord) -> bool:
+        raise ZeroDivisionError("a bug")
+
+    disk, log = ThreadedDisk(), logging.getLogger("avmm.disk")
+    log.addFilter(stumble)
+    try:
+        with pytest.raises(ExceptionGroup) as caught:
+            async with served(disk) as requests:
+                requests.send(OUT, 0, bytes(512))
+                await settle()
+                disk.begun.pop()(OSError(errno.ENOSPC, "full"))
+                await trio.sleep_forever()
+    finally:
+        log.removeFilter(stumble)
+    assert caught.group_contains(ZeroDivisionError, match="a bug")
+
+
+async def test_a_write_that_cannot_begin_ends_the_machine() -> None:
+    class NoThreads(ThreadedDisk):
+        def begin_write(self, offset: int, buffers: Sequence[memoryview], done: Done) -> bool:
+            raise RuntimeError("can't start new thread")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with served(NoThreads()) as requests:
+            requests.send(OUT, 0, bytes(512))
+            await trio.sleep_forever()
+    assert caught.group_contains(RuntimeError, match="can't start")
+
+
 async def test_thousands_of_writes_end_in_two_threads(image: Path) -> None:
     """Each is answered once, and is on the disk; pages are logged meanwhile, now and then."""
     with RawDisk(image) as disk:
@@ -585,8 +631,15 @@ async def test_thousands_of_writes_end_in_two_threads(image: Path) -> None:
                     requests.send(OUT, 8 * n, bytes([(turn + n) % 256]) * 4096)
                     for n in range(AT_ONCE)
                 ]
+                pages = {requests.sent[head][2] // PAGE for head in heads}
                 memory.log() if turn % 2 else memory.unlog()
+                logged = Bitmap(memory.size // PAGE)
                 assert [await requests.answer(head) for head in heads] == [(OK, b"")] * len(heads)
+                await requests.driver.bench.device.quiesce()
+                memory.take_dirty(logged)
+                await requests.driver.bench.device.resume()
+                found = {page for start, end in logged.runs() for page in range(start, end)}
+                assert pages < found if turn % 2 else not found
                 assert all(
                     image.read_bytes()[4096 * n : 4096 * (n + 1)]
                     == bytes([(turn + n) % 256]) * 4096
