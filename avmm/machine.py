@@ -333,7 +333,9 @@ class Machine:
     ) -> AbstractAsyncContextManager[Machine]:
         """`async with vm.clone() as twin:` a second machine, which goes on from where this one is.
 
-        RAM is shared until one of them writes to it. What cannot be shared is the caller's choice,
+        RAM is shared until one of them writes to it. While this machine stands still, what its
+        guest has written since it was cloned before, or restored, is copied once, in a thread: a
+        clone takes as long as that, and some milliseconds. What cannot be shared is the caller's choice,
         and is asked for where it is missing: `disks`, `net` and `vsock` say what the twin's are,
         as many as the guest has, with a CID and MAC addresses (the same ones, to keep them; of
         others its driver knows when it looks). `devices` and `calls` are as for `Machine`. What
@@ -506,7 +508,7 @@ async def _clone(
     with ExitStack() as stack:
         async with machine.paused(deadline):
             state = parts.save(with_memory=False)
-            memory = parts.memory.fork()
+            memory = await _forked(parts.memory)
             stack.callback(memory.close)
         origin = Origin(state, lambda: memory, described)
         twin = Machine.from_origin(origin, described.config, devices, calls)
@@ -516,6 +518,23 @@ async def _clone(
                 stream.discard_output()
         async with twin:
             yield twin
+
+
+async def _forked(memory: GuestMemory) -> GuestMemory:
+    """What it has to copy first, it copies in a thread. An error's frames know views of RAM, so
+    none of them leaves that: trio would keep it in a circle, and RAM mapped."""
+
+    def settle() -> str | None:
+        try:
+            memory.settle()
+        except OSError as error:
+            return error.strerror or repr(error)
+        return None
+
+    why = await trio.to_thread.run_sync(settle) if memory.is_private else None
+    if why is not None:
+        raise AvmmError(f"the machine cannot be cloned: the host has no room for its RAM: {why}")
+    return memory.fork()
 
 
 def _only(group: BaseException) -> BaseException | None:

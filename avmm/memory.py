@@ -12,7 +12,8 @@ file holds (a snapshot, or another guest's RAM at the moment of a `fork`) is map
 page is read from the file when it is first touched and copied when it is first written, so neither
 costs anything before. What the file holds must not change meanwhile. A guest that is forked goes
 on with a private mapping of its own memfd, at the same addresses, so KVM, rings and views know
-nothing of it; pages that it has written since an earlier fork are its own, and are copied.
+nothing of it; pages that it has written since an earlier fork are its own, and become a layer
+(`avmm.layers`) that both have over the file.
 
 **Dirty pages.** Between `log` and `unlog` the host's writes are noted page by page: those of
 `write`, `discard` and of rings and their chains. KVM logs the guest's own (`avmm.dirty`). Nobody
@@ -26,10 +27,12 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
 from avmm.errors import ConfigError, GuestMemoryError
+from avmm.layers import Layers
 from avmm.pages import COPY_ON_WRITE, PAGE, Bitmap, own_pages, remap_private
 from avmm.vring import RamTable
 
@@ -93,10 +96,17 @@ class GuestMemory:
 
     `size` is in bytes or as in `parse_size`; it must be a positive multiple of the page size
     and no more than the host's own memory, else `ConfigError`. It is zero, or, copy-on-write,
-    what `base` (a descriptor, and where in its file it begins, at a whole page) holds.
+    what `base` (a descriptor, and where in its file it begins, at a whole page) holds, under
+    `layers`, which it closes.
     """
 
-    def __init__(self, size: int | str, *, base: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        size: int | str,
+        *,
+        base: tuple[int, int] | None = None,
+        layers: Layers | None = None,
+    ) -> None:
         self.size = size = check_size(size)
         self.is_private = base is not None
         """Does it belong to nobody but this process, copied from a file when it is written?"""
@@ -110,6 +120,9 @@ class GuestMemory:
                 os.ftruncate(fd, size)
             flags = mmap.MAP_SHARED if base is None else COPY_ON_WRITE
             self._maps = [mmap.mmap(fd, size, flags=flags, offset=self._base)]
+            self._layers = layers or Layers(size)
+            with memoryview(self._maps[0]) as ram:
+                self._layers.map_over(ram)
         except BaseException:
             os.close(fd)
             raise
@@ -202,7 +215,8 @@ class GuestMemory:
         """Give the pages of RAM at `gpa` back to the host: what they held is gone.
 
         They read as zeros then, or, of copy-on-write RAM, as what the guest had there when that
-        began. Raises `GuestMemoryError` where they are no whole pages of RAM.
+        began, or when it was forked last. Raises `GuestMemoryError` where they are no whole pages
+        of RAM.
         """
         at = self._offset(gpa, length)
         if at is None or gpa % PAGE or length % PAGE:
@@ -265,6 +279,7 @@ class GuestMemory:
             at = min(os.lseek(self.fd, start, os.SEEK_HOLE), end)
             found.mark(start - self._base, at - start)
         if self.is_private:
+            self._layers.populate(found)
             own_pages(self.whole, found)
         return found
 
@@ -273,23 +288,28 @@ class GuestMemory:
     def fork(self) -> GuestMemory:
         """RAM that holds what this holds now, and from now on goes its own way, copy-on-write.
 
-        Only while nothing writes this. Read-only regions are not taken over. Takes as long as it
-        takes to copy what was written since the last `fork`.
+        Only while nothing writes this. Read-only regions are not taken over. Costs what it takes
+        to copy what was written since the last `fork`, or nothing after `settle`. Raises `OSError`
+        or `KvmError` where the host has no room.
         """
-        copy = GuestMemory(self.size, base=(self.fd, self._base))
-        try:
-            if self.is_private:
-                changed = Bitmap(self.size // PAGE)
-                own_pages(self.whole, changed)
-                for start, end in changed.runs():
-                    copy.whole[start * PAGE : end * PAGE] = self.whole[start * PAGE : end * PAGE]
-            else:
-                remap_private(self.whole, self.fd, self._base)
-                self.is_private = True
-        except BaseException:
-            copy.close()
-            raise
+        self.settle()
+        with ExitStack() as stack:
+            layers = stack.enter_context(self._layers.copy())
+            copy = GuestMemory(self.size, base=(self.fd, self._base), layers=layers)
+            stack.pop_all()
         return copy
+
+    def settle(self) -> None:
+        """Put what was written since the last `fork` where a fork finds it. Any thread; for the
+        rest as `fork`."""
+        if not self.is_private:
+            remap_private(self.whole, self.fd, self._base)
+            self.is_private = True
+            return
+        own = Bitmap(self.size // PAGE)
+        own_pages(self.whole, own)
+        if len(own):
+            self._layers.add(self.whole, own, self.populated())
 
     def contents(self) -> Iterator[tuple[int, bytes]]:
         """What RAM holds, as (GPA, bytes) runs; what was never touched, and is zero, is left out.
@@ -322,6 +342,7 @@ class GuestMemory:
         self._views = []
         self._regions = []
         os.close(self.fd)
+        self._layers.close()
         outlived = [mapping for mapping in self._maps if not _closed(mapping)]
         self._maps = []
         if outlived:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import random
+import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from avmm import layers as layers_module
 from avmm import memory as memory_module
 from avmm.memory import HOLE_END, HOLE_START, GuestMemory
-from avmm.pages import PAGE, RUN_BYTES, Bitmap, Packer, unpack
+from avmm.pages import PAGE, RUN_BYTES, Bitmap, Packer, own_pages, unpack
 from avmm.vring import SplitRing
 
 PAGES = 70
@@ -77,9 +81,15 @@ class RamMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.runs = layers_module._RUNS
         self.guests = [Guest(GuestMemory(SIZE), bytearray(SIZE), None)]
 
+    @initialize(most=st.sampled_from([2, 5, 256]))
+    def allow_runs(self, most: int) -> None:
+        layers_module._RUNS = most  # type: ignore[misc]
+
     def teardown(self) -> None:
+        layers_module._RUNS = self.runs  # type: ignore[misc]
         for guest in self.guests:
             guest.memory.close()
 
@@ -134,14 +144,22 @@ class RamMachine(RuleBasedStateMachine):
     def fork(self, which: int) -> None:
         guest = self.pick(which)
         memory = guest.memory.fork()
-        if guest.base is None:
-            guest.base = bytes(guest.model)
+        guest.base = bytes(guest.model)
         twin = Guest(memory, bytearray(guest.model), guest.base)
         twin.pushed = 0
         self.guests.append(twin)
         # A ring of its own, from the beginning.
         twin.write(AVAIL, bytes(PAGE))
         twin.write(USED, bytes(PAGE))
+
+    @precondition(lambda self: len(self.guests) > 1)
+    @rule(which=COUNTS)
+    def end(self, which: int) -> None:
+        """Whoever goes on needs nothing of one that has ended, whichever came of which."""
+        guest = self.pick(which)
+        guest.ring = None
+        guest.memory.close()
+        self.guests.remove(guest)
 
     @rule(which=COUNTS)
     def begin_copy(self, which: int) -> None:
@@ -189,7 +207,7 @@ class RamMachine(RuleBasedStateMachine):
 
 
 TestRam = RamMachine.TestCase
-TestRam.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestRam.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.slow
@@ -199,6 +217,80 @@ def test_ram_at_length() -> None:
         settings = settings(max_examples=1500, stateful_step_count=60, deadline=None)
 
     Long("runTest").runTest()
+
+
+def mappings() -> int:
+    """How many this process has of forked RAM."""
+    return len(re.findall("memfd:avmm-(?:ram|layer)", Path("/proc/self/maps").read_text()))
+
+
+def held_in_layers(memory: GuestMemory) -> int:
+    """Bytes that the layers take in memory."""
+    return sum(512 * os.fstat(layer.fd).st_blocks for layer in memory._layers._all)
+
+
+def test_a_fork_copies_what_was_written_since_the_one_before() -> None:
+    memory = GuestMemory(4096 * PAGE)
+    memory.fork().close()
+    memory.write(0, b"a" * 2048 * PAGE)
+    twins = [memory.fork()]
+    assert held_in_layers(memory) == 2048 * PAGE
+    for turn in range(5):
+        memory.write(turn * PAGE, b"b" * PAGE)
+        twins.append(memory.fork())
+        assert held_in_layers(memory) <= (2048 + turn + 1) * PAGE
+    assert len(memory._layers._all) == 2
+    assert own(memory) == own(twins[-1]) == 0
+    assert [twin.read(2 * PAGE, 1) for twin in twins] == [b"a", b"a", b"a", b"b", b"b", b"b"]
+    assert held_in_layers(twins[0]) == 2048 * PAGE
+    memory.write(0, b"c" * 4096 * PAGE)
+    twins.append(memory.fork())
+    assert len(memory._layers._all) == 1, "it takes in what it covers"
+    for twin in [memory, *twins]:
+        twin.close()
+
+
+def own(memory: GuestMemory) -> int:
+    found = Bitmap(memory.size // PAGE)
+    own_pages(memory.whole, found)
+    return len(found)
+
+
+def test_layers_are_few_and_their_mappings_too() -> None:
+    pages = 1 << 14
+    memory = GuestMemory(pages * PAGE)
+    memory.fork().close()
+    before, model = mappings(), bytearray(pages)
+    chances = random.Random(1)
+    for turn in range(60):
+        for _ in range(chances.choice([1, 20, 2000])):
+            page = chances.randrange(pages)
+            model[page] = turn + 1
+            memory.write(page * PAGE, bytes([turn + 1]))
+        with closing(memory.fork()) as twin:
+            assert bytes(twin.whole[::PAGE]) == model
+        assert len(memory._layers._all) <= 14
+        assert mappings() - before <= 2 * layers_module._RUNS
+    assert bytes(memory.whole[::PAGE]) == model
+    memory.close()
+
+
+def test_a_host_without_room_leaves_the_guest_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(fd: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    memory = GuestMemory(SIZE)
+    memory.fork().close()
+    memory.write(0, b"a" * SIZE)
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fails)
+        with pytest.raises(OSError, match="No space left"):
+            memory.fork()
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    with closing(memory.fork()) as twin:
+        assert twin.read(0, SIZE) == memory.read(0, SIZE) == b"a" * SIZE
+    memory.close()
 
 
 # -- the parts -----------------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""Clones: what they share with the machine that they came of, and what they must not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import avmm
+from avmm.errors import ConfigError
+
+pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm")]
+
+PROMPT = b"avmm> "
+
+
+async def ask(vm: avmm.Machine, line: bytes) -> str:
+    """Type a line: what is printed up to the next prompt, without the line."""
+    await vm.console.send_all(line + b"\r")
+    said = b""
+    with trio.fail_after(20):
+        while not said.endswith(b"\n" + PROMPT):
+            said += await vm.console.receive_some()
+    return said.decode().partition("\r\n")[2].removesuffix(PROMPT.decode())
+
+
+async def checksum(vm: avmm.Machine) -> str:
+    """Of 16 MiB, of which some was written."""
+    return (await ask(vm, b"sum 0x1000000 0x1000000")).split()[1]
+
+
+async def greeted(vm: avmm.Machine) -> None:
+    said = b""
+    with trio.fail_after(20):
+        while not said.endswith(PROMPT):
+            said += await vm.console.receive_some()
+
+
+async def test_each_has_a_disk_of_its_own(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(64 * 512))
+    disk = f"{image},overlay"
+    async with avmm.Machine(memory="8M", disks=[disk]) as vm:
+        await greeted(vm)
+        with pytest.raises(ConfigError, match=r"disks.*which file each of them is here, not 0"):
+            async with vm.clone():
+                pytest.fail("it has no disk")
+        async with vm.clone(disks=[disk]) as twin:
+            for each in twin, vm:
+                assert "not empty" not in await ask(each, b"count 20 disk")
+            async with twin.clone(disks=[disk]) as third:
+                assert "holds" in await ask(third, b"count 20 disk"), "it has what the twin wrote"
+        await ask(vm, b"echo")
+    assert image.read_bytes() == bytes(64 * 512)
+
+
+async def test_a_disk_that_is_written_can_be_copied_at_the_standstill(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(bytes(64 * 512))
+    async with avmm.Machine(memory="8M", disks=[str(first)]) as vm:
+        await greeted(vm)
+        await ask(vm, b"count 10 disk")
+        with pytest.raises(ConfigError, match="it is in use"):
+            async with vm.clone(disks=[str(first)]):
+                pytest.fail("two write the same disk")
+        async with vm.paused():
+            second.write_bytes(first.read_bytes())
+            async with vm.clone(disks=[str(second)]) as twin:
+                assert "holds" in await ask(twin, b"count 20 disk")
+        await ask(vm, b"echo")
+    assert second.read_bytes() == first.read_bytes()
+
+
+class Bell(avmm.Device):
+    """A write to it says that what came before has happened."""
+
+    def __init__(self) -> None:
+        self.rung = trio.Event()
+
+    async def write(self, offset: int, size: int, value: int) -> None:
+        self.rung.set()
+
+    def save(self) -> Mapping[str, Any]:
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """It has none."""
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_output_that_nobody_has_received(keep: bool) -> None:
+    bell = Bell()
+    async with avmm.Machine(memory="8M", devices=[avmm.pio(bell, 0x5000, 1)]) as vm:
+        await greeted(vm)
+        await vm.console.send_all(b"echo on\rout 0x5000 1\r")
+        with trio.fail_after(10):
+            await bell.rung.wait()
+        async with vm.clone(devices=[avmm.pio(Bell(), 0x5000, 1)], keep_output=keep) as twin:
+            await twin.console.send_all(b"echo twin\r")
+            said = b""
+            with trio.fail_after(10):
+                while not said.endswith(b"\ntwin\r\navmm> "):
+                    said += await twin.console.receive_some()
+            assert (b"echo on\r\non\r\n" in said) is keep
+        said = b""
+        with trio.fail_after(10):
+            while not said.endswith(b"out 0x5000 1\r\navmm> "):
+                said += await vm.console.receive_some()
+        assert b"echo on\r\non\r\n" in said
+
+
+async def test_a_restored_guest_that_has_written_much_is_cloned_again_and_again(
+    tmp_path: Path,
+) -> None:
+    """Copied is what was written since the last time, and meanwhile the program's other tasks run;
+    what clones have in common is there once."""
+    snap = tmp_path / "snap"
+    async with avmm.Machine(memory="128M") as vm:
+        await greeted(vm)
+        await vm.snapshot(snap)
+    async with avmm.restore(snap) as vm, trio.open_nursery() as nursery:
+        await ask(vm, b"burn 4000 1")
+        sums = [await checksum(vm)]
+        rounds = [0]
+
+        async def count() -> None:
+            while True:
+                rounds[0] += 1
+                await trio.sleep(0.001)
+
+        nursery.start_soon(count)
+        own = []
+        for turn in range(4):
+            before = rounds[0]
+            async with vm.clone() as twin:
+                assert turn or rounds[0] > before + 3, "the others stood still"
+                layers = twin._running.memory._layers._all
+                own.append(len(layers[-1].pages))
+                assert await checksum(twin) == sums[-1]
+                await ask(twin, b"poke 0x1000000 %d" % turn)
+            await ask(vm, b"poke.q 0x1800000 %d" % (100 + turn))
+            sums.append(await checksum(vm))
+        assert len(set(sums)) == len(sums)
+        assert own[0] > 16384
+        assert max(own[1:]) < 2048
+        nursery.cancel_scope.cancel()
