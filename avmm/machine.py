@@ -335,12 +335,13 @@ class Machine:
 
         RAM is shared until one of them writes to it. While this machine stands still, what its
         guest has written since it was cloned before, or restored, is copied once, in a thread: a
-        clone takes as long as that, and some milliseconds. What cannot be shared is the caller's choice,
-        and is asked for where it is missing: `disks`, `net` and `vsock` say what the twin's are,
-        as many as the guest has, with a CID and MAC addresses (the same ones, to keep them; of
-        others its driver knows when it looks). `devices` and `calls` are as for `Machine`. What
-        this machine's consoles have put out that nobody has received is received here only, or,
-        with `keep_output`, from both.
+        clone takes as long as that, and some milliseconds.
+
+        What cannot be shared is the caller's choice, and is asked for where it is missing:
+        `disks`, `net` and `vsock` say what the twin's are, as many as the guest has, with a CID
+        and MAC addresses (the same ones, to keep them; of others its driver knows when it looks).
+        `devices` and `calls` are as for `Machine`. What this machine's consoles have put out that
+        nobody has received is received here only, or, with `keep_output`, from both.
 
         Entering it raises `ConfigError` for what is missing, and as `paused` and `Machine` do.
         """

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pexpect
@@ -25,9 +25,17 @@ AVMM = [sys.executable, "-m", "avmm"]
 PROMPT = "avmm> "
 
 
-def avmm(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+def avmm(
+    *arguments: str, given: str = "", env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*AVMM, *arguments], input=given, capture_output=True, text=True, timeout=30, check=False
+        [*AVMM, *arguments],
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env=os.environ | (env or {}),
     )
 
 
@@ -462,10 +470,32 @@ def test_bench_migration_compares_with_qemu() -> None:
         pytest.skip("QEMU is not installed")
     done = avmm("bench", "migration", "--json", "--memory", "16M", "--rounds", "1")
     rows = json.loads(done.stdout)
+    written = rows.pop()
+    assert written["case"] == "written, MiB/s"
+    assert written["ratio"] == pytest.approx(
+        written["mib_per_second"] / written["raw_mib_per_second"]
+    )
     cases = [(guest, what) for guest in ("idle", "200 MiB/s") for what in ("total", "downtime")]
     assert [row["case"] for row in rows] == [", ".join(case) for case in cases]
     assert all(row["ratio"] == pytest.approx(row["us"] / row["raw_us"]) for row in rows)
     assert all(rows[at]["us"] > rows[at + 1]["us"] for at in (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "count"),
+    [("virtio", ("--count", "20"), 9), ("migration", ("--memory", "16M"), 5)],
+)
+def test_without_qemu_there_is_no_ratio(what: str, options: tuple[str, ...], count: int) -> None:
+    path = {"PATH": str(Path(sys.executable).parent)}
+    done = avmm("bench", what, "--json", "--rounds", "1", *options, env=path)
+    rows = json.loads(done.stdout)
+    assert len(rows) == count
+    for row in rows:
+        assert row["ratio"] is row.get("raw_us") is row.get("raw_mib_per_second") is None
+        assert row.get("us", row.get("mib_per_second")) > 0
+    if what == "migration":
+        said = avmm("bench", what, "--rounds", "1", *options, env=path).stdout
+        assert said.splitlines()[-1].split()[-2:] == ["-", "-"]
 
 
 def test_bench_snapshot_compares_with_qemu_and_with_a_boot() -> None:

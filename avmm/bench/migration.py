@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Final
 
 import trio
@@ -27,8 +26,8 @@ from avmm import guests
 from avmm.bench import shell
 from avmm.bench.qemu import QEMU
 from avmm.bench.qmp import Qemu
-from avmm.bench.row import Row
-from avmm.errors import AvmmError, ConfigError
+from avmm.bench.row import Row, SpeedRow, medians
+from avmm.errors import AvmmError
 from avmm.machine import Machine
 
 RATES: Final = (0, 200)
@@ -38,37 +37,38 @@ _WARM_SECONDS: Final = 0.5
 """How long it has been writing when the migration begins."""
 _ENOUGH: Final = 0.4
 """As much of the rate must it have reached, standstill and first touches of pages included."""
-_Times = tuple[float, float]
-"""Total and downtime, in seconds."""
+_Measured = tuple[float, float, float]
+"""Total and downtime, in microseconds, and how fast the guest has written, in MiB a second."""
 
 
-async def measure(memory: int, rounds: int, progress: Callable[[], None]) -> list[Row]:
-    """Two rows a rate: medians over the rounds, and the median of the rounds' own ratios.
+async def measure(memory: int, rounds: int, progress: Callable[[], None]) -> list[Row | SpeedRow]:
+    """Two rows a rate: medians over the rounds, and the median of the rounds' own ratios. And how
+    fast the guest has written, from before its migration to after it.
 
-    `progress` is called at each of `steps(rounds)` steps. Raises `ConfigError` where there is no
-    QEMU, `AvmmError` where a guest does not go on after its migration.
+    `progress` is called at each of `steps(rounds)` steps. Raises `AvmmError` where a guest does
+    not go on after its migration.
     """
-    if shutil.which(QEMU) is None:
-        raise ConfigError(f"{QEMU} is not installed (Debian: apt-get install qemu-system-x86)")
-    rows = []
+    has_qemu = shutil.which(QEMU) is not None
+    rows: list[Row | SpeedRow] = []
     for rate in RATES:
-        pairs = []
+        pairs: list[tuple[_Measured, _Measured | None]] = []
         for _ in range(rounds):
-            base = await _theirs(memory, rate)
+            base = await _theirs(memory, rate) if has_qemu else None
             progress()
             pairs.append((await _ours(memory, rate), base))
             progress()
         name = f"{rate} MiB/s" if rate else "idle"
-        for at, what in enumerate(("total", "downtime")):
-            rows.append(
-                Row(
-                    f"{name}, {what}",
-                    median(ours[at] for ours, _ in pairs) * 1e6,
-                    median(base[at] for _, base in pairs) * 1e6,
-                    median(ours[at] / base[at] for ours, base in pairs),
-                )
-            )
+        rows.append(Row(f"{name}, total", *_medians(pairs, 0)))
+        rows.append(Row(f"{name}, downtime", *_medians(pairs, 1)))
+        if rate:
+            rows.append(SpeedRow("written, MiB/s", *_medians(pairs, 2)))
     return rows
+
+
+def _medians(
+    pairs: list[tuple[_Measured, _Measured | None]], at: int
+) -> tuple[float, float | None, float | None]:
+    return medians([(ours[at], None if base is None else base[at]) for ours, base in pairs])
 
 
 def steps(rounds: int) -> int:
@@ -76,7 +76,7 @@ def steps(rounds: int) -> int:
     return 2 * rounds * len(RATES)
 
 
-async def _ours(memory: int, rate: int) -> _Times:
+async def _ours(memory: int, rate: int) -> _Measured:
     here, there = socket.socketpair()
     with there:
         fd = there.fileno()
@@ -94,11 +94,10 @@ async def _ours(memory: int, rate: int) -> _Times:
     finally:
         receiver.kill()
         receiver.wait()
-    _demand_alive(said.decode(), rate)
-    return report.total, report.downtime
+    return report.total * 1e6, report.downtime * 1e6, _written(said.decode(), rate)
 
 
-async def _theirs(memory: int, rate: int) -> _Times:
+async def _theirs(memory: int, rate: int) -> _Measured:
     options = ["-kernel", str(guests.path("shell")), "-machine", "acpi=off"]
     options += ["-m", f"{memory >> 20}M"]
     with tempfile.TemporaryDirectory(prefix="avmm-bench-") as name:
@@ -115,8 +114,8 @@ async def _theirs(memory: int, rate: int) -> _Times:
                 told = source.migrate(line, TARGET_DOWNTIME)
                 downtime = destination.wait_for("RESUME") - source.wait_for("STOP")
             async with await trio.open_unix_socket(destination.console) as console:
-                _demand_alive(await shell.ask(console, b"\r"), rate)
-    return told["total-time"] / 1000, downtime
+                written = _written(await shell.ask(console, b"\r"), rate)
+    return told["total-time"] * 1e3, downtime * 1e6, written
 
 
 async def _prepare(console: trio.abc.Stream, memory: int, rate: int) -> None:
@@ -126,9 +125,13 @@ async def _prepare(console: trio.abc.Stream, memory: int, rate: int) -> None:
         await trio.sleep(_WARM_SECONDS)
 
 
-def _demand_alive(said: str, rate: int) -> None:
-    if shell.PROMPT.decode() not in said or (rate and "wrote to" not in said):
+def _written(said: str, rate: int) -> float:
+    """How fast it has written, as it says itself; raises `AvmmError` where it has not gone on."""
+    if shell.PROMPT.decode() not in said:
         raise AvmmError(f"the guest does not go on after its migration: {said!r}")
-    reached = re.search(r": (\d+) MiB/s", said)
-    if rate and (reached is None or int(reached[1]) < rate * _ENOUGH):
+    if not rate:
+        return 0.0
+    reached = re.search(r"wrote to .*: (\d+) MiB/s", said)
+    if reached is None or int(reached[1]) < rate * _ENOUGH:
         raise AvmmError(f"the guest was to write to {rate} MiB/s, and has not: {said!r}")
+    return float(reached[1])

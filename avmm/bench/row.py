@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case: microseconds by avmm and by its baseline in C, and the ratio of the two."""
+    """One case: microseconds by avmm and by its baseline, and the ratio of the two; None where
+    the baseline is QEMU, and there is none."""
 
     case: str
     us: float
-    raw_us: float
-    ratio: float
+    raw_us: float | None
+    ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,16 @@ class RateRow(Row):
 
 
 @dataclass(frozen=True)
+class SpeedRow:
+    """One case: MiB a second by avmm and by its baseline, and the ratio of the two."""
+
+    case: str
+    mib_per_second: float
+    raw_mib_per_second: float | None
+    ratio: float | None
+
+
+@dataclass(frozen=True)
 class SizeRow:
     """One case: KiB of avmm and of its baseline, and the ratio of the two."""
 
@@ -31,3 +44,14 @@ class SizeRow:
     kib: float
     raw_kib: float
     ratio: float
+
+
+def medians(
+    pairs: Sequence[tuple[float, float | None]],
+) -> tuple[float, float | None, float | None]:
+    """Of the rounds' (ours, baseline): ours, the baseline, and the rounds' own ratios."""
+    ours = median(ours for ours, _ in pairs)
+    bases = [base for _, base in pairs if base is not None]
+    if not bases:
+        return ours, None, None
+    return ours, median(bases), median(ours / base for ours, base in pairs if base is not None)

@@ -17,10 +17,10 @@ from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
 from avmm.bench import snapshot as bench_snapshot
 from avmm.bench import virtio as bench_virtio
-from avmm.bench.row import Row, SizeRow
+from avmm.bench.row import Row, SizeRow, SpeedRow
 from avmm.memory import parse_size
 
-Measure = Callable[[Callable[[], None]], Sequence[Row | SizeRow]]
+Measure = Callable[[Callable[[], None]], Sequence[Row | SizeRow | SpeedRow]]
 
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="A list of objects: case, us, raw_us, ratio."
@@ -132,5 +132,15 @@ def _run(measure: Measure, steps: int, as_json: bool) -> None:
         return
     click.echo(f"{'case':24} {'µs':>8} {'raw µs':>8} {'× raw':>7}")
     for row in rows:
-        ours, raw = (row.kib, row.raw_kib) if isinstance(row, SizeRow) else (row.us, row.raw_us)
-        click.echo(f"{row.case:24} {ours:8.1f} {raw:8.1f} {row.ratio:7.2f}")
+        ours, raw = _values(row)
+        has_no_baseline = raw is None or row.ratio is None
+        compared = f"{'-':>8} {'-':>7}" if has_no_baseline else f"{raw:8.1f} {row.ratio:7.2f}"
+        click.echo(f"{row.case:24} {ours:8.1f} {compared}")
+
+
+def _values(row: Row | SizeRow | SpeedRow) -> tuple[float, float | None]:
+    if isinstance(row, SizeRow):
+        return row.kib, row.raw_kib
+    if isinstance(row, SpeedRow):
+        return row.mib_per_second, row.raw_mib_per_second
+    return row.us, row.raw_us
