@@ -221,8 +221,8 @@ async def test_a_migration_with_a_disk_of_another_size_sends_no_memory(tmp_path:
             nursery.start_soon(receive)
             with pytest.raises(MigrationError, match=f"{there}: it has 4096 bytes, .* has 8192"):
                 await vm.migrate(line.source)
-        assert Message.OFFER in line.frames["there"].first
-        assert Message.PAGES not in line.frames["there"].first
+        assert Message.OFFER in line.frames["there"].seen
+        assert Message.PAGES not in line.frames["there"].seen
         await vm.console.send_all(b"exit 3\r")
         assert (await vm.wait()).status == 3
 

@@ -174,7 +174,10 @@ async def test_a_line_on_which_nothing_goes_wrong(tmp_path: Path) -> None:
     for _ in range(3):
         outcome, line = await attempt(tmp_path, Fault())
         assert outcome == "migrated", line.why
-        assert [Message(kind).name for kind in line.frames["back"].first] == [
+        said = line.frames["there"].seen
+        assert sorted(said) == sorted({message for way, message, _ in SAID if way == "there"})
+        assert 1 <= len(said[Message.PAGES]) <= len(said[Message.ROUND]) <= 3
+        assert [Message(kind).name for kind in line.frames["back"].seen] == [
             "HELLO",
             "ACCEPT",
             "READY",
@@ -182,20 +185,35 @@ async def test_a_line_on_which_nothing_goes_wrong(tmp_path: Path) -> None:
         ]
 
 
-SAID = [
+SAID: list[tuple[Way, Message, int]] = [
     *(
-        ("there", Message[name])
-        for name in ("HELLO", "OFFER", "PAGES", "ROUND", "STATE", "STATE_END", "COMMIT")
+        ("there", Message[name], number)
+        for name, number in (
+            ("HELLO", 0),
+            ("OFFER", 0),
+            ("PAGES", 0),
+            ("ROUND", 0),
+            ("PAGES", 1),  # of the standstill, as this guest goes
+            ("ROUND", 1),
+            ("STATE", 0),
+            ("STATE_END", 0),
+            ("COMMIT", 0),
+        )
     ),
-    *(("back", Message[name]) for name in ("HELLO", "ACCEPT", "READY", "RUNNING")),
+    *(("back", Message[name], 0) for name in ("HELLO", "ACCEPT", "READY", "RUNNING")),
 ]
 
 
 async def at_messages(folder: Path, kind: Kind, at: int) -> None:
     """Before COMMIT nothing has happened; without RUNNING nobody knows."""
-    for way, message in SAID:
-        outcome, line = await attempt(folder, Fault(kind, way, at, message))
-        assert line.has_happened
+    for way, message, number in SAID:
+        fault = Fault(kind, way, at, message, number)
+        for _ in range(20):  # the one that comes twice may come once
+            outcome, line = await attempt(folder, fault)
+            if line.has_happened:
+                break
+            assert number, fault
+        assert line.has_happened, fault
         if kind == "double" and message in (Message.COMMIT, Message.RUNNING):
             wanted = "migrated"  # what comes after the last word is not listened to
         elif kind == "double" and message is Message.READY:
@@ -229,7 +247,7 @@ async def at_random(folder: Path, count: int, seed: int) -> Counter[str]:
     _, line = await attempt(folder, Fault())
     ends = line.gone
     seen = Counter[str]()
-    for _ in range(count):
+    while seen.total() < count:
         way: Way = moments.choice(("there", "there", "back"))
         # Most bytes are RAM; the rest, the state and the end, are worth as many.
         at = moments.randrange(ends[way])
@@ -237,11 +255,15 @@ async def at_random(folder: Path, count: int, seed: int) -> Counter[str]:
             at = ends[way] - 1 - moments.randrange(20_000)
         fault = Fault(moments.choice(KINDS), way, at)
         try:
-            outcome, _ = await attempt(folder, fault)
+            outcome, line = await attempt(folder, fault)
         except BaseException as error:
             error.add_note(f"{fault}")
             raise
-        seen[outcome] += 1
+        if line.has_happened:
+            seen[outcome] += 1
+        else:  # less was said this time, as the guest had written less
+            assert outcome == "migrated"
+            ends = line.gone
     return seen
 
 
@@ -254,4 +276,4 @@ async def test_at_random_bytes(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 async def test_at_many_random_bytes(tmp_path: Path) -> None:
     seen = await at_random(tmp_path, MANY, 2)
-    assert min(seen["failed"], seen["migrated"], seen["unknown, there"]) > MANY / 100
+    assert min(seen["failed"], seen["unknown, there"]) > MANY / 100

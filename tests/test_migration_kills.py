@@ -79,8 +79,8 @@ class Line:
         with contextlib.suppress(OSError):  # one side is dead, or has ended
             while not is_over and (data := near.recv(_CHUNK)):
                 frames.feed(data)
-                if way == self._kill.way and self._kill.message in frames.first:
-                    _, end = frames.first[self._kill.message]
+                if way == self._kill.way and self._kill.message in frames.seen:
+                    _, end = frames.seen[self._kill.message][0]
                     if said + len(data) >= end:
                         self._do()
                         data = b"" if self._kill.is_lost else data[: end - said]

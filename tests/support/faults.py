@@ -5,13 +5,14 @@
         ...  vm.migrate(line.source) ... avmm.receive(line.destination)
 
 `there` is from the source to the destination, `back` the other way. A fault happens at a byte,
-counted from the beginning, or from that of the first message of a kind (from its end, where that
-is negative), or not at all where less is said.
+counted from the beginning, or from that of the first message of a kind, or of a later one (from
+its end, where that is negative), or not at all where less is said.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal
@@ -37,6 +38,8 @@ class Fault:
     way: Way = "there"
     at: int = 0
     message: Message | None = None
+    number: int = 0
+    """Which of that kind, from 0."""
 
 
 class Frames:
@@ -44,8 +47,8 @@ class Frames:
 
     def __init__(self) -> None:
         self.end = 0
-        self.first: dict[int, tuple[int, int]] = {}
-        """Where the first of each kind begins and ends."""
+        self.seen = defaultdict[int, list[tuple[int, int]]](list)
+        """Where those of each kind begin and end."""
         self._head = b""
         self._payload_left = 0
 
@@ -59,7 +62,7 @@ class Frames:
             if len(self._head) == HEADER_BYTES:
                 self._payload_left = int.from_bytes(self._head[4:8], "little")
                 start, self.end = self.end, self.end + HEADER_BYTES + self._payload_left
-                self.first.setdefault(self._head[0], (start, self.end))
+                self.seen[self._head[0]].append((start, self.end))
                 self._head = b""
 
 
@@ -115,9 +118,10 @@ class Line:
             return None
         if fault.message is None:
             return fault.at
-        if fault.message not in self.frames[way].first:
+        seen = self.frames[way].seen.get(fault.message, [])
+        if len(seen) <= fault.number:
             return None
-        start, end = self.frames[way].first[fault.message]
+        start, end = seen[fault.number]
         return fault.at + (start if fault.at >= 0 else end)
 
     async def _do(self, data: bytes, far: trio.StapledStream[object, object]) -> None:
