@@ -227,6 +227,51 @@ async def test_a_migration_with_a_disk_of_another_size_sends_no_memory(tmp_path:
         assert (await vm.wait()).status == 3
 
 
+async def refused_before_memory(spoil: Callable[[dict[str, Any]], None], why: str) -> None:
+    """The guest asks for what this host lacks: it is told of it, and runs on."""
+    line = Line(Fault())
+    async with line.open(), avmm.Machine(memory="8M", cpus=2) as vm:
+        parts = vm._running
+        parts.needs = copy.deepcopy(parts.needs)
+        spoil(parts.needs[1])
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(StateError, match=why):
+                    async with avmm.receive(line.destination):
+                        pytest.fail("it was taken")
+
+            nursery.start_soon(receive)
+            with pytest.raises(MigrationError, match=why):
+                await vm.migrate(line.source)
+        assert Message.OFFER in line.frames["there"].seen
+        assert Message.PAGES not in line.frames["there"].seen
+        await vm.console.send_all(b"exit 3\r")
+        assert (await vm.wait()).status == 3
+
+
+def _wants_feature(needs: dict[str, Any]) -> None:
+    for leaf in needs["cpuid"]:
+        if leaf[:2] == [7, 0]:
+            leaf[4] |= 1 << 15  # RDT-A, which no KVM offers
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (_wants_feature, "lacks features .*: 0x7.0 ebx bits 15"),
+        (lambda needs: needs["msrs"].append(0x1234_5678), "lacks MSRs .*0x12345678"),
+        (lambda needs: needs.update(tsc_khz=0), "expected a frequency"),
+        (lambda needs: needs.update(xsave=64), "XSAVE area has 64 bytes"),
+        (lambda needs: needs.update(version=99), "vCPU's state has version 99"),
+    ],
+)
+async def test_what_a_cpu_lacks_is_told_before_any_memory(
+    spoil: Callable[[dict[str, Any]], None], why: str
+) -> None:
+    await refused_before_memory(spoil, why)
+
+
 # -- hostile ones --------------------------------------------------------------------------
 
 _PLAIN = st.recursive(
