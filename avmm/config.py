@@ -89,7 +89,8 @@ class MachineConfig:
     """Files that the guest gets as virtio disks, the first as Linux's vda; text like
     "FILE,ro", "FILE,overlay,serial=root"."""
     balloon: bool = False
-    """Give the guest a memory balloon; see `Machine.balloon`."""
+    """Give the guest a memory balloon; see `Machine.balloon`. What is free in the guest goes back
+    to the host with it, without being asked for."""
     vsock: VsockOptions | None = None
     """Give the guest a socket device; text "cid=3" or "cid=3,unix=PATH"."""
     net: tuple[NetOptions, ...] = ()

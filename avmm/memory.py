@@ -33,7 +33,7 @@ from typing import Final
 
 from avmm.errors import ConfigError, GuestMemoryError
 from avmm.layers import Layers
-from avmm.pages import COPY_ON_WRITE, PAGE, Bitmap, own_pages, remap_private
+from avmm.pages import COPY_ON_WRITE, PAGE, Bitmap, address, own_pages, remap_private
 from avmm.vring import RamTable
 
 HOLE_START: Final = 0xC000_0000
@@ -221,10 +221,21 @@ class GuestMemory:
         at = self._offset(gpa, length)
         if at is None or gpa % PAGE or length % PAGE:
             raise GuestMemoryError(f"{length} bytes at {gpa:#x} are no whole pages of RAM")
+        self._discard(at, length)
+
+    def discard_view(self, view: memoryview) -> None:
+        """`discard` of the whole pages in a view of RAM, if it has any."""
+        at = address(view) - address(self.whole)
+        start, end = -(-at // PAGE) * PAGE, (at + len(view)) // PAGE * PAGE
+        if start < end:
+            self._discard(start, end - start)
+
+    def _discard(self, at: int, length: int) -> None:
         # Of a shared mapping it has to be the file's pages, not the mapping's alone.
         advice = mmap.MADV_DONTNEED if self.is_private else mmap.MADV_REMOVE
         self._maps[0].madvise(advice, at, length)
-        self.mark(gpa, length)
+        if self._dirty is not None and self._is_logged:
+            self._dirty.mark(at, length)
 
     def _offset(self, gpa: int, length: int) -> int | None:
         """Where these bytes lie in RAM without its hole; None where they are not all of it."""

@@ -158,16 +158,20 @@ def unpack(ram: memoryview, fd: int, runs: memoryview, data: memoryview) -> bool
     return bool(answer == 0)
 
 
+def address(view: memoryview) -> int:
+    """Where in this process it lies."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
+
+
 def remap_private(ram: memoryview, fd: int, offset: int) -> None:
     """Map the file over RAM where it is, copy-on-write. Raises `KvmError` where that fails."""
-    address = int(ffi.cast("uintptr_t", ffi.from_buffer(ram)))
-    if (answer := lib.avmm_map_private(address, len(ram), fd, offset)) < 0:
+    if (answer := lib.avmm_map_private(address(ram), len(ram), fd, offset)) < 0:
         raise KvmError("mmap", -answer)
 
 
 def own_pages(ram: memoryview, into: Bitmap) -> None:
     """Add the pages of a private mapping that are its own, no longer its file's."""
-    first = int(ffi.cast("uintptr_t", ffi.from_buffer(ram))) // PAGE
+    first = address(ram) // PAGE
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
         for at in range(0, into.pages, _ENTRIES):
             count = min(_ENTRIES, into.pages - at)

@@ -75,7 +75,11 @@ class Port(click.ParamType[int | str]):
     "repeatable.",
 )
 @click.option("--rng/--no-rng", default=None, help="A virtio source of entropy.")
-@click.option("--balloon/--no-balloon", default=None, help="A virtio memory balloon.")
+@click.option(
+    "--balloon/--no-balloon",
+    default=None,
+    help="A virtio memory balloon; the guest's free memory goes back to the host, too.",
+)
 @click.option(
     "--vsock", metavar="cid=N[,unix=PATH]", help="A virtio socket device, found at unix sockets."
 )

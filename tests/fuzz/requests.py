@@ -153,9 +153,9 @@ def vsock(data: Data) -> Request:
 
 
 def balloon(data: Data) -> Request:
-    queue = data.PickValueInList([0, 1, 2])
-    if queue == 2:
-        return Request(2, data.ConsumeBytes(100))
+    queue = data.PickValueInList([0, 1, 2, 3])
+    if queue >= 2:
+        return Request(queue, data.ConsumeBytes(100))
     most = data.PickValueInList([HALF // 4096 + 4, (1 << 32) - 1])
     pages = data.ConsumeIntListInRange(data.ConsumeIntInRange(0, 30), 32, most)
     return Request(queue, struct.pack(f"<{len(pages)}I", *pages) + data.ConsumeBytes(3))

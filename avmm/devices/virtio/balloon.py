@@ -7,6 +7,9 @@ takes them out again, RAM there reads as zeros, or, in a clone or out of a snaps
 there when that began. With DEFLATE_ON_OOM it takes pages back by itself before it runs out of
 memory, whatever the target.
 
+Pages that are free in the guest need no balloon: its driver reports them, largest runs first, and
+they go back in the same way (5.5.6.7). What the guest finds in them later is zeros, or anything.
+
 Page numbers are the guest's word: those that are not RAM are refused, the rest is its own loss.
 """
 
@@ -30,7 +33,12 @@ logger = logging.getLogger("avmm.virtio")
 
 F_STATS_VQ: Final = 1 << 1
 F_DEFLATE_ON_OOM: Final = 1 << 2
-_INFLATE, _DEFLATE, _STATS = 0, 1, 2
+F_PAGE_REPORTING: Final = 1 << 5
+_INFLATE = 0
+_OPTIONAL: Final = 2
+"""The first of the queues that are there only with their features."""
+_AT_ONCE: Final = 32
+"""The runs that a driver reports in one chain; Linux's has no use for a shorter queue."""
 _CONFIG: Final = struct.Struct("<II")
 _ACTUAL: Final = 4
 _STAT: Final = struct.Struct("<HQ")
@@ -54,13 +62,16 @@ _NAMES: Final = (
 
 
 class Balloon(VirtioDevice):
-    """A balloon; `deflate_on_oom`: may the guest take pages back rather than run out of them?"""
+    """A balloon; `deflate_on_oom`: may the guest take pages back rather than run out of them?
+    `page_reporting`: may it tell which pages are free?"""
 
     device_id: ClassVar[int] = 5
-    queue_sizes = (128, 128, 16)
 
-    def __init__(self, *, deflate_on_oom: bool = True) -> None:
-        self.features = F_STATS_VQ | (F_DEFLATE_ON_OOM if deflate_on_oom else 0)
+    def __init__(self, *, deflate_on_oom: bool = True, page_reporting: bool = True) -> None:
+        self.features = F_STATS_VQ
+        self.features |= F_DEFLATE_ON_OOM if deflate_on_oom else 0
+        self.features |= F_PAGE_REPORTING if page_reporting else 0
+        self.queue_sizes = (128, 128, _AT_ONCE, _AT_ONCE) if page_reporting else (128, 128, 16)
         self._target = 0
         self._actual = 0
         self.refused = 0
@@ -141,14 +152,29 @@ class Balloon(VirtioDevice):
             await self._wakeup.wait()
             self._changed.set()
 
+    async def serve(self, queues: Mapping[int, GuestQueue], features: int) -> None:
+        # 5.5.2 numbers all queues that there may be; Linux only those whose features it took.
+        optional = [(F_STATS_VQ, self._serve_stats), (F_PAGE_REPORTING, self._serve_reports)]
+        by_index = dict(enumerate((serve for bit, serve in optional if features & bit), _OPTIONAL))
+        async with trio.open_nursery() as nursery:
+            for index, queue in queues.items():
+                nursery.start_soon(by_index.get(index, self.serve_queue), queue)
+
     async def serve_queue(self, queue: GuestQueue) -> None:
-        if queue.index == _STATS:
-            await self._serve_stats(queue)
         while True:
             chain = await queue.next()
             if queue.index == _INFLATE:
                 await self._inflate(chain)
             queue.push(chain)  # what is taken out comes back by being touched
+
+    async def _serve_reports(self, queue: GuestQueue) -> None:
+        """Until it gets a report back, the guest leaves those pages alone."""
+        while True:
+            chain = await queue.next()
+            for part in chain.writable:
+                self.link.memory.discard_view(part)
+                await queue.let_others_run()
+            queue.push(chain)
 
     async def _inflate(self, chain: Chain) -> None:
         """Begun anew after a pause: giving back twice is as giving back once."""

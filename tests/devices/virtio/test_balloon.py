@@ -14,9 +14,9 @@ from support.virtio_driver import EVENT_IDX, VERSION_1, Bench, Driver, settle
 from avmm.devices.virtio.balloon import Balloon
 from avmm.errors import ConfigError, DeviceError, GuestMemoryError
 from avmm.memory import HOLE_END, HOLE_START, GuestMemory
-from avmm.pages import PAGE
+from avmm.pages import PAGE, Bitmap, own_pages
 
-STATS, OOM = 2, 4
+STATS, OOM, REPORTING = 2, 4, 32
 FEATURES = VERSION_1 | EVENT_IDX | STATS | OOM
 
 
@@ -64,6 +64,61 @@ async def test_pages_go_back_to_the_host() -> None:
         bench.memory.write(150 * PAGE, b"again")
         assert bench.memory.read(150 * PAGE, 6) == b"again\0"
         assert balloon.refused == 0
+
+
+@pytest.mark.parametrize(("features", "queue"), [(FEATURES, 3), (FEATURES & ~STATS, 2)])
+async def test_free_pages_go_back_to_the_host(features: int, queue: int) -> None:
+    bench = Bench(Balloon())
+    bench.memory.write(0, b"x" * bench.memory.size)
+    async with bench.running() as driver:
+        await driver.start(features | REPORTING)
+        before = resident(bench.memory)
+        ring = driver.rings[queue]
+        bench.memory.log()
+        head = ring.add(
+            [
+                (100 * PAGE, 10 * PAGE, True),
+                (120 * PAGE + 1, 3 * PAGE, True),  # two of them whole
+                (130 * PAGE + 5, PAGE, True),
+            ]
+        )
+        ring.kick()
+        await settle()
+        assert ring.take() == [(head, 0)]
+        assert before - resident(bench.memory) == 12 * PAGE
+        logged = Bitmap(bench.memory.size // PAGE)
+        bench.memory.take_dirty(logged)
+        assert {*range(100, 110), 121, 122} <= {p for run in logged.runs() for p in range(*run)}
+        for first, count in ((100, 10), (121, 2)):
+            assert bench.memory.read(first * PAGE, count * PAGE) == bytes(count * PAGE)
+        for page in (99, 110, 120, 123, 130, 131):
+            assert bench.memory.read(page * PAGE, PAGE) == b"x" * PAGE
+
+
+async def test_free_pages_of_a_fork_go_back_to_the_host() -> None:
+    bench = Bench(Balloon())
+    bench.memory.fork().close()
+    bench.memory.write(50 * PAGE, b"x" * PAGE)
+    async with bench.running() as driver:
+        await driver.start(FEATURES | REPORTING)
+        driver.rings[3].add([(50 * PAGE, PAGE, True)])
+        driver.rings[3].kick()
+        await settle()
+        own = Bitmap(bench.memory.size // PAGE)
+        own_pages(bench.memory.whole, own)
+        assert all(not start <= 50 < end for start, end in own.runs())
+
+
+async def test_a_balloon_that_wants_no_reports() -> None:
+    balloon = Balloon(page_reporting=False)
+    assert not balloon.features & REPORTING
+    bench = Bench(balloon)
+    async with bench.running() as driver:
+        await driver.start(FEATURES)
+        assert len(driver.rings) == 3
+        Guest(driver).tell(0, 5)
+        await settle()
+        assert len(driver.rings[0].take()) == 1
 
 
 async def test_the_target_is_awaited() -> None:
@@ -148,7 +203,7 @@ async def test_pages_that_are_none() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 2),
+    st.integers(0, 3),
     st.lists(st.binary(max_size=100), min_size=1, max_size=10),
     st.booleans(),
 )
@@ -156,7 +211,7 @@ async def test_whatever_the_guest_tells(queue: int, messages: list[bytes], asked
     balloon = Balloon()
     bench = Bench(balloon)
     async with bench.running() as driver, trio.open_nursery() as nursery:
-        await driver.start(FEATURES)
+        await driver.start(FEATURES | REPORTING)
         if asked:
             nursery.start_soon(balloon.stats)
         for data in messages:
