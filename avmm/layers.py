@@ -16,6 +16,7 @@ and pages between its own that nobody has written.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import islice, pairwise
 from typing import Final, Self
 
@@ -26,11 +27,12 @@ _RUNS: Final = 256
 
 
 class _Layer:
-    """Pages at their own places in a sparse file."""
+    """Pages at their own places in a sparse file; `held` are those that may be other than zero."""
 
-    def __init__(self, fd: int, pages: Bitmap) -> None:
+    def __init__(self, fd: int, pages: Bitmap, held: Bitmap) -> None:
         self.fd = fd
         self.pages = pages
+        self.held = held
 
 
 class Layers:
@@ -44,7 +46,7 @@ class Layers:
         """The same layers for a fork, to be closed by it."""
         other = Layers(self._size)
         for layer in self._all:
-            other._all.append(_Layer(os.dup(layer.fd), layer.pages))
+            other._all.append(_Layer(os.dup(layer.fd), layer.pages, layer.held))
         return other
 
     def map_over(self, ram: memoryview) -> None:
@@ -52,24 +54,25 @@ class Layers:
         for layer in self._all:
             _map(ram, layer)
 
-    def add(self, ram: memoryview, own: Bitmap, held: Bitmap) -> None:
+    def add(self, ram: memoryview, own: Bitmap, populated: Callable[[], Bitmap]) -> None:
         """Make the pages of `ram` that are its `own` a layer, and map them from there.
 
-        `held` are those that may be other than zero. Nothing must write `ram` meanwhile. Raises
-        `OSError` or `KvmError` where the host has no room; `ram` then is what it was.
+        `populated` tells which pages of `ram` may be other than zero. Nothing must write `ram`
+        meanwhile. Raises `OSError` or `KvmError` where the host has no room; `ram` then is what
+        it was.
         """
-        kept, pages = list(self._all), own.copy()
+        kept, pages, held = list(self._all), own.copy(), own.copy()
         while kept and len(kept[-1].pages) <= 2 * len(pages):
-            pages.add(kept.pop().pages, 0)
+            _take_in(kept, pages, held)
         if sum(_runs(layer.pages) for layer in kept) + _runs(pages) > _RUNS:
-            for layer in kept:
-                pages.add(layer.pages, 0)
-            kept.clear()
+            while kept:
+                _take_in(kept, pages, held)
             _fill_gaps(pages)
-        new = _Layer(os.memfd_create("avmm-layer", os.MFD_CLOEXEC), pages)
+            held = pages.common(populated())
+        new = _Layer(os.memfd_create("avmm-layer", os.MFD_CLOEXEC), pages, held)
         try:
             os.ftruncate(new.fd, self._size)
-            for start, end in pages.common(held).runs():
+            for start, end in held.runs():
                 _write(new.fd, ram[start * PAGE : end * PAGE], start * PAGE)
         except BaseException:
             os.close(new.fd)
@@ -80,9 +83,9 @@ class Layers:
         _map(ram, new)
 
     def populate(self, into: Bitmap) -> None:
-        """Add the pages that are in a layer."""
+        """Add the pages that a layer has, and that may be other than zero."""
         for layer in self._all:
-            into.add(layer.pages, 0)
+            into.add(layer.held, 0)
 
     def close(self) -> None:
         """Close the files; idempotent. What is mapped stays mapped."""
@@ -94,6 +97,13 @@ class Layers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _take_in(kept: list[_Layer], pages: Bitmap, held: Bitmap) -> None:
+    """The newest of the layers that were to be kept is to be part of a new one."""
+    layer = kept.pop()
+    pages.add(layer.pages, 0)
+    held.add(layer.held, 0)
 
 
 def _map(ram: memoryview, layer: _Layer) -> None:

@@ -522,20 +522,22 @@ async def _clone(
 
 
 async def _forked(memory: GuestMemory) -> GuestMemory:
-    """What it has to copy first, it copies in a thread. An error's frames know views of RAM, so
-    none of them leaves that: trio would keep it in a circle, and RAM mapped."""
+    """Much that it has to copy first, it copies in a thread. An error's frames know views of RAM,
+    so none of them leaves that: trio would keep it in a circle, and RAM mapped."""
 
     def settle() -> str | None:
         try:
-            memory.settle()
+            memory.settle(own)
         except OSError as error:
             return error.strerror or repr(error)
         return None
 
-    why = await trio.to_thread.run_sync(settle) if memory.is_private else None
+    own = memory.unsettled()
+    is_much = len(own) > _COPIED_AT_ONCE
+    why = await trio.to_thread.run_sync(settle) if is_much else settle()
     if why is not None:
         raise AvmmError(f"the machine cannot be cloned: the host has no room for its RAM: {why}")
-    return memory.fork()
+    return memory.twin()
 
 
 def _only(group: BaseException) -> BaseException | None:
@@ -552,3 +554,5 @@ def _only(group: BaseException) -> BaseException | None:
 
 
 _NURSERY_GROUP: Final = "Exceptions from Trio nursery"
+_COPIED_AT_ONCE: Final = 256
+"""Pages of RAM: a thread costs more than these."""

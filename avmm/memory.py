@@ -300,27 +300,34 @@ class GuestMemory:
         """RAM that holds what this holds now, and from now on goes its own way, copy-on-write.
 
         Only while nothing writes this. Read-only regions are not taken over. Costs what it takes
-        to copy what was written since the last `fork`, or nothing after `settle`. Raises `OSError`
-        or `KvmError` where the host has no room.
+        to copy what was written since the last `fork`. Raises `OSError` or `KvmError` where the
+        host has no room.
         """
-        self.settle()
+        self.settle(self.unsettled())
+        return self.twin()
+
+    def unsettled(self) -> Bitmap:
+        """The first step of `fork`: the pages that it will have to copy."""
+        own = Bitmap(self.size // PAGE)
+        if self.is_private:
+            own_pages(self.whole, own)
+        return own
+
+    def settle(self, own: Bitmap) -> None:
+        """The second step: put these pages where a fork finds them. In any thread."""
+        if not self.is_private:
+            remap_private(self.whole, self.fd, self._base)
+            self.is_private = True
+        elif len(own):
+            self._layers.add(self.whole, own, self.populated)
+
+    def twin(self) -> GuestMemory:
+        """The last step: the fork."""
         with ExitStack() as stack:
             layers = stack.enter_context(self._layers.copy())
             copy = GuestMemory(self.size, base=(self.fd, self._base), layers=layers)
             stack.pop_all()
         return copy
-
-    def settle(self) -> None:
-        """Put what was written since the last `fork` where a fork finds it. Any thread; for the
-        rest as `fork`."""
-        if not self.is_private:
-            remap_private(self.whole, self.fd, self._base)
-            self.is_private = True
-            return
-        own = Bitmap(self.size // PAGE)
-        own_pages(self.whole, own)
-        if len(own):
-            self._layers.add(self.whole, own, self.populated())
 
     def contents(self) -> Iterator[tuple[int, bytes]]:
         """What RAM holds, as (GPA, bytes) runs; what was never touched, and is zero, is left out.
