@@ -1,38 +1,37 @@
 """What a guest that was forked has written before: over the file that its RAM began as, in layers.
 
 A fork has to see the pages that its guest has written since its RAM began, and neither may see
-what the other writes from then on. So each fork puts the guest's own pages into a file, a layer,
-from which both map them copy-on-write, as they map the rest from what lies below. Then they are
-nobody's own any more: the next fork costs what was written since this one, and what many forks
-have in common is in memory once.
+what the other writes from then on. So a fork puts the guest's own pages, where there are many
+together, into a file, a layer, from which both map them copy-on-write, as they map the rest from
+what lies below. Then they are nobody's own any more: the next fork costs what was written since
+this one, and what many forks have in common is in memory once.
 
-Two things are bounded. A layer takes in those under it that are no more than twice its size, so
-there are never more of them than a number of pages has binary digits, and no page is copied more
-often than that. And each run of neighbouring pages is a mapping of its own, of which Linux gives a
-process 65,530: where layers would be more than `_RUNS` of them, the new one takes in all others,
-and pages between its own that nobody has written.
+Each run of neighbouring pages is a mapping of its own, of which Linux gives a process 65,530. So
+only long runs go into a layer, and no more than `_RUNS` in all; the rest is copied to each fork.
+And a layer takes in those under it that are no more than twice its size: there are never more of
+them than a number of pages has binary digits, and no page is copied more often than that.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from itertools import islice, pairwise
 from typing import Final, Self
 
 from avmm.pages import PAGE, Bitmap, remap_private
 
 _RUNS: Final = 256
 """The most runs of all layers of one guest: fifty forks of it have room in a process."""
+_LEAST: Final = 32
+"""Pages in a run for which a mapping is worth while."""
 
 
 class _Layer:
-    """Pages at their own places in a sparse file; `held` are those that may be other than zero."""
+    """Pages at their own places in a sparse file."""
 
-    def __init__(self, fd: int, pages: Bitmap, held: Bitmap) -> None:
+    def __init__(self, fd: int, pages: Bitmap) -> None:
         self.fd = fd
         self.pages = pages
-        self.held = held
+        self.runs = sum(1 for _ in pages.runs())
 
 
 class Layers:
@@ -43,10 +42,12 @@ class Layers:
         self._all: list[_Layer] = []
 
     def copy(self) -> Layers:
-        """The same layers for a fork, to be closed by it."""
-        other = Layers(self._size)
-        for layer in self._all:
-            other._all.append(_Layer(os.dup(layer.fd), layer.pages, layer.held))
+        """The same layers for a fork, to be closed by it. Raises `OSError`."""
+        with Layers(self._size) as copied:
+            for layer in self._all:
+                copied._all.append(_Layer(os.dup(layer.fd), layer.pages))
+            other = Layers(self._size)
+            other._all, copied._all = copied._all, []
         return other
 
     def map_over(self, ram: memoryview) -> None:
@@ -54,38 +55,34 @@ class Layers:
         for layer in self._all:
             _map(ram, layer)
 
-    def add(self, ram: memoryview, own: Bitmap, populated: Callable[[], Bitmap]) -> None:
-        """Make the pages of `ram` that are its `own` a layer, and map them from there.
+    def add(self, ram: memoryview, own: Bitmap) -> list[tuple[int, int]]:
+        """Make a layer of long runs of the pages of `ram` that are its `own`, and map them so.
 
-        `populated` tells which pages of `ram` may be other than zero. Nothing must write `ram`
-        meanwhile. Raises `OSError` or `KvmError` where the host has no room; `ram` then is what
-        it was.
+        Gives the runs that stay its own. Nothing must write `ram` meanwhile. Raises `OSError` or
+        `KvmError` where the host has no room; `ram` then holds what it held.
         """
-        kept, pages, held = list(self._all), own.copy(), own.copy()
+        room = _RUNS - sum(layer.runs for layer in self._all)
+        by_length = sorted(own.runs(), key=lambda run: run[0] - run[1])
+        long = [run for run in by_length[:room] if run[1] - run[0] >= _LEAST]
+        if not long:
+            return by_length
+        pages = Bitmap(own.pages)
+        for start, end in long:
+            pages.mark(start * PAGE, (end - start) * PAGE)
+        kept = list(self._all)
         while kept and len(kept[-1].pages) <= 2 * len(pages):
-            _take_in(kept, pages, held)
-        if sum(_runs(layer.pages) for layer in kept) + _runs(pages) > _RUNS:
-            while kept:
-                _take_in(kept, pages, held)
-            _fill_gaps(pages)
-            held = pages.common(populated())
-        new = _Layer(os.memfd_create("avmm-layer", os.MFD_CLOEXEC), pages, held)
-        try:
-            os.ftruncate(new.fd, self._size)
-            for start, end in held.runs():
-                _write(new.fd, ram[start * PAGE : end * PAGE], start * PAGE)
-        except BaseException:
-            os.close(new.fd)
-            raise
+            pages.add(kept.pop().pages, 0)
+        new = _written(ram, self._size, pages)
         dropped, self._all = self._all[len(kept) :], [*kept, new]
         for layer in dropped:
             os.close(layer.fd)
-        _map(ram, new)
+        _map(ram, new)  # where it ends half-way the layer is there, and holds what `ram` does
+        return by_length[len(long) :]
 
     def populate(self, into: Bitmap) -> None:
-        """Add the pages that a layer has, and that may be other than zero."""
+        """Add the pages that a layer has."""
         for layer in self._all:
-            into.add(layer.held, 0)
+            into.add(layer.pages, 0)
 
     def close(self) -> None:
         """Close the files; idempotent. What is mapped stays mapped."""
@@ -99,34 +96,27 @@ class Layers:
         self.close()
 
 
-def _take_in(kept: list[_Layer], pages: Bitmap, held: Bitmap) -> None:
-    """The newest of the layers that were to be kept is to be part of a new one."""
-    layer = kept.pop()
-    pages.add(layer.pages, 0)
-    held.add(layer.held, 0)
+def write_pages(ram: memoryview, pages: Bitmap, fd: int) -> None:
+    """Write these pages of `ram` to their places in a file. Raises `OSError`."""
+    for start, end in pages.runs():
+        data, offset = ram[start * PAGE : end * PAGE], start * PAGE
+        while data:
+            done = os.pwrite(fd, data, offset)
+            data = data[done:]
+            offset += done
+
+
+def _written(ram: memoryview, size: int, pages: Bitmap) -> _Layer:
+    fd = os.memfd_create("avmm-layer", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        write_pages(ram, pages, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return _Layer(fd, pages)
 
 
 def _map(ram: memoryview, layer: _Layer) -> None:
     for start, end in layer.pages.runs():
         remap_private(ram[start * PAGE : end * PAGE], layer.fd, start * PAGE)
-
-
-def _runs(pages: Bitmap) -> int:
-    """How many runs they are, or more than are allowed."""
-    return sum(1 for _ in islice(pages.runs(), _RUNS + 1))
-
-
-def _fill_gaps(pages: Bitmap) -> None:
-    """Add the smallest gaps between runs until there are few enough runs."""
-    gaps = sorted(
-        (after[0] - before[1], before[1]) for before, after in pairwise(list(pages.runs()))
-    )
-    for length, start in gaps[: max(0, len(gaps) + 1 - _RUNS)]:
-        pages.mark(start * PAGE, length * PAGE)
-
-
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(fd, data, offset)
-        data = data[done:]
-        offset += done

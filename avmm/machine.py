@@ -522,22 +522,21 @@ async def _clone(
 
 
 async def _forked(memory: GuestMemory) -> GuestMemory:
-    """Much that it has to copy first, it copies in a thread. An error's frames know views of RAM,
-    so none of them leaves that: trio would keep it in a circle, and RAM mapped."""
+    """In a thread, for it may be much that the guest has written. An error's frames know views of
+    RAM, so none of them leaves that: trio would keep it in a circle, and RAM mapped."""
 
-    def settle() -> str | None:
+    def fork() -> tuple[GuestMemory | None, str]:
         try:
-            memory.settle(own)
+            return memory.fork(), ""
         except OSError as error:
-            return error.strerror or repr(error)
-        return None
+            return None, f"the host has no room for its RAM: {error.strerror or error!r}"
+        except ValueError:  # RAM's views are released
+            return None, "it has ended"
 
-    own = memory.unsettled()
-    is_much = len(own) > _COPIED_AT_ONCE
-    why = await trio.to_thread.run_sync(settle) if is_much else settle()
-    if why is not None:
-        raise AvmmError(f"the machine cannot be cloned: the host has no room for its RAM: {why}")
-    return memory.twin()
+    forked, why = await trio.to_thread.run_sync(fork)
+    if forked is None:
+        raise AvmmError(f"the machine cannot be cloned: {why}")
+    return forked
 
 
 def _only(group: BaseException) -> BaseException | None:
@@ -554,5 +553,3 @@ def _only(group: BaseException) -> BaseException | None:
 
 
 _NURSERY_GROUP: Final = "Exceptions from Trio nursery"
-_COPIED_AT_ONCE: Final = 256
-"""Pages of RAM: a thread costs more than these."""

@@ -13,7 +13,7 @@ page is read from the file when it is first touched and copied when it is first 
 costs anything before. What the file holds must not change meanwhile. A guest that is forked goes
 on with a private mapping of its own memfd, at the same addresses, so KVM, rings and views know
 nothing of it; pages that it has written since an earlier fork are its own, and become a layer
-(`avmm.layers`) that both have over the file.
+(`avmm.layers`) that both have over the file, or, of few pages here and there, are copied.
 
 **Dirty pages.** Between `log` and `unlog` the host's writes are noted page by page: those of
 `write`, `discard` and of rings and their chains. KVM logs the guest's own (`avmm.dirty`). Nobody
@@ -25,6 +25,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from avmm.errors import ConfigError, GuestMemoryError
-from avmm.layers import Layers
+from avmm.layers import Layers, write_pages
 from avmm.pages import COPY_ON_WRITE, PAGE, Bitmap, address, own_pages, remap_private
 from avmm.vring import RamTable
 
@@ -43,6 +44,10 @@ HOLE_END: Final = 0x1_0000_0000
 
 GPA_LIMIT: Final = 1 << 52
 """Above it no x86 processor has memory."""
+_SCATTERED: Final = 4
+"""A fork copies no more than one of so many pages, in pieces, for itself alone ..."""
+_FEW: Final = 256
+"""... unless they are not more than these."""
 _MOST_READONLY: Final = 256
 """Regions; KVM has room for twice as many, and a hostile description may have any number."""
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -141,6 +146,8 @@ class GuestMemory:
         self._dirty: Bitmap | None = None
         """Kept once it was needed: who marks pages is not asked whether they have done so."""
         self._is_logged = False
+        self._forking = threading.Lock()
+        """Of where pages are: their files, layers, and whose own they are."""
         self._closed = False
 
     @property
@@ -214,9 +221,8 @@ class GuestMemory:
     def discard(self, gpa: int, length: int) -> None:
         """Give the pages of RAM at `gpa` back to the host: what they held is gone.
 
-        They read as zeros then, or, of copy-on-write RAM, as what the guest had there when that
-        began, or when it was forked last. Raises `GuestMemoryError` where they are no whole pages
-        of RAM.
+        They read as zeros then, or, of copy-on-write RAM, as what the guest had there at some
+        time. Raises `GuestMemoryError` where they are no whole pages of RAM.
         """
         at = self._offset(gpa, length)
         if at is None or gpa % PAGE or length % PAGE:
@@ -277,7 +283,11 @@ class GuestMemory:
 
     def populated(self) -> Bitmap:
         """The pages that may hold anything but zeros: of RAM of its own, those that were ever
-        touched."""
+        touched. Waits for a `fork` in another thread."""
+        with self._forking:
+            return self._populated()
+
+    def _populated(self) -> Bitmap:
         found = Bitmap(self.size // PAGE)
         at, end = self._base, self._base + self.size
         while at < end:
@@ -299,35 +309,48 @@ class GuestMemory:
     def fork(self) -> GuestMemory:
         """RAM that holds what this holds now, and from now on goes its own way, copy-on-write.
 
-        Only while nothing writes this. Read-only regions are not taken over. Costs what it takes
-        to copy what was written since the last `fork`. Raises `OSError` or `KvmError` where the
-        host has no room.
+        Only while nothing writes this; any thread, several one after the other. Read-only regions
+        are not taken over. Costs what it takes to copy what was written since the last `fork`.
+        Raises `OSError` or `KvmError` where the host has no room.
         """
-        self.settle(self.unsettled())
-        return self.twin()
+        with self._forking:
+            left = self._settle()
+            with ExitStack() as stack:
+                layers = stack.enter_context(self._layers.copy())
+                copy = GuestMemory(self.size, base=(self.fd, self._base), layers=layers)
+                stack.pop_all()
+            for start, end in left:
+                copy.whole[start * PAGE : end * PAGE] = self.whole[start * PAGE : end * PAGE]
+        return copy
 
-    def unsettled(self) -> Bitmap:
-        """The first step of `fork`: the pages that it will have to copy."""
-        own = Bitmap(self.size // PAGE)
-        if self.is_private:
-            own_pages(self.whole, own)
-        return own
-
-    def settle(self, own: Bitmap) -> None:
-        """The second step: put these pages where a fork finds them. In any thread."""
+    def _settle(self) -> list[tuple[int, int]]:
+        """Put pages where a fork finds them; gives the runs that it does not find."""
         if not self.is_private:
             remap_private(self.whole, self.fd, self._base)
             self.is_private = True
-        elif len(own):
-            self._layers.add(self.whole, own, self.populated)
+            return []
+        own = Bitmap(self.size // PAGE)
+        own_pages(self.whole, own)
+        left = self._layers.add(self.whole, own)
+        scattered = sum(end - start for start, end in left)
+        if scattered > _FEW and scattered * _SCATTERED > len(self._populated()):
+            self._flatten()
+            return []
+        return left
 
-    def twin(self) -> GuestMemory:
-        """The last step: the fork."""
-        with ExitStack() as stack:
-            layers = stack.enter_context(self._layers.copy())
-            copy = GuestMemory(self.size, base=(self.fd, self._base), layers=layers)
-            stack.pop_all()
-        return copy
+    def _flatten(self) -> None:
+        """Begin anew, from a file that holds all of RAM: too much of it is too scattered."""
+        fd = os.memfd_create("avmm-ram", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, self.size)
+            write_pages(self.whole, self._populated(), fd)
+            remap_private(self.whole, fd, 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(self.fd)
+        self.fd, self._base = fd, 0
+        self._layers.close()
 
     def contents(self) -> Iterator[tuple[int, bytes]]:
         """What RAM holds, as (GPA, bytes) runs; what was never touched, and is zero, is left out.

@@ -51,19 +51,6 @@ class Bitmap:
         """Add what is in `other`, whose page 0 is our page `first`, a multiple of 64."""
         lib.avmm_pages_add(other._pointer, self._pointer + first // _WORD, other._words)
 
-    def copy(self) -> Bitmap:
-        """Another set of the same pages."""
-        other = Bitmap(self.pages)
-        other.data[:] = self.data
-        return other
-
-    def common(self, other: Bitmap) -> Bitmap:
-        """The pages that are in both, of as many."""
-        both = Bitmap(self.pages)
-        words = int.from_bytes(self.data, "little") & int.from_bytes(other.data, "little")
-        both.data[:] = words.to_bytes(len(both.data), "little")
-        return both
-
     def runs(self) -> Iterator[tuple[int, int]]:
         """(first page, page after the last) of each run of neighbours."""
         end = ffi.new("uint64_t *")

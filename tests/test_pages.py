@@ -9,8 +9,10 @@ import random
 import re
 import struct
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -49,11 +51,10 @@ def shared(content: bytes | bytearray) -> Iterator[tuple[memoryview, int]]:
 class Guest:
     """A guest's RAM, what it should hold, and a copy of it under way."""
 
-    def __init__(self, memory: GuestMemory, model: bytearray, base: bytes | None) -> None:
+    def __init__(self, memory: GuestMemory, model: bytearray) -> None:
         self.memory = memory
         self.model = model
-        self.base = base
-        """What its private mapping's file holds; None while it is shared."""
+        self.is_private = False
         self.left: Bitmap | None = None
         self.copy = bytearray(SIZE)
         self.skip_zeros = True
@@ -81,15 +82,24 @@ class RamMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.runs = layers_module._RUNS
-        self.guests = [Guest(GuestMemory(SIZE), bytearray(SIZE), None)]
+        self.limits = layers_module._RUNS, layers_module._LEAST, memory_module._SCATTERED
+        self.few = memory_module._FEW
+        memory_module._FEW = 0  # type: ignore[misc]
+        self.guests = [Guest(GuestMemory(SIZE), bytearray(SIZE))]
 
-    @initialize(most=st.sampled_from([2, 5, 256]))
-    def allow_runs(self, most: int) -> None:
-        layers_module._RUNS = most  # type: ignore[misc]
+    @initialize(
+        most=st.sampled_from([2, 5, 256]),
+        least=st.integers(1, 4),
+        scattered=st.sampled_from([1, 2, 100]),
+    )
+    def limit(self, most: int, least: int, scattered: int) -> None:
+        """As small as this RAM is."""
+        layers_module._RUNS, layers_module._LEAST = most, least  # type: ignore[misc]
+        memory_module._SCATTERED = scattered  # type: ignore[misc]
 
     def teardown(self) -> None:
-        layers_module._RUNS = self.runs  # type: ignore[misc]
+        self.limit(*self.limits)
+        memory_module._FEW = self.few  # type: ignore[misc]
         for guest in self.guests:
             guest.memory.close()
 
@@ -135,17 +145,19 @@ class RamMachine(RuleBasedStateMachine):
         guest = self.pick(which)
         start, end = page * PAGE, min(page + count, 64) * PAGE
         guest.memory.discard(start, end - start)
-        guest.model[start:end] = (
-            bytes(end - start) if guest.base is None else guest.base[start:end]
-        )
+        if guest.is_private:  # what was there at some time
+            guest.model[start:end] = guest.memory.read(start, end - start)
+        else:
+            guest.model[start:end] = bytes(end - start)
 
     @precondition(lambda self: len(self.guests) < 4)
     @rule(which=COUNTS)
     def fork(self, which: int) -> None:
         guest = self.pick(which)
         memory = guest.memory.fork()
-        guest.base = bytes(guest.model)
-        twin = Guest(memory, bytearray(guest.model), guest.base)
+        guest.is_private = True
+        twin = Guest(memory, bytearray(guest.model))
+        twin.is_private = True
         twin.pushed = 0
         self.guests.append(twin)
         # A ring of its own, from the beginning.
@@ -236,18 +248,59 @@ def test_a_fork_copies_what_was_written_since_the_one_before() -> None:
     twins = [memory.fork()]
     assert held_in_layers(memory) == 2048 * PAGE
     for turn in range(5):
-        memory.write(turn * PAGE, b"b" * PAGE)
+        memory.write(2 * turn * PAGE, b"b" * PAGE)
         twins.append(memory.fork())
-        assert held_in_layers(memory) <= (2048 + turn + 1) * PAGE
-    assert len(memory._layers._all) == 2
-    assert own(memory) == own(twins[-1]) == 0
-    assert [twin.read(2 * PAGE, 1) for twin in twins] == [b"a", b"a", b"a", b"b", b"b", b"b"]
+        assert held_in_layers(memory) == 2048 * PAGE
+        assert own(twins[-1]) == own(memory) == turn + 1, "what is little is copied each time"
+    assert [twin.read(4 * PAGE, 1) for twin in twins] == [b"a", b"a", b"a", b"b", b"b", b"b"]
+    memory.write(3000 * PAGE, b"c" * 64 * PAGE)
+    twins.append(memory.fork())
+    assert held_in_layers(memory) == (2048 + 64) * PAGE
     assert held_in_layers(twins[0]) == 2048 * PAGE
-    memory.write(0, b"c" * 4096 * PAGE)
+    memory.write(0, b"d" * 4096 * PAGE)
     twins.append(memory.fork())
     assert len(memory._layers._all) == 1, "it takes in what it covers"
+    assert own(memory) == own(twins[-1]) == 0
     for twin in [memory, *twins]:
         twin.close()
+
+
+def test_much_that_is_scattered_is_copied_once() -> None:
+    memory = GuestMemory(4096 * PAGE)
+    memory.write(0, b"a" * memory.size)
+    memory.fork().close()
+    model = bytearray(b"a" * 4096)
+    for page in range(0, 4096, 2):
+        memory.write(page * PAGE, b"b")
+        model[page] = ord("b")
+    twins = [memory.fork(), memory.fork()]
+    assert own(memory) == own(twins[0]) == own(twins[1]) == 0
+    assert not memory._layers._all
+    memory.write(0, b"c")
+    assert all(bytes(twin.whole[::PAGE]) == model for twin in twins)
+    for each in [memory, *twins]:
+        each.close()
+
+
+def test_forks_in_several_threads_at_once() -> None:
+    """And who asks meanwhile where pages are is told of all."""
+    memory = GuestMemory(2048 * PAGE)
+    memory.fork().close()
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    for turn in range(1, 30):
+        for run in range(20):
+            memory.write((turn + 100 * run) * PAGE, bytes([turn]) * 40 * PAGE)
+        model = bytes(memory.whole)
+        with ThreadPoolExecutor(4) as pool:
+            forking = [pool.submit(memory.fork) for _ in range(4)]
+            while not all(each.done() for each in forking):
+                assert len(memory.populated()) >= 20 * 40
+            twins = [each.result() for each in forking]
+        assert all(twin.whole == model for twin in [memory, *twins])
+        for twin in twins:
+            twin.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == files + len(memory._layers._all)
+    memory.close()
 
 
 def own(memory: GuestMemory) -> int:
@@ -256,19 +309,50 @@ def own(memory: GuestMemory) -> int:
     return len(found)
 
 
+def test_who_asks_where_pages_are_waits_for_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-way they are in a layer already, and their own file's still."""
+    memory = GuestMemory(SIZE)
+    memory.fork().close()
+    memory.write(0, b"a" * 64 * PAGE)
+    finish = layers_module._map
+
+    def half_way(ram: memoryview, layer: Any) -> None:
+        asked.append(pool.submit(memory.populated))
+        with pytest.raises(TimeoutError):
+            asked[-1].result(0.05)
+        finish(ram, layer)
+
+    asked: list[Future[Bitmap]] = []
+    monkeypatch.setattr(layers_module, "_map", half_way)
+    with ThreadPoolExecutor(1) as pool, closing(memory.fork()):
+        assert members(asked[0].result()) >= set(range(64))
+    memory.close()
+
+
+def test_zero_pages_take_no_room_where_they_arrive() -> None:
+    with shared(b"x" * 8 * PAGE) as (ram, fd):
+        runs = struct.pack("<QII", 2, 4, 0)
+        assert unpack(ram, fd, memoryview(runs), memoryview(b""))
+        assert bytes(ram) == b"x" * 2 * PAGE + bytes(4 * PAGE) + b"x" * 2 * PAGE
+        assert os.fstat(fd).st_blocks * 512 == 4 * PAGE
+
+
 def test_layers_are_few_and_their_mappings_too() -> None:
     pages = 1 << 14
     memory = GuestMemory(pages * PAGE)
     memory.fork().close()
     before, model = mappings(), bytearray(pages)
     chances = random.Random(1)
-    for turn in range(60):
-        for _ in range(chances.choice([1, 20, 2000])):
-            page = chances.randrange(pages)
-            model[page] = turn + 1
-            memory.write(page * PAGE, bytes([turn + 1]))
+    for turn in range(100):
+        for _ in range(chances.choice([1, 20, 200])):
+            count = chances.choice([1, 1, 40, 40, 400])
+            page = chances.randrange(pages - count)
+            for at in range(page, page + count):
+                model[at] = turn + 1
+                memory.write(at * PAGE, bytes([turn + 1]))
         with closing(memory.fork()) as twin:
             assert bytes(twin.whole[::PAGE]) == model
+        assert own(memory) * 4 <= len(memory.populated())
         assert len(memory._layers._all) <= 14
         assert mappings() - before <= 2 * layers_module._RUNS
     assert bytes(memory.whole[::PAGE]) == model

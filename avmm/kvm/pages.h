@@ -9,6 +9,7 @@
  * page was taken out of the dirty log is in the log again, and the page is sent once more.
  */
 
+#include <fcntl.h>
 #include <sys/mman.h>
 
 enum { AVMM_PAGE = 4096 };
@@ -127,7 +128,9 @@ static int avmm_pages_unpack(uint8_t *ram, uint64_t pages, int fd, const struct 
     for (uint32_t i = 0; i < count; i++) {
         uint64_t at = runs[i].page * AVMM_PAGE, length = (uint64_t)runs[i].count * AVMM_PAGE;
         if (runs[i].kind == AVMM_RUN_ZERO) {
-            memset(ram + at, 0, length);
+            /* A hole: what the guest has given back must not take room here. */
+            if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, length) < 0)
+                memset(ram + at, 0, length);
             continue;
         }
         int error = write_fully(fd, data, length, at);

@@ -44,6 +44,8 @@ _ACTUAL: Final = 4
 _STAT: Final = struct.Struct("<HQ")
 _SLICE: Final = 4096
 """Bytes of page numbers that are worked off before other tasks have their turn."""
+_PIECE: Final = 4 << 20
+"""Bytes that are given back before other tasks have their turn: what Linux reports as one."""
 _MOST_PAGES: Final = (1 << 32) - 1
 _MOST_STATS: Final = 64
 _NAMES: Final = (
@@ -172,8 +174,9 @@ class Balloon(VirtioDevice):
         while True:
             chain = await queue.next()
             for part in chain.writable:
-                self.link.memory.discard_view(part)
-                await queue.let_others_run()
+                for at in range(0, len(part), _PIECE):
+                    self.link.memory.discard_view(part[at : at + _PIECE])
+                    await queue.let_others_run()
             queue.push(chain)
 
     async def _inflate(self, chain: Chain) -> None:

@@ -109,6 +109,20 @@ async def test_free_pages_of_a_fork_go_back_to_the_host() -> None:
         assert all(not start <= 50 < end for start, end in own.runs())
 
 
+async def test_a_state_from_before_there_were_reports() -> None:
+    bench, other = Bench(Balloon()), Bench(Balloon())
+    async with bench.running() as driver:
+        await driver.start(FEATURES)
+        await bench.device.quiesce()
+        state = dict(bench.device.save())
+    state["queues"] = state["queues"][:3]
+    other.device.load(state)
+    assert len(other.device.save()["queues"]) == 4
+    for queues in ([], [*state["queues"], *state["queues"]]):
+        with pytest.raises(DeviceError, match="queues"):
+            other.device.load({**state, "queues": queues})
+
+
 async def test_a_balloon_that_wants_no_reports() -> None:
     balloon = Balloon(page_reporting=False)
     assert not balloon.features & REPORTING
