@@ -15,6 +15,7 @@ import trio
 from lab.cache import LabError
 from linux import kernel, userspace
 from linux.kernel import CMDLINE
+from support.required import not_here
 
 import avmm
 
@@ -30,7 +31,7 @@ def vmlinux() -> Path:
     try:
         return kernel.vmlinux()
     except LabError as error:
-        pytest.skip(str(error))
+        not_here(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def smp_vmlinux() -> Path:
     try:
         return kernel.vmlinux(smp=True)
     except LabError as error:
-        pytest.skip(str(error))
+        not_here(str(error))
 
 
 def run(kernel: Path, initrd: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ import trio
 from lab.cache import LabError
 from linux import kernel, userspace
 from linux.kernel import CMDLINE
+from support.required import not_here
 
 import avmm
 
@@ -29,7 +30,7 @@ def vmlinux() -> Path:
     try:
         return kernel.vmlinux()
     except LabError as error:
-        pytest.skip(str(error))
+        not_here(str(error))
 
 
 def run(vmlinux: Path, folder: Path, script: str, *disks: str) -> str:

@@ -10,6 +10,7 @@ import trio
 from lab.cache import LabError
 from linux import kernel, userspace
 from linux.kernel import CMDLINE
+from support.required import not_here
 from test_linux_disk import ext2, from_ext2
 
 import avmm
@@ -39,7 +40,7 @@ def vmlinux() -> Path:
     try:
         return kernel.vmlinux()
     except LabError as error:
-        pytest.skip(str(error))
+        not_here(str(error))
 
 
 class Reader:

@@ -17,8 +17,8 @@ from avmm.image.packages import Package
 
 DEFAULT_MODULES: Final = ("virtio_mmio", "virtio_console", "virtio_blk", "virtio_net")
 """What a guest's devices need, as far as the package has them."""
-CMDLINE: Final = "console=ttyS0 reboot=t panic=-1"
-"""reboot=t and panic=-1: a guest that panics ends the run instead of hanging."""
+CMDLINE: Final = "console=ttyS0 panic=-1"
+"""panic=-1: a guest that panics ends the run instead of hanging."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def main() -> int:
             tar = Path(scratch, "payload.tar")
             payload.write(tar, kind, script, {}, {f"sent/{p.name}": p for p in options.send})
             console = machine.run(l1, tar, SECONDS, _show)
-    except LabError as error:
+    except (LabError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     ended = [line for line in console.splitlines() if line.startswith("lab: run.sh ended with")]

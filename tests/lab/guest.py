@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -52,7 +51,7 @@ def _folder(name: str, kernel: str) -> Path:
 
     def build(place: Path) -> None:
         tool = place / "vsock"
-        subprocess.run(["cc", "-static", "-O2", "-o", tool, _TOOL], check=True)
+        run(["cc", "-static", "-O2", "-o", tool, _TOOL])
         made = avmm.image.build.build(
             packages, place, modules=_MODULES, added={PurePosixPath("/bin/vsock"): tool}
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+
+from support.required import REQUIRE_LAB
 
 import avmm
 
@@ -16,6 +19,7 @@ _SKIPPED: Final = frozenset({"__pycache__", ".hypothesis", ".git", "build"})
 _PROLOGUE: Final = """\
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp PYTHONPATH=/lab:/lab/tests:/site
 export PYTHONDONTWRITEBYTECODE=1 AVMM_REQUIRE_KVM=1 AVMM_LAB={kind} LC_ALL=C.UTF-8
+export AVMM_REQUIRE_LAB={required}
 cd /lab
 stty raw -echo </dev/ttyS1 2>/dev/null || /usr/bin/busybox stty raw -echo </dev/ttyS1
 python3 -m lab.anchor &
@@ -30,7 +34,7 @@ def write(
     with tarfile.open(path, "w") as tar:
         for name in ("avmm", "tests", "pyproject.toml", "examples"):
             tar.add(TREE / name, name, filter=_wanted)
-        content = _PROLOGUE.format(kind=kind) + script
+        content = _PROLOGUE.format(kind=kind, required=os.environ.get(REQUIRE_LAB, "0")) + script
         for name, text in {"run.sh": content, **texts}.items():
             info = tarfile.TarInfo(name)
             data = text.encode()
