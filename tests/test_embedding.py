@@ -11,7 +11,7 @@ import trio
 
 import avmm
 
-pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
+pytestmark = [pytest.mark.lab(also="stock"), pytest.mark.usefixtures("kvm", "nothing_left")]
 
 
 async def converse() -> avmm.Outcome:

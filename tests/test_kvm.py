@@ -36,6 +36,8 @@ from avmm.kvm import (
 from avmm.kvm.handles import REQUIRED
 from avmm.kvm.kick import accept_kicks, install_kick, kick
 
+pytestmark = pytest.mark.lab(also="stock")
+
 PAGE = 4096
 ORIGIN = 0x1000
 RAM = 0x1_0000
@@ -121,10 +123,11 @@ def test_a_device_closed_to_the_user_is_said(tmp_path: Path) -> None:
         except KvmUnavailable as error:
             print(error)
     """
+    paths = [str(Path(avmm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", child],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(avmm.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         check=False,
         text=True,

@@ -15,7 +15,7 @@ from support.guest import EXIT, machine
 import avmm
 from avmm import Cause, Device
 
-pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
+pytestmark = [pytest.mark.lab(also="stock"), pytest.mark.usefixtures("kvm", "nothing_left")]
 
 ADDRESS = 0xD000_0000
 TOUCH = f"mov rbx, {ADDRESS}; mov eax, [rbx]; "

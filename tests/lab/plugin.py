@@ -62,9 +62,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _belongs(item: pytest.Item, kind: str | None) -> bool:
+    """`lab`: here and in every lab, `lab(also=KIND)`: here and in that one, `lab(only=KIND)`: in
+    that one alone."""
     mark = item.get_closest_marker("lab")
     only = mark.kwargs.get("only") if mark is not None else None
-    return (mark is not None if kind else not only) and only in (None, kind)
+    if kind is None:
+        return only is None
+    return mark is not None and mark.kwargs.get("also", only) in (None, kind)
 
 
 @pytest.hookimpl(tryfirst=True)
