@@ -45,6 +45,7 @@ from avmm.links import NetOptions, VsockOptions
 from avmm.memory import GuestMemory
 from avmm.migration import Coordinator
 from avmm.outcome import Cause, Outcome
+from avmm.pages import Bitmap
 from avmm.parts import Parts
 from avmm.placing import Unplaced
 
@@ -522,18 +523,22 @@ async def _clone(
 
 
 async def _forked(memory: GuestMemory) -> GuestMemory:
-    """In a thread, for it may be much that the guest has written. An error's frames know views of
+    """In a thread, where it is much that the guest has written. An error's frames know views of
     RAM, so none of them leaves that: trio would keep it in a circle, and RAM mapped."""
 
-    def fork() -> tuple[GuestMemory | None, str]:
+    def fork(own: Bitmap | None) -> tuple[GuestMemory | None, str]:
         try:
-            return memory.fork(), ""
+            return memory.fork(own), ""
         except OSError as error:
             return None, f"the host has no room for its RAM: {error.strerror or error!r}"
         except ValueError:  # RAM's views are released
             return None, "it has ended"
 
-    forked, why = await trio.to_thread.run_sync(fork)
+    own = memory.own()
+    if own is not None and len(own) <= _COPIED_AT_ONCE:
+        forked, why = fork(own)
+    else:
+        forked, why = await trio.to_thread.run_sync(fork, None)
     if forked is None:
         raise AvmmError(f"the machine cannot be cloned: {why}")
     return forked
@@ -553,3 +558,5 @@ def _only(group: BaseException) -> BaseException | None:
 
 
 _NURSERY_GROUP: Final = "Exceptions from Trio nursery"
+_COPIED_AT_ONCE: Final = 256
+"""Pages of RAM: a thread costs more than these."""

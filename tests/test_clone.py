@@ -148,3 +148,23 @@ async def test_a_restored_guest_that_has_written_much_is_cloned_again_and_again(
         assert len(vm.memory.populated()) > 4096  # as much as a slow CPU writes
         assert max(map(len, own)) < 2048, "clones have in common what was written before them"
         nursery.cancel_scope.cancel()
+
+
+async def test_several_clones_at_a_time() -> None:
+    async with avmm.Machine(memory="64M") as vm:
+        await greeted(vm)
+        async with vm.clone():
+            pass  # from here on it is copy-on-write
+        for turn in range(3):
+            await ask(vm, b"burn 4000 1")
+            await ask(vm, b"poke.q 0x1000000 %d" % turn)
+            wanted = await checksum(vm)
+
+            async def look(wanted: str = wanted) -> None:
+                async with vm.clone() as twin:
+                    assert await checksum(twin) == wanted
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(look)
+            assert await checksum(vm) == wanted
