@@ -33,6 +33,7 @@ def _wait(deadline: float) -> None:
         for _ in range(_LOOKS):
             _tell_machine(vm)
             _tell_threads()
+    print("TimeoutExpired: it was to be done by now", file=sys.stderr)  # the lab knows the word
     sys.stderr.flush()
     os._exit(1)
 
