@@ -185,6 +185,20 @@ async def test_a_host_program_that_comes_and_goes(tmp_path: Path) -> None:
     assert turns > 10
 
 
+async def test_an_end_that_is_lost_is_said_again() -> None:
+    """A host that has got every number waits for the end, so that the guest may not leave without
+    one: this host loses its first connection just before."""
+    async with avmm.Machine(memory="16M", vsock="cid=3") as vm, vm.vsock.listen(PORT) as listener:
+        await vm.console.send_all(b"count 5 vsock\r")
+        for is_lost in (True, False):
+            async with await listener.accept() as stream:
+                await stream.send_all(b"5\n")
+                assert await stream.receive_some() == b""
+                if is_lost:
+                    stream.refuse()
+        await said_until(vm.console, b"vsock\r\navmm> ")
+
+
 class Arrivals(trio.abc.Listener[Any]):
     """A listener whose connections come by a channel."""
 
