@@ -58,6 +58,7 @@ def resources() -> tuple[set[str], set[str], set[str]]:
 def nothing_left() -> Iterator[None]:
     """No descriptor, thread or guest mapping outlives the test."""
     before = resources()
+    gc.freeze()  # what is there now need not be looked through again: late in a run that is much
     yield
     after = resources()
     for kind, old, new in zip(("descriptors", "threads", "mappings"), before, after, strict=True):
