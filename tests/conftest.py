@@ -12,9 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from hypothesis import HealthCheck, settings
+
 from avmm.kvm import KvmUnavailable, System
 
 pytest_plugins = ["lab.plugin"]
+
+# How long an example takes is the host's matter.
+settings.register_profile("avmm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("avmm")
 
 # What a shell runs in the background ignores Ctrl-C, and so would the commands that are tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

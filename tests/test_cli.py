@@ -33,7 +33,7 @@ def avmm(
         input=given,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=55,
         check=False,
         env=os.environ | (env or {}),
     )
@@ -379,11 +379,11 @@ def test_a_pipe_that_ends_within_a_line_ends_the_line_first() -> None:
 
 def test_help_can_be_asked_for_while_the_guest_prints(terminal: pexpect.spawn) -> None:
     terminal.expect_exact(PROMPT)
-    terminal.send("count 3000\r")
+    terminal.send("count 10000\r")
     for _ in range(12):
         terminal.send("\x01h")
         terminal.expect_exact("Ctrl-A x   end the guest")
-    terminal.expect_exact("\n3000\r\n")
+    terminal.expect_exact("\n10000\r\n")
     terminal.send("exit 8\r")
     terminal.expect(pexpect.EOF)
     terminal.close()

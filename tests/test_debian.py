@@ -32,7 +32,7 @@ def start() -> Iterator[Start]:
     def start(image: str, *options: str, guest: Path = GUEST) -> pexpect.spawn:
         command = ["-m", "avmm", "run", str(guest / image), "--initrd"]
         command += [str(guest / "initrd.cpio.gz"), "--memory", "256M", "--cmdline", CMDLINE]
-        child = pexpect.spawn(sys.executable, [*command, *options], timeout=60, encoding="utf-8")
+        child = pexpect.spawn(sys.executable, [*command, *options], timeout=200, encoding="utf-8")
         children.append(child)
         return child
 

@@ -11,7 +11,11 @@ import trio
 import avmm
 from avmm import guests
 
-pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.timeout(120),
+    pytest.mark.usefixtures("kvm", "nothing_left"),
+]
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ async def said(vm: avmm.Machine) -> str:
 @pytest.mark.parametrize("options", ["", ",overlay"])
 @pytest.mark.parametrize("op", ["read", "write"])
 async def test_a_guest_on_a_disk(image: Path, op: str, options: str) -> None:
-    with trio.fail_after(60):
+    with trio.fail_after(300):
         async with avmm.Machine(**config(op, 300, f"{image}{options}")) as vm:
             assert served(await said(vm), 300)
     changed = op == "write" and not options
@@ -49,14 +53,14 @@ async def test_a_guest_on_a_disk(image: Path, op: str, options: str) -> None:
 
 
 async def test_a_read_only_disk_refuses_the_guest(image: Path) -> None:
-    with trio.fail_after(60):
+    with trio.fail_after(300):
         async with avmm.Machine(**config("write", 10, f"{image},ro")) as vm:
             assert "count=10 bytes=10 errors=10 " in await said(vm)
     assert image.read_bytes() == b"i" * (1 << 20)
 
 
 async def test_pauses_in_the_midst_of_requests(image: Path) -> None:
-    with trio.fail_after(100):
+    with trio.fail_after(400):
         async with avmm.Machine(**config("write", 3000, str(image))) as vm:
             for _ in range(30):
                 await trio.sleep(0.003)
@@ -72,7 +76,7 @@ async def test_moved_in_the_midst_of_requests(image: Path, options: str) -> None
     """Whoever loads opens the file after it was closed: it is locked as long as it is in use."""
     settings = config("write", 4000, f"{image}{options}")
     state = None
-    with trio.fail_after(100):
+    with trio.fail_after(400):
         for _ in range(5):
             async with avmm.Machine(**settings, state=state) as vm:
                 await trio.sleep(0.05)

@@ -82,7 +82,7 @@ async def test_a_pause_with_a_deadline_fails_by_name_and_harms_nothing(tmp_path:
                 pytest.fail("the handler has not answered")
         assert "given up after 0.3 s" in str(caught.value)
         assert "vCPU 0 waits for Recorder at KVM_EXIT_IO: out of 4 bytes" in str(caught.value)
-        assert f"port {PORT:#x}, since 0." in str(caught.value)
+        assert re.search(rf"port {PORT:#x}, since \d+\.\d s", str(caught.value))
         device.go_on.set()
         await device.more()
         async with vm.paused(deadline=20):
@@ -119,7 +119,7 @@ async def test_a_handler_that_blocks_is_named_with_how_long_it_was_waited_for(
     what = "vCPU 0 is at Blocking at KVM_EXIT_IO: out of 4 bytes at port 0x300, not returned"
     late = re.search(f"{what} ([0-9.]+) s after it was to pause", str(caught.value))
     assert late is not None, str(caught.value)
-    assert float(late[1]) >= 0.6
+    assert float(late[1]) >= 0.5  # it was asked a little before that is counted from
     assert device.complete
 
 
@@ -290,6 +290,7 @@ async def pauses_among_exits(count: int) -> None:
         assert await torture.run(options, disturb=disturb) == undisturbed
 
 
+@pytest.mark.timeout(300)
 async def test_two_thousand_pauses_of_four_vcpus() -> None:
     await pauses(2_000)
 

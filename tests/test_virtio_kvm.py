@@ -127,9 +127,10 @@ async def test_saved_and_loaded_in_the_midst_of_requests(tmp_path: Path) -> None
 
 
 async def test_a_reset_that_waits_for_the_device(tmp_path: Path) -> None:
-    released = trio.Event()
+    asked, released = trio.Event(), trio.Event()
 
     async def source(count: int) -> bytes:
+        asked.set()
         with trio.CancelScope(shield=True):
             await released.wait()
         return b"r" * count
@@ -141,9 +142,9 @@ async def test_a_reset_that_waits_for_the_device(tmp_path: Path) -> None:
         inc word ptr [rdi + 2]
         mov dword ptr [rbx + 0x50], 0
         mov rdx, {COUNT}
-        mov rcx, 2000000
-    1:  dec rcx
-        jnz 1b
+    1:  pause
+        cmp dword ptr [rdx + 4], 0
+        je 1b
         inc dword ptr [rdx]
         mov dword ptr [rbx + 0x70], 0
         mov eax, [rbx + 0x70]
@@ -154,6 +155,8 @@ async def test_a_reset_that_waits_for_the_device(tmp_path: Path) -> None:
     """
     )
     async with machine(tmp_path, code, devices=[avmm.virtio(Rng(source))]) as vm:
+        await asked.wait()
+        vm.memory.write(COUNT + 4, b"\1")  # it may reset the device now
         await until(vm, 1)
         await trio.sleep(0.1)
         assert counted(vm) == 1  # the vCPU waits with its write

@@ -39,7 +39,7 @@ _ORIGIN: Final = 0x10_0000
 _BORDER: Final = _WINDOW + 0x1000
 _FINISH: Final = bytes.fromhex("66baf800 ef f4")
 """`mov dx, 0xf8; out dx, eax; hlt`: the guest says what it got and ends."""
-_PATIENCE_SECONDS: Final = 1.0
+_PATIENCE_SECONDS: Final = 3.0
 """The most that one `KVM_RUN` may take; any of these exits takes microseconds."""
 _INTEL: Final = int.from_bytes(b"Genu", "little")
 

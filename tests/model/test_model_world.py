@@ -11,7 +11,7 @@ from model.production import REAL
 from model.properties import can_tell
 from model.schedules import cases, played
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("quiet_log")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("quiet_log")]
 
 
 @given(case=cases())
