@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ async def test_a_restored_guest_that_has_written_much_is_cloned_again_and_again(
         await greeted(vm)
         await vm.snapshot(snap)
     async with avmm.restore(snap) as vm, trio.open_nursery() as nursery:
-        await ask(vm, b"burn 4000 1")
+        # From the last half of what is summed on.
+        vm.memory.write(0x180_0000, random.Random(1).randbytes(64 << 20))
         sums = [await checksum(vm)]
         rounds = [0]
 
@@ -145,7 +147,7 @@ async def test_a_restored_guest_that_has_written_much_is_cloned_again_and_again(
             await ask(vm, b"poke.q 0x1800000 %d" % (100 + turn))
             sums.append(await checksum(vm))
         assert len(set(sums)) == len(sums)
-        assert len(vm.memory.populated()) > 4096  # as much as a slow CPU writes
+        assert len(vm.memory.populated()) > 16384
         assert max(map(len, own)) < 2048, "clones have in common what was written before them"
         nursery.cancel_scope.cancel()
 

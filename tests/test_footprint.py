@@ -17,17 +17,21 @@ from avmm import guests
 PROMPT = b"avmm> "
 
 IMPORT = """
-import time, trio
+import time
+start = time.process_time()
+import trio
+yardstick = time.process_time() - start
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 before, start = resident(), time.process_time()
 import avmm
-print((time.process_time() - start) * 1000, (resident() - before) / 2**20)
+print((time.process_time() - start) / yardstick, (resident() - before) / 2**20)
 """
 
 
 def test_importing_avmm_is_cheap(tmp_path: Path) -> None:
-    """At most 40 ms and 8 MiB more than trio; CPU time, the best of five, for busy machines."""
+    """At most half of the CPU time that trio's own import takes, and 8 MiB more; the best of six,
+    for busy machines."""
     # With bytecode, as an installed package has it, whatever this environment says.
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -37,7 +41,7 @@ def test_importing_avmm_is_cheap(tmp_path: Path) -> None:
             [sys.executable, "-c", IMPORT], capture_output=True, check=True, env=environment
         )
         costs.append(tuple(map(float, done.stdout.split())))
-    assert min(cost[0] for cost in costs) <= 40
+    assert min(cost[0] for cost in costs) <= 0.5
     assert min(cost[1] for cost in costs) <= 8
 
 

@@ -166,7 +166,7 @@ async def stall(folder: Path, disk: Stalled, release: Callable[[], None], deadli
 
 async def test_a_disk_that_does_not_answer_stalls_its_own_requests_alone(tmp_path: Path) -> None:
     released = trio.Event()
-    await stall(tmp_path, Stalled(released.wait), released.set, 0.25)
+    await stall(tmp_path, Stalled(released.wait), released.set, 1.0)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@
 #define TRANSPORT_RESET 0
 #define FIRST_PORT      1024
 #define BUFFER          256             /* bytes that the host may send before we take them */
-#define PATIENCE        (1ull << 31)    /* TSC cycles, about a second */
+#define PATIENCE        (1ull << 33)    /* TSC cycles, some seconds */
 
 enum { RECEIVE, TRANSMIT, EVENT, QUEUES };
 

@@ -18,7 +18,7 @@ enum vsock_state {
 /* False: the command line names no such device. */
 bool vsock_start(void);
 
-/* Ends the connection, in order if the host lets it within a second, and resets the device. */
+/* Ends the connection, in order if the host lets it within seconds, and resets the device. */
 void vsock_stop(void);
 
 /* Asks the host for a connection, instead of the one that there was. */

@@ -12,7 +12,7 @@
 #define RATE_GENERATOR  0x34            /* channel 0, low byte then high, mode 2 */
 #define PIT_HZ          1193182
 
-#define PATIENCE        (1ull << 28)    /* TSC cycles: many ticks at any rate a CPU has */
+#define PATIENCE        (1ull << 31)    /* TSC cycles: many ticks at any rate a CPU has */
 #define TICKS_TO_TRUST  10
 
 volatile uint64_t clock_ticks;
