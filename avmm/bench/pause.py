@@ -26,7 +26,8 @@ CPUS: Final = (1, 2, 4, 16)
 _FOR_EVER: Final = b"\xf3\x90\xeb\xfc"
 """`1: pause; jmp 1b`"""
 _GUEST_SECONDS: Final = 0.0005
-"""How long the guest runs between two pauses: long enough that all vCPUs are in it again."""
+"""How long the guest runs between two pauses: long enough that the vCPUs are in it again, or wait
+for a core; of sixteen on two cores some have not come back from the last pause."""
 
 
 async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list[Row]:
