@@ -93,17 +93,29 @@ BUGS: Final = {
         "    return s->tid && runs ? send_kick(s->pid, s->tid) : 0;",
     ),
     "does not say that it runs": ("    atomic_store(&s->runs, 1);\n", ""),
-    "says that it runs too late": (
-        "    atomic_store(&s->runs, 1);\n    int answer = ioctl(s->fd, KVM_RUN, 0);\n",
-        "    int answer = ioctl(s->fd, KVM_RUN, 0);\n    atomic_store(&s->runs, 1);\n",
+    "clears immediate_exit after its last look": (
+        "have set it again. */\n            set_immediate_exit(run, 0);\n        }\n",
+        "have set it again. */\n        }\n        pause_perhaps();\n"
+        "        set_immediate_exit(run, 0);\n",
     ),
     "a vCPU that is to end stays parked": (
         "    int answer = s->gone ? 0 : ask(s);\n    let_on(s);\n",
         "    int answer = s->gone ? 0 : ask(s);\n",
     ),
     "immediate_exit before the round": (
-        "        atomic_store(&lot->round, round);\n    }\n",
-        "    }\n",
+        """        atomic_store(&lot->round, round);
+    }
+    for (int i = 0; i < lot->count; i++)
+        if (!lot->spots[i].gone && answer == 0)
+            answer = ask(&lot->spots[i]);
+""",
+        """    }
+    for (int i = 0; i < lot->count; i++)
+        if (!lot->spots[i].gone && answer == 0)
+            answer = ask(&lot->spots[i]);
+    pause_perhaps();
+    atomic_store(&lot->round, round);
+""",
     ),
 }
 

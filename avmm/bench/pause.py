@@ -1,8 +1,9 @@
 """What a pause costs: from asking for it to all vCPUs parked, against a kick in C.
 
 The guest `exits kind=spin` counts for ever on all its CPUs, so every vCPU is in the guest, or
-waits for a core, when it is asked. In each round the C kick is measured first; medians over the
-rounds are reported, and the ratio is the median of the rounds' own ratios.
+waits for a core (to run on there, or to come back from the last pause), when it is asked. In each
+round the C kick is measured first; medians over the rounds are reported, and the ratio is the
+median of the rounds' own ratios.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 /* The parking lot: where the vCPUs of one machine stand while it is paused.
  *
- * Whoever pauses asks all vCPUs at once: each gets `immediate_exit` and a kick. A vCPU's thread
+ * Whoever pauses asks all vCPUs at once: each gets `immediate_exit`, and a kick if it is in
+ * KVM_RUN or on its way there. A vCPU's thread
  * parks when it has finished what it had in hand, and the last one to park rings the bell of
  * the task that waits for them. Nothing of this needs the GIL: with it, sixteen threads would
  * queue up for it one after the other, each with a switch of its own.
@@ -12,9 +13,9 @@
  *
  * No request is lost. A thread clears `immediate_exit` before it looks at `round`, and says that
  * it runs before it enters KVM_RUN; who asks writes `round` before `immediate_exit`, and only then
- * looks whether the thread runs, and kicks it (all sequentially consistent). So the thread sees
- * the round, or its next KVM_RUN sees the flag, or the signal interrupts the KVM_RUN that it is
- * in.
+ * looks whether the thread runs, and kicks it (all sequentially consistent; and a fence before
+ * KVM_RUN, for the kernel's load of the flag is an ordinary one). So the thread sees the round, or
+ * its next KVM_RUN sees the flag, or the signal interrupts the KVM_RUN that it is in.
  */
 
 #include <pthread.h>
@@ -216,6 +217,7 @@ static void avmm_spot_park(struct avmm_spot *s)
 static int run_once(struct avmm_spot *s)
 {
     atomic_store(&s->runs, 1);
+    atomic_thread_fence(memory_order_seq_cst);
     int answer = ioctl(s->fd, KVM_RUN, 0);
     atomic_store_explicit(&s->runs, 0, memory_order_release);
     return answer;
@@ -261,7 +263,8 @@ static int avmm_spot_run(struct avmm_spot *s)
         }
         while (is_wanted(s)) {
             avmm_spot_park(s);
-            set_immediate_exit(run, 0);     /* of a round that came and went while it stood here */
+            /* Rounds that came and went while it stood here have set it again. */
+            set_immediate_exit(run, 0);
         }
         if (atomic_load(&s->stopping))
             return -ECANCELED;

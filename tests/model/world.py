@@ -341,7 +341,7 @@ class World:
 
     async def quiet(self) -> None:
         """Return when nothing moves any more, neither thread nor task."""
-        end = time.monotonic() + WATCHDOG
+        end = time.monotonic() + WATCHDOG / 4
         while time.monotonic() < end:
             await wait_all_tasks_blocked()
             for cpu in self.cpus:

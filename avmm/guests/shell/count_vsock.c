@@ -3,9 +3,10 @@
  * got, and gets those after that. A connection that was lost is made anew, and what was under way
  * on it is counted again: the host's word is what has arrived.
  *
- * All of it has arrived when the host closes a connection after our end of it. One that was lost
- * on the way there is made anew, even where the host has said the last number: it may be waiting
- * for our end.
+ * All of it has arrived when the host closes a connection after our end of it. So the host must
+ * have read that end when it closes one (else reset it), and go on listening until we have taken
+ * its close: a connection that is lost before is made anew, even where the host has said the last
+ * number, for it may be waiting for our end.
  */
 #include "console.h"
 #include "count.h"
