@@ -30,8 +30,8 @@ print((time.process_time() - start) / yardstick, (resident() - before) / 2**20)
 
 
 def test_importing_avmm_is_cheap(tmp_path: Path) -> None:
-    """At most half of the CPU time that trio's own import takes, and 8 MiB more; the best of six,
-    for busy machines."""
+    """At most two fifths of the CPU time that trio's own import takes, and 8 MiB more; the best of
+    six, for busy machines."""
     # With bytecode, as an installed package has it, whatever this environment says.
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -41,7 +41,7 @@ def test_importing_avmm_is_cheap(tmp_path: Path) -> None:
             [sys.executable, "-c", IMPORT], capture_output=True, check=True, env=environment
         )
         costs.append(tuple(map(float, done.stdout.split())))
-    assert min(cost[0] for cost in costs) <= 0.5
+    assert min(cost[0] for cost in costs) <= 0.4
     assert min(cost[1] for cost in costs) <= 8
 
 
