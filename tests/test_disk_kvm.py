@@ -47,7 +47,7 @@ async def said(vm: avmm.Machine) -> str:
 async def test_a_guest_on_a_disk(image: Path, op: str, options: str) -> None:
     with trio.fail_after(300):
         async with avmm.Machine(**config(op, 300, f"{image}{options}")) as vm:
-            assert served(await said(vm), 300)
+            assert served(await said(vm), 300), await vm.wait()
     changed = op == "write" and not options
     assert (image.read_bytes() != b"i" * (1 << 20)) is changed
 
@@ -68,7 +68,7 @@ async def test_pauses_in_the_midst_of_requests(image: Path) -> None:
                     frozen = vm.memory.read(0, vm.memory.size), image.read_bytes()
                     await trio.sleep(0.002)
                     assert (vm.memory.read(0, vm.memory.size), image.read_bytes()) == frozen
-            assert served(await said(vm), 3000)
+            assert served(await said(vm), 3000), await vm.wait()
 
 
 @pytest.mark.parametrize("options", ["", ",overlay"])
@@ -85,4 +85,4 @@ async def test_moved_in_the_midst_of_requests(image: Path, options: str) -> None
                         avmm.RawDisk(image)
                     state = vm.save()
         async with avmm.Machine(**settings, state=state) as vm:
-            assert served(await said(vm), 4000)
+            assert served(await said(vm), 4000), await vm.wait()
