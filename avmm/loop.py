@@ -20,8 +20,7 @@ handler never waits for another vCPU, another device or the coordinator, and not
 across an await.
 
 **Asking a vCPU for something.** Whoever asks writes down the request, then sets
-`immediate_exit`, then kicks a thread that is in `KVM_RUN` (a signal with a C handler that does
-nothing). The thread
+`immediate_exit`, then sends the kick (a signal with a C handler that does nothing). The thread
 clears `immediate_exit` *before* it looks at the requests. In that order a request is never
 lost: either the thread sees it when it looks, or `immediate_exit` is set at its next
 `KVM_RUN`, or the signal interrupts the one that runs.
