@@ -6,12 +6,12 @@ import ctypes
 import gc
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.threads import ours
 
 from avmm.kvm import KvmUnavailable, System
 
@@ -46,11 +46,7 @@ def resources() -> tuple[set[str], set[str], set[str]]:
             fds.add(f"{entry.name} -> {entry.readlink()}")
         except FileNotFoundError:
             continue
-    threads = {
-        f"{thread.name} {thread.ident}"
-        for thread in threading.enumerate()
-        if not thread.name.startswith("Trio thread")  # trio keeps and ends its own
-    }
+    threads = {f"{thread.name} {thread.ident}" for thread in ours()}
     maps = {
         line
         for line in Path("/proc/self/maps").read_text().splitlines()

@@ -22,6 +22,7 @@ import trio
 import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.threads import ours
 
 from avmm.disks import DiskOptions, OverlayDisk, RawDisk, files, open_disk
 from avmm.disks.base import Disk
@@ -238,8 +239,7 @@ def test_an_overlay_without_a_place(image: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_left_open(image: Path) -> None:
     def held() -> tuple[int, int]:
-        ours = [one for one in threading.enumerate() if not one.name.startswith("Trio thread")]
-        return len(list(Path("/proc/self/fd").iterdir())), len(ours)
+        return len(list(Path("/proc/self/fd").iterdir())), len(ours())
 
     gc.collect()  # what other tests have left
     before = held()

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 import trio
+from support.threads import ours
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from avmm.errors import AvmmError, PauseTimeout
@@ -607,7 +608,7 @@ def lived(
 
     Raises `Broken` where a property does not hold. Whatever happens, no thread is left.
     """
-    before = threads()
+    before = len(ours())
     clock = MockClock()
     made: list[World] = []
 
@@ -640,14 +641,9 @@ def lived(
         raise _first(group) from group
     finally:
         code.loop.time = real_time
-    if threads() != before:
+    if len(ours()) != before:
         raise Broken("a thread is left behind")
     return made[0]
-
-
-def threads() -> int:
-    """How many there are, without those that trio keeps for a while."""
-    return sum(not thread.name.startswith("Trio thread") for thread in threading.enumerate())
 
 
 def _first(error: BaseException) -> BaseException:
