@@ -12,6 +12,7 @@ import sys
 import termios
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -37,6 +38,13 @@ def avmm(
         check=False,
         env=os.environ | (env or {}),
     )
+
+
+def measured(*arguments: str, env: Mapping[str, str] | None = None) -> Any:
+    """What a command that must succeed prints as JSON."""
+    done = avmm(*arguments, "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_a_pipe_talks_to_the_guest_and_gets_its_status() -> None:
@@ -324,14 +332,13 @@ def test_doctor_speaks_to_people_and_to_programs() -> None:
     done = avmm("doctor")
     assert done.returncode == 0
     assert "avmm works on this host." in done.stdout
-    report = json.loads(avmm("doctor", "--json").stdout)
+    report = measured("doctor")
     assert report["capabilities"]["KVM_CAP_IMMEDIATE_EXIT"] == 1
     assert report["guest_ran"] and not report["problems"]
 
 
 def test_bench_exits_gives_a_ratio_for_each_case() -> None:
-    done = avmm("bench", "exits", "--json", "--count", "50", "--rounds", "1")
-    rows = json.loads(done.stdout)
+    rows = measured("bench", "exits", "--count", "50", "--rounds", "1")
     assert len({row["case"] for row in rows}) == len(rows) == 12
     for row in rows:
         assert set(row) == {"case", "us", "raw_us", "ratio"}
@@ -345,9 +352,7 @@ def test_help_and_version() -> None:
 
 
 def test_doctor_shows_what_an_uncompleted_exit_costs_and_that_the_drain_is_right() -> None:
-    findings = {
-        row["access"]: row for row in json.loads(avmm("doctor", "--completion", "--json").stdout)
-    }
+    findings = {row["access"]: row for row in measured("doctor", "--completion")}
     hypercall = findings.pop("hypercall")  # a KVM that interprets ring 0 cannot
     assert (hypercall["drained"] == "right") != ("does not return" in hypercall["error"])
     xens = findings.pop("Xen hypercall")  # nor can one without CONFIG_KVM_XEN
@@ -364,8 +369,7 @@ def test_doctor_shows_what_an_uncompleted_exit_costs_and_that_the_drain_is_right
 
 
 def test_bench_pause_gives_a_ratio_for_each_number_of_vcpus() -> None:
-    done = avmm("bench", "pause", "--json", "--count", "10", "--rounds", "1")
-    rows = json.loads(done.stdout)
+    rows = measured("bench", "pause", "--count", "10", "--rounds", "1")
     assert [row["case"] for row in rows] == ["1 vCPU", "2 vCPUs", "4 vCPUs", "16 vCPUs"]
     for row in rows:
         assert row["ratio"] == pytest.approx(row["us"] / row["raw_us"])
@@ -458,8 +462,7 @@ def test_disks_beside_a_guest_that_knows_none(tmp_path: Path) -> None:
 def test_bench_virtio_compares_with_qemu() -> None:
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("QEMU is not installed")
-    done = avmm("bench", "virtio", "--json", "--count", "20", "--rounds", "1")
-    rows = json.loads(done.stdout)
+    rows = measured("bench", "virtio", "--count", "20", "--rounds", "1")
     assert len({row["case"] for row in rows}) == len(rows) == 9
     assert all(row["ratio"] == pytest.approx(row["us"] / row["raw_us"]) for row in rows)
     assert all(row["per_second"] == pytest.approx(1e6 / row["us"]) for row in rows)
@@ -468,8 +471,7 @@ def test_bench_virtio_compares_with_qemu() -> None:
 def test_bench_migration_compares_with_qemu() -> None:
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("QEMU is not installed")
-    done = avmm("bench", "migration", "--json", "--memory", "16M", "--rounds", "1")
-    rows = json.loads(done.stdout)
+    rows = measured("bench", "migration", "--memory", "16M", "--rounds", "1")
     written = rows.pop()
     assert written["case"] == "written, MiB/s"
     assert written["ratio"] == pytest.approx(
@@ -487,8 +489,7 @@ def test_bench_migration_compares_with_qemu() -> None:
 )
 def test_without_qemu_there_is_no_ratio(what: str, options: tuple[str, ...], count: int) -> None:
     path = {"PATH": str(Path(sys.executable).parent)}
-    done = avmm("bench", what, "--json", "--rounds", "1", *options, env=path)
-    rows = json.loads(done.stdout)
+    rows = measured("bench", what, "--rounds", "1", *options, env=path)
     assert len(rows) == count
     for row in rows:
         assert row["ratio"] is row.get("raw_us") is row.get("raw_mib_per_second") is None
@@ -500,7 +501,7 @@ def test_without_qemu_there_is_no_ratio(what: str, options: tuple[str, ...], cou
 
 def test_bench_snapshot_compares_with_qemu_and_with_a_boot() -> None:
     options = ("--memory", "16M", "--rounds", "1", "--clones", "2")
-    rows = json.loads(avmm("bench", "snapshot", "--json", *options).stdout)
+    rows = measured("bench", "snapshot", *options)
     cases = ["restore", "restore, 8 x RAM", "clone", "clone 2, RSS in KiB"]
     if shutil.which("qemu-system-x86_64") is not None:
         cases = ["write, total", "write, downtime", *cases]

@@ -103,11 +103,14 @@ class Qemu:
         )
         self.execute("migrate", uri=uri)
         give_up = time.monotonic() + _SECONDS
-        while (told := self.execute("query-migrate"))["status"] != "completed":
+        while True:
+            told = self.execute("query-migrate")
+            # It is "completed" a moment before it has reckoned how long it took: 0 ms until then.
+            if told["status"] == "completed" and told["total-time"] > 0:
+                return dict(told)
             if told["status"] in ("failed", "cancelled") or time.monotonic() > give_up:
                 raise AvmmError(f"{QEMU} does not migrate: {told}")
             time.sleep(_POLL)
-        return dict(told)
 
     def __enter__(self) -> Self:
         return self
