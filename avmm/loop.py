@@ -19,11 +19,11 @@ to whoever holds the device's own lock, which is held only while one handler cal
 handler never waits for another vCPU, another device or the coordinator, and nothing is locked
 across an await.
 
-**Asking a vCPU for something.** Whoever asks writes down the request, then sets
-`immediate_exit`, then sends the kick (a signal with a C handler that does nothing). The thread
-clears `immediate_exit` *before* it looks at the requests. In that order a request is never
-lost: either the thread sees it when it looks, or `immediate_exit` is set at its next
-`KVM_RUN`, or the signal interrupts the one that runs.
+**Asking a vCPU for something.** Whoever asks writes down the request, then sets `immediate_exit`,
+then kicks a thread that is in `KVM_RUN` (a signal with a C handler that does nothing). The thread
+clears `immediate_exit` *before* it looks at the requests. In that order a request is never lost:
+either the thread sees it when it looks, or `immediate_exit` is set at its next `KVM_RUN`, or the
+signal interrupts the one that runs.
 
 **Parking.** A vCPU that is to pause first lets the kernel finish what the last exit left
 pending (`avmm.completion` says why, and how: `drain`). Then its thread stands in the machine's

@@ -55,6 +55,7 @@ def test_nothing_is_lost_in_whichever_order_threads_meet(stress: Stress) -> None
     assert stress("", "", _SOUND_SECONDS) == "ok\n"
 
 
+KICK: Final = "return s->tid && atomic_load(&s->runs) ? send_kick(s->pid, s->tid) : 0;"
 BUGS: Final = {
     "parks without a second KVM_RUN": ("if (!drained) {", "if (0) {"),
     "takes no heed of the flag": ("\n            && !(run->flags & KVM_RUN_NEEDS_COMPLETION)", ""),
@@ -79,14 +80,23 @@ BUGS: Final = {
         "        count_parked(s, round);\n",
         "",
     ),
-    "no kick": (
-        "return s->tid ? avmm_kick(s->tid) : 0;",
-        "return 0;",
-    ),
+    "no kick": (KICK, "return 0;"),
     "kicks before it sets immediate_exit": (
-        "    set_immediate_exit(s->run, 1);\n    return s->tid ? avmm_kick(s->tid) : 0;",
-        "    int answer = s->tid ? avmm_kick(s->tid) : 0;\n    pause_perhaps();\n"
-        "    return answer;",
+        f"    set_immediate_exit(s->run, 1);\n    {KICK}",
+        "    int answer = s->tid && atomic_load(&s->runs) ? send_kick(s->pid, s->tid) : 0;\n"
+        "    pause_perhaps();\n    set_immediate_exit(s->run, 1);\n    return answer;",
+    ),
+    "looks whether it runs before it sets immediate_exit": (
+        f"    set_immediate_exit(s->run, 1);\n    {KICK}",
+        "    int runs = atomic_load(&s->runs);\n    pause_perhaps();\n"
+        "    set_immediate_exit(s->run, 1);\n"
+        "    return s->tid && runs ? send_kick(s->pid, s->tid) : 0;",
+    ),
+    "does not say that it runs": ("    atomic_store(&s->runs, 1);\n", ""),
+    "clears immediate_exit after its last look": (
+        "have set it again. */\n            set_immediate_exit(run, 0);\n        }\n",
+        "have set it again. */\n        }\n        pause_perhaps();\n"
+        "        set_immediate_exit(run, 0);\n",
     ),
     "a vCPU that is to end stays parked": (
         "    int answer = s->gone ? 0 : ask(s);\n    let_on(s);\n",

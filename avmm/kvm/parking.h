@@ -1,19 +1,21 @@
 /* The parking lot: where the vCPUs of one machine stand while it is paused.
  *
- * Whoever pauses asks all vCPUs at once: each gets `immediate_exit` and a kick. A vCPU's thread
- * parks when it has finished what it had in hand, and the last one to park rings the bell of
- * the task that waits for them. Nothing of this needs the GIL: with it, sixteen threads would
- * queue up for it one after the other, each with a switch of its own.
+ * Whoever pauses asks all vCPUs at once: each gets `immediate_exit`, and a kick if it is in
+ * KVM_RUN or on its way there. A vCPU's thread parks when it has finished what it had in hand, and
+ * the last one to park rings the bell of the task that waits for them. Nothing of this needs the
+ * GIL: with it, sixteen threads would queue up for it one after the other, each with a switch of
+ * its own.
  *
  * `round` is odd while vCPUs are to be parked; each pause and each end of one is a round of
  * its own. `missing` holds the number of vCPUs that have not parked, together with the round
  * it counts for, so that a vCPU that parks late, for a pause that was given up, is not counted
  * in the next one.
  *
- * No request is lost. A thread clears `immediate_exit` before it looks at `round`; who asks
- * writes `round` before `immediate_exit`, and kicks last (all sequentially consistent). So the
- * thread sees the round, or its next KVM_RUN sees the flag, or the signal interrupts the
- * KVM_RUN that it is in.
+ * No request is lost. A thread clears `immediate_exit` before it looks at `round`, and says that
+ * it runs before it enters KVM_RUN; who asks writes `round` before `immediate_exit`, and only then
+ * looks whether the thread runs, and kicks it (all sequentially consistent; and a fence before
+ * KVM_RUN, for the kernel's load of the flag is an ordinary one). So the thread sees the round, or
+ * its next KVM_RUN sees the flag, or the signal interrupts the KVM_RUN that it is in.
  */
 
 #include <pthread.h>
@@ -26,11 +28,12 @@ struct avmm_spot {
     struct avmm_lot *lot;
     struct kvm_run *run;
     int fd;
-    int tid;                    /* under the lot's mutex; 0: it has no thread now */
+    int pid, tid;               /* under the lot's mutex; tid 0: it has no thread now */
     int gone;                   /* under the lot's mutex: it never runs again */
     _Atomic uint32_t parked;    /* the round for which it has parked */
     _Atomic uint32_t stands;    /* a futex: 1 while it is to stay parked */
     _Atomic uint32_t stopping;
+    _Atomic uint32_t runs;      /* it is in KVM_RUN, or about to be */
 };
 
 struct avmm_lot {
@@ -61,7 +64,7 @@ static void avmm_lot_init(struct avmm_lot *lot)
 static int ask(struct avmm_spot *s)
 {
     set_immediate_exit(s->run, 1);
-    return s->tid ? avmm_kick(s->tid) : 0;
+    return s->tid && atomic_load(&s->runs) ? send_kick(s->pid, s->tid) : 0;
 }
 
 static void let_on(struct avmm_spot *s)
@@ -172,6 +175,7 @@ static void count_parked(struct avmm_spot *s, uint32_t round)
 static void avmm_spot_enter(struct avmm_spot *s)
 {
     pthread_mutex_lock(&s->lot->mutex);
+    s->pid = getpid();
     s->tid = (int)syscall(SYS_gettid);
     pthread_mutex_unlock(&s->lot->mutex);
 }
@@ -209,6 +213,16 @@ static void avmm_spot_park(struct avmm_spot *s)
         syscall(SYS_futex, &s->stands, FUTEX_WAIT_PRIVATE, 1, NULL, NULL, 0);
 }
 
+/* 0, or -1 with errno set. */
+static int run_once(struct avmm_spot *s)
+{
+    atomic_store(&s->runs, 1);
+    atomic_thread_fence(memory_order_seq_cst);
+    int answer = ioctl(s->fd, KVM_RUN, 0);
+    atomic_store_explicit(&s->runs, 0, memory_order_release);
+    return answer;
+}
+
 /* KVM_RUN: the exit reason, or -errno; -EINTR: there is something to look at, not to park;
  * -ECANCELED: it was stopped where it had parked, with nothing pending.
  *
@@ -230,7 +244,7 @@ static int avmm_spot_run(struct avmm_spot *s)
         if (run->exit_reason == KVM_EXIT_INTR)
 #endif
             run->exit_reason = KVM_EXIT_UNKNOWN;
-        if (ioctl(s->fd, KVM_RUN, 0) >= 0)
+        if (run_once(s) >= 0)
             return run->exit_reason;
         if (errno != EINTR)
             return -errno;
@@ -241,14 +255,17 @@ static int avmm_spot_run(struct avmm_spot *s)
             return -EINTR;
         if (!drained) {
             set_immediate_exit(run, 1);
-            if (ioctl(s->fd, KVM_RUN, 0) >= 0)
+            if (run_once(s) >= 0)
                 return run->exit_reason;
             if (errno != EINTR)
                 return -errno;
             set_immediate_exit(run, 0);
         }
-        while (is_wanted(s))
+        while (is_wanted(s)) {
             avmm_spot_park(s);
+            /* Rounds that came and went while it stood here have set it again. */
+            set_immediate_exit(run, 0);
+        }
         if (atomic_load(&s->stopping))
             return -ECANCELED;
     }

@@ -186,9 +186,14 @@ static int avmm_kick_accept(void)
     return -pthread_sigmask(SIG_UNBLOCK, &set, NULL);
 }
 
+static int send_kick(int pid, int tid)
+{
+    return syscall(SYS_tgkill, pid, tid, kick_signal) < 0 ? -errno : 0;
+}
+
 static int avmm_kick(int tid)
 {
-    return syscall(SYS_tgkill, getpid(), tid, kick_signal) < 0 ? -errno : 0;
+    return send_kick(getpid(), tid);
 }
 
 #include "parking.h"

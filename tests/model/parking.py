@@ -22,7 +22,8 @@ class ModelSpot:
     """One vCPU's place; the face of `avmm.kvm.parking.Spot`."""
 
     def __init__(self, lot: ModelLot, model: ModelVcpu) -> None:
-        self.run = model.run
+        self.runs = False
+        """Is it in `KVM_RUN`, or about to be? Then a kick is worth a signal."""
         self.model = model
         self.gone = False
         self.standing = False
@@ -44,6 +45,13 @@ class ModelSpot:
 
     def enter(self) -> None:
         pass
+
+    def run(self) -> int:
+        self.runs = True
+        try:
+            return self.model.run()
+        finally:
+            self.runs = False
 
     def park(self) -> None:
         self.model.rest()
@@ -111,10 +119,11 @@ class ModelLot:
             spot.model.asked = True
 
     def kick(self, spot: ModelSpot) -> None:
-        """`immediate_exit`, then the signal."""
+        """`immediate_exit`, then the signal, to a thread that runs."""
         spot.model.page.immediate_exit = 1
         self.on_kick(spot)
-        spot.model.signal()
+        if spot.runs:
+            spot.model.signal()
         self.on_kick(spot)
 
     def release(self) -> None:

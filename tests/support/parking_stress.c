@@ -33,9 +33,9 @@ static void die(const char *why)
     _exit(1);
 }
 
-static int avmm_kick(int tid)
+static int send_kick(int pid, int tid)
 {
-    return syscall(SYS_tgkill, getpid(), tid, SIGUSR1) < 0 ? -errno : 0;
+    return syscall(SYS_tgkill, pid, tid, SIGUSR1) < 0 ? -errno : 0;
 }
 
 #define KVM_RUN_NEEDS_COMPLETION (1 << 15)      /* parking.h has the same */
