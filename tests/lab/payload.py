@@ -22,7 +22,6 @@ export PYTHONDONTWRITEBYTECODE=1 AVMM_REQUIRE_KVM=1 AVMM_LAB={kind} LC_ALL=C.UTF
 export AVMM_REQUIRE_LAB={required}
 cd /lab
 stty raw -echo </dev/ttyS1 2>/dev/null || /usr/bin/busybox stty raw -echo </dev/ttyS1
-python3 -m lab.anchor &
 echo up >/dev/ttyS1
 """
 
