@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -28,17 +29,42 @@ STUBS = {
     "avmm": "echo hi; exit 3",
     "pytest": """\
 echo "pytest $*" >>"$NOTES"
-case "$*" in *"--lab $FAILING"*) exit 1;; esac
+if [ -n "$STAYS" ] && [ -n "$*" ]; then
+    echo "pytest $* has begun"
+    exec 9>"$FIFOS/$*"
+    echo >&9
+    exec sleep 60
+fi
+case "$*" in *"$FAILING"*) echo "pytest $* has failed"; exit 1;; esac
 """,
 }
 LAB = [
     "prepare stock",
-    "pytest --lab stock",
     "prepare proposing",
-    "pytest --lab proposing",
     "prepare newer",
+    "pytest --lab stock",
+    "pytest --lab proposing",
     "pytest --lab newer tests/test_xen.py tests/test_completion_report.py",
 ]
+
+
+def prepare(folder: Path, **settings: str) -> tuple[Path, dict[str, str]]:
+    """A copy of the script among such commands, and the environment to run it in."""
+    stubs = folder / "stubs"
+    stubs.mkdir()
+    for name, text in STUBS.items():
+        (stubs / name).write_text(f"#!/bin/sh\n{text}")
+        (stubs / name).chmod(0o755)
+    (folder / "tree/tests").mkdir(parents=True)
+    (folder / "tree/.ci").mkdir()
+    script = Path(shutil.copy(RUN, folder / "tree/.ci/run"))
+    return script, os.environ | settings | {
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+        "PYTHON": "stub-python",
+        "TMPDIR": str(folder),
+        "NOTES": str(folder / "notes"),
+        "FIFOS": str(folder),
+    }
 
 
 @pytest.mark.parametrize(
@@ -47,37 +73,42 @@ LAB = [
         ("0", "", "none", 0, ""),
         ("0", "stock", "none", 1, "nothing has been tested on these KVMs: stock ==="),
         ("1", "stock newer", "none", 0, "nothing has been tested on these KVMs: stock newer ==="),
-        ("1", "", "stock", 1, "tests failed in the lab: stock ==="),
+        ("1", "", "--lab stock", 1, "=== failed: pytest --lab ==="),
+        ("1", "", "-m slow", 1, "=== failed: pytest -m slow ==="),
+        ("1", "", "-", 1, "=== failed: pytest -m slow,pytest --lab ==="),
     ],
 )
-def test_no_kind_of_lab_keeps_another_from_its_turn(
+def test_nothing_that_fails_keeps_anything_else_from_its_turn(
     tmp_path: Path, user: str, lacking: str, failing: str, status: int, said: str
 ) -> None:
-    stubs, notes = tmp_path / "stubs", tmp_path / "notes"
-    stubs.mkdir()
-    for name, text in STUBS.items():
-        (stubs / name).write_text(f"#!/bin/sh\n{text}")
-        (stubs / name).chmod(0o755)
-    (tmp_path / "tree/tests").mkdir(parents=True)
-    (tmp_path / "tree/.ci").mkdir()
-    script = shutil.copy(RUN, tmp_path / "tree/.ci/run")
-    environment = os.environ | {
-        "PATH": f"{stubs}:{os.environ['PATH']}",
-        "PYTHON": "stub-python",
-        "TMPDIR": str(tmp_path),
-        "NOTES": str(notes),
-        "USER_ID": user,
-        "LACKING": lacking,
-        "FAILING": failing,
-    }
+    script, environment = prepare(tmp_path, USER_ID=user, LACKING=lacking, FAILING=failing)
     done = subprocess.run(
         [script], env=environment, capture_output=True, text=True, timeout=30, check=False
     )
     assert done.returncode == status, done.stderr
     assert said in done.stderr
     assert (said != "") == ("===" in done.stderr.replace("=== NO /dev/kvm", ""))
+    run = (tmp_path / "notes").read_text().splitlines()
+    assert {"pytest ", "pytest -m slow"} <= set(run)
     left_out = {f"pytest --lab {kind}" for kind in lacking.split()}
     expected = [line for line in LAB if not line.startswith(tuple(left_out))]
-    assert [
-        line for line in notes.read_text().splitlines() if "lab" in line or "prep" in line
-    ] == expected
+    assert [line for line in run if "lab" in line or "prep" in line] == expected
+    failed = {f"{line} has failed" for line in run if "pytest" in line and failing in line}
+    assert failed == {line for line in done.stdout.splitlines() if line.endswith("has failed")}
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_all_of_it_ends_with_the_script(tmp_path: Path, how: signal.Signals) -> None:
+    for name in ("-m slow", "--lab stock"):
+        os.mkfifo(tmp_path / name)
+    script, environment = prepare(tmp_path, USER_ID="1", LACKING="", FAILING="none", STAYS="yes")
+    process = subprocess.Popen([script], env=environment, stdout=subprocess.PIPE, text=True)
+    with (tmp_path / "-m slow").open() as slow, (tmp_path / "--lab stock").open() as lab:
+        assert slow.readline() == lab.readline() == "\n"
+        process.send_signal(how)
+        said, _ = process.communicate(timeout=30)
+        assert slow.read() == lab.read() == ""  # there is nobody who could write
+    assert process.returncode == -how
+    assert "pytest --lab stock has begun" in said
+    assert not list(tmp_path.glob("tmp.*"))
