@@ -11,6 +11,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import lab.__main__
@@ -227,6 +228,12 @@ def test_lines_come_whole_and_the_console_is_given(fake: Fake) -> None:
     assert said == "hello\n"
 
 
+def test_it_has_as_many_cpus_as_it_is_to_have(fake: Fake) -> None:
+    script = 'echo up >$sent; printf "%s\\n" "$*" >$console'
+    for cpus in (1, 2):
+        assert f"-smp {cpus} " in run(replace(fake(script), cpus=cpus))[0]
+
+
 def test_a_hung_boot_is_tried_once_more(fake: Fake, tmp_path: Path) -> None:
     script = "echo x >>tries; [ $(wc -l <tries) = 2 ] || exec sleep 100; echo up >$sent"
     assert run(fake(script), boot_seconds=3)[1] == ["up"]
@@ -328,7 +335,7 @@ from lab import machine, payload
 from lab.cache import LabError
 from lab.machine import Lost
 
-def prepare(kind): return kind
+def prepare(kind, cpus): return kind
 
 def write(tar, kind, script, texts, files):
     tar.write_text(texts["nodes"])

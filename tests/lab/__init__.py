@@ -8,10 +8,11 @@ that carries the list's proposal (needs_completion.patch). `python -m lab KIND C
 tests/, runs a command there.
 
 Under emulation a kernel, or a guest of it, hangs or crashes now and then. What is understood is
-kept away: `emulator` is a QEMU that has it mended, and L1 has one CPU (`machine`): none patches
-what another runs, nor do threads of QEMU's get in each other's way. A test that runs out of time
-in L1 all the same is told, with all that it has said, and run once more in a new L1: whoever wants
-to know why reads that, and does not count on its passing.
+kept away: `emulator` is a QEMU that has it mended, and L1 has one CPU (`machine` says why). So
+what asks a vCPU there never runs at the same time as it; that is for this host's KVM, or for
+`--lab-cpus 2`. A test that runs out of time in L1 all the same is told, with all that it has said,
+and run once more in a new L1: whoever wants to know why reads that, and does not count on its
+passing.
 
 `cache` keeps what is built, `debian` fetches packages, `proposal` builds the patched modules,
 `disk` and `initramfs` make what L1 boots from, `payload` what it is sent, `emulator` is what it

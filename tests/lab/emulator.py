@@ -2,7 +2,7 @@
 
 Debian's own, 7.2, translates a page of code before it watches it for writes (QEMU has that mended
 since 8.1, "accel/tcg: Always lock pages before translation"), and Linux writes its own code: each
-static key that it flips is a breakpoint for a moment, which a CPU of TCG's may keep for ever. The
+static key that it flips is a breakpoint for a moment, which another CPU may keep for ever. The
 libraries are those of Debian's own package.
 """
 

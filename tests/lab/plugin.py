@@ -42,13 +42,21 @@ tail -c 3000 /tmp/said
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--lab KIND`."""
-    parser.getgroup("avmm").addoption(
+    """`--lab KIND` and `--lab-cpus N`."""
+    group = parser.getgroup("avmm")
+    group.addoption(
         "--lab",
         choices=KINDS,
         help="Run the tests marked `lab` on that KVM, in QEMU: 'stock' is Debian's kvm_amd, "
         "'newer' that of its backports, 'proposing' the first with the list's "
         "KVM_RUN_NEEDS_COMPLETION.",
+    )
+    group.addoption(
+        "--lab-cpus",
+        type=int,
+        default=1,
+        help="How many CPUs the lab has. With more than one QEMU ends a guest by a triple fault "
+        "now and then.",
     )
 
 
@@ -103,7 +111,7 @@ class _Run:
 
         lost: dict[str, pytest.Item] = {}
         try:
-            l1 = machine.prepare(self._kind)
+            l1 = machine.prepare(self._kind, self._config.getoption("lab_cpus"))
             if self._play_in(l1):  # what has no result then ended pytest itself
                 lost = {node: it for node, it in self._left.items() if node not in self._late}
                 self._left = {node: self._left[node] for node in self._late}
