@@ -392,7 +392,7 @@ class Vm(_Handle):
 
 
 class Vcpu(_Handle):
-    """One vCPU. All of it belongs to the thread that runs it, except `kick_flag`."""
+    """One vCPU. All of it belongs to the thread that runs it, except `page.immediate_exit`."""
 
     def __init__(self, fd: int, index: int, run_size: int) -> None:
         super().__init__(fd)
@@ -407,7 +407,8 @@ class Vcpu(_Handle):
         """The `struct kvm_run` shared with the kernel."""
 
         self.run: Callable[[], int] = partial(lib.avmm_run, fd, self.page)
-        """KVM_RUN without the GIL: the exit reason, -EINTR after a kick, else -errno."""
+        """KVM_RUN without the GIL: the exit reason, else -errno; -EINTR after a kick, or where it
+        was entered with `immediate_exit`."""
         # Called once an exit: one call that unpacks a whole exit costs what a single field of
         # a cffi structure does.
         self.io: Callable[[], tuple[int, ...]] = _unpacker(self._mapping, "io", IO_FIELDS)

@@ -15,7 +15,8 @@
  * it runs before it enters KVM_RUN; who asks writes `round` before `immediate_exit`, and only then
  * looks whether the thread runs, and kicks it (all sequentially consistent; and a fence before
  * KVM_RUN, for the kernel's load of the flag is an ordinary one). So the thread sees the round, or
- * its next KVM_RUN sees the flag, or the signal interrupts the KVM_RUN that it is in.
+ * its next KVM_RUN sees the flag, or the signal interrupts the KVM_RUN that it is in. A drain's
+ * KVM_RUN (completion.py) says nothing and is not kicked: it is entered with the flag set.
  */
 
 #include <pthread.h>
@@ -263,7 +264,7 @@ static int avmm_spot_run(struct avmm_spot *s)
         }
         while (is_wanted(s)) {
             avmm_spot_park(s);
-            /* Rounds that came and went while it stood here have set it again. */
+            /* Who asked while it stood here, for another round or once more, has set it again. */
             set_immediate_exit(run, 0);
         }
         if (atomic_load(&s->stopping))

@@ -20,7 +20,7 @@ class Spot:
         self._lot = lot
         self._struct = struct
         self.run: Callable[[], int] = partial(lib.avmm_spot_run, struct)
-        """KVM_RUN without the GIL: the exit reason, -EINTR after a kick, else -errno.
+        """KVM_RUN without the GIL: the exit reason, else -errno; -EINTR where it is asked to look.
 
         Where the vCPU is asked to park while it has nothing in hand, it parks in here; stopped
         there, it answers -ECANCELED."""
