@@ -43,7 +43,7 @@ def avmm(
 def measured(*arguments: str, env: Mapping[str, str] | None = None) -> Any:
     """What a command that must succeed prints as JSON."""
     done = avmm(*arguments, "--json", env=env)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
 

@@ -120,6 +120,7 @@ BUGS: Final = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_stress_test_finds_planted_bugs(stress: Stress, bug: str) -> None:
     assert stress(*BUGS[bug], _HANG_SECONDS) not in ("ok\n", "")

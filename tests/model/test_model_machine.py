@@ -214,8 +214,10 @@ def test_the_state_machine_finds_nothing_in_many_examples(
         (Machine, "no re-entry in the loop"),
         (Machine, "lost kick: immediate_exit cleared after the look at the requests"),
         (Machine, "the first of several pauses to be left resumes"),
-        (Machine, "a stopped vCPU ends in the midst of its exit"),
-        (Machine, "a single re-entry"),
+        pytest.param(
+            Machine, "a stopped vCPU ends in the midst of its exit", marks=pytest.mark.slow
+        ),
+        pytest.param(Machine, "a single re-entry", marks=pytest.mark.slow),
         (Machine, "completion on another thread"),
         (Machine, "state is read before devices are quiesced"),
         (FailingMachine, "an abandoned exit counts as finished"),
