@@ -25,7 +25,7 @@ _POLL_SECONDS: Final = 0.1
 # With two CPUs, each a thread of its own, QEMU (10.0 too) now and then finds no page where the
 # tables of L1's guest, which nobody has touched, have one, right after a VMRUN: the guest ends by
 # a triple fault. That ended 19 of some 1,600 short runs of a guest on a disk; with one CPU none of
-# 216, and none of 394 with two in one thread (thread=single), where a Linux takes minutes to boot,
+# 510, and none of 394 with two in one thread (thread=single), where a Linux takes minutes to boot,
 # for each CPU waits up to 0.1 s for the other.
 _MACHINE: Final = (
     "-machine", "pc,hpet=off", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt",
