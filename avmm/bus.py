@@ -109,8 +109,16 @@ class PostedWrites:
 
     @property
     def queue(self) -> Sized:
-        """What has been posted and not been handed over; to be looked at only. Any thread."""
+        """What the device has been posted and has not had; to be looked at only. Any thread."""
         return self._writes
+
+    def late(self) -> str:
+        """The first that it has not had, in words; empty where there is none. Any thread."""
+        try:
+            offset, size, _ = self._writes[0]
+        except IndexError:
+            return ""
+        return f"{self._device.name} (a coalesced write of {size} bytes at offset {offset:#x})"
 
     def post(self, offset: int, size: int, value: int) -> None:
         """A write that has left the ring."""
@@ -134,8 +142,12 @@ class PostedWrites:
 
     def _deliver(self) -> None:
         while self._writes:
-            offset, size, value = self._writes.popleft()
-            answer = self._device.write(offset, size, value)
+            # It stays until the device has had it: whoever finds nothing may go on.
+            offset, size, value = self._writes[0]
+            try:
+                answer = self._device.write(offset, size, value)
+            finally:
+                self._writes.popleft()
             if answer is not None:
                 if isinstance(answer, Coroutine):
                     answer.close()

@@ -5,13 +5,14 @@ VM and lets the vCPU run on (Documentation/virt/kvm/api.rst, KVM_REGISTER_COALES
 whatever exits next may come after such writes, of any vCPU, and they must reach their devices
 first. And no exit tells of the last ones: a pause has to look for them.
 
-Two steps keep that order without a lock that devices share. Whoever finds writes in the ring
-moves them to queues, one for each device (`avmm.bus.PostedWrites`), under a lock of the ring's
-own, in which no handler runs. A write leaves the ring only when it is in its queue, so that an
-empty ring tells that all are in queues. A device's queue is emptied under the device's lock:
-by the same thread as its next step, or by any access to the device that comes before. Where a
-device raises, what is left in its queue stays there for whoever comes next, and the other devices
-get theirs all the same: writes are missing from no state because of another device.
+Two steps keep that order without a lock that devices share. Whoever finds writes in the ring moves
+them to queues, one for each device (`avmm.bus.PostedWrites`), under a lock of the ring's own, in
+which no handler runs. A write leaves the ring only when it is in its queue, and its queue only
+when the device has had it, so that where both are empty all have had theirs. A device's queue is
+emptied under the device's lock: by the same thread as its next step, or by any access to the
+device that comes before. Where a device raises, what is left in its queue stays there for whoever
+comes next, and the other devices get theirs all the same: writes are missing from no state because
+of another device.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class CoalescedWrites:
         self._posted = posted
         self._queues = tuple(one.queue for one in posted)
         self._moving = threading.Lock()
+
+    def late(self) -> str:
+        """Which device has not had what it was to, in words; empty where there is none."""
+        return next(filter(None, (posted.late() for posted in self._posted)), "")
 
     def deliver(self) -> None:
         """Let the devices have all writes that the guest has made until now.

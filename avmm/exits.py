@@ -49,6 +49,7 @@ class Exits:
     ) -> None:
         self._vcpu = vcpu
         self._coalesced = coalesced
+        self._delivers = False
         self._page = vcpu.page
         self._pio = pio
         self._mmio = mmio
@@ -69,7 +70,9 @@ class Exits:
     def serve(self, reason: int) -> Served:
         """Serve the exit that `kvm_run` holds. Raises `VcpuError` where it is not servable."""
         if self._coalesced is not None:
+            self._delivers = True
             self._coalesced.deliver()  # what the guest did before
+            self._delivers = False
         serve = self._table.get(reason)
         if serve is None:
             raise VcpuError(f"vCPU {self._vcpu.index} cannot go on: {self.report()}")
@@ -203,7 +206,10 @@ class Exits:
         return f"{text}\n{_REFUSED}" if _refused(self._page) else text
 
     def owner(self) -> str:
-        """The access that `kvm_run` holds and the device that is to answer it, in words."""
+        """The access that `kvm_run` holds and the device that is to answer it, in words; or the
+        device that is to have a coalesced write before."""
+        if self._delivers and self._coalesced is not None and (late := self._coalesced.late()):
+            return f"{late}, before {self.describe()}"
         page, reason = self._page, self._page.exit_reason
         if reason == constants.KVM_EXIT_IO:
             return f"{self._pio.owner(page.io.port, page.io.size)} at {self.describe()}"

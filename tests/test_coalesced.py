@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ from support.guest import machine
 import avmm
 from avmm import Device
 from avmm.bus import Bus, PostedWrites
+from avmm.coalesced import CoalescedWrites
 from avmm.devices.base import Host, ReadAnswer, WriteAnswer
 from avmm.errors import DeviceError
 from avmm.kvm import System
+from avmm.loop import device_lock
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
 
@@ -186,6 +191,32 @@ async def test_what_they_begin_is_waited_for_and_saved(tmp_path: Path) -> None:
             assert dict(vm.save()["devices"])["Worker"]["done"] == list(range(100))
 
 
+async def test_a_deadline_names_the_device_that_does_not_take_its_write(tmp_path: Path) -> None:
+    class Slow(Log):
+        def __init__(self) -> None:
+            super().__init__()
+            self.begun, self.may_end = threading.Event(), threading.Event()
+
+        def write(self, offset: int, size: int, value: int) -> WriteAnswer:
+            self.begun.set()
+            self.may_end.wait(20)
+            return super().write(offset, size, value)
+
+    slow, log = Slow(), Log()
+    code = "mov dx, 0x300; mov al, 1; out dx, al; mov dx, 0x320; in al, dx;"
+    places = [ports(slow), avmm.pio(log, 0x320, 1)]
+    async with machine(tmp_path, code + STAY, devices=places) as vm:
+        assert await trio.to_thread.run_sync(slow.begun.wait, 20)
+        expected = r"Slow \(a coalesced write of 1 bytes at offset 0x0\), before .* port 0x320"
+        with pytest.raises(avmm.PauseTimeout, match=expected):
+            async with vm.paused(deadline=0.2):
+                pass
+        slow.may_end.set()
+        await until_it_stays(vm)
+        async with vm.paused(deadline=20):
+            assert (slow.seen, log.seen) == ([(0, 1, 1)], [("read", 0, 1)])
+
+
 async def test_a_device_that_would_wait_is_refused_by_name(tmp_path: Path) -> None:
     class Slow(Log):
         async def write(self, offset: int, size: int, value: int) -> None:  # type: ignore[override]
@@ -252,6 +283,49 @@ async def test_without_a_ring_they_are_writes_like_others(
     async with machine(tmp_path, COUNT_TO_100 + EXIT, devices=[ports(log)]) as vm:
         await vm.wait()
     assert log.seen == [(0, 4, n) for n in range(100)]
+
+
+def test_who_comes_while_a_device_takes_its_write_waits_for_it() -> None:
+    """A vCPU has written to one device and goes on to another; a second one has taken the write
+    out of the ring, and the device is at it."""
+
+    class Slow(Log):
+        def write(self, offset: int, size: int, value: int) -> WriteAnswer:
+            begun.set()
+            assert may_end.wait(20)
+            return super().write(offset, size, value)
+
+    class Ring(deque[tuple[bool, int, int, int]]):
+        is_empty = property(lambda ring: not ring)
+
+        def __iter__(self) -> Iterator[tuple[bool, int, int, int]]:
+            while self:
+                yield self[0]
+                self.popleft()
+
+    begun, may_end = threading.Event(), threading.Event()
+    slow, bus = Slow(), Bus("port", 1 << 16)
+    lock = device_lock()
+    posted = PostedWrites(slow, lock)
+    bus.add(ports(slow), lock, posted)
+    ring: Any = Ring([(True, PORT, 4, 7)])
+    writes = CoalescedWrites(ring, {True: bus, False: bus}, [posted])
+    first = threading.Thread(target=writes.deliver)
+    first.start()
+    assert begun.wait(20)
+    seen: list[Any] = []
+
+    def go_on() -> None:
+        writes.deliver()
+        seen.extend(slow.seen)
+
+    second = threading.Thread(target=go_on)
+    second.start()
+    second.join(0.1)
+    may_end.set()
+    first.join()
+    second.join()
+    assert seen == [(0, 4, 7)]
 
 
 def test_whoever_comes_to_the_device_first_brings_what_was_posted() -> None:

@@ -267,6 +267,11 @@ BUGS: Final = (
         "world",
     ),
     Bug(
+        "coalesced writes are looked for before vCPUs are parked",
+        (("migration", _PARK, _DELIVER + _PARK.removesuffix(_DELIVER)),),
+        "world",
+    ),
+    Bug(
         "resume forgotten after a pause that failed",
         (("migration", _UNDO, "            raise\n"),),
         "failing world",

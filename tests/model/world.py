@@ -236,8 +236,15 @@ class World:
             self.cpus.append(self._cpu(spot, program, decide))
         self.group = code.group.VcpuGroup(self.lot, [cpu.loop for cpu in self.cpus])
         self.coordinator = code.migration.Coordinator(
-            self.group, [device for cpu in self.cpus for device in cpu.devices[:1]]
+            self.group,
+            [device for cpu in self.cpus for device in cpu.devices[:1]],
+            self._coalesced_come,
         )
+
+    def _coalesced_come(self) -> None:
+        """The guest's last writes to coalesced regions are looked for: none may come after."""
+        if not all(cpu.loop.is_parked for cpu in self.cpus):
+            raise Broken("coalesced writes are looked for while a vCPU may make more")
 
     def _cpu(self, spot: ModelSpot, program: Sequence[Op], decide: Any) -> Cpu:
         model = spot.model
