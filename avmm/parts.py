@@ -78,6 +78,7 @@ _IN_KERNEL: Final = (
     ("mmio", layout.IOAPIC, layout.IOAPIC + 0xFF, "IOAPIC"),
     ("mmio", layout.LAPIC, layout.LAPIC + 0xFFF, "LAPIC"),
     ("mmio", layout.KVM_IDENTITY_MAP, layout.KVM_PAGES_END - 1, "TSS"),
+    ("msr", 0x800, 0x8FF, "LAPIC"),
 )
 """Where KVM answers by itself: a device there would never be called."""
 _PORTS: Final = 1 << 16
@@ -241,8 +242,8 @@ class Parts:
 
     def _enable_exits(self, devices: Sequence[Placement]) -> None:
         """Asked for only where somebody answers: without, nothing leaves the guest for it."""
-        if filtered := [(p.base, p.size) for p in devices if p.space == "msr"]:
-            self.vm.filter_msrs(filtered)
+        if filtered := [p for p in devices if p.space == "msr"]:
+            self._filter_msrs(filtered)
         if self.config.xen:
             self._enable_xen()
         elif self._calls is not None and self.vm.check("KVM_CAP_EXIT_HYPERCALL"):
@@ -256,6 +257,20 @@ class Parts:
         for slot, (region, view) in enumerate(self.memory.addresses()):
             vm.set_memory(slot, region.gpa, view, readonly=region.readonly)
         return vm
+
+    def _filter_msrs(self, places: Sequence[Placement]) -> None:
+        names = ", ".join(place.device.name for place in places)
+        if len(places) > constants.KVM_MSR_FILTER_MAX_RANGES:
+            raise ConfigError(
+                f"{names}: {len(places)} ranges of MSRs; expected at most "
+                f"{constants.KVM_MSR_FILTER_MAX_RANGES}, KVM filters no more"
+            )
+        if not all(map(self.vm.check, ("KVM_CAP_X86_USER_SPACE_MSR", "KVM_CAP_X86_MSR_FILTER"))):
+            raise ConfigError(
+                f"{names}: this host's KVM does not hand MSRs over; expected one that offers "
+                "KVM_CAP_X86_USER_SPACE_MSR and KVM_CAP_X86_MSR_FILTER (Linux 5.10)"
+            )
+        self.vm.filter_msrs([(place.base, place.size) for place in places])
 
     def _enable_xen(self) -> None:
         if not self.vm.intercept_xen(XEN_MSR):

@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -354,13 +354,10 @@ class Vm(_Handle):
         self._ioctl("KVM_XEN_HVM_CONFIG", ffi.new("struct kvm_xen_hvm_config *", config))
         return True
 
-    def filter_msrs(self, ranges: Iterable[tuple[int, int]]) -> None:
+    def filter_msrs(self, ranges: Sequence[tuple[int, int]]) -> None:
         """KVM_X86_SET_MSR_FILTER: accesses to these (first, count) leave the guest, all other
-        MSRs stay KVM's. At most 16 ranges; `KvmError` beyond."""
-        ranges = list(ranges)
+        MSRs stay KVM's. At most `KVM_MSR_FILTER_MAX_RANGES` ranges."""
         filter_ = ffi.new("struct kvm_msr_filter *", {"flags": lib.KVM_MSR_FILTER_DEFAULT_ALLOW})
-        if len(ranges) > lib.KVM_MSR_FILTER_MAX_RANGES:
-            raise KvmError("KVM_X86_SET_MSR_FILTER", errno.E2BIG, "at most 16 ranges of MSRs")
         bitmaps = []  # a clear bit denies the MSR; kept alive until the ioctl has copied them
         for entry, (first, count) in zip(filter_.ranges, ranges, strict=False):
             bitmap = ffi.new("uint8_t[]", (count + 63) // 64 * 8)  # KVM copies whole longs
