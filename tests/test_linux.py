@@ -116,6 +116,7 @@ def test_a_shell_on_the_virtio_console(vmlinux: Path, tmp_path: Path) -> None:
     assert child.exitstatus == 0
 
 
+@pytest.mark.slow
 async def test_saved_and_loaded_in_the_midst_of_console_output(
     vmlinux: Path, tmp_path: Path
 ) -> None:

@@ -65,11 +65,16 @@ def test_without_a_bug_nothing_is_found(finder: str) -> None:
     assert count > UNPLANTED // 2
 
 
-BY_CHANCE = [bug for bug in BUGS if bug.finder in FINDERS]
+SLOW = {"resume forgotten after a cancellation"}
+BY_CHANCE = [
+    pytest.param(bug, id=bug.name, marks=[pytest.mark.slow] * (bug.name in SLOW))
+    for bug in BUGS
+    if bug.finder in FINDERS
+]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what it drops
-@pytest.mark.parametrize("bug", BY_CHANCE, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", BY_CHANCE)
 def test_a_planted_bug_is_found(bug: Bug, record_property: Any) -> None:
     count, found = examined(bug.planted(), bug.finder)
     assert found is not None, f"{count} examples did not find it"
