@@ -21,6 +21,12 @@ _SOUND_SECONDS, _HANG_SECONDS = 200, 12
 pytestmark = pytest.mark.timeout(2 * _SOUND_SECONDS)
 
 
+def planted(old: str, new: str) -> str:
+    source = (HEADERS / "parking.h").read_text()
+    assert source.count(old) == 1, "the source has changed"
+    return source.replace(old, new)
+
+
 @pytest.fixture
 def stress(tmp_path: Path) -> Stress:
     """Gives what the stress test says of parking.h, with a piece of it replaced."""
@@ -29,8 +35,7 @@ def stress(tmp_path: Path) -> Stress:
         for name in ("parking.h", "bridge.h"):
             source = (HEADERS / name).read_text()
             if name == "parking.h":
-                assert not old or source.count(old) == 1, "the source has changed"
-                source = source.replace(old, new) if old else source
+                source = planted(old, new) if old else source
             (tmp_path / name).write_text(source)
         program = tmp_path / "stress"
         flags = ["-O2", "-std=gnu11", "-pthread", f"-I{tmp_path}", f"-I{SUPPORT}"]
@@ -94,8 +99,8 @@ BUGS: Final = {
     ),
     "does not say that it runs": ("    atomic_store(&s->runs, 1);\n", ""),
     "clears immediate_exit after its last look": (
-        "have set it again. */\n            set_immediate_exit(run, 0);\n        }\n",
-        "have set it again. */\n        }\n        pause_perhaps();\n"
+        "has set it again. */\n            set_immediate_exit(run, 0);\n        }\n",
+        "has set it again. */\n        }\n        pause_perhaps();\n"
         "        set_immediate_exit(run, 0);\n",
     ),
     "a vCPU that is to end stays parked": (
@@ -118,6 +123,11 @@ BUGS: Final = {
 """,
     ),
 }
+
+
+def test_the_planted_bugs_are_of_this_source() -> None:
+    for change in BUGS.values():
+        planted(*change)
 
 
 @pytest.mark.slow
