@@ -201,6 +201,10 @@ class Machine:
     def paused(self, deadline: float | None = None) -> AbstractAsyncContextManager[None]:
         """`async with vm.paused():` the machine stands still inside, drained and quiesced.
 
+        Devices raise no interrupts inside. What your own code raises there (`message_interrupt`,
+        or a line of a device that has no `quiesce`) changes the interrupt controllers at once:
+        it is in a state that is saved later, and not in one that was saved before.
+
         `deadline` is in seconds; see `avmm.migration.Coordinator.paused`.
         """
         if self._coordinator is None:
@@ -350,7 +354,8 @@ class Machine:
         return _clone(self, devices, calls, links, keep_output, deadline)
 
     def message_interrupt(self, address: int, data: int) -> Line:
-        """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread."""
+        """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread, at
+        once even where the machine is paused."""
         return self._running.interrupts.message(address, data)
 
     # -- its life -------------------------------------------------------------------------

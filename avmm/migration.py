@@ -76,6 +76,7 @@ class Coordinator:
         self._moving = trio.Lock()
         self._forsaken = False
         self._stage = ""
+        self._stage_begun = 0.0
         """What the way to a standstill or back waits for, other than vCPUs; for a person."""
 
     @property
@@ -160,7 +161,12 @@ class Coordinator:
                     self._vcpus.resume()
 
     def _describe(self) -> str:
-        return self._stage or "; ".join(self._vcpus.late()) or "nothing keeps it any more"
+        if self._stage:
+            return f"{self._stage}, since {trio.current_time() - self._stage_begun:.1f} s"
+        return "; ".join(self._vcpus.late()) or "nothing keeps it any more"
+
+    def _enter(self, stage: str) -> None:
+        self._stage, self._stage_begun = stage, trio.current_time()
 
     async def _release(self) -> None:
         async with self._moving:
@@ -179,7 +185,7 @@ class Coordinator:
             self._deliver_coalesced()
             for device in self._devices:
                 quiesced.append(device)
-                self._stage = f"{device.name} has not finished what it has in flight"
+                self._enter(f"{device.name} has not finished what it has in flight")
                 await device.quiesce()
         except BaseException as error:
             waited_for.append(self._describe())
@@ -190,6 +196,7 @@ class Coordinator:
                     # The guest runs on; why it was not paused is what is to be known.
                     logger.exception("a pause was given up, and on the way back:")
                     error.add_note(f"and on the way back: {failure!r}")
+                    waited_for[-1] += f"; and on the way back: {failure!r}"  # for a deadline
             raise
         finally:
             self._stage = ""
@@ -224,12 +231,12 @@ class Coordinator:
             except Exception as error:  # whatever it is, it must not cancel the others
                 failures.append(error)
             late.pop(id(device), None)
-            self._stage = f"not resumed yet: {name_late()}"
+            self._enter(f"not resumed yet: {name_late()}")
             if not late:
                 self._vcpus.resume()  # here: the guest waits for no round of the scheduler more
                 all_back.set()
 
-        self._stage = f"not resumed yet: {name_late()}"
+        self._enter(f"not resumed yet: {name_late()}")
         async with trio.open_nursery() as nursery:
             for device in quiesced[::-1]:
                 nursery.start_soon(resume, device)

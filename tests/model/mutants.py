@@ -64,6 +64,7 @@ _UNDO: Final = """\
                     # The guest runs on; why it was not paused is what is to be known.
                     logger.exception("a pause was given up, and on the way back:")
                     error.add_note(f"and on the way back: {failure!r}")
+                    waited_for[-1] += f"; and on the way back: {failure!r}"  # for a deadline
             raise
 """
 _PARK: Final = """\
@@ -76,7 +77,7 @@ _DELIVER: Final = """\
 _QUIESCE: Final = """\
             for device in self._devices:
                 quiesced.append(device)
-                self._stage = f"{device.name} has not finished what it has in flight"
+                self._enter(f"{device.name} has not finished what it has in flight")
                 await device.quiesce()
 """
 BUGS: Final = (

@@ -210,7 +210,8 @@ def test_a_deadline_names_the_device_that_does_not_finish() -> None:
             await world.step(number, 40)
         await world.advance(1.0)
         assert pauser.outcome == "timeout"
-        assert "ports of vCPU 1 has not finished what it has in flight" in str(pauser.error)
+        expected = "ports of vCPU 1 has not finished what it has in flight, since 1.0 s"
+        assert expected in str(pauser.error)
 
     slow(script)
 
