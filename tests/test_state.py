@@ -6,7 +6,7 @@ import copy
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import trio
@@ -14,6 +14,7 @@ from support.guest import EXIT, machine
 
 import avmm
 from avmm.arch.x86_64 import state as cpu_state
+from avmm.arch.x86_64.features import demand
 from avmm.kvm import System, Vcpu
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
@@ -161,6 +162,30 @@ async def saved(tmp_path: Path) -> dict[str, Any]:
 
 
 Spoil = Callable[[dict[str, Any]], object]
+
+
+NUMBERS: Final = (0, 0, 0, 13, 0, 0, 0), (1, 0, 0, 0, 0, 0, 0)
+FEATURES: Final = (
+    *((0x1, 0, "ecx"), (0x1, 0, "edx"), (0x6, 0, "eax"), (0x7, 0, "ebx"), (0x7, 0, "ecx")),
+    *((0x7, 0, "edx"), (0x7, 1, "eax"), (0x7, 1, "ebx"), (0x7, 1, "ecx"), (0x7, 1, "edx")),
+    *((0x7, 2, "edx"), (0xD, 0, "eax"), (0xD, 0, "edx"), (0xD, 1, "eax")),
+    *((0x4000_0001, 0, "eax"), (0x8000_0001, 0, "ecx"), (0x8000_0001, 0, "edx")),
+    *((0x8000_0007, 0, "edx"), (0x8000_0008, 0, "ebx"), (0x8000_0021, 0, "eax")),
+)
+
+
+@pytest.mark.parametrize(("function", "index", "register"), FEATURES)
+def test_a_feature_that_only_the_state_has_is_named(
+    function: int, index: int, register: str
+) -> None:
+    words = [0] * 4
+    words[["eax", "ebx", "ecx", "edx"].index(register)] = 1 << 8
+    leaf = (function, index, 0, *words)
+    demand([*NUMBERS, leaf], [*NUMBERS, leaf])
+    demand(NUMBERS, [*NUMBERS, leaf])
+    named = rf"leaf: {function:#x}\.{index} {register} bits 8$"
+    with pytest.raises(avmm.StateError, match=named):
+        demand([*NUMBERS, leaf], NUMBERS)
 
 
 def _promise(state: dict[str, Any], function: int, column: int, bits: int) -> None:

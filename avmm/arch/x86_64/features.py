@@ -19,18 +19,24 @@ _REGISTERS: Final = {"eax": 3, "ebx": 4, "ecx": 5, "edx": 6}
 _WORDS: Final = (
     (0x1, 0, "ecx"),
     (0x1, 0, "edx"),
+    (0x6, 0, "eax"),
     (0x7, 0, "ebx"),
     (0x7, 0, "ecx"),
     (0x7, 0, "edx"),
     (0x7, 1, "eax"),
+    (0x7, 1, "ebx"),
+    (0x7, 1, "ecx"),
     (0x7, 1, "edx"),
+    (0x7, 2, "edx"),
     (0xD, 0, "eax"),
     (0xD, 0, "edx"),
     (0xD, 1, "eax"),
     (0x4000_0001, 0, "eax"),
     (0x8000_0001, 0, "ecx"),
     (0x8000_0001, 0, "edx"),
+    (0x8000_0007, 0, "edx"),
     (0x8000_0008, 0, "ebx"),
+    (0x8000_0021, 0, "eax"),
 )
 _OWN: Final[Mapping[tuple[int, int, str], int]] = {
     # OSXSAVE and OSPKE follow CR4; MONITOR is the host's whim; HTT tells of several CPUs.
