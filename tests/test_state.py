@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,9 +14,10 @@ import trio
 from support.guest import EXIT, machine
 
 import avmm
+from avmm.arch.x86_64 import cpu, layout
 from avmm.arch.x86_64 import state as cpu_state
 from avmm.arch.x86_64.features import demand
-from avmm.kvm import System, Vcpu
+from avmm.kvm import KvmError, System, Vcpu
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
 
@@ -162,6 +164,79 @@ async def saved(tmp_path: Path) -> dict[str, Any]:
 
 
 Spoil = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def system() -> Iterator[System]:
+    system = System()
+    yield system
+    system.close()
+
+
+@contextmanager
+def fresh(system: System) -> Iterator[Vcpu]:
+    with closing(system.create_vm()) as vm:
+        vm.create_irqchip(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
+        with closing(vm.create_vcpu(0)) as vcpu:
+            vcpu.set_cpuid(cpu.cpuid(system, 0, cpus=1))
+            yield vcpu
+
+
+class Noted:
+    """A vCPU, and what is asked of it, in order."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.vcpu, name)
+        if not callable(found):
+            return found
+
+        def ask(*arguments: Any) -> Any:
+            what = arguments[0] if arguments else None
+            if name == "set_msrs":
+                kinds = {{TSC: "tsc", DEADLINE: "deadline"}.get(index, "most") for index in what}
+                what = "+".join(sorted(kinds))
+            self.asked.append(f"{name} {what}" if isinstance(what, str) else name)
+            return found(*arguments)
+
+        return ask
+
+
+def test_the_order_of_state_is_that_of_its_reasons(system: System) -> None:
+    """`avmm.arch.x86_64.state` gives them; on many a host a guest in a test would not notice."""
+    with fresh(system) as vcpu:
+        reading: Any = Noted(vcpu)
+        state = cpu_state.save_vcpu(system, reading)
+    assert reading.asked[0] == "state mp_state"
+    assert reading.asked[-1] == "state events"
+    parts = ("regs", "sregs", "xcrs", "debugregs", "lapic")
+    assert {f"state {part}" for part in parts} < set(reading.asked)
+    with fresh(system) as vcpu:
+        writing: Any = Noted(vcpu)
+        cpu_state.load_vcpu(system, writing, state)
+        cpu_state.load_time([writing], [state])
+    written = [what for what in writing.asked if what.startswith(("set_", "clock_paused"))]
+    time = [what for what in written if "tsc" in what]
+    assert [what for what in written if what not in (*time, "set_cpuid")] == [
+        "set_cpuid_leaves",
+        *(f"set_state {part}" for part in ("mp_state", "regs", "sregs")),
+        "set_xsave",
+        *(f"set_state {part}" for part in ("xcrs", "debugregs", "lapic")),
+        "set_msrs most",
+        "set_state events",
+        "clock_paused",
+        *["set_msrs deadline"] * (DEADLINE in dict(state["msrs"])),
+    ]
+    assert time
+    assert max(map(written.index, time)) > written.index("clock_paused")
+
+
+def test_an_msr_that_kvm_does_not_give_is_named(system: System) -> None:
+    with fresh(system) as vcpu, pytest.raises(KvmError, match="0xbadf00d"):
+        vcpu.msrs([0x10, 0xBADF00D, 0x174])
 
 
 NUMBERS: Final = (0, 0, 0, 13, 0, 0, 0), (1, 0, 0, 0, 0, 0, 0)
