@@ -10,6 +10,7 @@ from typing import Final
 import pytest
 
 import avmm
+from avmm.completion import NEEDS_COMPLETION
 
 SUPPORT: Final = Path(__file__).parent / "support"
 HEADERS: Final = Path(avmm.__file__).parent / "kvm"
@@ -123,6 +124,12 @@ BUGS: Final = {
 """,
     ),
 }
+
+
+def test_it_goes_by_the_flag_of_the_policy() -> None:
+    flag = f"#define KVM_RUN_NEEDS_COMPLETION (1 << {NEEDS_COMPLETION.bit_length() - 1})"
+    for source in (HEADERS / "parking.h", SUPPORT / "parking_stress.c"):
+        assert flag in source.read_text()
 
 
 def test_the_planted_bugs_are_of_this_source() -> None:

@@ -1,11 +1,12 @@
 """Pauses the torture guest at one exit after the other, and moves it to a new process there.
 
 Run as a program: `python -m support.torture --cpus 2 --every 1 [--drain none|single] ...`. Each
-guest lives in a process of its own (forked before anything runs), so that what is loaded is
-loaded into a new VM of a new process. Says `ok N` where all N moved guests saw and did exactly
-what an uninterrupted one does, else what the first difference is. With `--capability`,
-that must be the number by which this kernel announces NEEDS_COMPLETION, and its flag must decide
-to the end.
+guest lives in a process of its own (forked before anything runs), so that what is loaded is loaded
+into a new VM of a new process. The exits that count are all accesses to the devices that keep a
+log; what the guest says on its console and how it ends are exits of no interest. Says `ok N` where
+all N moved guests saw and did exactly what an uninterrupted one does, else what the first
+difference is. With `--capability`, that must be the number by which this kernel announces
+NEEDS_COMPLETION, and its flag must decide to the end.
 """
 
 from __future__ import annotations
