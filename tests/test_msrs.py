@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.guest import machine
+from support.guest import EXIT, machine
 
 import avmm
 from avmm.devices.base import ReadAnswer, WriteAnswer
-from avmm.kvm import Vm
+from avmm.kvm import KvmError, System, Vm
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
 
 FIRST, SECOND = 0x1234_5600, 0x1234_5700
-EXIT = "mov dx, 0xf8; xor eax, eax; out dx, al; 9: pause; jmp 9b"
 LINUX_5_10 = ("KVM_CAP_X86_USER_SPACE_MSR", "KVM_CAP_X86_MSR_FILTER")
 
 
@@ -43,7 +43,7 @@ async def test_two_devices_each_have_their_own(tmp_path: Path) -> None:
         mov ecx, {SECOND}; wrmsr
     """
     devices = [avmm.msr(one, FIRST, 3), avmm.msr(two, SECOND, 3)]
-    async with machine(tmp_path, code + EXIT, devices=devices) as vm:
+    async with machine(tmp_path, code + EXIT.format(0), devices=devices) as vm:
         assert (await vm.wait()).status == 0
     assert one.values == Registers().values
     assert two.values == [0x5555_6666_7777_8888] * 2
@@ -53,7 +53,9 @@ async def test_two_devices_each_have_their_own(tmp_path: Path) -> None:
 async def test_one_that_is_refused_is_a_fault_of_the_guest(tmp_path: Path, access: str) -> None:
     """Which has no handler for it."""
     code = f"mov ecx, {FIRST + 2}; {access};"
-    async with machine(tmp_path, code + EXIT, devices=[avmm.msr(Registers(), FIRST, 3)]) as vm:
+    async with machine(
+        tmp_path, code + EXIT.format(0), devices=[avmm.msr(Registers(), FIRST, 3)]
+    ) as vm:
         assert (await vm.wait()).cause is avmm.Cause.TRIPLE_FAULT
 
 
@@ -69,6 +71,13 @@ async def test_more_ranges_than_kvm_filters() -> None:
     with pytest.raises(avmm.ConfigError, match=r"Registers: 17 ranges .* at most 16"):
         async with avmm.Machine(devices=devices):
             pass
+
+
+def test_nor_are_any_left_out_below() -> None:
+    with closing(System()) as system, closing(system.create_vm()) as vm:
+        vm.filter_msrs([(FIRST + n, 1) for n in range(16)])
+        with pytest.raises(KvmError, match="17 ranges of MSRs"):
+            vm.filter_msrs([(FIRST + n, 1) for n in range(17)])
 
 
 @pytest.mark.parametrize("lacking", LINUX_5_10)

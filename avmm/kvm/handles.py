@@ -357,6 +357,8 @@ class Vm(_Handle):
     def filter_msrs(self, ranges: Sequence[tuple[int, int]]) -> None:
         """KVM_X86_SET_MSR_FILTER: accesses to these (first, count) leave the guest, all other
         MSRs stay KVM's. At most `KVM_MSR_FILTER_MAX_RANGES` ranges."""
+        if len(ranges) > lib.KVM_MSR_FILTER_MAX_RANGES:
+            raise KvmError("KVM_X86_SET_MSR_FILTER", errno.E2BIG, f"{len(ranges)} ranges of MSRs")
         filter_ = ffi.new("struct kvm_msr_filter *", {"flags": lib.KVM_MSR_FILTER_DEFAULT_ALLOW})
         bitmaps = []  # a clear bit denies the MSR; kept alive until the ioctl has copied them
         for entry, (first, count) in zip(filter_.ranges, ranges, strict=False):
