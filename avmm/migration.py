@@ -76,8 +76,8 @@ class Coordinator:
         self._moving = trio.Lock()
         self._forsaken = False
         self._stage = ""
-        self._stage_begun = 0.0
         """What the way to a standstill or back waits for, other than vCPUs; for a person."""
+        self._stage_begun = 0.0
 
     @property
     def is_paused(self) -> bool:
