@@ -76,6 +76,6 @@ class BuildNative(build_ext):
 
 
 setup(
-    cffi_modules=["avmm/kvm/build.py:ffibuilder"],
+    cffi_modules=["avmm/kvm/build.py:ffibuilder", "avmm/native/build.py:ffibuilder"],
     cmdclass={"build_ext": BuildNative},
 )

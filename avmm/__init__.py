@@ -1,8 +1,8 @@
 """avmm: an async, event-driven micro-VMM. Small KVM guests inside a trio program."""
 
+from avmm.arrivals import receive, restore
 from avmm.boot import FlatOptions, Mode
-from avmm.bus import Placement, mmio, msr, pio
-from avmm.calls import Answer, Call
+from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
@@ -34,11 +34,10 @@ from avmm.errors import (
 )
 from avmm.kvm import KvmError, KvmUnavailable
 from avmm.machine import Machine
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 from avmm.outcome import Cause, Outcome
-from avmm.placing import virtio
-from avmm.receive import receive
-from avmm.restore import restore
+from avmm.parts.placing import virtio
+from avmm.vcpu.calls import Answer, Call
 
 __all__ = [
     "Answer",

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from avmm.boot import FlatOptions, Mode, Protocol
-from avmm.completion import Mode as CompletionMode
 from avmm.disks.options import DiskOptions
 from avmm.errors import ConfigError
-from avmm.links import NetOptions, VsockOptions
-from avmm.memory import parse_size
+from avmm.memory.ram import parse_size
+from avmm.options import NetOptions, VsockOptions
+from avmm.vcpu.completion import Mode as CompletionMode
 
 UNCLAIMED: Final = {
     "ignore": 0,
@@ -100,14 +100,14 @@ class MachineConfig:
     """Port of QEMU's isa-debug-exit, or None for no such device."""
     xen: bool = False
     """The guest's hypercalls are Xen's, not KVM's, and all answered by `Machine`'s `calls`; see
-    `avmm.calls`."""
+    `avmm.vcpu.calls`."""
     unclaimed: str = "info"
     """How accesses that no device claims are reported: one of `UNCLAIMED`."""
     completion: str = "auto"
-    """Which exits are completed before a state is read: one of `avmm.completion.Mode`."""
+    """Which exits are completed before a state is read: one of `avmm.vcpu.completion.Mode`."""
     completion_capability: int | None = None
     """The number of KVM_CAP_NEEDS_COMPLETION in this host's kernel, where you know that it has
-    one; for "auto". `avmm.completion` says why avmm believes no number by itself."""
+    one; for "auto". `avmm.vcpu.completion` says why avmm believes no number by itself."""
     console: str = "stdio"
     """Where the `avmm` command connects the console; embedders use `Machine.console`."""
 

@@ -1,4 +1,4 @@
-"""A vCPU's thread and its bridge into the nursery: run, serve, park.
+"""The vCPUs' threads and their bridge into the nursery: run, serve, park, one and all.
 
 Each vCPU has an OS thread of its own, in which `KVM_RUN` blocks without the GIL, and a trio
 task beside it. What happens to an exit:
@@ -26,9 +26,9 @@ either the thread sees it when it looks, or `immediate_exit` is set at its next 
 signal interrupts the one that runs.
 
 **Parking.** A vCPU that is to pause first lets the kernel finish what the last exit left
-pending (`avmm.completion` says why, and how: `drain`). Then its thread stands in the machine's
-parking lot until the machine runs on. A vCPU that is asked while it is in the guest has nothing
-in hand and does all of this in C, without the GIL (avmm/kvm/parking.h). One that is stopped is
+pending (`avmm.vcpu.completion` says why, and how: `drain`). Then its thread stands in the
+machine's parking lot until the machine runs on. A vCPU that is asked while it is in the guest has
+nothing in hand and does all of this in C, without the GIL (avmm/kvm/parking.h). One that is stopped is
 drained in the same way before it ends: whoever pauses a machine that has just been stopped finds
 nothing torn in it. Where that cannot be, its exit never answered, it counts as failed.
 """
@@ -43,17 +43,17 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from avmm.completion import CompletionPolicy, drain, is_output
 from avmm.errors import VcpuError
 from avmm.kvm import KvmError, constants
 from avmm.kvm.bridge import Bridge
+from avmm.vcpu.completion import CompletionPolicy, drain, is_output
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Sequence
 
-    from avmm.exits import Exits
     from avmm.kvm import Vcpu
-    from avmm.kvm.parking import Spot
+    from avmm.kvm.parking import ParkingLot, Spot
+    from avmm.vcpu.exits import Exits
 
 _YIELD_SECONDS: Final = 0.001
 """How long handlers that never really wait may keep the other tasks of the program waiting."""
@@ -109,7 +109,7 @@ class _AbandonedError(Exception):
 class VcpuLoop:
     """Runs one vCPU until it is stopped, fails, or its task is cancelled.
 
-    It is asked to park by way of the lot that `spot` belongs to (`avmm.group`).
+    It is asked to park by way of the lot that `spot` belongs to (`VcpuGroup`).
     """
 
     def __init__(self, vcpu: Vcpu, exits: Exits, policy: CompletionPolicy, spot: Spot) -> None:
@@ -305,3 +305,55 @@ class VcpuLoop:
     def _annotate(self, error: Exception) -> None:
         if not isinstance(error, VcpuError):
             error.add_note(f"vCPU {self.index} was at {self._exits.report()}")
+
+
+class VcpuGroup:
+    """The loops of one machine's vCPUs and the lot in which they park. From trio only."""
+
+    def __init__(self, lot: ParkingLot, loops: Sequence[VcpuLoop]) -> None:
+        self._lot = lot
+        self.loops = loops
+        self._asked = 0.0
+
+    async def run(self) -> None:
+        """Run all vCPUs until the last has ended. Raises as `VcpuLoop.run`, in a group."""
+        async with trio.open_nursery() as nursery:
+            for loop in self.loops:
+                nursery.start_soon(loop.run, name=f"vCPU {loop.index}")
+
+    def stop(self) -> None:
+        """Ask all to end, parked or not. Any thread; does not wait; idempotent."""
+        for loop in self.loops:
+            loop.stop()
+
+    def pause(self) -> None:
+        """Ask all at once to drain and park; `parked` waits for it."""
+        self._lot.ask()
+        self._asked = trio.current_time()
+
+    def resume(self) -> None:
+        """Take a `pause` back, whether they have parked yet or not."""
+        self._lot.release()
+
+    async def parked(self) -> None:
+        """Wait until all have parked after `pause`, or have ended in good order.
+
+        Raises `VcpuError` where one has failed: its last exit is not finished, and its state
+        not one to be read. Cancelling the wait leaves the request standing until `resume`.
+        """
+        # Nearly always they park at once: to be there is cheaper than to sleep and be woken.
+        parked = self._lot.poll(not any(loop.is_being_served for loop in self.loops))
+        while not parked:
+            try:
+                await trio.lowlevel.wait_readable(self._lot.bell)
+            finally:
+                self._lot.woken()
+            parked = self._lot.poll(False)
+        for loop in self.loops:
+            if loop.failed:
+                raise VcpuError(f"vCPU {loop.index} has failed in the midst of an exit")
+
+    def late(self) -> list[str]:
+        """What each vCPU waits for that has not parked, for a person."""
+        seconds = trio.current_time() - self._asked
+        return [loop.waits_for(seconds) for loop in self.loops if not loop.is_parked]

@@ -20,11 +20,9 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
 
 import trio
 
-from avmm import description
-from avmm.bus import Placement
-from avmm.calls import CallHandler
+from avmm.bus.interrupts import Line
+from avmm.bus.space import Placement
 from avmm.config import MachineConfig, Settings
-from avmm.description import Described, Links
 from avmm.devices.base import Device
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.balloon import Balloon
@@ -40,14 +38,16 @@ from avmm.errors import (
     ConfigError,
     MigrationError,
 )
-from avmm.irq import Line
-from avmm.links import NetOptions, VsockOptions
-from avmm.memory import GuestMemory
+from avmm.memory.pages import Bitmap
+from avmm.memory.ram import GuestMemory
 from avmm.migration import Coordinator
+from avmm.options import NetOptions, VsockOptions
 from avmm.outcome import Cause, Outcome
-from avmm.pages import Bitmap
-from avmm.parts import Parts
-from avmm.placing import Unplaced
+from avmm.parts import description
+from avmm.parts.description import Described, Links
+from avmm.parts.machine_parts import Parts
+from avmm.parts.placing import Unplaced
+from avmm.vcpu.calls import CallHandler
 
 if TYPE_CHECKING:
     from avmm.snapshot import Progress

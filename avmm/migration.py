@@ -6,8 +6,8 @@
 In this order, each step for all before the next begins:
 
 1. Every vCPU is asked to pause, all at once, and then awaited, so that they drain side by side.
-   Each serves what it has in hand and lets the kernel finish it (`avmm.completion`).
-2. Coalesced writes, which no exit has shown, reach their devices (`avmm.coalesced`).
+   Each serves what it has in hand and lets the kernel finish it (`avmm.vcpu.completion`).
+2. Coalesced writes, which no exit has shown, reach their devices (`avmm.bus.coalesced`).
 3. The devices are quiesced: what is in flight finishes, and after it nothing writes guest
    memory or raises an interrupt. Not earlier: both steps before still call devices.
 
@@ -39,7 +39,7 @@ RESUME_SECONDS: Final = 10.0
 
 
 class PausableVcpus(Protocol):
-    """What the coordinator needs of the vCPUs; `avmm.group.VcpuGroup` is such."""
+    """What the coordinator needs of the vCPUs; `avmm.loop.VcpuGroup` is such."""
 
     def pause(self) -> None: ...
     def resume(self) -> None: ...

@@ -16,7 +16,7 @@ snapshot is no change). All but RAM is checked against its checksum on opening, 
 `verify` asks for it, since that means to read all of it.
 
 A snapshot is hostile input: its lengths are held against the file's own before anything is made
-of them, and no path in it is opened (`avmm.description`).
+of them, and no path in it is opened (`avmm.parts.description`).
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ import trio
 import xxhash
 
 from avmm.disks import files
-from avmm.encoding import decode, encode
 from avmm.errors import SnapshotError, StateError
-from avmm.memory import GuestMemory
-from avmm.pages import PAGE, Bitmap, Packer
+from avmm.memory.pages import PAGE, Bitmap, Packer
+from avmm.memory.ram import GuestMemory
+from avmm.plain import decode, encode
 
 if TYPE_CHECKING:
     from avmm.migration import Coordinator
-    from avmm.parts import Parts
+    from avmm.parts.machine_parts import Parts
 
 MAGIC: Final = b"AVMMSNAP"
 VERSION: Final = 1

@@ -15,7 +15,7 @@ from support.threads import ours
 
 from avmm.kvm import KvmUnavailable, System
 
-pytest_plugins = ["lab.plugin"]
+pytest_plugins = ["lab.plugin", "support.booting"]
 
 # How long an example takes is the host's matter.
 settings.register_profile("avmm", deadline=None, suppress_health_check=[HealthCheck.too_slow])

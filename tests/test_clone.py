@@ -12,7 +12,7 @@ import trio
 
 import avmm
 from avmm.errors import ConfigError
-from avmm.pages import PAGE, Bitmap, own_pages
+from avmm.memory.pages import PAGE, Bitmap, own_pages
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm")]
 

@@ -20,9 +20,9 @@ import xxhash
 
 import avmm
 from avmm import snapshot
-from avmm.encoding import encode
 from avmm.errors import ConfigError, SnapshotError, StateError
-from avmm.pages import PAGE
+from avmm.memory.pages import PAGE
+from avmm.plain import encode
 from avmm.snapshot import CHUNK, HEADER_BYTES, Header
 
 pytestmark = [

@@ -18,12 +18,12 @@ import trio
 from avmm import guests
 from avmm.arch.x86_64 import layout
 from avmm.bench.row import Row
-from avmm.bus import Placement, mmio, pio
+from avmm.bus.space import Placement, mmio, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device
 from avmm.errors import AvmmError
 from avmm.machine import Machine
-from avmm.parts import Parts
+from avmm.parts.machine_parts import Parts
 
 PORT: Final = 0xE0
 ADDRESS: Final = layout.MMIO

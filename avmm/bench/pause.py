@@ -21,7 +21,7 @@ from avmm.bench.row import Row
 from avmm.config import MachineConfig
 from avmm.kvm.kick import install_kick
 from avmm.machine import Machine
-from avmm.parts import Parts
+from avmm.parts.machine_parts import Parts
 
 CPUS: Final = (1, 2, 4, 16)
 _FOR_EVER: Final = b"\xf3\x90\xeb\xfc"

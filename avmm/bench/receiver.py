@@ -13,8 +13,8 @@ import sys
 
 import trio
 
+from avmm.arrivals import receive
 from avmm.bench.shell import ask
-from avmm.receive import receive
 
 
 async def main(fd: int) -> None:

@@ -26,13 +26,13 @@ from typing import Final
 import trio
 
 from avmm import guests
+from avmm.arrivals import restore
 from avmm.bench import shell
 from avmm.bench.qemu import QEMU
 from avmm.bench.qmp import Qemu
 from avmm.bench.row import Row, SizeRow
 from avmm.config import MachineConfig
 from avmm.machine import Machine
-from avmm.restore import restore
 
 _COUNTER: Final = 0x9000
 _LOOK: Final = 0.0001

@@ -29,7 +29,7 @@ from avmm.devices.virtio.port import Port
 from avmm.disks import RawDisk
 from avmm.errors import AvmmError
 from avmm.machine import Machine
-from avmm.placing import virtio
+from avmm.parts.placing import virtio
 
 _DISK_BYTES: Final = 64 << 20
 _KIB: Final = 1024

@@ -16,7 +16,7 @@ from avmm.arch.x86_64.acpi import Described
 from avmm.boot.claims import Claims
 from avmm.boot.image import Image, open_image
 from avmm.errors import ConfigError, ImageError
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 
 _RESET_CODE: Final = bytes.fromhex("b0fe e664 f4 ebfd")
 """mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b - in any mode"""

@@ -10,7 +10,7 @@ from avmm.boot import longmode
 from avmm.boot.assembly import Assembly
 from avmm.boot.elf_headers import PF_X, Elf
 from avmm.boot.entry import Entry
-from avmm.memory import HOLE_END
+from avmm.memory.ram import HOLE_END
 
 
 def load_segments(assembly: Assembly, elf: Elf) -> None:

@@ -35,7 +35,7 @@ from avmm.boot.describe import HEAD, describe
 from avmm.boot.elf_headers import MAGIC, parse
 from avmm.boot.entry import Entry, FlatOptions, Protocol
 from avmm.boot.image import SLACK, Image, open_image
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 
 StrPath = str | os.PathLike[str]
 

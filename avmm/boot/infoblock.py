@@ -6,7 +6,7 @@ from typing import Final
 
 from avmm.arch.x86_64 import layout
 from avmm.errors import ConfigError
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 
 _ALIGN: Final = 8
 

@@ -18,12 +18,14 @@ from typing import Any, Final, NoReturn
 import click
 import trio
 
-from avmm.cli import console, control, holds
+from avmm.cli import console
+from avmm.control import holds
+from avmm.control import server as control
 from avmm.devices.virtio.console import Console
 from avmm.errors import ConfigError
 from avmm.machine import Machine
 from avmm.outcome import Cause, Outcome
-from avmm.placing import Unplaced, virtio
+from avmm.parts.placing import Unplaced, virtio
 
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LAST_OUTPUT_SECONDS: Final = 1.0

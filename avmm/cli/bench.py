@@ -18,7 +18,7 @@ from avmm.bench import pause as bench_pause
 from avmm.bench import snapshot as bench_snapshot
 from avmm.bench import virtio as bench_virtio
 from avmm.bench.row import Row, SizeRow, SpeedRow
-from avmm.memory import parse_size
+from avmm.memory.ram import parse_size
 
 Measure = Callable[[Callable[[], None]], Sequence[Row | SizeRow | SpeedRow]]
 

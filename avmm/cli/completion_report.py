@@ -23,16 +23,16 @@ from functools import partial
 from typing import Any, Final
 
 from avmm.arch.x86_64 import layout
-from avmm.bus import Placement, mmio, msr, pio
-from avmm.calls import Call
-from avmm.completion import NEEDS_COMPLETION, drain
+from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device
 from avmm.errors import AvmmError, DeviceError
 from avmm.kvm import KvmError, System, Vcpu, constants, exit_name
 from avmm.kvm.kick import accept_kicks, install_kick, kick
 from avmm.outcome import Outcome
-from avmm.parts import Parts
+from avmm.parts.machine_parts import Parts
+from avmm.vcpu.calls import Call
+from avmm.vcpu.completion import NEEDS_COMPLETION, drain
 
 _PORT, _MSR, _WINDOW = 0xE0, 0x4D56_0000, layout.MMIO
 _ORIGIN: Final = 0x10_0000

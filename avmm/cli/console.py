@@ -27,7 +27,7 @@ from typing import Final, TypeAlias
 import trio
 
 from avmm.cli import terminal
-from avmm.cli.holds import TERMINAL, Holds, PauseRefused
+from avmm.control.holds import TERMINAL, Holds, PauseRefused
 from avmm.devices.console import ConsoleStream
 from avmm.devices.hostfd import HostFd
 from avmm.devices.virtio.console import Console

@@ -1,4 +1,4 @@
-"""`avmm ctl`: steers a running guest through its control socket (`avmm.cli.control`).
+"""`avmm ctl`: steers a running guest through its control socket (`avmm.control.server`).
 
 Exit statuses: 2 for input that cannot be; `UNKNOWN` where nobody knows which side runs a guest
 that was handed over; 130 where Ctrl-C gave it up, and the guest stays; 125 for other failures.
@@ -17,11 +17,11 @@ from typing import Any, Final
 
 import click
 
-from avmm.cli import target as targets
 from avmm.cli.attend import PATH
-from avmm.cli.target import Target
 from avmm.errors import AvmmError, ConfigError
-from avmm.memory import parse_size
+from avmm.memory.ram import parse_size
+from avmm.transfer import targets
+from avmm.transfer.targets import Target
 
 UNKNOWN: Final = 3
 _MOST_LINE: Final = 1 << 20

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol, Self
 import click
 from tqdm import tqdm
 
-from avmm.pages import PAGE
+from avmm.memory.pages import PAGE
 
 _LINE_SECONDS: Final = 1.0
 _BAR: Final = "{desc} {percentage:3.0f}% |{bar}| {n:,}/{total:,} pages{postfix}"

@@ -9,10 +9,11 @@ from typing import Any
 import click
 import trio
 
-from avmm.cli import attend, console, target
-from avmm.cli.target import Target
+from avmm.arrivals import receive
+from avmm.cli import attend, console
 from avmm.outcome import Outcome
-from avmm.receive import receive
+from avmm.transfer import targets as target
+from avmm.transfer.targets import Target
 
 
 @click.command()

@@ -8,9 +8,9 @@ from typing import Any
 import click
 import trio
 
+from avmm.arrivals import restore
 from avmm.cli import attend, console
 from avmm.outcome import Outcome
-from avmm.restore import restore
 
 
 @click.command()

@@ -12,10 +12,10 @@ import trio
 from avmm.boot import Protocol
 from avmm.cli import attend, console
 from avmm.cli.attend import PATH
-from avmm.completion import Mode
 from avmm.config import UNCLAIMED, MachineConfig, read_toml
 from avmm.machine import Machine
 from avmm.outcome import Outcome
+from avmm.vcpu.completion import Mode
 
 
 class Port(click.ParamType[int | str]):

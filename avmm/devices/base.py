@@ -31,7 +31,7 @@ from avmm.errors import DeviceError
 if TYPE_CHECKING:
     import trio
 
-    from avmm.memory import GuestMemory
+    from avmm.memory.ram import GuestMemory
 
 ReadAnswer: TypeAlias = int | Awaitable[int]
 WriteAnswer: TypeAlias = Awaitable[None] | None

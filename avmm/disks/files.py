@@ -13,7 +13,7 @@ from typing import Final
 
 from avmm.disks.base import SECTOR
 from avmm.errors import ConfigError
-from avmm.kvm._kvm import ffi, lib
+from avmm.native._native import ffi, lib
 
 _CANNOT: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)
 """What a file system or block device answers that has no holes, or none that lie so."""

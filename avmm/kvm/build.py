@@ -19,9 +19,7 @@ ffibuilder.set_source(
     depends=[
         str(HERE / "shim.c"),
         str(HERE / "bridge.h"),
-        str(HERE / "pages.h"),
         str(HERE / "parking.h"),
-        str(HERE / "vring.h"),
         str(HERE / "cdef.h"),
     ],
     extra_compile_args=["-O2", "-std=gnu11"],

@@ -1,5 +1,5 @@
 /* The C that cffi compiles into avmm.kvm._kvm: ioctls, the kick, the bridge, the parking
- * lot, pages of RAM, virtqueues. */
+ * lot. */
 
 #include <errno.h>
 #include <fcntl.h>
@@ -14,8 +14,6 @@
 #include <unistd.h>
 
 #include "bridge.h"
-#include "pages.h"
-#include "vring.h"
 
 /* Numbers newer than the oldest header that avmm builds with (Linux 5.10). They are part of
  * the kernel's stable interface; a newer header's own definition wins. */

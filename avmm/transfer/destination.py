@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from avmm.errors import PeerAbortedError, ProtocolError, StateError
-from avmm.pages import unpack
+from avmm.memory.pages import unpack
 from avmm.transfer.line import Line
 from avmm.transfer.protocol import (
     Commit,
@@ -27,7 +27,7 @@ from avmm.transfer.protocol import (
 
 if TYPE_CHECKING:
     from avmm.machine import Machine
-    from avmm.parts import Parts
+    from avmm.parts.machine_parts import Parts
 
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from typing import Final, TypeAlias
 import xxhash
 
 from avmm.errors import ProtocolError
-from avmm.pages import PAGE, RUN_BYTES
+from avmm.memory.pages import PAGE, RUN_BYTES
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 

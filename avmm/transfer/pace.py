@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from avmm.errors import MigrationError
-from avmm.pages import PAGE
+from avmm.memory.pages import PAGE
 
 _SHRINKS: Final = 0.7
 """A round that leaves more than this share of what the one before left gets nowhere."""

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-from avmm.encoding import decode, encode
 from avmm.errors import PeerAbortedError, ProtocolError, StateError
-from avmm.pages import RUN_BYTES, Packed
+from avmm.memory.pages import RUN_BYTES, Packed
+from avmm.plain import decode, encode
 from avmm.transfer.frames import STATE_PIECE, Buffer, Decoder, Encoder, Frame, Kind
 
 VERSIONS: Final = (1,)
@@ -70,7 +70,7 @@ class DestinationState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """The source tells what the guest is (`avmm.description`)."""
+    """The source tells what the guest is (`avmm.parts.description`)."""
 
     description: Any
 

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from avmm.errors import ConfigError, HandOverUnknownError, MigrationError, PeerAbortedError
-from avmm.pages import PAGE, Bitmap, Packer
+from avmm.memory.pages import PAGE, Bitmap, Packer
 from avmm.transfer.frames import MOST_DATA_PAGES, MOST_RUNS
 from avmm.transfer.line import Line
 from avmm.transfer.pace import Pace, Progress
 from avmm.transfer.protocol import Source, SourceState
 
 if TYPE_CHECKING:
-    from avmm.dirty import DirtyLog
+    from avmm.memory.dirty import DirtyLog
     from avmm.migration import Coordinator
-    from avmm.parts import Parts
+    from avmm.parts.machine_parts import Parts
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.images import BzImage, Elf, Segment, pvh_elf
 
 from avmm.arch.x86_64 import layout
 from avmm.boot import Mode, Protocol
 from avmm.boot.formats import load
 from avmm.errors import ConfigError, ImageError
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 
-from .images import BzImage, Elf, Segment, pvh_elf
 from .test_compressed import PACK
 
 Write = Callable[..., Path]

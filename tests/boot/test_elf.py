@@ -7,15 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import guestview
+from support.images import PT_INTERP, PT_NOTE, Elf, Segment, note
 
 from avmm.arch.x86_64 import layout, tables
 from avmm.boot import Mode
 from avmm.boot.formats import load
 from avmm.errors import ImageError
-from avmm.memory import GuestMemory
-
-from . import guestview
-from .images import PT_INTERP, PT_NOTE, Elf, Segment, note
+from avmm.memory.ram import GuestMemory
 
 pytestmark = pytest.mark.timeout(60)
 Write = Callable[..., Path]

@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.images import BzImage, Elf, Segment, multiboot_elf, multiboot_header, note, pvh_elf
 
 from avmm.boot import Entry
 from avmm.boot.formats import load
 from avmm.errors import ConfigError, ImageError
-from avmm.memory import GuestMemory
-
-from .images import BzImage, Elf, Segment, multiboot_elf, multiboot_header, note, pvh_elf
+from avmm.memory.ram import GuestMemory
 
 pytestmark = pytest.mark.timeout(120)
 SECONDS = 5

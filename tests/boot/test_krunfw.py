@@ -12,7 +12,7 @@ from avmm.arch.x86_64 import layout
 from avmm.boot import Mode
 from avmm.boot.formats import load
 from avmm.errors import ImageError
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 
 Make = Callable[..., Path]
 SOURCE = """

@@ -9,16 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import guestview
+from support.images import pvh_elf
 
 from avmm.arch.x86_64 import layout
 from avmm.arch.x86_64.mptable import mp_table
 from avmm.boot import FlatOptions, Mode
 from avmm.boot.formats import load
 from avmm.errors import ConfigError, ImageError
-from avmm.memory import GuestMemory
-
-from . import guestview
-from .images import pvh_elf
+from avmm.memory.ram import GuestMemory
 
 pytestmark = pytest.mark.timeout(60)
 Write = Callable[..., Path]

@@ -7,14 +7,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support import guestview
+from support.images import Elf, Segment, multiboot_elf, multiboot_header, pvh_elf
 
 from avmm.boot import Mode
 from avmm.boot.formats import load
 from avmm.errors import ConfigError, ImageError
-from avmm.memory import GuestMemory
-
-from . import guestview
-from .images import Elf, Segment, multiboot_elf, multiboot_header, pvh_elf
+from avmm.memory.ram import GuestMemory
 
 pytestmark = pytest.mark.timeout(60)
 Write = Callable[..., Path]

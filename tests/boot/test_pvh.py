@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import guestview
+from support.images import PT_NOTE, Elf, Segment, note, pvh_elf, pvh_note
 
 from avmm.boot import Mode
 from avmm.boot.formats import load
 from avmm.errors import ImageError
-from avmm.memory import GuestMemory
-
-from . import guestview
-from .images import PT_NOTE, Elf, Segment, note, pvh_elf, pvh_note
+from avmm.memory.ram import GuestMemory
 
 pytestmark = pytest.mark.timeout(60)
 Write = Callable[..., Path]

@@ -22,5 +22,5 @@ from __future__ import annotations
 
 import atheris
 
-with atheris.instrument_imports(include=["avmm.devices", "avmm.disks", "avmm.vring"]):
+with atheris.instrument_imports(include=["avmm.devices", "avmm.disks", "avmm.native.vring"]):
     import support.virtio_cases  # noqa: F401 - brings in all the devices

@@ -1,6 +1,6 @@
 """Rings that may hold anything: what comes out of them is what a model of 2.7 gets out of them.
 
-The model is Python, written from VIRTIO 1.2 and from what avmm.vring says that it refuses.
+The model is Python, written from VIRTIO 1.2 and from what avmm.native.vring says that it refuses.
 """
 
 from __future__ import annotations

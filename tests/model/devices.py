@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import trio
 
-from avmm.bus import Bus, Placement, mmio, msr, pio
-from avmm.calls import Answer, Call
+from avmm.bus.space import Bus, Placement, mmio, msr, pio
 from avmm.devices.base import Device
 from avmm.errors import MsrFault
+from avmm.vcpu.calls import Answer, Call
 from model.vcpu import ADDRESS, ADDRESSES, MSR, MSRS, PORT, PORTS, Broken, mix
 
 SPACES: Final = ("ports", "addresses", "MSRs")

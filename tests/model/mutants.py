@@ -253,7 +253,7 @@ BUGS: Final = (
     ),
     Bug(
         "a failed vCPU is taken for parked",
-        (("group", "            if loop.failed:\n", "            if False:\n"),),
+        (("loop", "            if loop.failed:\n", "            if False:\n"),),
         "failing world",
     ),
     Bug("state is read before vCPUs are parked", (("migration", _PARK, _DELIVER),), "world"),

@@ -8,20 +8,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-import avmm.completion
-import avmm.exits
-import avmm.group
 import avmm.loop
 import avmm.migration
+import avmm.vcpu.completion
+import avmm.vcpu.exits
 
 
 @dataclass(frozen=True)
 class Production:
     """The modules that belong together. They are `Any`: a mutant has no types of its own."""
 
-    completion: Any = avmm.completion
-    exits: Any = avmm.exits
-    group: Any = avmm.group
+    completion: Any = avmm.vcpu.completion
+    exits: Any = avmm.vcpu.exits
     loop: Any = avmm.loop
     migration: Any = avmm.migration
 
@@ -36,12 +34,12 @@ def mutate(edits: Mapping[str, list[tuple[str, str]]]) -> Production:
     instead of planting nothing.
     """
     modules: dict[str, ModuleType] = {}
-    for name in ("completion", "exits", "group", "loop", "migration"):
+    for name in ("completion", "exits", "loop", "migration"):
         real: ModuleType = getattr(REAL, name)
         assert real.__file__ is not None
         source = Path(real.__file__).read_text()
         for old, new in edits.get(name, []):
-            assert source.count(old) == 1, f"avmm/{name}.py has {source.count(old)} times: {old}"
+            assert source.count(old) == 1, f"{name}.py has {source.count(old)} times: {old}"
             source = source.replace(old, new)
         module = ModuleType(real.__name__)
         module.__file__ = real.__file__

@@ -12,9 +12,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from avmm.completion import COMPLETE
 from avmm.errors import AvmmError
 from avmm.kvm import KvmError, exit_name
+from avmm.vcpu.completion import COMPLETE
 from model.production import Production
 from model.programs import hosts, programs
 from model.solo import STEPS, InlineLoop, Result, Solo, oracle

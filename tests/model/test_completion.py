@@ -1,4 +1,4 @@
-"""The policy: each rule of `avmm.completion`'s docstring, and the drain's own bounds."""
+"""The policy: each rule of `avmm.vcpu.completion`'s docstring, and the drain's own bounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avmm.completion import (
+from avmm.errors import VcpuError
+from avmm.kvm import KvmError, constants
+from avmm.vcpu.completion import (
     COMPLETE,
     DOCUMENTED,
     DRAIN_LIMIT,
@@ -20,8 +22,6 @@ from avmm.completion import (
     drain,
     is_output,
 )
-from avmm.errors import VcpuError
-from avmm.kvm import KvmError, constants
 from model.production import REAL
 from model.solo import Solo
 from model.vcpu import UNKNOWN_EXIT, Host, ModelVcpu, Op
@@ -143,7 +143,7 @@ def test_a_kernel_that_lies_is_named_once_and_not_believed_again(
         policy.needs(IO, SET)
         policy.needs(HLT, CLEAR)
         assert policy.by_flag
-    with caplog.at_level(logging.WARNING, "avmm.completion"):
+    with caplog.at_level(logging.WARNING, "avmm.vcpu.completion"):
         for _ in range(3):
             assert policy.needs(reason, flags) is (reason == IO)
     assert [record.levelname for record in caplog.records] == ["WARNING"]

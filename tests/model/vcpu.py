@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Final
 
-from avmm.completion import NEEDS_COMPLETION
 from avmm.kvm import constants
+from avmm.vcpu.completion import NEEDS_COMPLETION
 
 MASK: Final = (1 << 64) - 1
 PORT, PORTS = 0x100, 0x40

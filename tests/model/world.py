@@ -234,7 +234,7 @@ class World:
         self.lot.on_kick = lambda spot: self._nudge(self.cpus[spot.model.index])
         for spot, program in zip(self.lot.spots, programs, strict=True):
             self.cpus.append(self._cpu(spot, program, decide))
-        self.group = code.group.VcpuGroup(self.lot, [cpu.loop for cpu in self.cpus])
+        self.group = code.loop.VcpuGroup(self.lot, [cpu.loop for cpu in self.cpus])
         self.coordinator = code.migration.Coordinator(
             self.group,
             [device for cpu in self.cpus for device in cpu.devices[:1]],

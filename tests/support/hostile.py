@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 from avmm.errors import GuestMemoryError
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 from support.virtio_driver import VERSION_1, Driver
 
 REGISTERS = [0x14, 0x20, 0x24, 0x30, 0x38, 0x44, 0x50, 0x64, 0x70, 0x80, 0x84, 0x90, 0x94]

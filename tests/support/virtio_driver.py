@@ -17,7 +17,7 @@ import trio.testing
 
 from avmm.devices.virtio.device import VirtioDevice
 from avmm.devices.virtio.mmio import VirtioMmio
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 VERSION_1, EVENT_IDX, INDIRECT_DESC = 1 << 32, 1 << 29, 1 << 28

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avmm.errors import MigrationError
-from avmm.pages import PAGE
+from avmm.memory.pages import PAGE
 from avmm.transfer.pace import Pace
 
 

@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from avmm.encoding import encode
 from avmm.errors import PeerAbortedError, ProtocolError
-from avmm.pages import PAGE, Packed
+from avmm.memory.pages import PAGE, Packed
+from avmm.plain import encode
 from avmm.transfer.frames import Buffer, Encoder, Kind
 from avmm.transfer.protocol import (
     Commit,

@@ -2,7 +2,7 @@
 
 ACPI specification 6.5. The machine is "hardware-reduced" (4.1): it has none of ACPI's fixed
 hardware, no SCI, no PM timer, and is switched off and reset by the registers that the FADT
-names (`avmm.devices.power`). Such guests use neither PIC nor PIT. RSDP → XSDT → FADT, MADT; the
+names (`avmm.devices.pc.power`). Such guests use neither PIC nor PIT. RSDP → XSDT → FADT, MADT; the
 FADT names the DSDT, which has a device for each one that says what it is (`Device.acpi_hid`).
 """
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from avmm.memory import HOLE_END, HOLE_START
+from avmm.memory.ram import HOLE_END, HOLE_START
 
 BOOT_INFO: Final = 0x9_0000
 """`hvm_start_info` or the multiboot information, and all that they point to but the command
@@ -83,7 +83,7 @@ MMIO: Final = 0xD000_0000
 """The window that is kept free for devices which are placed by hand."""
 MMIO_END: Final = 0xE000_0000
 POWER_PORT: Final = 0x600
-"""Sleep control, sleep status and reset (`avmm.devices.power`)."""
+"""Sleep control, sleep status and reset (`avmm.devices.pc.power`)."""
 IOAPIC: Final = 0xFEC0_0000
 LAPIC: Final = 0xFEE0_0000
 KVM_IDENTITY_MAP: Final = 0xFFFB_C000

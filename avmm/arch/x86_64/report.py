@@ -6,8 +6,8 @@ from typing import Final
 
 from avmm.errors import GuestMemoryError
 from avmm.kvm import KvmError, Struct, Vcpu
-from avmm.memory import GuestMemory
-from avmm.pages import PAGE
+from avmm.memory.pages import PAGE
+from avmm.memory.ram import GuestMemory
 
 _ROWS: Final = (
     ("rax", "rbx", "rcx", "rdx"),

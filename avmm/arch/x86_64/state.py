@@ -1,7 +1,7 @@
 """The state of an x86-64 vCPU and of its VM: read whole, and written in the order that works.
 
-Only a drained vCPU has a state that can be read (`avmm.completion`), and only when its devices
-are quiesced is the VM's the whole truth.
+Only a drained vCPU has a state that can be read (`avmm.vcpu.completion`), and only when its
+devices are quiesced is the VM's the whole truth.
 
 **Reading.** MP_STATE comes first: reading it lets KVM settle pending INIT and SIPI, which changes
 the LAPIC and the registers. VCPU_EVENTS comes last: what other reads settle shows up there.

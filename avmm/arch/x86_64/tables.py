@@ -15,7 +15,7 @@ import struct
 from typing import Final
 
 from avmm.arch.x86_64 import layout
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 
 CODE32: Final = 0x08
 CODE64: Final = 0x10

@@ -27,7 +27,7 @@ from avmm.devices.virtio.device import GuestQueue, Link, VirtioDevice
 from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
 from avmm.errors import ConfigError, GuestMemoryError
-from avmm.pages import PAGE
+from avmm.memory.pages import PAGE
 
 logger = logging.getLogger("avmm.virtio")
 

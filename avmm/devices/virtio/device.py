@@ -44,7 +44,7 @@ from avmm.devices.virtio.queue import Chain, Queue
 from avmm.errors import DeviceError
 
 if TYPE_CHECKING:
-    from avmm.memory import GuestMemory
+    from avmm.memory.ram import GuestMemory
 
 _YIELD_SECONDS: Final = 0.001
 """How long a queue that never runs empty may keep the other tasks of the program waiting."""

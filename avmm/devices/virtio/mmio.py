@@ -32,7 +32,7 @@ from avmm.devices.virtio.queue import QueueError, Virtqueue
 from avmm.errors import ConfigError, DeviceError
 
 if TYPE_CHECKING:
-    from avmm.memory import GuestMemory
+    from avmm.memory.ram import GuestMemory
 
 logger = logging.getLogger("avmm.virtio")
 

@@ -17,8 +17,8 @@ from typing import Any, Final, Protocol
 
 from avmm.devices.state import Fields
 from avmm.errors import DeviceError
-from avmm.memory import GuestMemory
-from avmm.vring import QueueError, SplitRing
+from avmm.memory.ram import GuestMemory
+from avmm.native.vring import QueueError, SplitRing
 
 __all__ = ["Chain", "Queue", "QueueError", "Virtqueue"]
 

@@ -13,8 +13,8 @@ from support.virtio_driver import EVENT_IDX, VERSION_1, Bench, Driver, settle
 
 from avmm.devices.virtio.balloon import Balloon
 from avmm.errors import ConfigError, DeviceError, GuestMemoryError
-from avmm.memory import HOLE_END, HOLE_START, GuestMemory
-from avmm.pages import PAGE, Bitmap, own_pages
+from avmm.memory.pages import PAGE, Bitmap, own_pages
+from avmm.memory.ram import HOLE_END, HOLE_START, GuestMemory
 
 STATS, OOM, REPORTING = 2, 4, 32
 FEATURES = VERSION_1 | EVENT_IDX | STATS | OOM

@@ -23,7 +23,7 @@ from avmm.devices.virtio.block import VirtioBlock
 from avmm.disks import OverlayDisk, RawDisk
 from avmm.disks.base import Disk, Done
 from avmm.errors import ConfigError, DeviceError
-from avmm.pages import PAGE, Bitmap
+from avmm.memory.pages import PAGE, Bitmap
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2

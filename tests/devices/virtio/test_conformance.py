@@ -15,7 +15,7 @@ from support.virtio_cases import CASES, Case
 from support.virtio_driver import EVENT_IDX, INDIRECT, NEXT, VERSION_1, Bench, Driver, settle
 
 from avmm.errors import DeviceError
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 
 FEATURES = [VERSION_1 | EVENT_IDX, VERSION_1]
 

@@ -14,8 +14,8 @@ from avmm.devices.virtio.mmio import SIZE, VirtioMmio
 from avmm.devices.virtio.rng import Rng
 from avmm.errors import ConfigError, DeviceError
 from avmm.machine import Machine
-from avmm.parts import _described
-from avmm.placing import allocate, named
+from avmm.parts.machine_parts import _described
+from avmm.parts.placing import allocate, named
 
 MAGIC, VERSION, ID, VENDOR = 0x0, 0x4, 0x8, 0xC
 QUEUE_READY = 0x44

@@ -19,7 +19,7 @@ from support.virtio_driver import INDIRECT, NEXT, WRITE, Ring
 import avmm
 from avmm.devices.virtio.queue import Chain, QueueError, Virtqueue
 from avmm.errors import DeviceError
-from avmm.memory import GuestMemory
+from avmm.memory.ram import GuestMemory
 
 RAM = 1 << 20
 SIZE = 8
@@ -453,7 +453,7 @@ def test_whatever_is_in_a_ring_stays_in_ram(direct, indirect, heads, count, even
 def compiled(name: str, folder: Path) -> Path:
     program = folder / name
     source = Path(__file__).parents[2] / "support" / f"{name}.c"
-    header = Path(avmm.__file__).parent / "kvm"
+    header = Path(avmm.__file__).parent / "native"
     command = ["cc", "-O2", "-std=gnu11", "-pthread", f"-I{header}", "-o", str(program)]
     subprocess.run([*command, str(source)], check=True)
     return program

@@ -1,0 +1,9 @@
+"""How a guest's accesses reach devices, and devices the guest.
+
+Address spaces and who answers where (`space`), writes that KVM collects (`coalesced`), interrupts,
+and doorbells.
+"""
+
+from avmm.bus.space import Bus, Placement, mmio, msr, pio
+
+__all__ = ["Bus", "Placement", "mmio", "msr", "pio"]

@@ -1,0 +1,414 @@
+"""Guest RAM: one file, mapped once, cut into memory slots.
+
+RAM starts at guest-physical address (GPA) 0. On a PC the addresses just below 4 GiB belong
+to devices (LAPIC, IOAPIC, firmware, MMIO), so RAM that would reach past `HOLE_START` goes on
+at 4 GiB. Every region of RAM is a window into the same file.
+
+The host's view of RAM is a `memoryview` of the mapping: no copies, and every range is checked
+against the regions first, because addresses mostly come from the guest.
+
+**Shared or copy-on-write.** RAM of its own is a memfd, mapped shared. RAM that begins with what a
+file holds (a snapshot, or another guest's RAM at the moment of a `fork`) is mapped privately: a
+page is read from the file when it is first touched and copied when it is first written, so neither
+costs anything before. What the file holds must not change meanwhile. A guest that is forked goes
+on with a private mapping of its own memfd, at the same addresses, so KVM, rings and views know
+nothing of it; pages that it has written since an earlier fork are its own, and become a layer
+(`avmm.memory.layers`) that both have over the file, or, of few pages here and there, are copied.
+
+**Dirty pages.** Between `log` and `unlog` the host's writes are noted page by page: those of
+`write`, `discard` and of rings and their chains. KVM logs the guest's own (`avmm.memory.dirty`).
+Nobody sees a write through a `view` that was kept: follow it with `mark`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final
+
+from avmm.errors import ConfigError, GuestMemoryError
+from avmm.memory.layers import Layers, write_pages
+from avmm.memory.pages import COPY_ON_WRITE, PAGE, Bitmap, address, own_pages, remap_private
+from avmm.native.vring import RamTable
+
+HOLE_START: Final = 0xC000_0000
+"""First GPA of the hole below 4 GiB in which RAM never lies."""
+HOLE_END: Final = 0x1_0000_0000
+"""First GPA after the hole: RAM that did not fit below goes on here."""
+
+GPA_LIMIT: Final = 1 << 52
+"""Above it no x86 processor has memory."""
+_SCATTERED: Final = 4
+"""A fork copies no more than one of so many pages, in pieces, for itself alone ..."""
+_FEW: Final = 256
+"""... unless they are not more than these."""
+_MOST_READONLY: Final = 256
+"""Regions; KVM has room for twice as many, and a hostile description may have any number."""
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"\s*(\d{1,20})\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes meant by a size as people write it: `67108864`, `"64M"`, `"64MiB"`, `"1g"`.
+
+    Units are powers of 1024. Raises `ConfigError` naming the text that is no size.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        return size
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is None:
+        raise ConfigError(f"{size!r} is no size: expected a number with K, M, G or T, like '64M'")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def check_size(size: int | str) -> int:
+    """The bytes meant by `size` (`parse_size`), where a guest of this host can have as many.
+
+    Raises `ConfigError` unless it is a positive multiple of the page size and no more than the
+    host's own memory.
+    """
+    size = parse_size(size)
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size <= 0 or size % PAGE:
+        raise ConfigError(f"memory of {size} bytes: expected a positive multiple of {PAGE}")
+    if size > host:
+        raise ConfigError(f"memory of {size >> 20} MiB: this host has {host >> 20} MiB in all")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A run of guest-physical addresses; `offset` is where it begins in RAM without its hole."""
+
+    gpa: int
+    size: int
+    offset: int
+    readonly: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.gpa + self.size
+
+
+class GuestMemory:
+    """The RAM of one guest (and any read-only regions laid beside it).
+
+    `size` is in bytes or as in `parse_size`; it must be a positive multiple of the page size
+    and no more than the host's own memory, else `ConfigError`. It is zero, or, copy-on-write,
+    what `base` (a descriptor, and where in its file it begins, at a whole page) holds, under
+    `layers`, which it closes.
+    """
+
+    def __init__(
+        self,
+        size: int | str,
+        *,
+        base: tuple[int, int] | None = None,
+        layers: Layers | None = None,
+    ) -> None:
+        self.size = size = check_size(size)
+        self.is_private = base is not None
+        """Does it belong to nobody but this process, copied from a file when it is written?"""
+        if base is None:
+            fd, self._base = os.memfd_create("avmm-ram", os.MFD_CLOEXEC), 0
+        else:
+            fd, self._base = os.dup(base[0]), base[1]
+        self.fd = fd
+        try:
+            if base is None:
+                os.ftruncate(fd, size)
+            flags = mmap.MAP_SHARED if base is None else COPY_ON_WRITE
+            self._maps = [mmap.mmap(fd, size, flags=flags, offset=self._base)]
+            self._layers = layers or Layers(size)
+            with memoryview(self._maps[0]) as ram:
+                self._layers.map_over(ram)
+        except BaseException:
+            os.close(fd)
+            raise
+        low = min(size, HOLE_START)
+        self._regions = [Region(0, low, 0)]
+        if size > low:
+            self._regions.append(Region(HOLE_END, size - low, low))
+        whole = memoryview(self._maps[0])
+        self._views = [whole[r.offset : r.offset + r.size] for r in self._regions]
+        self.whole = whole
+        """RAM without its hole, one region after the other; offsets are `Region.offset`."""
+        self.table = RamTable()
+        """Where RAM is, for rings (`avmm.native.vring`); empty once the memory is closed."""
+        for region, view in zip(self._regions, self._views, strict=True):
+            self.table.add(region.gpa, region.size, region.offset, view)
+        self._dirty: Bitmap | None = None
+        """Kept once it was needed: who marks pages is not asked whether they have done so."""
+        self._is_logged = False
+        self._forking = threading.Lock()
+        """Of where pages are: their files, layers, and whose own they are."""
+        self._closed = False
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """All regions, RAM first; their index is their memory slot's number."""
+        return tuple(self._regions)
+
+    @property
+    def ram(self) -> tuple[Region, ...]:
+        """The regions that are RAM, by ascending GPA."""
+        return tuple(r for r in self._regions if not r.readonly)
+
+    def add_readonly(self, gpa: int, data: bytes) -> Region:
+        """Lay `data` at `gpa` where the guest can read and run but not write it.
+
+        A guest's write to it leaves the guest as an MMIO exit. The region is rounded up to
+        whole pages. Raises `ConfigError` where it is not page-aligned, overlaps a region, is
+        where no guest has memory, or is one too many. Call it before the memory is given to a VM.
+        """
+        size = -(-len(data) // PAGE) * PAGE
+        if self._closed or gpa < 0 or gpa % PAGE or not data:
+            raise ConfigError(f"read-only region at {gpa:#x}: expected a page-aligned, filled one")
+        if gpa + size > GPA_LIMIT:
+            raise ConfigError(
+                f"read-only region {gpa:#x}-{gpa + size:#x}: expected one below {GPA_LIMIT:#x}"
+            )
+        if sum(other.readonly for other in self._regions) == _MOST_READONLY:
+            raise ConfigError(
+                f"read-only region at {gpa:#x}: there are {_MOST_READONLY}, which is the most"
+            )
+        for other in self._regions:
+            if gpa < other.end and other.gpa < gpa + size:
+                raise ConfigError(
+                    f"read-only region {gpa:#x}-{gpa + size:#x} overlaps memory at "
+                    f"{other.gpa:#x}-{other.end:#x}"
+                )
+        mapping = mmap.mmap(-1, size)
+        mapping[: len(data)] = data
+        region = Region(gpa, size, 0, readonly=True)
+        self._maps.append(mapping)
+        self._regions.append(region)
+        self._views.append(memoryview(mapping).toreadonly())
+        return region
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        """The `length` bytes at `gpa`, without a copy; writable where the guest may write.
+
+        Raises `GuestMemoryError` unless the whole range lies in one region. A view that is
+        kept after the machine has ended keeps the mapping (not the guest) alive.
+        """
+        if length >= 0:
+            for region, view in zip(self._regions, self._views, strict=True):
+                start = gpa - region.gpa
+                if start >= 0 and start + length <= region.size:
+                    return view[start : start + length]
+        raise GuestMemoryError(f"{length} bytes at {gpa:#x} are not within guest memory")
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """A copy of the `length` bytes at `gpa`; raises as `view` does."""
+        with self.view(gpa, length) as view:
+            return bytes(view)
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` to `gpa`; raises as `view` does, and where the region is read-only."""
+        with self.view(gpa, len(data)) as view:
+            if view.readonly:
+                raise GuestMemoryError(f"{len(data)} bytes at {gpa:#x} are read-only")
+            view[:] = data
+        self.mark(gpa, len(data))
+
+    def discard(self, gpa: int, length: int) -> None:
+        """Give the pages of RAM at `gpa` back to the host: what they held is gone.
+
+        They read as zeros then, or, of copy-on-write RAM, as what the guest had there at some
+        time. Raises `GuestMemoryError` where they are no whole pages of RAM.
+        """
+        at = self._offset(gpa, length)
+        if at is None or gpa % PAGE or length % PAGE:
+            raise GuestMemoryError(f"{length} bytes at {gpa:#x} are no whole pages of RAM")
+        self._discard(at, length)
+
+    def discard_view(self, view: memoryview) -> None:
+        """`discard` of the whole pages in a view of RAM, if it has any."""
+        at = address(view) - address(self.whole)
+        start, end = -(-at // PAGE) * PAGE, (at + len(view)) // PAGE * PAGE
+        if start < end:
+            self._discard(start, end - start)
+
+    def _discard(self, at: int, length: int) -> None:
+        # Of a shared mapping it has to be the file's pages, not the mapping's alone.
+        advice = mmap.MADV_DONTNEED if self.is_private else mmap.MADV_REMOVE
+        self._maps[0].madvise(advice, at, length)
+        if self._dirty is not None and self._is_logged:
+            self._dirty.mark(at, length)
+
+    def _offset(self, gpa: int, length: int) -> int | None:
+        """Where these bytes lie in RAM without its hole; None where they are not all of it."""
+        for region in self.ram:
+            if length > 0 and region.gpa <= gpa and gpa + length <= region.end:
+                return gpa - region.gpa + region.offset
+        return None
+
+    # -- dirty pages --------------------------------------------------------------------------
+
+    @property
+    def is_logged(self) -> bool:
+        """Is it between `log` and `unlog`?"""
+        return self._is_logged
+
+    def log(self) -> None:
+        """Note from now on which pages the host writes; forgets what was noted before."""
+        if self._dirty is None:
+            self._dirty = Bitmap(self.size // PAGE)
+        self._dirty.move_into(Bitmap(self.size // PAGE))
+        self._is_logged = True
+        self.table.log(self._dirty.data)
+
+    def unlog(self) -> None:
+        """Note it no more; idempotent."""
+        self.table.log(None)
+        self._is_logged = False
+
+    def mark(self, gpa: int, length: int) -> None:
+        """The host has written these bytes of RAM, if it is RAM. Any thread."""
+        dirty = self._dirty
+        if dirty is not None and self._is_logged and (at := self._offset(gpa, length)) is not None:
+            dirty.mark(at, length)
+
+    def take_dirty(self, into: Bitmap) -> None:
+        """Move what was noted since `log` or the last call into `into`."""
+        if self._dirty is not None and self._is_logged:
+            self._dirty.move_into(into)
+
+    def populated(self) -> Bitmap:
+        """The pages that may hold anything but zeros: of RAM of its own, those that were ever
+        touched. Waits for a `fork` in another thread."""
+        with self._forking:
+            return self._populated()
+
+    def _populated(self) -> Bitmap:
+        found = Bitmap(self.size // PAGE)
+        at, end = self._base, self._base + self.size
+        while at < end:
+            try:
+                start = os.lseek(self.fd, at, os.SEEK_DATA)
+            except OSError:  # ENXIO: only a hole from here on
+                break
+            if start >= end:
+                break
+            at = min(os.lseek(self.fd, start, os.SEEK_HOLE), end)
+            found.mark(start - self._base, at - start)
+        if self.is_private:
+            self._layers.populate(found)
+            own_pages(self.whole, found)
+        return found
+
+    # -- copies -------------------------------------------------------------------------------
+
+    def own(self) -> Bitmap | None:
+        """The pages that a `fork` would copy; None while another one is at it."""
+        if self._forking.locked():
+            return None
+        found = Bitmap(self.size // PAGE)
+        if self.is_private:
+            own_pages(self.whole, found)
+        return found
+
+    def fork(self, own: Bitmap | None = None) -> GuestMemory:
+        """RAM that holds what this holds now, and from now on goes its own way, copy-on-write.
+
+        Only while nothing writes this; any thread, several one after the other. Read-only regions
+        are not taken over. Costs what it takes to copy what was written since the last `fork`; who
+        has asked for its `own` pages a moment ago saves looking for them again. Raises `OSError`
+        or `KvmError` where the host has no room.
+        """
+        with self._forking:
+            left = self._settle(own)
+            with ExitStack() as stack:
+                layers = stack.enter_context(self._layers.copy())
+                copy = GuestMemory(self.size, base=(self.fd, self._base), layers=layers)
+                stack.pop_all()
+            for start, end in left:
+                copy.whole[start * PAGE : end * PAGE] = self.whole[start * PAGE : end * PAGE]
+        return copy
+
+    def _settle(self, own: Bitmap | None) -> list[tuple[int, int]]:
+        """Put pages where a fork finds them; gives the runs that it does not find."""
+        if not self.is_private:
+            remap_private(self.whole, self.fd, self._base)
+            self.is_private = True
+            return []
+        if own is None:
+            own = Bitmap(self.size // PAGE)
+            own_pages(self.whole, own)
+        left = self._layers.add(self.whole, own)
+        scattered = sum(end - start for start, end in left)
+        if scattered > _FEW and scattered * _SCATTERED > len(self._populated()):
+            self._flatten()
+            return []
+        return left
+
+    def _flatten(self) -> None:
+        """Begin anew, from a file that holds all of RAM: too much of it is too scattered."""
+        fd = os.memfd_create("avmm-ram", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, self.size)
+            write_pages(self.whole, self._populated(), fd)
+            remap_private(self.whole, fd, 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(self.fd)
+        self.fd, self._base = fd, 0
+        self._layers.close()
+
+    def contents(self) -> Iterator[tuple[int, bytes]]:
+        """What RAM holds, as (GPA, bytes) runs; what was never touched, and is zero, is left out.
+
+        Only meaningful while nothing writes it.
+        """
+        runs = list(self.populated().runs())
+        for region in self.ram:
+            first, last = region.offset // PAGE, (region.offset + region.size) // PAGE
+            for run in runs:
+                start, end = max(run[0], first), min(run[1], last)
+                if start < end:
+                    gpa = region.gpa + (start - first) * PAGE
+                    yield gpa, self.read(gpa, (end - start) * PAGE)
+
+    def addresses(self) -> list[tuple[Region, memoryview]]:
+        """Each region with the mapping that backs it, for the VM's memory slots."""
+        return list(zip(self._regions, self._views, strict=True))
+
+    def close(self) -> None:
+        """Unmap and close; idempotent. Views still held by others keep their mapping alive."""
+        if self._closed:
+            return
+        self._closed = True
+        self.unlog()
+        self.table.clear()
+        self.whole.release()
+        for view in self._views:
+            view.release()
+        self._views = []
+        self._regions = []
+        os.close(self.fd)
+        self._layers.close()
+        outlived = [mapping for mapping in self._maps if not _closed(mapping)]
+        self._maps = []
+        if outlived:
+            warnings.warn(
+                "a view of guest memory outlives its machine and keeps the memory mapped",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+
+def _closed(mapping: mmap.mmap) -> bool:
+    """Unmap it, unless somebody still holds a view of it."""
+    try:
+        mapping.close()
+    except BufferError:
+        return False
+    return True

@@ -1,0 +1,259 @@
+"""What a machine is, told to whoever is to make one like it: for snapshots, migration and clones.
+
+A description is plain data, and compared before anything of the guest's is touched: the sizes and
+devices must be the same, or the guest would find another computer under its feet. So must the
+sizes of its disks: a wrong one is refused before a migration has sent any memory.
+
+**What lies outside of the machine is named by whoever loads it.** Files, interfaces and sockets
+belong to a host, and a description may come from anybody, so no path in it is ever opened. It
+tells how many disks and networks the guest has and what it knows of them (size, serial number,
+MAC), and `Links` says what they are here. What is missing is asked for by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
+
+from avmm.bus.space import Placement
+from avmm.config import MachineConfig
+from avmm.devices.virtio.block import VirtioBlock
+from avmm.devices.virtio.mmio import VirtioMmio
+from avmm.devices.virtio.net import Net
+from avmm.disks import DiskOptions
+from avmm.errors import AvmmError, ConfigError, StateError
+from avmm.options import NetOptions, VsockOptions
+
+_Model = TypeVar("_Model", VirtioBlock, Net)
+
+VERSION: Final = 1
+_SAME: Final = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit", "xen")
+"""Settings that the guest has seen."""
+_OWN: Final = ("unclaimed", "completion", "completion_capability")
+"""Settings of the host's side, which another host may choose anew."""
+_LONGEST_NAME: Final = 64
+_MOST_NAMES: Final = 8
+"""Of that length, and so many of them, are shown in a message."""
+_KEYS: Final = {
+    "version": int,
+    "settings": dict,
+    "disks": list,
+    "nets": list,
+    "vsock": (int, type(None)),
+    "hvc": bool,
+    "roms": list,
+    "devices": list,
+}
+
+
+@dataclass(frozen=True)
+class Links:
+    """What the guest's disks, networks and sockets are on this host; None: nothing was said.
+
+    Each as in `MachineConfig`. `disks` and `net` have as many entries as the guest has devices.
+    """
+
+    disks: Sequence[str | DiskOptions] | None = None
+    net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None
+    vsock: VsockOptions | str | Mapping[str, Any] | None = None
+
+
+def describe(
+    config: MachineConfig, places: Sequence[Placement], roms: Sequence[tuple[int, bytes]]
+) -> dict[str, Any]:
+    """The description of a machine of this config, with these devices and read-only regions."""
+    blocks = _last(VirtioBlock, len(config.disks), places)
+    nets = _last(Net, len(config.net), places)
+    return {
+        "version": VERSION,
+        "settings": {name: getattr(config, name) for name in (*_SAME, *_OWN)},
+        "disks": [
+            {
+                # For people; a path may have bytes in it that are no text.
+                "name": os.fsencode(options.file.name).decode(errors="replace"),
+                "size": block.disk.size,
+                "read_only": options.read_only,
+                "overlay": options.overlay,
+                "serial": options.serial,
+            }
+            for options, block in zip(config.disks, blocks, strict=True)
+        ],
+        "nets": [{"mac": net.mac.hex(":"), "mtu": net.mtu} for net in nets],
+        "vsock": None if config.vsock is None else config.vsock.cid,
+        "hvc": config.console.startswith("virtio"),
+        "roms": [[gpa, data] for gpa, data in roms],
+        "devices": [[p.device.name, p.space, p.base, p.size, p.irq] for p in places],
+    }
+
+
+@dataclass(frozen=True)
+class Described:
+    """A description that was read: the config of a machine like it, and its read-only regions."""
+
+    config: MachineConfig
+    roms: tuple[tuple[int, bytes], ...]
+    has_hvc: bool
+    """Does the `avmm` command give the guest a virtio console?"""
+    devices: list[Any]
+    disk_sizes: tuple[int, ...]
+
+    def demand_devices(self, places: Sequence[Placement]) -> None:
+        """Raise `StateError` where a machine with these devices is another one, and `ConfigError`
+        where its disks, which are open, are of other sizes than the guest's."""
+        here = [[p.device.name, p.space, p.base, p.size, p.irq] for p in places]
+        for theirs, ours in zip(self.devices, here, strict=False):
+            if theirs != ours:
+                raise StateError(f"the guest has {_device(theirs)}, here is {_device(ours)}")
+        if len(self.devices) != len(here):
+            more = self.devices[len(here) :] or here[len(self.devices) :]
+            side = "here is none" if len(self.devices) > len(here) else "the guest knows none"
+            raise StateError(f"{_device(more[0])}: {side}")
+        blocks = _last(VirtioBlock, len(self.disk_sizes), places)
+        for size, block in zip(self.disk_sizes, blocks, strict=True):
+            if size != block.disk.size:
+                raise ConfigError(
+                    f"disk {block.disk.name}: it has {block.disk.size} bytes, the guest's has "
+                    f"{size}"
+                )
+
+
+def read(
+    description: object, links: Links, *, own_addresses: bool = False, **settings: Any
+) -> Described:
+    """What a description means on this host. Hostile input.
+
+    `settings` replace those of the host's side (`unclaimed` and the like). Raises `StateError`
+    where it is no description, `ConfigError` where `links` does not say what it needs: MAC
+    addresses, too, with `own_addresses`, for the machine that is described goes on.
+    """
+    if type(description) is not dict or description.get("version") != VERSION:
+        raise StateError(f"no description of a machine in version {VERSION}")
+    if set(description) != set(_KEYS) or any(
+        type(description[key]) not in (kind if isinstance(kind, tuple) else (kind,))
+        for key, kind in _KEYS.items()
+    ):
+        raise StateError(f"a description of a machine has {', '.join(_KEYS)}")
+    told = description["settings"]
+    if set(told) != {*_SAME, *_OWN}:
+        raise StateError(f"the settings of a description are {', '.join((*_SAME, *_OWN))}")
+    if unknown := set(settings) - set(_OWN):
+        raise ConfigError(f"{', '.join(sorted(unknown))}: the guest has seen it as it was")
+    roms = tuple(_rom(pair) for pair in description["roms"])
+    try:
+        MachineConfig.make(**told)  # with nothing of the caller's: what is wrong here is theirs
+    except (AvmmError, TypeError) as error:
+        raise StateError(f"a description with a setting that cannot be: {error}") from None
+    config = MachineConfig.make(
+        **told | settings,
+        disks=_disks(description["disks"], links.disks),
+        net=_nets(description["nets"], links.net, own_addresses),
+        vsock=_vsock(description["vsock"], links.vsock),
+        # Else the next description, of the machine that is made here, would not tell of it.
+        **{"console": "virtio"} if description["hvc"] else {},
+    )
+    sizes = tuple(disk["size"] for disk in description["disks"])
+    return Described(config, roms, description["hvc"], description["devices"], sizes)
+
+
+def _last(kind: type[_Model], count: int, places: Sequence[Placement]) -> list[_Model]:
+    """Those that the settings ask for come after the caller's own."""
+    devices = [place.device for place in places]
+    models = [device.model for device in devices if isinstance(device, VirtioMmio)]
+    found = [model for model in models if isinstance(model, kind)]
+    return found[len(found) - count :]
+
+
+def _disks(told: list[Any], links: Sequence[str | DiskOptions] | None) -> list[DiskOptions]:
+    for disk in told:
+        _demand(
+            disk, {"name": str, "size": int, "read_only": bool, "overlay": bool, "serial": str}
+        )
+    if len(told) != len(links or ()):
+        names = ", ".join(_shown(disk) for disk in told[:_MOST_NAMES]) or "none"
+        names += ", ..." if len(told) > _MOST_NAMES else ""
+        raise ConfigError(
+            f"the guest has {_count(told, 'disk')} ({names}): expected disks to say which file "
+            f"each of them is here, not {len(links or ())}"
+        )
+    result = []
+    for disk, link in zip(told, links or (), strict=True):
+        options = link if isinstance(link, DiskOptions) else DiskOptions.parse(link)
+        if options.read_only != disk["read_only"]:
+            how = "read-only" if disk["read_only"] else "writable"
+            raise ConfigError(f"disk {options.file}: the guest has {_shown(disk)} as {how}")
+        if options.overlay != disk["overlay"]:
+            how = "an overlay" if disk["overlay"] else "no overlay"
+            raise ConfigError(f"disk {options.file}: {_shown(disk)} is {how}")
+        result.append(replace(options, serial=options.serial or disk["serial"]))
+    return result
+
+
+def _nets(
+    told: list[Any],
+    links: Sequence[NetOptions | str | Mapping[str, Any]] | None,
+    own_addresses: bool,
+) -> list[NetOptions]:
+    for net in told:
+        _demand(net, {"mac": str, "mtu": int})
+    if len(told) != len(links or ()):
+        raise ConfigError(
+            f"the guest has {_count(told, 'network device')}: expected net to say what each is "
+            f"linked to here, not {len(links or ())}"
+        )
+    options = [NetOptions.parse(link) for link in links or ()]
+    for option, net in zip(options, told, strict=True):
+        if own_addresses and option.mac is None:
+            raise ConfigError(
+                f"net {option}: expected its mac=ADDRESS; the guest's is {net['mac']!r}"
+            )
+        if option.mtu not in (NetOptions.mtu, net["mtu"]):
+            raise ConfigError(f"net mtu {option.mtu}: the guest knows one of {net['mtu']}")
+    try:
+        return [
+            replace(option, mac=option.mac or net["mac"], mtu=net["mtu"])
+            for option, net in zip(options, told, strict=True)
+        ]
+    except ConfigError as error:
+        raise StateError(f"a description with a network device that cannot be: {error}") from None
+
+
+def _vsock(
+    cid: int | None, link: VsockOptions | str | Mapping[str, Any] | None
+) -> VsockOptions | None:
+    if cid is None:
+        if link is not None:
+            raise ConfigError("vsock: the guest has no socket device")
+        return None
+    if link is None:
+        raise ConfigError(
+            f"the guest has a socket device, with CID {cid}: expected vsock to say its CID here"
+        )
+    return VsockOptions.parse(link, demand_cid=True)
+
+
+def _rom(pair: object) -> tuple[int, bytes]:
+    if type(pair) is not list or [type(part) for part in pair] != [int, bytes]:
+        raise StateError("read-only regions of a description are [address, contents]")
+    return pair[0], pair[1]
+
+
+def _demand(fields: object, kinds: Mapping[str, type]) -> None:
+    if type(fields) is not dict or {n: type(v) for n, v in fields.items()} != kinds:
+        raise StateError(f"a description's entry is not one of {', '.join(kinds)}")
+
+
+def _shown(disk: Mapping[str, Any]) -> str:
+    return repr(disk["name"][:_LONGEST_NAME])
+
+
+def _count(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}" + "s" * (len(things) != 1)
+
+
+def _device(entry: object) -> str:
+    if type(entry) is list and len(entry) == 5 and type(entry[2]) is int:
+        name = entry[0] if type(entry[0]) is str and entry[0].isprintable() else "a device"
+        return f"{name[:_LONGEST_NAME]} at {str(entry[1])[:4]} {entry[2]:#x}"
+    return "what is no device"

@@ -1,0 +1,1 @@
+"""What a vCPU asks of user space: exits, calls, and when an exit is complete."""

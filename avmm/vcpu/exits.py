@@ -1,0 +1,281 @@
+"""What each exit asks for, and where its answer goes.
+
+`Exits.serve` is called in the vCPU's thread after `KVM_RUN` has returned with an exit. It
+either has written the answer into `kvm_run` when it returns None, or returns an awaitable that
+will have written it when it is done. The answer takes effect at the next `KVM_RUN`; for what
+that means for saved state see `avmm.loop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final
+
+from avmm.bus.coalesced import CoalescedWrites
+from avmm.bus.space import MASKS, Bus
+from avmm.errors import MsrFault, VcpuError
+from avmm.kvm import Struct, Vcpu, constants, exit_name
+from avmm.outcome import Cause, Outcome
+from avmm.vcpu.calls import KINDS, CallHandler
+from avmm.vcpu.calls import serve as serve_call
+
+Served = Awaitable[None] | None
+
+_OUT: Final = constants.KVM_EXIT_IO_OUT
+_SYSTEM_EVENTS: Final = {
+    constants.KVM_SYSTEM_EVENT_SHUTDOWN: Cause.SHUTDOWN,
+    constants.KVM_SYSTEM_EVENT_RESET: Cause.RESET,
+    constants.KVM_SYSTEM_EVENT_CRASH: Cause.CRASH,
+}
+
+
+class Exits:
+    """Serves the exits of one vCPU: accesses go to the buses, endings to `end`.
+
+    `registers` describes the vCPU's registers and instruction for error messages.
+    """
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        pio: Bus,
+        mmio: Bus,
+        msrs: Bus,
+        end: Callable[[Outcome], None],
+        registers: Callable[[], str],
+        calls: CallHandler | None = None,
+        coalesced: CoalescedWrites | None = None,
+    ) -> None:
+        self._vcpu = vcpu
+        self._coalesced = coalesced
+        self._delivers = False
+        self._page = vcpu.page
+        self._pio = pio
+        self._mmio = mmio
+        self._msrs = msrs
+        self._end = end
+        self._registers = registers
+        self._table: dict[int, Callable[[], Served]] = {
+            constants.KVM_EXIT_IO: self._serve_pio,
+            constants.KVM_EXIT_MMIO: self._serve_mmio,
+            constants.KVM_EXIT_X86_RDMSR: self._serve_rdmsr,
+            constants.KVM_EXIT_X86_WRMSR: self._serve_wrmsr,
+            **{reason: partial(serve_call, self._page, reason, calls) for reason in KINDS},
+            constants.KVM_EXIT_SHUTDOWN: self._serve_shutdown,
+            constants.KVM_EXIT_SYSTEM_EVENT: self._serve_system_event,
+            constants.KVM_EXIT_INTR: _nothing,
+        }
+
+    def serve(self, reason: int) -> Served:
+        """Serve the exit that `kvm_run` holds. Raises `VcpuError` where it is not servable."""
+        if self._coalesced is not None:
+            self._delivers = True
+            self._coalesced.deliver()  # what the guest did before
+            self._delivers = False
+        serve = self._table.get(reason)
+        if serve is None:
+            raise VcpuError(f"vCPU {self._vcpu.index} cannot go on: {self.report()}")
+        return serve()
+
+    def _serve_mmio(self) -> Served:
+        address, data, length, is_write = self._vcpu.mmio()
+        if is_write:
+            return self._mmio.write(address, length, data & MASKS[length])
+        answer = self._mmio.read(address, length)
+        if not isinstance(answer, int):
+            return self._answer_mmio(answer)
+        self._vcpu.answer_mmio(answer)
+        return None
+
+    async def _answer_mmio(self, answer: Awaitable[int]) -> None:
+        self._vcpu.answer_mmio(await answer)
+
+    def _serve_pio(self) -> Served:
+        direction, size, port, count, offset = self._vcpu.io()
+        if count != 1:
+            strings = self._outs if direction == _OUT else self._ins
+            return strings(port, size, offset, size * count)
+        if direction == _OUT:
+            data = self._vcpu.io_load(offset, size)
+            return self._pio.write(port, size, int.from_bytes(data, "little"))
+        answer = self._pio.read(port, size)
+        if not isinstance(answer, int):
+            return self._answer_pio(size, offset, answer)
+        self._vcpu.io_store(offset, answer.to_bytes(size, "little"))
+        return None
+
+    async def _answer_pio(self, size: int, offset: int, answer: Awaitable[int]) -> None:
+        self._vcpu.io_store(offset, (await answer).to_bytes(size, "little"))
+
+    def _outs(self, port: int, size: int, offset: int, length: int) -> Served:
+        """`rep outs`: the same port once for each element, in order."""
+        data = self._vcpu.io_load(offset, length)
+        for at in range(0, length, size):
+            pending = self._pio.write(port, size, _number(data, at, size))
+            if pending is not None:
+                return self._outs_rest(port, size, data, at, pending)
+        return None
+
+    async def _outs_rest(
+        self, port: int, size: int, data: bytes, done: int, first: Awaitable[None]
+    ) -> None:
+        await first
+        for at in range(done + size, len(data), size):
+            pending = self._pio.write(port, size, _number(data, at, size))
+            if pending is not None:
+                await pending
+
+    def _ins(self, port: int, size: int, offset: int, length: int) -> Served:
+        """`rep ins`: the kernel asks for up to a page of elements at once."""
+        data = bytearray()
+        while len(data) < length:
+            answer = self._pio.read(port, size)
+            if not isinstance(answer, int):
+                return self._ins_rest(port, size, offset, length, data, answer)
+            data += answer.to_bytes(size, "little")
+        self._vcpu.io_store(offset, data)
+        return None
+
+    async def _ins_rest(
+        self,
+        port: int,
+        size: int,
+        offset: int,
+        length: int,
+        data: bytearray,
+        first: Awaitable[int],
+    ) -> None:
+        data += (await first).to_bytes(size, "little")
+        while len(data) < length:
+            answer = self._pio.read(port, size)
+            data += (answer if isinstance(answer, int) else await answer).to_bytes(size, "little")
+        self._vcpu.io_store(offset, data)
+
+    def _serve_rdmsr(self) -> Served:
+        msr = self._page.msr
+        msr.error = 0
+        try:
+            answer = self._msrs.read(8 * msr.index, 8)
+        except MsrFault:
+            msr.error = 1
+            return None
+        if not isinstance(answer, int):
+            return self._answer_msr(answer)
+        msr.data = answer
+        return None
+
+    async def _answer_msr(self, answer: Awaitable[int]) -> None:
+        try:
+            self._page.msr.data = await answer
+        except MsrFault:
+            self._page.msr.error = 1
+
+    def _serve_wrmsr(self) -> Served:
+        msr = self._page.msr
+        msr.error = 0
+        try:
+            pending = self._msrs.write(8 * msr.index, 8, msr.data)
+        except MsrFault:
+            msr.error = 1
+            return None
+        return None if pending is None else self._finish_wrmsr(pending)
+
+    async def _finish_wrmsr(self, pending: Awaitable[None]) -> None:
+        try:
+            await pending
+        except MsrFault:
+            self._page.msr.error = 1
+
+    def _serve_shutdown(self) -> Served:
+        regs = self._vcpu.regs()
+        self._end(Outcome(Cause.TRIPLE_FAULT, detail=f"at rip {regs.rip:#x}"))
+        return None
+
+    def _serve_system_event(self) -> Served:
+        kind = self._page.system_event.type
+        cause = _SYSTEM_EVENTS.get(kind)
+        if cause is None:
+            raise VcpuError(f"vCPU {self._vcpu.index}: system event {kind} at {self.report()}")
+        self._end(Outcome(cause, status=1 if cause is Cause.CRASH else 0))
+        return None
+
+    def report(self) -> str:
+        """`describe`, with registers and the instruction on lines of their own."""
+        text = f"{self.describe()}\n{self._registers()}"
+        return f"{text}\n{_REFUSED}" if _refused(self._page) else text
+
+    def owner(self) -> str:
+        """The access that `kvm_run` holds and the device that is to answer it, in words; or the
+        device that is to have a coalesced write before."""
+        if self._delivers and self._coalesced is not None and (late := self._coalesced.late()):
+            return f"{late}, before {self.describe()}"
+        page, reason = self._page, self._page.exit_reason
+        if reason == constants.KVM_EXIT_IO:
+            return f"{self._pio.owner(page.io.port, page.io.size)} at {self.describe()}"
+        if reason == constants.KVM_EXIT_MMIO:
+            mmio = page.mmio
+            return f"{self._mmio.owner(mmio.phys_addr, mmio.len)} at {self.describe()}"
+        if reason in (constants.KVM_EXIT_X86_RDMSR, constants.KVM_EXIT_X86_WRMSR):
+            return f"{self._msrs.owner(8 * self._page.msr.index)} at {self.describe()}"
+        return f"the handler of calls at {self.describe()}"
+
+    def describe(self) -> str:
+        """The exit that `kvm_run` holds, in words, for messages."""
+        page, reason = self._page, self._page.exit_reason
+        name = exit_name(reason)
+        if reason == constants.KVM_EXIT_IO:
+            io = page.io
+            way = "out" if io.direction == constants.KVM_EXIT_IO_OUT else "in"
+            times = f", {io.count} times" if io.count != 1 else ""
+            return f"{name}: {way} of {io.size} bytes at port {io.port:#x}{times}"
+        if reason == constants.KVM_EXIT_MMIO:
+            way = "write" if page.mmio.is_write else "read"
+            return f"{name}: {way} of {page.mmio.len} bytes at {page.mmio.phys_addr:#x}"
+        if reason in (constants.KVM_EXIT_X86_RDMSR, constants.KVM_EXIT_X86_WRMSR):
+            return f"{name}: MSR {page.msr.index:#x}"
+        if reason == constants.KVM_EXIT_INTERNAL_ERROR:
+            return f"{name}, {_internal_error(page)}"
+        if reason == constants.KVM_EXIT_FAIL_ENTRY:
+            why = page.fail_entry.hardware_entry_failure_reason
+            return f"{name}: the CPU refused to enter the guest, hardware reason {why:#x}"
+        if reason == constants.KVM_EXIT_UNKNOWN:
+            return f"{name}, hardware exit reason {page.hw.hardware_exit_reason:#x}"
+        return name
+
+
+_REFUSED: Final = (
+    "  KVM runs this instruction in an emulator of its own, which does not know it. An ordinary\n"
+    "  KVM emulates what accesses devices; one that interprets ring 0 (see `avmm doctor`), all\n"
+    "  that a kernel does: there, the guest needs a kernel built without this instruction."
+)
+
+
+def _refused(page: Struct) -> bytes:
+    """The instruction that KVM could not emulate; empty where it was none, or is not told."""
+    if page.exit_reason != constants.KVM_EXIT_INTERNAL_ERROR:
+        return b""
+    error, failure = page.internal, page.emulation_failure
+    if (
+        error.suberror == constants.KVM_INTERNAL_ERROR_EMULATION
+        and error.ndata >= 3
+        and failure.flags & constants.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+    ):
+        return bytes(failure.insn_bytes[0 : min(failure.insn_size, 15)])
+    return b""
+
+
+def _internal_error(page: Struct) -> str:
+    error = page.internal
+    if error.suberror != constants.KVM_INTERNAL_ERROR_EMULATION:
+        data = " ".join(f"{word:#x}" for word in error.data[0 : min(error.ndata, 16)])
+        return f"suberror {error.suberror}, data {data or 'none'}"
+    return f"KVM cannot emulate the instruction {_refused(page).hex(' ')}".rstrip()
+
+
+def _number(data: bytes, at: int, size: int) -> int:
+    return int.from_bytes(data[at : at + size], "little")
+
+
+def _nothing() -> Served:
+    return None
