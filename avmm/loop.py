@@ -28,8 +28,8 @@ signal interrupts the one that runs.
 **Parking.** A vCPU that is to pause first lets the kernel finish what the last exit left
 pending (`avmm.vcpu.completion` says why, and how: `drain`). Then its thread stands in the
 machine's parking lot until the machine runs on. A vCPU that is asked while it is in the guest has
-nothing in hand and does all of this in C, without the GIL (avmm/kvm/parking.h). One that is stopped is
-drained in the same way before it ends: whoever pauses a machine that has just been stopped finds
+nothing in hand and does all of this in C, without the GIL (avmm/kvm/parking.h). One that is stopped
+is drained in the same way before it ends: whoever pauses a machine that has just been stopped finds
 nothing torn in it. Where that cannot be, its exit never answered, it counts as failed.
 """
 

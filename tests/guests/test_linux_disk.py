@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import trio
 from lab.cache import LabError
 from linux import kernel, userspace
 from linux.kernel import CMDLINE
+from support.ext2 import ext2, from_ext2
 from support.required import not_here
 
 import avmm
@@ -22,7 +22,6 @@ import avmm
 pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(900)]
 
 AVMM = [sys.executable, "-m", "avmm", "run"]
-IMAGE = 4 << 20
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +45,6 @@ def run(vmlinux: Path, folder: Path, script: str, *disks: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def ext2(path: Path, folder: Path) -> None:
-    if shutil.which("mke2fs") is None:
-        pytest.skip("mke2fs is not installed (Debian: e2fsprogs)")
-    with path.open("wb") as file:
-        file.truncate(IMAGE)
-    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext2", "-d", folder, path], check=True)
-
-
-def from_ext2(path: Path, name: str) -> bytes:
-    """The file `name` in an image, as the host's tools read it."""
-    return subprocess.run(
-        ["debugfs", "-R", f"cat {name}", path], capture_output=True, check=True
-    ).stdout
 
 
 def test_a_file_system_of_both_sides(vmlinux: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import trio
 from lab.cache import LabError
 from linux import kernel, userspace
 from linux.kernel import CMDLINE
+from support.ext2 import ext2, from_ext2
 from support.required import not_here
-from test_linux_disk import ext2, from_ext2
 
 import avmm
 
