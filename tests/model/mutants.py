@@ -32,14 +32,17 @@ class Bug:
 
 _LOOK: Final = """\
             page.immediate_exit = 0
-            if self._spot.asked or self._stopping:
+            if spot.asked or spot.stopping:
+                self._state = _DRAINING
                 if status < 0 or self._needs_completion(status):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
-                if not self._stopping:
-                    self._spot.park()
-                if self._stopping:
+                if not spot.stopping:
+                    self._state = _PARKED
+                    spot.park()
+                if spot.stopping:
                     return
+                self._state = _RUNNING
 """
 _IS_OUTPUT: Final = """\
     if page.exit_reason == constants.KVM_EXIT_IO:
@@ -50,7 +53,7 @@ _AWAIT: Final = """\
             try:
                 await work
             except BaseException:
-                self.failed = True
+                self._state = _ABANDONED
                 raise
 """
 _ANSWER: Final = """\
@@ -167,8 +170,8 @@ BUGS: Final = (
         (
             (
                 "loop",
-                "            self._hand_over(pending)\n\n    def _hand_over",
-                "            pending.close()\n\n    def _hand_over",
+                "            self._hand_over(pending)\n\n    @in_thread\n    def _hand_over",
+                "            pending.close()\n\n    @in_thread\n    def _hand_over",
             ),
         ),
         "world",
@@ -220,8 +223,8 @@ BUGS: Final = (
                 "loop",
                 _LOOK,
                 _LOOK.replace("    page.immediate_exit = 0\n                if", "    if").replace(
-                    "                if self._stopping",
-                    "                page.immediate_exit = 0\n                if self._stopping",
+                    "                if spot.stopping",
+                    "                page.immediate_exit = 0\n                if spot.stopping",
                 ),
             ),
         ),
@@ -232,10 +235,11 @@ BUGS: Final = (
         (
             (
                 "loop",
-                "            if self._spot.asked or self._stopping:\n",
-                "            if self._stopping:\n"
+                "            if spot.asked or spot.stopping:\n                self._state",
+                "            if spot.stopping:\n"
                 "                return\n"
-                "            if self._spot.asked:\n",
+                "            if spot.asked:\n"
+                "                self._state",
             ),
         ),
         "world",
@@ -245,8 +249,8 @@ BUGS: Final = (
         (
             (
                 "loop",
-                "                if work is not None:\n                    self.failed = True\n",
-                "                if work is not None:\n",
+                "        self._state = _ABANDONED\n        if work is None:\n",
+                "        if work is None:\n",
             ),
         ),
         "failing world",
