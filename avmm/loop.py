@@ -318,11 +318,7 @@ class VcpuLoop:
         yielded = time.perf_counter()
         mine = self._bridge.poll(True)
         while (work := await self._next(mine)) is not None:
-            try:
-                await work
-            except BaseException:
-                self._state = _ABANDONED
-                raise
+            await work
             mine = self._bridge.answer_and_poll(True)
             if (now := time.perf_counter()) - yielded > _YIELD_SECONDS:
                 await trio.lowlevel.checkpoint()
@@ -369,7 +365,7 @@ class VcpuLoop:
     @in_trio
     async def _abandon(self, work: Awaitable[None] | None, failures: list[BaseException]) -> None:
         """Begin `work` and cancel it, as trio does with tasks that are started in a cancelled
-        nursery. None: it was taken before, and interrupted. Its exit counts as never answered,
+        nursery. None: it was taken before, and has failed. Its exit counts as never answered,
         unless `work` comes to its end in spite of that."""
         self._state = _ABANDONED
         if work is None:

@@ -50,11 +50,7 @@ _IS_OUTPUT: Final = """\
     return page.exit_reason == constants.KVM_EXIT_MMIO and bool(page.mmio.is_write)
 """
 _AWAIT: Final = """\
-            try:
-                await work
-            except BaseException:
-                self._state = _ABANDONED
-                raise
+            await work
 """
 _ANSWER: Final = """\
             mine = self._bridge.answer_and_poll(True)
@@ -62,7 +58,7 @@ _ANSWER: Final = """\
 _UNDO: Final = """\
             with trio.CancelScope(shield=True):
                 try:
-                    await self._run_on(quiesced)
+                    await self._run_on()
                 except Exception as failure:
                     # The guest runs on; why it was not paused is what is to be known.
                     logger.exception("a pause was given up, and on the way back:")
@@ -79,7 +75,7 @@ _DELIVER: Final = """\
 """
 _QUIESCE: Final = """\
             for device in self._devices:
-                quiesced.append(device)
+                self._quiesced.append(device)
                 self._enter(f"{device.name} has not finished what it has in flight")
                 await device.quiesce()
 """
@@ -294,7 +290,7 @@ BUGS: Final = (
     ),
     Bug(
         "devices' resume is cut short by a cancellation",
-        (("migration", _UNDO, "            await self._run_on(quiesced)\n            raise\n"),),
+        (("migration", _UNDO, "            await self._run_on()\n            raise\n"),),
         "each checkpoint",
     ),
     Bug(
@@ -319,17 +315,17 @@ BUGS: Final = (
         (
             (
                 "migration",
-                "        try:\n            if self._standstill is None:",
+                "        try:\n            if self._stand is Stand.RUNS:",
                 "        self._holders += 1\n"
                 "        try:\n            self._holders -= 1\n"
-                "            if self._standstill is None:",
+                "            if self._stand is Stand.RUNS:",
             ),
             (
                 "migration",
-                "                self._standstill = await self._stand_still(waited_for)\n"
+                "                await self._stand_still(waited_for)\n"
                 "            self._holders += 1\n",
                 "                self._holders += 1\n"
-                "                self._standstill = await self._stand_still(waited_for)\n"
+                "                await self._stand_still(waited_for)\n"
                 "                self._holders -= 1\n"
                 "            self._holders += 1\n",
             ),
