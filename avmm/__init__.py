@@ -28,6 +28,7 @@ from avmm.errors import (
     MigrationError,
     MsrFault,
     PauseTimeout,
+    RunstateError,
     SnapshotError,
     StateError,
     VcpuError,
@@ -37,6 +38,7 @@ from avmm.machine import Machine
 from avmm.memory.ram import GuestMemory
 from avmm.outcome import Cause, Outcome
 from avmm.parts.placing import virtio
+from avmm.runstate import Runstate
 from avmm.vcpu.calls import Answer, Call
 
 __all__ = [
@@ -78,6 +80,8 @@ __all__ = [
     "Port",
     "RawDisk",
     "Rng",
+    "Runstate",
+    "RunstateError",
     "SnapshotError",
     "StateError",
     "VcpuError",

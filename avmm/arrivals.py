@@ -14,12 +14,15 @@ import trio
 from avmm.bus.space import Placement
 from avmm.disks import DiskOptions
 from avmm.errors import ConfigError
-from avmm.machine import Machine, Origin
+from avmm.machine import Machine, machine_from, machine_of
 from avmm.memory.ram import GuestMemory, parse_size
 from avmm.options import NetOptions, VsockOptions
 from avmm.parts import description
+from avmm.parts.building import Origin, build
 from avmm.parts.description import Described, Links
+from avmm.parts.machine_parts import Parts
 from avmm.parts.placing import Unplaced
+from avmm.runstate import Life
 from avmm.vcpu.calls import CallHandler
 
 logger = logging.getLogger(__name__)
@@ -47,21 +50,29 @@ def restore(
     `completion` and `completion_capability`. `verify` reads all of the file and compares
     checksums.
 
-    Raises `SnapshotError` where the file is no snapshot or damaged, `StateError` where it is not
-    of a machine that can be here, `ConfigError` for what is missing. Blocks: a few milliseconds,
-    with `verify` as long as reading takes.
+    Nothing is opened before the machine is entered. That reads the file in a thread, with `verify`
+    all of it, and can be cancelled. It raises `SnapshotError` where the file is no snapshot or
+    damaged, `StateError` where it is not of a machine that can be here, and `ConfigError` for what
+    is missing.
     """
-    from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
+    links = Links(disks, net, vsock)
+    life = Life()
 
-    opened = snapshot.read(path, verify=verify)
-    try:
-        described = description.read(opened.description, Links(disks, net, vsock), **settings)
-        origin = Origin(opened.state, opened.open_memory, described)
-        chosen = devices(described) if callable(devices) else devices
-        return Machine.from_origin(origin, described.config, chosen, calls)
-    except BaseException:
-        opened.close()
-        raise
+    async def open_and_build() -> Parts:
+        from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
+
+        check_cancelled = trio.from_thread.check_cancelled
+        read = partial(snapshot.read, path, verify=verify, on_chunk=check_cancelled)
+        opened = await trio.to_thread.run_sync(read)
+        try:
+            described = description.read(opened.description, links, **settings)
+            origin = Origin(opened.state, opened.open_memory, described)
+            chosen = devices(described) if callable(devices) else devices
+            return await build(described.config, chosen, life.end, calls, origin)
+        finally:
+            opened.close()
+
+    return machine_from(life, open_and_build)
 
 
 @asynccontextmanager
@@ -95,17 +106,19 @@ async def receive(
     most = None if most_memory is None else parse_size(most_memory)
     links = Links(disks, net, vsock)
 
-    def make(told: Any, needs: Any) -> Machine:
+    life = Life()
+
+    async def make(told: Any, needs: Any) -> Parts:
         described = description.read(told, links, **settings)
         size = described.config.memory
         if most is not None and size > most:
             raise ConfigError(f"the guest has {size} bytes of RAM, {most} are allowed")
         origin = Origin(None, partial(GuestMemory, size), described, needs, standby=True)
         chosen = devices(described) if callable(devices) else devices
-        return Machine.from_origin(origin, described.config, chosen, calls)
+        return await build(described.config, chosen, life.end, calls, origin)
 
     receiver = Receiver(stream, stall_seconds, make, on_round)
-    async with await receiver.receive() as machine:
+    async with machine_of(await receiver.receive(), life) as machine:
         try:
             await receiver.confirm()
         except Exception as error:  # whatever a stream raises: the guest is here

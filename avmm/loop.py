@@ -318,7 +318,7 @@ class VcpuLoop:
         yielded = time.perf_counter()
         mine = self._bridge.poll(True)
         while (work := await self._next(mine)) is not None:
-            await work
+            await work  # where it fails, `_wind_up` finds its exit without an answer
             mine = self._bridge.answer_and_poll(True)
             if (now := time.perf_counter()) - yielded > _YIELD_SECONDS:
                 await trio.lowlevel.checkpoint()

@@ -174,6 +174,11 @@ class Life:
         """What the machine is at; any thread."""
         return AT_END.get(self._state, self._state) if self._outcomes else self._state
 
+    @property
+    def is_inside(self) -> bool:
+        """Is the machine's block being run, whatever has become of the guest? Any thread."""
+        return self.state in _INSIDE
+
     # -- what may be done ------------------------------------------------------------------
 
     @anywhere

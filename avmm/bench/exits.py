@@ -23,7 +23,7 @@ from avmm.config import MachineConfig
 from avmm.devices.base import Device
 from avmm.errors import AvmmError
 from avmm.machine import Machine
-from avmm.parts.machine_parts import Parts
+from avmm.parts.building import build, dismantle
 
 PORT: Final = 0xE0
 ADDRESS: Final = layout.MMIO
@@ -68,7 +68,7 @@ async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list
             raw: list[float] = []
             ours: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(rounds):
-                raw.append(_raw(_config(kind, ring, count)))
+                raw.append(await _raw(_config(kind, ring, count)))
                 progress()
                 for way, device in WAYS.items():
                     ours[way].append(await _served(_config(kind, ring, count), kind, device()))
@@ -90,12 +90,13 @@ def _config(kind: str, ring: int, count: int) -> MachineConfig:
     return MachineConfig(kernel=guests.path("exits"), cmdline=cmdline, memory=16 << 20)
 
 
-def _raw(config: MachineConfig) -> float:
-    parts = Parts(config)
+async def _raw(config: MachineConfig) -> float:
+    parts = await build(config)
     try:
         return _microseconds(parts.vcpus[0].run_raw(), parts.vcpus[0].tsc_khz())
     finally:
-        parts.close()
+        with trio.CancelScope(shield=True):
+            await dismantle(parts)
 
 
 async def _served(config: MachineConfig, kind: str, device: Device) -> float:

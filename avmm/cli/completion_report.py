@@ -20,7 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Self
+
+import trio
 
 from avmm.arch.x86_64 import layout
 from avmm.bus.space import Placement, mmio, msr, pio
@@ -30,9 +32,11 @@ from avmm.errors import AvmmError, DeviceError
 from avmm.kvm import KvmError, System, Vcpu, constants, exit_name
 from avmm.kvm.kick import accept_kicks, install_kick, kick
 from avmm.outcome import Outcome
+from avmm.parts.building import Origin, build, dismantle
 from avmm.parts.machine_parts import Parts
 from avmm.vcpu.calls import Call
 from avmm.vcpu.completion import NEEDS_COMPLETION, drain
+from avmm.vcpu.exits import Exits
 
 _PORT, _MSR, _WINDOW = 0xE0, 0x4D56_0000, layout.MMIO
 _ORIGIN: Final = 0x10_0000
@@ -147,13 +151,20 @@ class _Witness(Device):
 
 
 class _Guest:
-    """One shape in one VM; the log goes on over several of them."""
+    """One shape in one VM, made by `made`; the log goes on over several of them."""
 
-    def __init__(
-        self, shape: Shape, log: list[str], state: Mapping[str, Any] | None = None
-    ) -> None:
+    parts: Parts
+    vcpu: Vcpu
+    exits: Exits
+
+    def __init__(self, log: list[str]) -> None:
         self._log = log
         self.ended = False
+
+    @classmethod
+    async def made(cls, shape: Shape, log: list[str], state: Mapping[str, Any] | None) -> Self:
+        """Ready to run; `state` is that of another one of this shape."""
+        guest = cls(log)
         places: list[Placement] = [
             pio(_Witness("port", log), _PORT, 1),
             mmio(_Witness("MMIO", log), _WINDOW, 0x2000),
@@ -172,14 +183,15 @@ class _Guest:
                 unclaimed="ignore",
                 xen=shape.xen,
             )
-            self.parts = Parts(config, places, self._end, self._answer, state)
-        self.vcpu = self.parts.vcpus[0]
-        self.exits = self.parts.exits(self.vcpu)
+            guest.parts = await build(config, places, guest._end, guest._answer, Origin(state))
+        guest.vcpu = guest.parts.vcpus[0]
+        guest.exits = guest.parts.exits(guest.vcpu)
         if state is None:
-            regs = self.vcpu.regs()
+            regs = guest.vcpu.regs()
             for name, value in shape.registers.items():
                 setattr(regs, name, value)
-            self.vcpu.set_regs(regs)
+            guest.vcpu.set_regs(regs)
+        return guest
 
     def _end(self, outcome: Outcome) -> None:
         self._log.append(f"the guest got {outcome.status:#x}")
@@ -243,35 +255,34 @@ def _run(vcpu: Vcpu) -> int:
     return status
 
 
-def examine() -> list[Finding]:
-    """All shapes on this host; needs a running trio loop, blocks it for a second or two.
-
-    Raises `KvmUnavailable`.
-    """
-    return [examine_shape(shape) for shape in (*SHAPES, *hypercalls())]
+async def examine() -> list[Finding]:
+    """All shapes on this host; blocks the loop for a second or two. Raises `KvmUnavailable`."""
+    return [await examine_shape(shape) for shape in (*SHAPES, *hypercalls())]
 
 
-def examine_shape(shape: Shape) -> Finding:
+async def examine_shape(shape: Shape) -> Finding:
     finding = Finding(shape.name)
     try:
         expected: list[str] = []
-        _with(shape, expected, None, _Guest.finish)
+        await _with(shape, expected, None, _Guest.finish)
         for how in ("uncompleted", "drained"):
             log: list[str] = []
-            state = _with(shape, log, None, partial(_until_saved, how=how, finding=finding))
-            _with(shape, log, state, _Guest.finish)
+            until_saved = partial(_until_saved, how=how, finding=finding)
+            state = await _with(shape, log, None, until_saved)
+            await _with(shape, log, state, _Guest.finish)
             setattr(finding, how, _difference(expected, log))
     except AvmmError as error:
         finding.error = str(error).splitlines()[0]
     return finding
 
 
-def _with(shape: Shape, log: list[str], state: Any, play: Callable[[_Guest], Any]) -> Any:
-    guest = _Guest(shape, log, state)
+async def _with(shape: Shape, log: list[str], state: Any, play: Callable[[_Guest], Any]) -> Any:
+    guest = await _Guest.made(shape, log, state)
     try:
         return play(guest)
     finally:
-        guest.parts.close()
+        with trio.CancelScope(shield=True):
+            await dismantle(guest.parts)
 
 
 def _until_saved(guest: _Guest, how: str, finding: Finding) -> dict[str, Any]:

@@ -19,7 +19,7 @@ async def test_a_shape_that_never_leaves_kvm_run_is_said_to_be_impossible_in_tim
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(completion_report, "_PATIENCE_SECONDS", 0.5)
-    finding = examine_shape(Shape("1: jmp 1b", b"\xeb\xfe"))
+    finding = await examine_shape(Shape("1: jmp 1b", b"\xeb\xfe"))
     assert finding.error == "KVM_RUN does not return within 0.5 s"
     assert not finding.right
 
@@ -33,8 +33,8 @@ async def test_a_shape_that_this_kvm_does_not_offer_is_said_to_be_impossible(
     monkeypatch.setattr(
         System, "check", lambda system, name: 0 if name in lacking else check(system, name)
     )
-    assert examine_shape(kvms).error == "its KVM lacks KVM_CAP_EXIT_HYPERCALL"
-    assert examine_shape(xens).error == "its KVM lacks KVM_CAP_XEN_HVM"
+    assert (await examine_shape(kvms)).error == "its KVM lacks KVM_CAP_EXIT_HYPERCALL"
+    assert (await examine_shape(xens)).error == "its KVM lacks KVM_CAP_XEN_HVM"
 
 
 HERE = {
@@ -56,7 +56,7 @@ HERE = {
 @pytest.mark.lab
 @pytest.mark.parametrize("shape", completion_report.SHAPES, ids=lambda shape: shape.name)
 async def test_what_an_uncompleted_exit_costs_is_as_documented(shape: Shape) -> None:
-    finding = examine_shape(shape)
+    finding = await examine_shape(shape)
     assert finding.drained == "right"
     if shape.name == "out imm8, al":
         # KVM's fast path leaves RIP at the instruction; this one interprets it.
@@ -68,7 +68,7 @@ async def test_what_an_uncompleted_exit_costs_is_as_documented(shape: Shape) -> 
 
 @pytest.mark.lab(only="stock")
 async def test_an_uncompleted_hypercall_is_lost_and_repeated() -> None:
-    finding = examine_shape(hypercalls()[0])
+    finding = await examine_shape(hypercalls()[0])
     assert (finding.exit, finding.error) == ("KVM_EXIT_HYPERCALL", "")
     assert "lost: the guest got 0x11" in finding.uncompleted
     assert "repeated: hypercall 12" in finding.uncompleted
@@ -77,7 +77,7 @@ async def test_an_uncompleted_hypercall_is_lost_and_repeated() -> None:
 
 @pytest.mark.lab(only="newer")
 async def test_an_uncompleted_hypercall_of_xens_is_lost_and_repeated() -> None:
-    finding = examine_shape(hypercalls()[1])
+    finding = await examine_shape(hypercalls()[1])
     assert (finding.exit, finding.error) == ("KVM_EXIT_XEN", "")
     assert "lost: the guest got 0x11" in finding.uncompleted
     assert "repeated: Xen hypercall 17" in finding.uncompleted

@@ -50,7 +50,7 @@ _IS_OUTPUT: Final = """\
     return page.exit_reason == constants.KVM_EXIT_MMIO and bool(page.mmio.is_write)
 """
 _AWAIT: Final = """\
-            await work
+            await work  # where it fails, `_wind_up` finds its exit without an answer
 """
 _ANSWER: Final = """\
             mine = self._bridge.answer_and_poll(True)

@@ -18,11 +18,12 @@ from support.faults import Fault, Line, Message
 
 import avmm
 from avmm.bus.space import Placement
+from avmm.config import MachineConfig
 from avmm.disks import DiskOptions
 from avmm.errors import ConfigError, MigrationError, StateError
-from avmm.machine import Machine, Origin
 from avmm.memory.ram import GuestMemory
 from avmm.parts import description
+from avmm.parts.building import Origin, build, dismantle
 from avmm.parts.description import Links
 
 pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
@@ -53,7 +54,7 @@ def good(kvm: None, tmp_path_factory: pytest.TempPathFactory) -> Good:
     )
 
     async def make() -> Good:
-        parts = Machine(
+        config = MachineConfig.make(
             memory="4M",
             cpus=2,
             rng=True,
@@ -62,9 +63,10 @@ def good(kvm: None, tmp_path_factory: pytest.TempPathFactory) -> Good:
             disks=links.disks or (),
             net=links.net or (),
             vsock=links.vsock,
-        ).prepare()
+        )
+        parts = await build(config)
         told = parts.describe()
-        parts.close()
+        await dismantle(parts)
         return Good(told, links, parts.places)
 
     return trio.run(make)
@@ -231,7 +233,7 @@ async def refused_before_memory(spoil: Callable[[dict[str, Any]], None], why: st
     """The guest asks for what this host lacks: it is told of it, and runs on."""
     line = Line(Fault())
     async with line.open(), avmm.Machine(memory="8M", cpus=2) as vm:
-        parts = vm._running
+        parts = vm._inside.parts
         parts.needs = copy.deepcopy(parts.needs)
         spoil(parts.needs[1])
         async with trio.open_nursery() as nursery:
@@ -323,7 +325,7 @@ async def prepared(told: Any, links: Links) -> None:
     described = description.read(told, links)
     memory = partial(GuestMemory, described.config.memory)
     origin = Origin(None, memory, described, standby=True)
-    Machine.from_origin(origin, described.config, (), None).prepare().close()
+    await dismantle(await build(described.config, origin=origin))
 
 
 async def test_a_good_one_makes_a_machine(good: Good) -> None:
