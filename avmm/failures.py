@@ -5,11 +5,15 @@ its own business, so none of these groups may reach the user; but a group that a
 has raised must reach them. Nothing in a group tells the one from the other. So our tasks never
 let an error travel through a nursery: they run in `Failures.guard`, which keeps the error itself,
 the very object, and cancels what must not go on without that task.
+
+An error knows the frames that it has come through, and these know views of guest memory. A frame
+among them that keeps the error in a variable closes a circle, and RAM stays mapped until Python
+looks for circles. So such variables are deleted before the error goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -27,22 +31,23 @@ def parted(error: BaseException) -> tuple[BaseException | None, BaseException | 
     return None, error
 
 
-def raise_together(errors: Iterable[BaseException], message: str) -> None:
-    """Raise the only one of `errors` as it is, several in a group with this message.
+def raise_together(errors: list[BaseException], message: str) -> None:
+    """Raise the only one of `errors` as it is, several in a group with this message, none where
+    there is none. The list is emptied.
 
     An error keeps its own `__context__`. What else is being handled in the calling task (mostly
     a cancellation that the error itself has caused) tells nobody anything.
     """
-    found = list(errors)
-    if not found:
+    if not errors:
         return
-    error = found[0] if len(found) == 1 else BaseExceptionGroup(message, found)
+    error = errors[0] if len(errors) == 1 else BaseExceptionGroup(message, errors)
+    errors.clear()
     context = error.__context__
     try:
         raise error
     finally:
         error.__context__ = context
-        del error, found  # or they and this frame would know each other
+        del error
 
 
 class Failures:
@@ -64,7 +69,10 @@ class Failures:
             await function()
         except BaseException as error:
             cancelled, own = parted(error)
-            if own is not None:
-                self.add(own)
-            if cancelled is not None:
-                raise cancelled from None
+            try:
+                if own is not None:
+                    self.add(own)
+                if cancelled is not None:
+                    raise cancelled from None
+            finally:
+                del cancelled, own

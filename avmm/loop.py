@@ -162,7 +162,8 @@ class VcpuLoop:
         self._bridge = Bridge()
         self._work: Awaitable[None] | None = None
         """What the thread wants awaited and the task has not taken yet."""
-        self._error: BaseException | None = None
+        self._errors: list[BaseException] = []
+        """What the thread has ended with: one, if anything."""
 
     def close(self) -> None:
         """Give back what it holds, if it does not run; idempotent."""
@@ -222,7 +223,7 @@ class VcpuLoop:
         except _AbandonedError:
             pass
         except BaseException as error:
-            self._error = error
+            self._errors.append(error)
         finally:
             self._state = end
             self._spot.leave()
@@ -298,10 +299,9 @@ class VcpuLoop:
             raise
         finally:
             await self._wind_up(thread)
-        if self._error is not None:
-            if isinstance(self._error, Exception):
-                self._annotate(self._error)
-            raise self._error
+        if self._errors:
+            self._annotate(self._errors[0])
+        raise_together(self._errors, f"vCPU {self.index} has failed")
 
     # No Ctrl-C interrupts this: there is a thread, which will be joined, or there is none.
     @in_trio
@@ -342,7 +342,7 @@ class VcpuLoop:
         """Stop the thread and answer it until it has ended, whoever has the turn now.
 
         It waits for each of its answers without end, so it gets them, whatever else goes wrong:
-        what does is raised after the thread's end, the first of several.
+        what does is raised after the thread's end.
         """
         failures: list[BaseException] = []
         try:
@@ -359,8 +359,7 @@ class VcpuLoop:
             thread.join()
         self._bridge.poll(False)  # the last turn is taken, whoever saw the end first
         self.close()
-        if failures:
-            raise failures[0]
+        raise_together(failures, f"vCPU {self.index} could not be wound up")
 
     @in_trio
     async def _abandon(self, work: Awaitable[None] | None, failures: list[BaseException]) -> None:
@@ -376,12 +375,11 @@ class VcpuLoop:
                 await work
                 self._state = _SERVED
         except BaseException as error:
-            if isinstance(error, Exception):
-                self._annotate(error)
+            self._annotate(error)
             failures.append(error)
 
-    def _annotate(self, error: Exception) -> None:
-        if not isinstance(error, VcpuError):
+    def _annotate(self, error: BaseException) -> None:
+        if isinstance(error, Exception) and not isinstance(error, VcpuError):
             error.add_note(f"vCPU {self.index} was at {self._exits.report()}")
 
 

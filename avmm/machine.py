@@ -455,27 +455,32 @@ class Machine:
         cancelled: list[BaseException] = []
         scope = trio.CancelScope()
         failures = Failures(scope.cancel)
-        with scope:
-            try:
-                async with trio.open_nursery() as nursery:
-                    try:
-                        self._begin(parts, nursery, failures)
-                        yield
-                    except BaseException as error:
-                        for kept, part in zip((cancelled, own), parted(error), strict=True):
-                            kept.extend([] if part is None else [part])
-                    nursery.cancel_scope.cancel()
-                    raise left
-            except BaseException as error:
-                failures.errors.extend(_strays(error, left))
-            with trio.CancelScope(shield=True):
-                await self._inside.cancel_operations()
-            if cancelled and not own and not failures.errors:
-                # Whoever outside has cancelled the block gets this. Where nobody has, a device
-                # has cancelled the nursery: then it ends here.
-                scope.cancel()
-                raise cancelled[0]
-        raise_together([*own, *failures.errors], "a machine and its block have failed")
+        try:
+            with scope:
+                try:
+                    async with trio.open_nursery() as nursery:
+                        try:
+                            self._begin(parts, nursery, failures)
+                            yield
+                        except BaseException as error:
+                            for kept, part in zip((cancelled, own), parted(error), strict=True):
+                                kept.extend([] if part is None else [part])
+                        nursery.cancel_scope.cancel()
+                        raise left
+                except BaseException as error:
+                    failures.errors.extend(_strays(error, left))
+                with trio.CancelScope(shield=True):
+                    await self._inside.cancel_operations()
+                if cancelled and not own and not failures.errors:
+                    # Whoever outside has cancelled the block gets this. Where nobody has, a
+                    # device has cancelled the nursery: then it ends here.
+                    scope.cancel()
+                    raise cancelled[0]
+            raise_together([*own, *failures.errors], "a machine and its block have failed")
+        finally:
+            del left
+            for kept in (own, cancelled, failures.errors):
+                kept.clear()
 
     def _begin(self, parts: Parts, nursery: trio.Nursery, failures: Failures) -> None:
         coordinator = Coordinator(parts.group, self._quiescable(parts), parts.deliver_coalesced)
@@ -532,8 +537,11 @@ class Machine:
         else:
             for failure in late:
                 failures.add(failure)
-        if cause is not None:
-            raise cause
+        try:
+            if cause is not None:
+                raise cause
+        finally:
+            del cause
         logger.debug("guest ended: %s", await self._life.over())
 
 
