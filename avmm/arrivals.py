@@ -15,6 +15,7 @@ from avmm.bus.space import Placement
 from avmm.disks import DiskOptions
 from avmm.errors import ConfigError
 from avmm.machine import Machine, Origin
+from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory, parse_size
 from avmm.options import NetOptions, VsockOptions
 from avmm.parts import description
@@ -100,7 +101,8 @@ async def receive(
         size = described.config.memory
         if most is not None and size > most:
             raise ConfigError(f"the guest has {size} bytes of RAM, {most} are allowed")
-        origin = Origin(None, partial(GuestMemory, size), described, needs, standby=True)
+        fresh = partial(_fresh_memory, size)
+        origin = Origin(None, fresh, described, needs, standby=True)
         chosen = devices(described) if callable(devices) else devices
         return Machine.from_origin(origin, described.config, chosen, calls)
 
@@ -111,3 +113,7 @@ async def receive(
         except Exception as error:  # whatever a stream raises: the guest is here
             logger.warning("the guest runs here, but its source could not be told: %s", error)
         yield machine
+
+
+def _fresh_memory(size: int, layout: RamLayout) -> GuestMemory:
+    return GuestMemory(size, layout=layout)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
 import trio
 
 from avmm.bus.interrupts import Line
+from avmm.arch.x86_64 import layout
 from avmm.bus.space import Placement
 from avmm.config import MachineConfig, Settings
 from avmm.devices.base import Device
@@ -39,6 +40,7 @@ from avmm.errors import (
     MigrationError,
 )
 from avmm.memory.pages import Bitmap
+from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory
 from avmm.migration import Coordinator
 from avmm.options import NetOptions, VsockOptions
@@ -68,7 +70,7 @@ class Origin:
     """What a machine goes on from where it does not boot: the parameters of `Parts`."""
 
     state: Mapping[str, Any] | None = None
-    open_memory: Callable[[], GuestMemory] | None = None
+    open_memory: Callable[[RamLayout], GuestMemory] | None = None
     described: Described | None = None
     needs: Any = None
     """What its vCPUs demand of this host (`Parts.needs`), to be compared before anything
@@ -415,7 +417,7 @@ class Machine:
         """
         if self._parts is None:
             origin, self._origin = self._origin, Origin()
-            memory = None if origin.open_memory is None else origin.open_memory()
+            memory = None if origin.open_memory is None else origin.open_memory(layout.RAM)
             self._parts = Parts(
                 self.config,
                 self._devices,
@@ -517,7 +519,7 @@ async def _clone(
             state = parts.save(with_memory=False)
             memory = await _forked(parts.memory)
             stack.callback(memory.close)
-        origin = Origin(state, lambda: memory, described)
+        origin = Origin(state, lambda layout: memory, described)
         twin = Machine.from_origin(origin, described.config, devices, calls)
         if not keep_output:
             twin.prepare()

@@ -41,6 +41,7 @@ import xxhash
 from avmm.disks import files
 from avmm.errors import SnapshotError, StateError
 from avmm.memory.pages import PAGE, Bitmap, Packer
+from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory
 from avmm.plain import decode, encode
 
@@ -322,7 +323,7 @@ class Snapshot:
 
     description: Any
     state: Any
-    open_memory: Callable[[], GuestMemory]
+    open_memory: Callable[[RamLayout], GuestMemory]
     """Maps its RAM, once, and closes the file."""
     close: Callable[[], None]
     """Closes the file where nobody is to map it."""
@@ -386,9 +387,10 @@ def _verify(file: BinaryIO, header: Header, name: str) -> None:
             )
 
 
-def _map(file: BinaryIO, header: Header, name: str) -> GuestMemory:
+def _map(file: BinaryIO, header: Header, name: str, layout: RamLayout) -> GuestMemory:
     with file:
         try:
-            return GuestMemory(header.memory_bytes, base=(file.fileno(), header.memory_offset))
+            base = (file.fileno(), header.memory_offset)
+            return GuestMemory(header.memory_bytes, base=base, layout=layout)
         except OSError as error:
             raise SnapshotError(f"snapshot {name}: {error.strerror}") from None

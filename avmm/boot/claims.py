@@ -17,8 +17,8 @@ from enum import IntEnum
 
 from avmm.arch.x86_64 import layout
 from avmm.errors import ImageError
+from avmm.memory.layout import Region
 from avmm.memory.pages import PAGE
-from avmm.memory.ram import Region
 
 
 class MapKind(IntEnum):

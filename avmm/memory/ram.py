@@ -1,8 +1,7 @@
 """Guest RAM: one file, mapped once, cut into memory slots.
 
-RAM starts at guest-physical address (GPA) 0. On a PC the addresses just below 4 GiB belong
-to devices (LAPIC, IOAPIC, firmware, MMIO), so RAM that would reach past `HOLE_START` goes on
-at 4 GiB. Every region of RAM is a window into the same file.
+At which guest-physical addresses (GPAs) RAM lies is the architecture's matter (`RamLayout`). Each
+region of RAM is a window into the same file.
 
 The host's view of RAM is a `memoryview` of the mapping: no copies, and every range is checked
 against the regions first, because addresses mostly come from the guest.
@@ -29,21 +28,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Final
 
 from avmm.errors import ConfigError, GuestMemoryError
 from avmm.memory.layers import Layers, write_pages
+from avmm.memory.layout import RamLayout, Region
 from avmm.memory.pages import COPY_ON_WRITE, PAGE, Bitmap, address, own_pages, remap_private
 from avmm.native.vring import RamTable
 
-HOLE_START: Final = 0xC000_0000
-"""First GPA of the hole below 4 GiB in which RAM never lies."""
-HOLE_END: Final = 0x1_0000_0000
-"""First GPA after the hole: RAM that did not fit below goes on here."""
-
-GPA_LIMIT: Final = 1 << 52
-"""Above it no x86 processor has memory."""
 _SCATTERED: Final = 4
 """A fork copies no more than one of so many pages, in pieces, for itself alone ..."""
 _FEW: Final = 256
@@ -82,27 +74,14 @@ def check_size(size: int | str) -> int:
     return size
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A run of guest-physical addresses; `offset` is where it begins in RAM without its hole."""
-
-    gpa: int
-    size: int
-    offset: int
-    readonly: bool = False
-
-    @property
-    def end(self) -> int:
-        return self.gpa + self.size
-
-
 class GuestMemory:
     """The RAM of one guest (and any read-only regions laid beside it).
 
     `size` is in bytes or as in `parse_size`; it must be a positive multiple of the page size
     and no more than the host's own memory, else `ConfigError`. It is zero, or, copy-on-write,
     what `base` (a descriptor, and where in its file it begins, at a whole page) holds, under
-    `layers`, which it closes.
+    `layers`, which it closes. `layout` says where the guest finds it: from 0 on, in one piece,
+    unless an architecture's is given.
     """
 
     def __init__(
@@ -111,8 +90,10 @@ class GuestMemory:
         *,
         base: tuple[int, int] | None = None,
         layers: Layers | None = None,
+        layout: RamLayout | None = None,
     ) -> None:
         self.size = size = check_size(size)
+        self.layout = layout = layout or RamLayout()
         self.is_private = base is not None
         """Does it belong to nobody but this process, copied from a file when it is written?"""
         if base is None:
@@ -131,10 +112,7 @@ class GuestMemory:
         except BaseException:
             os.close(fd)
             raise
-        low = min(size, HOLE_START)
-        self._regions = [Region(0, low, 0)]
-        if size > low:
-            self._regions.append(Region(HOLE_END, size - low, low))
+        self._regions = layout.regions(size)
         whole = memoryview(self._maps[0])
         self._views = [whole[r.offset : r.offset + r.size] for r in self._regions]
         self.whole = whole
@@ -170,9 +148,10 @@ class GuestMemory:
         size = -(-len(data) // PAGE) * PAGE
         if self._closed or gpa < 0 or gpa % PAGE or not data:
             raise ConfigError(f"read-only region at {gpa:#x}: expected a page-aligned, filled one")
-        if gpa + size > GPA_LIMIT:
+        if gpa + size > self.layout.limit:
             raise ConfigError(
-                f"read-only region {gpa:#x}-{gpa + size:#x}: expected one below {GPA_LIMIT:#x}"
+                f"read-only region {gpa:#x}-{gpa + size:#x}: expected one below "
+                f"{self.layout.limit:#x}"
             )
         if sum(other.readonly for other in self._regions) == _MOST_READONLY:
             raise ConfigError(
@@ -327,7 +306,9 @@ class GuestMemory:
             left = self._settle(own)
             with ExitStack() as stack:
                 layers = stack.enter_context(self._layers.copy())
-                copy = GuestMemory(self.size, base=(self.fd, self._base), layers=layers)
+                copy = GuestMemory(
+                    self.size, base=(self.fd, self._base), layers=layers, layout=self.layout
+                )
                 stack.pop_all()
             for start, end in left:
                 copy.whole[start * PAGE : end * PAGE] = self.whole[start * PAGE : end * PAGE]

@@ -53,7 +53,7 @@ from avmm.kvm.parking import ParkingLot
 from avmm.kvm.ring import WriteRing
 from avmm.loop import VcpuGroup, VcpuLoop, Wakeup, device_lock
 from avmm.memory.dirty import DirtyLog
-from avmm.memory.ram import GPA_LIMIT, HOLE_END, GuestMemory
+from avmm.memory.ram import GuestMemory
 from avmm.outcome import Cause, Outcome
 from avmm.parts import description
 from avmm.parts.description import Described
@@ -170,7 +170,7 @@ class Parts:
                     f"cpus {config.cpus}: this host's KVM allows 1 to {self.system.max_vcpus}"
                 )
             if memory is None:
-                memory = GuestMemory(config.memory)
+                memory = GuestMemory(config.memory, layout=layout.RAM)
                 stack.callback(memory.close)
             elif memory.size != config.memory:
                 raise StateError(
@@ -232,7 +232,7 @@ class Parts:
         self.interrupts = Interrupts(self.vm)
         stack.callback(self.interrupts.close)
         self.pio = Bus("port", _PORTS, unclaimed)
-        self.mmio = Bus("address", GPA_LIMIT, unclaimed)
+        self.mmio = Bus("address", layout.GPA_LIMIT, unclaimed)
         self.msrs = Bus("MSR", _MSRS, unclaimed, unit=8)
         self.devices: list[Device] = []
         self.hosts: list[_Host] = []
@@ -298,7 +298,7 @@ class Parts:
     def _standard_devices(self, config: MachineConfig) -> list[Placement]:
         """What a guest finds on every PC and may not be able to do without."""
         keyboard = I8042(lambda: self._end(Outcome(Cause.RESET)))
-        high = sum(region.size for region in self.memory.ram if region.gpa >= HOLE_END)
+        high = layout.RAM.above_hole(config.memory)
         cmos = Cmos(low_memory=config.memory - high, high_memory=high, cpus=config.cpus)
         places = [
             pio(self.serial, SERIAL_PORT, 8, irq=SERIAL_IRQ),

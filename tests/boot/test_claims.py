@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from avmm.boot.claims import Claims, MapEntry, MapKind
 from avmm.errors import ImageError
-from avmm.memory.ram import Region
+from avmm.memory.layout import Region
 
 pytestmark = pytest.mark.timeout(60)
 

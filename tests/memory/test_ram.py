@@ -13,9 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from avmm.arch.x86_64.layout import HOLE_END, HOLE_START
+from avmm.arch.x86_64.layout import RAM as PC_RAM
 from avmm.errors import ConfigError, GuestMemoryError
+from avmm.memory.layout import Region
 from avmm.memory.pages import PAGE
-from avmm.memory.ram import HOLE_END, HOLE_START, GuestMemory, Region, parse_size
+from avmm.memory.ram import GuestMemory, parse_size
 
 MIB, GIB = 1 << 20, 1 << 30
 RAM = 16 * PAGE
@@ -35,7 +38,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     made: list[GuestMemory] = []
 
     def make(size: int | str) -> GuestMemory:
-        made.append(GuestMemory(size))
+        made.append(GuestMemory(size, layout=PC_RAM))
         return made[-1]
 
     yield make
