@@ -28,9 +28,10 @@ signal interrupts the one that runs.
 **Parking.** A vCPU that is to pause first lets the kernel finish what the last exit left
 pending (`avmm.vcpu.completion` says why, and how: `drain`). Then its thread stands in the
 machine's parking lot until the machine runs on. A vCPU that is asked while it is in the guest has
-nothing in hand and does all of this in C, without the GIL (avmm/kvm/parking.h). One that is stopped
-is drained in the same way before it ends: whoever pauses a machine that has just been stopped finds
-nothing torn in it. Where that cannot be, its exit never answered, it counts as failed.
+nothing in hand and does all of this in C, without the GIL (avmm/kvm/parking.h). One that is
+stopped is drained in the same way before it ends: whoever pauses a machine that has just been
+stopped finds nothing torn in it. Where that cannot be, its exit never answered, it counts as
+failed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -57,49 +57,6 @@ if TYPE_CHECKING:
 
 _YIELD_SECONDS: Final = 0.001
 """How long handlers that never really wait may keep the other tasks of the program waiting."""
-
-
-class Wakeup:
-    """Lets a handler, in whichever thread, wake a task; see `avmm.devices.base.Wakeup`.
-
-    Both sides first announce and then look: `set` sets the flag and then looks for a waiter,
-    `wait` names itself the waiter and then looks at the flag. Under the GIL one of them sees
-    the other. Only where there is a waiter does `set` pay for a call into trio's loop.
-    """
-
-    def __init__(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        self._flag = False
-        self._waiter: trio.Event | None = None
-
-    def set(self) -> None:
-        """Wake the waiter, or the next one. Any thread."""
-        self._flag = True
-        if self._waiter is not None:
-            self._token.run_sync_soon(self._fire, idempotent=True)
-
-    def _fire(self) -> None:
-        if self._waiter is not None:
-            self._waiter.set()
-
-    async def wait(self) -> None:
-        """Return once `set` was called since the last return. Cancelling loses no wake-up."""
-        if self._waiter is not None:
-            raise trio.BusyResourceError("another task waits for this wake-up already")
-        self._waiter = trio.Event()
-        try:
-            if self._flag:
-                await trio.lowlevel.checkpoint()
-            else:
-                await self._waiter.wait()
-        finally:
-            self._waiter = None
-        self._flag = False
-
-
-def device_lock() -> AbstractContextManager[bool]:
-    """A lock for one device; see "Who may touch what"."""
-    return threading.Lock()
 
 
 class _AbandonedError(Exception):

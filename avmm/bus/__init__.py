@@ -1,7 +1,7 @@
 """How a guest's accesses reach devices, and devices the guest.
 
 Address spaces and who answers where (`space`), writes that KVM collects (`coalesced`), interrupts,
-and doorbells.
+doorbells and wake-ups.
 """
 
 from avmm.bus.space import Bus, Placement, mmio, msr, pio

@@ -26,6 +26,7 @@ from avmm.bus.coalesced import CoalescedWrites
 from avmm.bus.doorbell import EventDoorbell
 from avmm.bus.interrupts import Interrupts
 from avmm.bus.space import Bus, Placement, PostedWrites, pio
+from avmm.bus.wakeup import Wakeup, device_lock
 from avmm.config import UNCLAIMED, MachineConfig
 from avmm.devices.base import Device, Doorbell, InterruptLine
 from avmm.devices.pc.cmos import Cmos
@@ -51,7 +52,7 @@ from avmm.errors import (
 from avmm.kvm import System, Vcpu, Vm, constants
 from avmm.kvm.parking import ParkingLot
 from avmm.kvm.ring import WriteRing
-from avmm.loop import VcpuGroup, VcpuLoop, Wakeup, device_lock
+from avmm.loop import VcpuGroup, VcpuLoop
 from avmm.memory.dirty import DirtyLog
 from avmm.memory.ram import GuestMemory
 from avmm.outcome import Cause, Outcome

@@ -17,10 +17,10 @@ import avmm
 from avmm import Device
 from avmm.bus.coalesced import CoalescedWrites
 from avmm.bus.space import Bus, PostedWrites
+from avmm.bus.wakeup import device_lock
 from avmm.devices.base import Host, ReadAnswer, WriteAnswer
 from avmm.errors import DeviceError
 from avmm.kvm import System
-from avmm.loop import device_lock
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
 
@@ -331,7 +331,7 @@ def test_who_comes_while_a_device_takes_its_write_waits_for_it() -> None:
 def test_whoever_comes_to_the_device_first_brings_what_was_posted() -> None:
     """A write that another thread took out of the ring and has not delivered yet."""
     log = Log()
-    lock = avmm.loop.device_lock()
+    lock = device_lock()
     bus = Bus("port", 1 << 16)
     posted = PostedWrites(log, lock)
     bus.add(ports(log), lock, posted)
