@@ -14,11 +14,11 @@ import trio
 from avmm.bus.space import Placement
 from avmm.disks import DiskOptions
 from avmm.errors import ConfigError
-from avmm.machine import Machine, Origin
+from avmm.machine import Machine
 from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory, parse_size
 from avmm.options import NetOptions, VsockOptions
-from avmm.parts import description
+from avmm.parts import Origin, description
 from avmm.parts.description import Described, Links
 from avmm.parts.placing import Unplaced
 from avmm.vcpu.calls import CallHandler

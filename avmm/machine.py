@@ -13,15 +13,13 @@ from contextlib import (
     ExitStack,
     asynccontextmanager,
 )
-from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
 
 import trio
 
-from avmm.bus.interrupts import Line
-from avmm.arch.x86_64 import layout
+from avmm.bus.interrupts import Message
 from avmm.bus.space import Placement
 from avmm.config import MachineConfig, Settings
 from avmm.devices.base import Device
@@ -40,14 +38,12 @@ from avmm.errors import (
     MigrationError,
 )
 from avmm.memory.pages import Bitmap
-from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory
 from avmm.migration import Coordinator
 from avmm.options import NetOptions, VsockOptions
 from avmm.outcome import Cause, Outcome
-from avmm.parts import description
-from avmm.parts.description import Described, Links
-from avmm.parts.machine_parts import Parts
+from avmm.parts import Origin, Parts, build, description, dismantle
+from avmm.parts.description import Links
 from avmm.parts.placing import Unplaced
 from avmm.vcpu.calls import CallHandler
 
@@ -63,19 +59,6 @@ _Model = TypeVar("_Model", bound=VirtioDevice)
 
 def _no_progress(progress: object) -> None:
     pass
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a machine goes on from where it does not boot: the parameters of `Parts`."""
-
-    state: Mapping[str, Any] | None = None
-    open_memory: Callable[[RamLayout], GuestMemory] | None = None
-    described: Described | None = None
-    needs: Any = None
-    """What its vCPUs demand of this host (`Parts.needs`), to be compared before anything
-    else."""
-    standby: bool = False
 
 
 class Machine:
@@ -179,7 +162,7 @@ class Machine:
     @property
     def tsc_khz(self) -> int:
         """The frequency of the guest's time stamp counter, in kHz."""
-        return int(self._running.needs[0]["tsc_khz"])
+        return self._running.clock_khz
 
     async def wait(self) -> Outcome:
         """Wait until the guest has ended, and say how. May be called again, and by many."""
@@ -355,7 +338,7 @@ class Machine:
         links = Links(disks, net, vsock)
         return _clone(self, devices, calls, links, keep_output, deadline)
 
-    def message_interrupt(self, address: int, data: int) -> Line:
+    def message_interrupt(self, address: int, data: int) -> Message:
         """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread, at
         once even where the machine is paused."""
         return self._running.interrupts.message(address, data)
@@ -389,10 +372,9 @@ class Machine:
 
     @asynccontextmanager
     async def _life(self) -> AsyncIterator[None]:
-        parts = self.prepare()
+        parts = await self.prepare()
         try:
-            quiescable = self._quiescable(parts)
-            self._coordinator = Coordinator(parts.group, quiescable, parts.deliver_coalesced)
+            self._coordinator = Coordinator(parts.group, parts.quiescable, parts.deliver_coalesced)
             if self._outcomes:  # stopped before it was entered
                 self.stop()
             async with trio.open_nursery() as nursery:
@@ -407,9 +389,9 @@ class Machine:
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
-            parts.close()
+            await dismantle(parts)
 
-    def prepare(self) -> Parts:
+    async def prepare(self) -> Parts:
         """For `avmm`'s own: put the parts together before the machine is entered, or look at them.
 
         They are closed when the machine has been left; who prepares one and does not enter it
@@ -417,45 +399,8 @@ class Machine:
         """
         if self._parts is None:
             origin, self._origin = self._origin, Origin()
-            memory = None if origin.open_memory is None else origin.open_memory(layout.RAM)
-            self._parts = Parts(
-                self.config,
-                self._devices,
-                self._end,
-                self._calls,
-                origin.state,
-                memory=memory,
-                described=origin.described,
-                standby=origin.standby,
-            )
-            if origin.needs is not None:
-                self._demand(self._parts, origin.needs)
+            self._parts = await build(self.config, self._devices, self._end, self._calls, origin)
         return self._parts
-
-    @staticmethod
-    def _demand(parts: Parts, needs: Any) -> None:
-        try:
-            parts.demand(needs)
-        except BaseException:
-            parts.close()
-            raise
-
-    @staticmethod
-    def _quiescable(parts: Parts) -> list[Device]:
-        """Who is to be asked at a pause; grows as devices begin tasks."""
-        devices = []
-        for device, host in zip(parts.devices, parts.hosts, strict=True):
-            # A device without a task of its own has nothing that goes on by itself.
-            if (type(device).run, type(device).quiesce) != (Device.run, Device.quiesce):
-                devices.append(device)
-                continue
-
-            def has_tasks(device: Device = device) -> None:
-                device.has_tasks = True
-                devices.append(device)
-
-            host.on_nursery = has_tasks
-        return devices
 
     async def _run_vcpus(self, parts: Parts) -> None:
         cause: BaseException | None = None
@@ -522,7 +467,7 @@ async def _clone(
         origin = Origin(state, lambda layout: memory, described)
         twin = Machine.from_origin(origin, described.config, devices, calls)
         if not keep_output:
-            twin.prepare()
+            await twin.prepare()
             for stream in (twin.console, *twin.ports.values()):
                 stream.discard_output()
         async with twin:

@@ -40,14 +40,14 @@ import xxhash
 
 from avmm.disks import files
 from avmm.errors import SnapshotError, StateError
-from avmm.memory.pages import PAGE, Bitmap, Packer
 from avmm.memory.layout import RamLayout
+from avmm.memory.pages import PAGE, Bitmap, Packer
 from avmm.memory.ram import GuestMemory
 from avmm.plain import decode, encode
 
 if TYPE_CHECKING:
     from avmm.migration import Coordinator
-    from avmm.parts.machine_parts import Parts
+    from avmm.parts import Parts
 
 MAGIC: Final = b"AVMMSNAP"
 VERSION: Final = 1

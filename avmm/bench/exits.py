@@ -23,7 +23,7 @@ from avmm.config import MachineConfig
 from avmm.devices.base import Device
 from avmm.errors import AvmmError
 from avmm.machine import Machine
-from avmm.parts.machine_parts import Parts
+from avmm.parts import build_at_once
 
 PORT: Final = 0xE0
 ADDRESS: Final = layout.MMIO
@@ -91,7 +91,7 @@ def _config(kind: str, ring: int, count: int) -> MachineConfig:
 
 
 def _raw(config: MachineConfig) -> float:
-    parts = Parts(config)
+    parts = build_at_once(config)
     try:
         return _microseconds(parts.vcpus[0].run_raw(), parts.vcpus[0].tsc_khz())
     finally:

@@ -21,7 +21,7 @@ from avmm.bench.row import Row
 from avmm.config import MachineConfig
 from avmm.kvm.kick import install_kick
 from avmm.machine import Machine
-from avmm.parts.machine_parts import Parts
+from avmm.parts import build_at_once
 
 CPUS: Final = (1, 2, 4, 16)
 _FOR_EVER: Final = b"\xf3\x90\xeb\xfc"
@@ -64,7 +64,8 @@ def _raw(count: int) -> float:
     with tempfile.NamedTemporaryFile() as image:
         image.write(_FOR_EVER)
         image.flush()
-        parts = Parts(MachineConfig.make(kernel=image.name, flat="long@0x100000", memory="16M"))
+        config = MachineConfig.make(kernel=image.name, flat="long@0x100000", memory="16M")
+        parts = build_at_once(config)
     try:
         return median(parts.vcpus[0].kick_raw(count)) / 1000
     finally:

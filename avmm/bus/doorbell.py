@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import trio
 
 from avmm.kvm import Vm, eventfd
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """The write that rings a doorbell: `value`, of `size` bytes, at an address or port."""
+
+    address: int
+    size: int
+    value: int
+    is_port: bool
+
+
 class EventDoorbell:
     """An eventfd that KVM, a device's `write`, or both write to; see
     `avmm.devices.base.Doorbell`."""
 
-    def __init__(self) -> None:
+    def __init__(self, watches: list[Watch]) -> None:
+        """`watches`: the writes that KVM is to take, once there is a VM (`connect`)."""
         self._fd = eventfd()
+        self._watches = watches
 
-    def listen(self, vm: Vm, address: int, size: int, value: int, *, port: bool) -> bool:
-        """Let KVM ring it; False where this KVM cannot."""
-        return vm.ioeventfd(self._fd, address, size, value, port=port)
+    def connect(self, vm: Vm) -> None:
+        """Let KVM ring it, where this KVM can; elsewhere such writes reach the device."""
+        for watch in self._watches:
+            vm.ioeventfd(self._fd, watch.address, watch.size, watch.value, port=watch.is_port)
 
     def ring(self) -> None:
         """Any thread."""

@@ -18,92 +18,29 @@ import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from avmm.arch.x86_64 import layout
+from avmm import arch
+from avmm.arch.contract import Probe
 from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device
 from avmm.errors import AvmmError, DeviceError
-from avmm.kvm import KvmError, System, Vcpu, constants, exit_name
+from avmm.kvm import KvmError, System, Vcpu, exit_name
 from avmm.kvm.kick import accept_kicks, install_kick, kick
+from avmm.memory.pages import PAGE
 from avmm.outcome import Outcome
-from avmm.parts.machine_parts import Parts
+from avmm.parts import Origin, build_at_once
 from avmm.vcpu.calls import Call
 from avmm.vcpu.completion import NEEDS_COMPLETION, drain
 
-_PORT, _MSR, _WINDOW = 0xE0, 0x4D56_0000, layout.MMIO
+_PORT, _REGISTER = 0xE0, 0x4D56_0000
 _ORIGIN: Final = 0x10_0000
-_BORDER: Final = _WINDOW + 0x1000
-_FINISH: Final = bytes.fromhex("66baf800 ef f4")
-"""`mov dx, 0xf8; out dx, eax; hlt`: the guest says what it got and ends."""
+_WINDOW_SIZE: Final = 2 * PAGE
 _PATIENCE_SECONDS: Final = 3.0
 """The most that one `KVM_RUN` may take; any of these exits takes microseconds."""
-_INTEL: Final = int.from_bytes(b"Genu", "little")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One instruction, its machine code, and the registers that it starts with."""
-
-    name: str
-    code: bytes
-    registers: Mapping[str, int] = field(default_factory=dict)
-    capability: str = ""
-    """What KVM must offer for it."""
-    xen: bool = False
-    """Are hypercalls Xen's?"""
-
-
-def _shape(name: str, code: str, **registers: int) -> Shape:
-    return Shape(name, bytes.fromhex(code), registers)
-
-
-SHAPES: Final = (
-    _shape("in al, imm8", f"e4 {_PORT:02x}"),
-    _shape("out imm8, al", f"e6 {_PORT:02x}", rax=0x51),
-    _shape("rep insb, 4 times", "f3 6c", rdi=0x20_0000, rcx=4, rdx=_PORT),
-    _shape("rep outsb, 4 times", "f3 6e", rsi=_ORIGIN, rcx=4, rdx=_PORT),
-    _shape("rep outsb from MMIO", "f3 6e", rsi=_WINDOW, rcx=3, rdx=_PORT),
-    _shape("MMIO read", "8b 03", rbx=_WINDOW),
-    _shape("MMIO write", "89 03", rbx=_WINDOW, rax=0x51525354),
-    _shape("MMIO read across a page", "48 8b 03", rbx=_BORDER - 3),
-    _shape("MMIO write across a page", "48 89 03", rbx=_BORDER - 3, rax=0x5152535455565758),
-    _shape("inc dword [mmio]", "ff 03", rbx=_WINDOW),
-    _shape("rdmsr", "0f 32", rcx=_MSR),
-    _shape("wrmsr", "0f 30", rcx=_MSR, rax=0x51, rdx=0),
-)
-
-
-_HYPERCALL, _XEN_HYPERCALL = "hypercall", "Xen hypercall"
-_XEN_NUMBER: Final = 17
-"""Any number does: it is the witness who answers."""
-NAMES: Final = (*(shape.name for shape in SHAPES), _HYPERCALL, _XEN_HYPERCALL)
-"""Of all shapes."""
-
-
-def hypercalls() -> tuple[Shape, Shape]:
-    """KVM_HC_MAP_GPA_RANGE, and one of Xen's, by the instruction that this host's CPU has.
-
-    Raises `KvmUnavailable`.
-    """
-    system = System()
-    try:
-        leaves = system.supported_cpuid()
-    finally:
-        system.close()
-    by_intel = any(
-        leaf.function == 0 and leaf.ebx == _INTEL for leaf in leaves.entries[0 : leaves.nent]
-    )
-    code = bytes.fromhex("0f01c1" if by_intel else "0f01d9")  # vmcall, vmmcall
-    page = {"rax": constants.KVM_HC_MAP_GPA_RANGE, "rbx": 0x20_0000, "rcx": 1, "rdx": 0}
-    xen = {"rax": _XEN_NUMBER, "rdi": 1, "rsi": 2}
-    return (
-        Shape(_HYPERCALL, code, page, "KVM_CAP_EXIT_HYPERCALL"),
-        Shape(_XEN_HYPERCALL, code, xen, "KVM_CAP_XEN_HVM", xen=True),
-    )
 
 
 @dataclass
@@ -150,20 +87,21 @@ class _Guest:
     """One shape in one VM; the log goes on over several of them."""
 
     def __init__(
-        self, shape: Shape, log: list[str], state: Mapping[str, Any] | None = None
+        self, shape: Probe, log: list[str], state: Mapping[str, Any] | None = None
     ) -> None:
         self._log = log
         self.ended = False
+        kind = arch.host()
         places: list[Placement] = [
             pio(_Witness("port", log), _PORT, 1),
-            mmio(_Witness("MMIO", log), _WINDOW, 0x2000),
+            mmio(_Witness("MMIO", log), kind.own_window.start, _WINDOW_SIZE),
         ]
         if shape.capability:
             _demand(shape.capability)
         if "msr" in shape.name:
-            places.append(msr(_Witness("MSR", log), _MSR))
+            places.append(msr(_Witness("MSR", log), _REGISTER))
         with tempfile.NamedTemporaryFile() as image:
-            image.write(shape.code + _FINISH)
+            image.write(shape.code + kind.probe_end)
             image.flush()
             config = MachineConfig.make(
                 kernel=image.name,
@@ -172,7 +110,7 @@ class _Guest:
                 unclaimed="ignore",
                 xen=shape.xen,
             )
-            self.parts = Parts(config, places, self._end, self._answer, state)
+            self.parts = build_at_once(config, places, self._end, self._answer, Origin(state))
         self.vcpu = self.parts.vcpus[0]
         self.exits = self.parts.exits(self.vcpu)
         if state is None:
@@ -248,10 +186,16 @@ def examine() -> list[Finding]:
 
     Raises `KvmUnavailable`.
     """
-    return [examine_shape(shape) for shape in (*SHAPES, *hypercalls())]
+    return [examine_shape(shape) for shape in shapes()]
 
 
-def examine_shape(shape: Shape) -> Finding:
+def shapes() -> list[Probe]:
+    """The shapes of access that there are on this host's architecture."""
+    kind = arch.host()
+    return kind.probes(_ORIGIN, _PORT, kind.own_window.start, _REGISTER)
+
+
+def examine_shape(shape: Probe) -> Finding:
     finding = Finding(shape.name)
     try:
         expected: list[str] = []
@@ -266,7 +210,7 @@ def examine_shape(shape: Shape) -> Finding:
     return finding
 
 
-def _with(shape: Shape, log: list[str], state: Any, play: Callable[[_Guest], Any]) -> Any:
+def _with(shape: Probe, log: list[str], state: Any, play: Callable[[_Guest], Any]) -> Any:
     guest = _Guest(shape, log, state)
     try:
         return play(guest)

@@ -13,7 +13,7 @@ from typing import Final
 import click
 import trio
 
-from avmm import guests
+from avmm import arch, guests
 from avmm.cli import completion_report
 from avmm.errors import AvmmError
 from avmm.kvm import KvmUnavailable, System, capabilities
@@ -141,7 +141,7 @@ def _completion(as_json: bool) -> None:
     except KvmUnavailable as error:
         if as_json:
             nothing = [
-                completion_report.Finding(n, error=str(error)) for n in completion_report.NAMES
+                completion_report.Finding(n, error=str(error)) for n in arch.host().probe_names
             ]
             click.echo(json.dumps([asdict(finding) for finding in nothing], indent=2))
         else:

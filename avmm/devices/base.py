@@ -87,6 +87,11 @@ class Host(Protocol):
         """Runs as long as the machine; what is started there is cancelled with it."""
 
     @property
+    def has_tasks(self) -> bool:
+        """Has the device taken its nursery? Then it must override `quiesce`, as one that overrides
+        `run`."""
+
+    @property
     def lock(self) -> AbstractContextManager[Any]:
         """Held while `read` or `write` of this device runs; see the top of this file."""
 
@@ -111,10 +116,6 @@ class Device:
     acpi_hid: ClassVar[str] = ""
     """The hardware id by which ACPI tells the guest of the device, such as "PNP0501", with its
     ports, memory and interrupt; empty: ACPI does not name it."""
-
-    has_tasks: bool = False
-    """Set by the machine when the device takes its host's nursery: then it must override
-    `quiesce`, as one that overrides `run`."""
 
     host: Host
     """Set by `attach`, before anything else is called."""
@@ -151,7 +152,7 @@ class Device:
         Called with every vCPU parked; may be called again while quiesced, and then does
         nothing. Cancelling it leaves the device as `resume` can set it going again.
         """
-        if self.has_tasks or type(self).run is not Device.run:
+        if self.host.has_tasks or type(self).run is not Device.run:
             raise DeviceError(
                 f"{self.name} runs a task and cannot be quiesced: it lacks quiesce()"
             )

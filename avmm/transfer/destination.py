@@ -27,7 +27,7 @@ from avmm.transfer.protocol import (
 
 if TYPE_CHECKING:
     from avmm.machine import Machine
-    from avmm.parts.machine_parts import Parts
+    from avmm.parts import Parts
 
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Receiver:
             if answer:
                 await self._line.say(answer)
             if isinstance(event, Offer):
-                self._parts = self._prepared(event.description)
+                self._parts = await self._prepared(event.description)
                 await self._line.say(self._side.accept())
             elif isinstance(event, Pages):
                 self._unpack(event)
@@ -111,11 +111,11 @@ class Receiver:
             elif isinstance(event, Commit):
                 return
 
-    def _prepared(self, offer: Any) -> Parts:
+    async def _prepared(self, offer: Any) -> Parts:
         if type(offer) is not dict or set(offer) != {"description", "cpus"}:
             raise StateError("an offer is a description of a machine and of its CPUs")
         self._machine = self._make(offer["description"], offer["cpus"])
-        return self._machine.prepare()
+        return await self._machine.prepare()
 
     def _unpack(self, pages: Pages) -> None:
         assert self._parts is not None

@@ -28,7 +28,7 @@ from avmm.transfer.protocol import Source, SourceState
 if TYPE_CHECKING:
     from avmm.memory.dirty import DirtyLog
     from avmm.migration import Coordinator
-    from avmm.parts.machine_parts import Parts
+    from avmm.parts import Parts
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ import pytest
 from support.assembler import assemble
 
 import avmm
-from avmm.bus.interrupts import Interrupts, Line
+from avmm.arch.x86_64.board import PINS
+from avmm.bus.interrupts import Interrupts, IrqLine
 from avmm.errors import AvmmError, ConfigError
 from avmm.kvm import (
     KvmError,
@@ -656,7 +657,7 @@ def test_a_route_to_nowhere_is_refused(boot: Boot) -> None:
 @pytest.fixture
 def interrupts(boot: Boot) -> Iterator[tuple[Guest, Interrupts]]:
     guest = boot(TAKES_IRQ.format(irq=5), irqchip=True)
-    interrupts = Interrupts(guest.vm)
+    interrupts = Interrupts(PINS)
     yield guest, interrupts
     interrupts.close()
     interrupts.close()
@@ -665,6 +666,7 @@ def interrupts(boot: Boot) -> Iterator[tuple[Guest, Interrupts]]:
 def test_a_line_interrupts_the_guest_at_each_rise(interrupts: tuple[Guest, Interrupts]) -> None:
     guest, lines = interrupts
     line = lines.line(5, "Foo")
+    lines.connect(guest.vm)
     assert guest.out()[0] == 0x55
     for _ in range(3):
         line.set(True)
@@ -674,9 +676,19 @@ def test_a_line_interrupts_the_guest_at_each_rise(interrupts: tuple[Guest, Inter
     assert guest.out()[0] == 0x56
 
 
+def test_what_was_raised_before_there_was_a_vm_reaches_it(
+    interrupts: tuple[Guest, Interrupts],
+) -> None:
+    guest, lines = interrupts
+    lines.line(5, "Foo").pulse()
+    assert guest.out()[0] == 0x55
+    lines.connect(guest.vm)
+    assert guest.out()[0] == 0x56
+
+
 def test_a_line_that_is_high_does_not_rise() -> None:
     fd = os.eventfd(0, os.EFD_NONBLOCK)
-    line = Line(fd)
+    line = IrqLine(fd)
     for level in (False, True, True, True, False, False, True):
         line.set(level)
     assert os.eventfd_read(fd) == 2
@@ -690,6 +702,7 @@ def test_lines_and_messages_do_not_take_each_others_place(
 ) -> None:
     guest, lines = interrupts
     line = lines.line(5, "Foo")
+    lines.connect(guest.vm)
     messages = [lines.message(LAPIC_BASE, vector) for vector in (0x41, 0x93)]
     assert guest.out()[0] == 0x55
     line.pulse()

@@ -20,9 +20,10 @@ import avmm
 from avmm.bus.space import Placement
 from avmm.disks import DiskOptions
 from avmm.errors import ConfigError, MigrationError, StateError
-from avmm.machine import Machine, Origin
+from avmm.machine import Machine
+from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory
-from avmm.parts import description
+from avmm.parts import Origin, description
 from avmm.parts.description import Links
 
 pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
@@ -53,7 +54,7 @@ def good(kvm: None, tmp_path_factory: pytest.TempPathFactory) -> Good:
     )
 
     async def make() -> Good:
-        parts = Machine(
+        parts = await Machine(
             memory="4M",
             cpus=2,
             rng=True,
@@ -318,12 +319,16 @@ def test_hostile_descriptions_are_read_or_refused(good: Good, data: st.DataObjec
         assert len(str(error)) < 2000
 
 
+def _memory(size: int, layout: RamLayout) -> GuestMemory:
+    return GuestMemory(size, layout=layout)
+
+
 async def prepared(told: Any, links: Links) -> None:
     """As `avmm.receive` does it."""
     described = description.read(told, links)
-    memory = partial(GuestMemory, described.config.memory)
-    origin = Origin(None, memory, described, standby=True)
-    Machine.from_origin(origin, described.config, (), None).prepare().close()
+    origin = Origin(None, partial(_memory, described.config.memory), described, standby=True)
+    parts = await Machine.from_origin(origin, described.config, (), None).prepare()
+    parts.close()
 
 
 async def test_a_good_one_makes_a_machine(good: Good) -> None:

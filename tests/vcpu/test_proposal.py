@@ -17,6 +17,7 @@ import avmm
 from avmm import Call, Device
 from avmm.kvm import System, Vcpu, constants
 from avmm.memory.ram import GuestMemory
+from avmm.parts import Parts
 from avmm.vcpu.completion import NEEDS_COMPLETION, CompletionPolicy
 
 pytestmark = pytest.mark.usefixtures("kvm")
@@ -121,9 +122,8 @@ class Gated(Device):
 class Entries:
     """How often a machine's only vCPU was entered, by its loop or to complete an exit."""
 
-    def __init__(self, vm: avmm.Machine) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.count = 0
-        parts = vm.prepare()
         for runs in (parts.vcpus[0], parts.group.loops[0]._spot):
             runs.run = self._counted(runs.run)
 
@@ -176,7 +176,7 @@ async def test_an_output_that_the_kernel_is_through_with_is_not_entered_for_agai
         jmp 2b
     """
     vm = machine(tmp_path, code, devices=[avmm.pio(device, 0x300, 1)], **config)
-    entries = Entries(vm)
+    entries = Entries(await vm.prepare())
     async with vm:
         for _ in range(3):
             assert await entries.until_parked(vm, device) == 2

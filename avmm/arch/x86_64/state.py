@@ -218,12 +218,12 @@ def save_vm(vm: Vm) -> dict[str, Any]:
     }
 
 
-def load_vm(vm: Vm, state: Mapping[str, Any]) -> None:
+def load_vm(vm: Vm, state: object) -> None:
     """Give a fresh VM the state that `save_vm` gave; before its vCPUs get theirs.
 
     Raises `StateError` as `load_vcpu` does.
     """
-    _check_shape("VM", state, _VM_KEYS)
+    state = _check_shape("VM", state, _VM_KEYS)
     chips = state["irqchips"]
     if [type(chip) for chip in chips] != [bytes] * len(_CHIPS):
         raise StateError(f"irqchips: expected the bytes of {len(_CHIPS)} interrupt chips")
@@ -265,7 +265,7 @@ def _in_deadline_mode(lapic: bytes) -> bool:
     return timer & _TIMER_MODE == _MODE_DEADLINE
 
 
-def _check_shape(what: str, state: object, keys: Mapping[str, type]) -> None:
+def _check_shape(what: str, state: object, keys: Mapping[str, type]) -> Mapping[str, Any]:
     if not isinstance(state, Mapping):
         raise StateError(f"no state of a {what}: {type(state).__name__}, expected a mapping")
     if type(state.get("version")) is not int or state["version"] != VERSION:
@@ -275,6 +275,7 @@ def _check_shape(what: str, state: object, keys: Mapping[str, type]) -> None:
     for key, kind in keys.items():
         if type(state.get(key)) is not kind:
             raise StateError(f"the {what}'s state has no {key} of type {kind.__name__}")
+    return state
 
 
 def _numbers(key: str, values: object, count: int, limit: int) -> tuple[int, ...]:

@@ -28,16 +28,46 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from avmm.arch.x86_64.acpi import Described
-from avmm.boot import bzimage, elf, flat, krunfw, multiboot, pvh
-from avmm.boot.assembly import Assembly
+from avmm.arch import contract
+from avmm.arch.x86_64 import acpi as acpi_tables
+from avmm.arch.x86_64.acpi import AcpiDevice
 from avmm.boot.describe import HEAD, describe
 from avmm.boot.elf_headers import MAGIC, parse
 from avmm.boot.entry import Entry, FlatOptions, Protocol
 from avmm.boot.image import SLACK, Image, open_image
+from avmm.boot.x86_64 import bzimage, elf, flat, krunfw, multiboot, pvh
+from avmm.boot.x86_64.assembly import Assembly
+from avmm.bus.space import Placement
+from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.memory.ram import GuestMemory
 
 StrPath = str | os.PathLike[str]
+
+
+def load_image(memory: GuestMemory, asked: contract.Image, devices: Sequence[Placement]) -> Entry:
+    """`load` for a machine with these devices; see `avmm.arch.contract.Architecture`."""
+    has_acpi = asked.acpi and not asked.is_bundled
+    return load(
+        memory,
+        asked.kernel,
+        cmdline=asked.cmdline if has_acpi else named(asked.cmdline, devices),
+        initrd=asked.initrd,
+        modules=asked.modules,
+        cpus=asked.cpus,
+        flat=asked.flat,
+        protocol=asked.protocol,
+        acpi=acpi_tables.devices(devices) if asked.acpi else None,
+    )
+
+
+def named(cmdline: str, devices: Sequence[Placement]) -> str:
+    """`cmdline`, and after it where Linux finds the virtio devices (for boots without ACPI)."""
+    found = [
+        f"virtio_mmio.device={place.size:#x}@{place.base:#x}:{place.irq}"
+        for place in devices
+        if isinstance(place.device, VirtioMmio)
+    ]
+    return " ".join([*([cmdline] if cmdline else []), *found])
 
 
 def load(
@@ -50,7 +80,7 @@ def load(
     cpus: int = 1,
     flat: FlatOptions | None = None,
     protocol: Protocol = Protocol.AUTO,
-    acpi: Sequence[Described] | None = None,
+    acpi: Sequence[AcpiDevice] | None = None,
 ) -> Entry:
     """Load `image` into fresh guest memory and say where the boot processor starts.
 

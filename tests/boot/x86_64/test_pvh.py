@@ -9,8 +9,9 @@ import pytest
 from support import guestview
 from support.images import PT_NOTE, Elf, Segment, note, pvh_elf, pvh_note
 
+from avmm.arch.x86_64.layout import RAM
 from avmm.boot import Mode
-from avmm.boot.formats import load
+from avmm.boot.x86_64.load import load
 from avmm.errors import ImageError
 from avmm.memory.ram import GuestMemory
 
@@ -42,7 +43,7 @@ def test_entry_and_start_info(memory: GuestMemory, write: Write, bits: int) -> N
 
 
 def test_ram_above_4_gib_is_told(write: Write) -> None:
-    memory = GuestMemory("3200M")
+    memory = GuestMemory("3200M", layout=RAM)
     try:
         entry = load(memory, write(pvh_elf()), initrd=write(b"i", "initrd"))
         told = guestview.start_info(memory, entry.registers["rbx"])
@@ -62,7 +63,7 @@ def test_low_memory_stays_free(memory: GuestMemory, write: Write) -> None:
 
 
 def test_entry_above_4_gib(write: Write) -> None:
-    memory = GuestMemory("3200M")
+    memory = GuestMemory("3200M", layout=RAM)
     try:
         elf = pvh_elf(entry=4 << 30)
         elf.segments.append(Segment(b"high", paddr=4 << 30))

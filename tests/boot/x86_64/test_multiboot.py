@@ -11,7 +11,7 @@ from support import guestview
 from support.images import Elf, Segment, multiboot_elf, multiboot_header, pvh_elf
 
 from avmm.boot import Mode
-from avmm.boot.formats import load
+from avmm.boot.x86_64.load import load
 from avmm.errors import ConfigError, ImageError
 from avmm.memory.ram import GuestMemory
 

@@ -12,14 +12,27 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from avmm.arch.x86_64 import acpi, layout, mptable
-from avmm.arch.x86_64.acpi import Described
-from avmm.boot.claims import Claims
+from avmm.arch.x86_64.acpi import AcpiDevice
+from avmm.boot.claims import Claims, Rules
 from avmm.boot.image import Image, open_image
 from avmm.errors import ConfigError, ImageError
 from avmm.memory.ram import GuestMemory
 
 _RESET_CODE: Final = bytes.fromhex("b0fe e664 f4 ebfd")
 """mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b - in any mode"""
+
+
+PC: Final = Rules(
+    reserved=(
+        (layout.EBDA, layout.EBDA_END),
+        (layout.BIOS, layout.BIOS_END),
+        (layout.KVM_IDENTITY_MAP, layout.KVM_PAGES_END),
+    ),
+    # RAM backs this too, but on a PC it is not RAM, and some guests know that by heart.
+    never_ram=(layout.BASE_MEMORY_END, layout.HIMEM),
+    lowest=layout.HIMEM,
+    limit=layout.INITRD_LIMIT,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +63,7 @@ class Assembly:
     claims: Claims = field(init=False)
 
     def __post_init__(self) -> None:
-        self.claims = Claims(self.memory.ram)
+        self.claims = Claims(self.memory.ram, PC)
 
     def load(self, image: Image, offset: int, size: int, gpa: int) -> None:
         """Copy a part of a file to `gpa`, which must have been claimed.
@@ -119,7 +132,7 @@ class Assembly:
             self.claim_own(layout.RESET_VECTOR, len(_RESET_CODE), "reset vector")
             self.memory.write(layout.RESET_VECTOR, _RESET_CODE)
 
-    def write_acpi(self, cpus: int, devices: Sequence[Described]) -> None:
+    def write_acpi(self, cpus: int, devices: Sequence[AcpiDevice]) -> None:
         """Claim room for ACPI's tables in the BIOS area and write them.
 
         Left out where RAM ends below that area. Raises `ConfigError` where so many devices

@@ -10,7 +10,7 @@ import pytest
 
 from avmm.arch.x86_64 import layout
 from avmm.boot import Mode
-from avmm.boot.formats import load
+from avmm.boot.x86_64.load import load
 from avmm.errors import ImageError
 from avmm.memory.ram import GuestMemory
 

@@ -15,7 +15,7 @@ from support.images import pvh_elf
 from avmm.arch.x86_64 import layout
 from avmm.arch.x86_64.mptable import mp_table
 from avmm.boot import FlatOptions, Mode
-from avmm.boot.formats import load
+from avmm.boot.x86_64.load import load
 from avmm.errors import ConfigError, ImageError
 from avmm.memory.ram import GuestMemory
 
@@ -158,6 +158,6 @@ def test_unknown_formats(memory: GuestMemory, write: Write, case: str) -> None:
 
 
 def test_importing_is_light() -> None:
-    code = "import sys, avmm.boot.formats; print([m for m in sys.modules if 'elftools' in m])"
+    code = "import sys, avmm.boot.x86_64.load; print([m for m in sys.modules if 'elftools' in m])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert found.stdout.strip() == b"[]"

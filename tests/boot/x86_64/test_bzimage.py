@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 from support.images import BzImage, Elf, Segment, pvh_elf
+from support.packing import PACK
 
 from avmm.arch.x86_64 import layout
 from avmm.boot import Mode, Protocol
-from avmm.boot.formats import load
+from avmm.boot.x86_64.load import load
 from avmm.errors import ConfigError, ImageError
 from avmm.memory.ram import GuestMemory
-
-from .test_compressed import PACK
 
 Write = Callable[..., Path]
 CODE = bytes(range(1, 200))

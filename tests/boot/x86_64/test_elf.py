@@ -11,8 +11,9 @@ from support import guestview
 from support.images import PT_INTERP, PT_NOTE, Elf, Segment, note
 
 from avmm.arch.x86_64 import layout, tables
+from avmm.arch.x86_64.layout import RAM
 from avmm.boot import Mode
-from avmm.boot.formats import load
+from avmm.boot.x86_64.load import load
 from avmm.errors import ImageError
 from avmm.memory.ram import GuestMemory
 
@@ -51,7 +52,7 @@ def test_long_mode_entry(memory: GuestMemory, write: Write) -> None:
 
 
 def test_bss_is_claimed_but_not_touched(write: Write) -> None:
-    memory = GuestMemory("64M")
+    memory = GuestMemory("64M", layout=RAM)
     try:
         load(memory, write(Elf([Segment(b"x", memsz=48 << 20)])))
         resident = memory_blocks(memory)
@@ -99,7 +100,7 @@ def test_entry_outside(memory: GuestMemory, write: Write, entry: int) -> None:
 
 
 def test_entry_above_4_gib(write: Write) -> None:
-    memory = GuestMemory("3100M")
+    memory = GuestMemory("3100M", layout=RAM)
     try:
         text = failure(memory, write(Elf([Segment(b"x", paddr=4 << 30)], entry=4 << 30)))
         assert "entry point at 0x100000000; expected one below 4 GiB" in text
