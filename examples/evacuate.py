@@ -1,4 +1,4 @@
-"""Ten guests leave a process at once, each with a line that was typed to its half."""
+"""Ten guests leave a process at once. Each has a half-typed line, which is finished elsewhere."""
 
 import socket
 import sys
@@ -13,7 +13,7 @@ GUESTS = 10
 
 
 async def said(vm: avmm.Machine, end: bytes) -> bytes:
-    """What the guest says, up to this."""
+    """What the guest prints, up to and including `end`."""
     text = b""
     while not text.endswith(end):
         text += await vm.console.receive_some()
@@ -27,7 +27,7 @@ async def begin_line(vm: avmm.Machine, number: int) -> None:
 
 
 async def leave(vm: avmm.Machine, port: int) -> None:
-    async with await trio.open_tcp_stream("127.0.0.1", port) as line:  # elsewhere: TLS
+    async with await trio.open_tcp_stream("127.0.0.1", port) as line:  # between hosts: use TLS
         await vm.migrate(line)
 
 
@@ -51,7 +51,7 @@ async def main() -> None:
 
 
 async def take_in(listener: trio.SocketListener, texts: list[str]) -> None:
-    """In the other process: a guest that comes, and the second half of its line."""
+    """In the other process: receive a guest, and finish its line."""
     async with await listener.accept() as line, avmm.receive(line) as vm:
         await vm.console.send_all(b"\r")
         texts.append((await said(vm, b"avmm> ")).decode().splitlines()[-2])

@@ -1,4 +1,4 @@
-"""A guest moves to another process while somebody types: no key is lost, and none comes twice."""
+"""Move a guest to another process while somebody types: no key is lost, and none comes twice."""
 
 import os
 import socket
@@ -14,14 +14,14 @@ LINES = [b"echo line %d\r" % number for number in range(1, 21)]
 
 
 async def type_text(vm: avmm.Machine, other: trio.Process) -> None:
-    """Type, a key at a time, where the guest is; and end it when it has moved."""
+    """Type one key at a time, to wherever the guest is. End the guest when it has moved."""
     assert other.stdin is not None
     keyboard: trio.abc.SendStream = vm.console
     for key in b"".join(LINES):
         await trio.sleep(0.005)
         try:
             await keyboard.send_all(bytes([key]))
-        except trio.BrokenResourceError:  # the guest has gone, without this key
+        except trio.BrokenResourceError:  # the guest has moved without this key
             keyboard = other.stdin
             await keyboard.send_all(bytes([key]))
     await vm.wait()
@@ -55,7 +55,7 @@ async def main() -> None:
 
 
 async def other_process(descriptor: int) -> None:
-    """Take the guest in; standard input is its keyboard, standard output its screen."""
+    """Receive the guest. Standard input is its keyboard, and standard output its screen."""
     line = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=descriptor)))
     async with avmm.receive(line) as vm, trio.open_nursery() as nursery:
 

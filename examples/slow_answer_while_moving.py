@@ -1,6 +1,7 @@
-"""A device awaits a slow server while its guest is migrated: it is asked once, nothing is lost.
+"""A device awaits a slow server while its guest moves. The server is asked once, and its answer
+reaches the guest.
 
-The guest moves within this program, over a pair of sockets: any trio stream will do.
+The guest moves within this program, over a pair of sockets. Any trio stream would do.
 """
 
 import socket
@@ -16,7 +17,7 @@ REGISTER = 0xD000_0000
 
 
 class RemoteRegister(avmm.Device):
-    """A read of this register asks the server and awaits its answer."""
+    """Reading this register asks the server, and awaits its answer."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -26,14 +27,14 @@ class RemoteRegister(avmm.Device):
             return int.from_bytes(await server.receive_some(4), "little")
 
     def save(self) -> Mapping[str, Any]:
-        return {}  # a read that is under way is finished before anything is saved
+        return {}  # nothing to save: a read under way is finished first
 
     def load(self, state: Mapping[str, Any]) -> None:
         pass
 
 
 class Server:
-    """The far side: thinks for a second, then gives the temperature."""
+    """The server: take a second, then send the temperature."""
 
     def __init__(self) -> None:
         self.questions = 0
