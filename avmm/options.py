@@ -12,12 +12,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
-from avmm.devices.virtio.frame import Backend
-from avmm.devices.virtio.net import Net, parse_mac, parse_mtu
-from avmm.devices.virtio.vsock import HOST_CID, Vsock
+from avmm.devices.virtio.net import parse_mac, parse_mtu
+from avmm.devices.virtio.vsock import HOST_CID
 from avmm.errors import ConfigError
-from avmm.net.tap import Tap
-from avmm.net.unix import UnixStream
 
 _MOST_CID: Final = 0xFFFF_FFFE
 _BACKENDS: Final = ("tap", "unix", "listen")
@@ -48,10 +45,6 @@ class VsockOptions:
     def beside(self, folder: Path) -> VsockOptions:
         """The same, with its path taken as relative to `folder`."""
         return replace(self, unix=folder / self.unix) if self.unix is not None else self
-
-    def open(self, *, held: bool = True) -> Vsock:
-        """The device; without `held` it is found at no unix socket before `acquire`."""
-        return Vsock(self.cid, unix=self.unix, held=held)
 
 
 @dataclass(frozen=True)
@@ -93,21 +86,6 @@ class NetOptions:
         unix = folder / self.unix if self.unix is not None else None
         listen = folder / self.listen if self.listen is not None else None
         return replace(self, unix=unix, listen=listen)
-
-    def open(self, *, held: bool = True) -> Net:
-        """The device; its `backend` is the caller's to close. Raises `ConfigError`.
-
-        Without `held` the backend takes nothing of the host's before `acquire`.
-        """
-        return Net(self._backend(held), mac=self.mac, mtu=self.mtu)
-
-    def _backend(self, held: bool) -> Backend:
-        if self.tap is not None:
-            return Tap(self.tap, held=held)
-        if self.listen is not None:
-            return UnixStream.listen(self.listen, held=held)
-        assert self.unix is not None
-        return UnixStream.connect(self.unix, held=held)
 
 
 def _fields(what: str, value: object, known: tuple[str, ...], expected: str) -> dict[str, Any]:
