@@ -15,14 +15,13 @@ from contextlib import (
 )
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
+from typing import Any, Final, Self, TypeVar, Unpack
 
 import trio
 
-from avmm.bus.interrupts import Message
 from avmm.bus.space import Placement
 from avmm.config import MachineConfig, Settings
-from avmm.devices.base import Device
+from avmm.devices.base import Device, InterruptLine
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.console import Console
@@ -45,12 +44,8 @@ from avmm.outcome import Cause, Outcome
 from avmm.parts import Origin, Parts, build, description, dismantle
 from avmm.parts.description import Links
 from avmm.parts.placing import Unplaced
+from avmm.progress import MigrationProgress, Report, SnapshotProgress
 from avmm.vcpu.calls import CallHandler
-
-if TYPE_CHECKING:
-    from avmm.snapshot import Progress
-    from avmm.transfer.pace import Progress as MigrationProgress
-    from avmm.transfer.source import Report
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +205,7 @@ class Machine:
         path: str | PathLike[str],
         *,
         deadline: float | None = None,
-        on_progress: Callable[[Progress], object] = _no_progress,
+        on_progress: Callable[[SnapshotProgress], object] = _no_progress,
     ) -> float:
         """Write the whole machine to a file at `path`, from which `avmm.restore` makes one like
         it. Returns how long the guest has stood still for it, in seconds.
@@ -338,7 +333,7 @@ class Machine:
         links = Links(disks, net, vsock)
         return _clone(self, devices, calls, links, keep_output, deadline)
 
-    def message_interrupt(self, address: int, data: int) -> Message:
+    def message_interrupt(self, address: int, data: int) -> InterruptLine:
         """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread, at
         once even where the machine is paused."""
         return self._running.interrupts.message(address, data)

@@ -44,6 +44,7 @@ from avmm.memory.layout import RamLayout
 from avmm.memory.pages import PAGE, Bitmap, Packer
 from avmm.memory.ram import GuestMemory
 from avmm.plain import decode, encode
+from avmm.progress import SnapshotProgress
 
 if TYPE_CHECKING:
     from avmm.migration import Coordinator
@@ -124,21 +125,13 @@ class Header:
 # -- writing -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a snapshot is: the round of copying, and what of it is left, in pages."""
-
-    round: int
-    pages_left: int
-
-
 async def write(
     parts: Parts,
     coordinator: Coordinator,
     path: str | os.PathLike[str],
     *,
     deadline: float | None = None,
-    on_progress: Callable[[Progress], object] = lambda progress: None,
+    on_progress: Callable[[SnapshotProgress], object] = lambda progress: None,
 ) -> float:
     """Write a snapshot of a running machine. See `avmm.Machine.snapshot`."""
     target = Path(path)
@@ -148,7 +141,7 @@ async def write(
             left = parts.memory.populated()
 
             def tell(number: int) -> None:
-                on_progress(Progress(number, len(left)))
+                on_progress(SnapshotProgress(number, len(left)))
 
             for number in range(1, ROUNDS):
                 await writer.copy(left, partial(tell, number), skip_zeros=number == 1)

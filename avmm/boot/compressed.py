@@ -34,7 +34,7 @@ class CutOff(Exception):
     """The data end before the format does."""
 
 
-class Source(Protocol):
+class CompressedBytes(Protocol):
     """Compressed bytes, read once from their beginning to their end."""
 
     left: int
@@ -65,7 +65,7 @@ class Codec:
 
     name: str
     magics: tuple[bytes, ...]
-    decode: Callable[[Source], Iterator[bytes]]
+    decode: Callable[[CompressedBytes], Iterator[bytes]]
     """Gives pieces, empty ones, too; raises `Damaged` and `CutOff`."""
 
 
@@ -128,7 +128,7 @@ def _write_all(image: Image, fd: int, data: bytes) -> None:
             raise image.error(f"cannot be decompressed: {error.strerror}") from error
 
 
-def _stream(source: Source, decoder: Any, failure: type[Exception]) -> Iterator[bytes]:
+def _stream(source: CompressedBytes, decoder: Any, failure: type[Exception]) -> Iterator[bytes]:
     """The decoders of bz2, lzma and lz4.frame have one face."""
     while not decoder.eof:
         data = b""
@@ -148,7 +148,7 @@ def _check_unused(data: bytes) -> None:
         raise Damaged("more data after the end of it")
 
 
-def _gzip(source: Source) -> Iterator[bytes]:
+def _gzip(source: CompressedBytes) -> Iterator[bytes]:
     import zlib  # noqa: PLC0415 - each library only where it is needed
 
     inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
@@ -164,33 +164,33 @@ def _gzip(source: Source) -> Iterator[bytes]:
     _check_unused(inflate.unused_data)
 
 
-def _bzip2(source: Source) -> Iterator[bytes]:
+def _bzip2(source: CompressedBytes) -> Iterator[bytes]:
     import bz2  # noqa: PLC0415
 
     return _stream(source, bz2.BZ2Decompressor(), OSError)
 
 
-def _xz(source: Source) -> Iterator[bytes]:
+def _xz(source: CompressedBytes) -> Iterator[bytes]:
     import lzma  # noqa: PLC0415
 
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_DECODER_MEMORY)
     return _stream(source, decoder, lzma.LZMAError)
 
 
-def _lzma(source: Source) -> Iterator[bytes]:
+def _lzma(source: CompressedBytes) -> Iterator[bytes]:
     import lzma  # noqa: PLC0415
 
     decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_DECODER_MEMORY)
     return _stream(source, decoder, lzma.LZMAError)
 
 
-def _lz4(source: Source) -> Iterator[bytes]:
+def _lz4(source: CompressedBytes) -> Iterator[bytes]:
     import lz4.frame  # noqa: PLC0415
 
     return _stream(source, lz4.frame.LZ4FrameDecompressor(), RuntimeError)
 
 
-def _lz4_legacy(source: Source) -> Iterator[bytes]:
+def _lz4_legacy(source: CompressedBytes) -> Iterator[bytes]:
     """lz4's doc/lz4_Frame_format.md, "Legacy frame": blocks, each after its size, to the end."""
     import lz4.block  # noqa: PLC0415
 
@@ -207,7 +207,7 @@ def _lz4_legacy(source: Source) -> Iterator[bytes]:
             raise Damaged(str(error)) from error
 
 
-def _zstd(source: Source) -> Iterator[bytes]:
+def _zstd(source: CompressedBytes) -> Iterator[bytes]:
     import zstandard  # noqa: PLC0415
 
     decoder = zstandard.ZstdDecompressor(max_window_size=_DECODER_MEMORY).decompressobj()

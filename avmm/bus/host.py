@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from avmm.bus.wakeup import Wakeup, device_lock
+from avmm.bus.wakeup import TaskWakeup, device_lock
 from avmm.errors import AvmmError
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ class DeviceHost:
         """The machine runs, in this nursery."""
         self._nursery = nursery
 
-    def wakeup(self) -> Wakeup:
+    def wakeup(self) -> TaskWakeup:
         """A new wake-up, not set."""
-        return Wakeup()
+        return TaskWakeup()
 
     def doorbell(self, offset: int, size: int, value: int, *, by_exit: bool = False) -> Doorbell:
         """See `avmm.devices.base.Host.doorbell`."""

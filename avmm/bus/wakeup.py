@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import trio
 
 
-class Wakeup:
+class TaskWakeup:
     """Lets a handler, in whichever thread, wake a task; see `avmm.devices.base.Wakeup`.
 
     Both sides first announce and then look: `set` sets the flag and then looks for a waiter,

@@ -86,8 +86,8 @@ class Ends:
 
     def __init__(
         self,
-        target: console.Target,
-        end: console.End,
+        target: console.ConsoleTarget,
+        end: console.ConsoleEnd,
         listener: trio.socket.SocketType | None,
     ) -> None:
         self._target = target
@@ -133,7 +133,7 @@ class Ends:
 
 
 @contextmanager
-def opened(target: console.Target, control_target: str | None) -> Iterator[Ends]:
+def opened(target: console.ConsoleTarget, control_target: str | None) -> Iterator[Ends]:
     """The host's ends inside the block. Raises `ConfigError` where they cannot be."""
     with (
         control.listening(control_target) as listener,

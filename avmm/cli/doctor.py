@@ -41,7 +41,7 @@ _DEADLINE_SECONDS: Final = 20
 
 
 @dataclass
-class Report:
+class HostReport:
     """What was found; `problems` is empty where avmm works here."""
 
     kernel: str
@@ -80,9 +80,9 @@ def command(as_json: bool, completion: bool) -> None:
     sys.exit(1 if report.problems else 0)
 
 
-def examine() -> Report:
+def examine() -> HostReport:
     """Look at KVM, then run a small guest on it."""
-    report = Report(kernel=platform.release(), modules=_modules())
+    report = HostReport(kernel=platform.release(), modules=_modules())
     try:
         system = System()
     except KvmUnavailable as error:
@@ -107,7 +107,7 @@ def examine() -> Report:
     return report
 
 
-async def _try_guest(report: Report) -> None:
+async def _try_guest(report: HostReport) -> None:
     """Count in a ring-0 loop of the bundled guest `exits`."""
     cmdline = "kind=spin count=100000"
     output = b""
@@ -160,7 +160,7 @@ def _modules() -> list[str]:
     return sorted(path.name for path in Path("/sys/module").glob("kvm*"))
 
 
-def _print(report: Report) -> None:
+def _print(report: HostReport) -> None:
     click.echo(
         f"kernel         {report.kernel}, modules {', '.join(report.modules) or 'built in'}"
     )

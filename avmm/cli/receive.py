@@ -53,7 +53,7 @@ def command(
 async def _run(
     at: Target,
     context: ssl.SSLContext | None,
-    console_target: console.Target,
+    console_target: console.ConsoleTarget,
     control_target: str | None,
     links: dict[str, Any],
 ) -> tuple[Outcome, bytes]:

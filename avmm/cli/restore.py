@@ -37,7 +37,7 @@ def command(
 
 async def _run(
     file: Path,
-    console_target: console.Target,
+    console_target: console.ConsoleTarget,
     control_target: str | None,
     links: dict[str, Any],
 ) -> tuple[Outcome, bytes]:

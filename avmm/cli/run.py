@@ -18,7 +18,7 @@ from avmm.outcome import Outcome
 from avmm.vcpu.completion import Mode
 
 
-class Port(click.ParamType[int | str]):
+class PortNumber(click.ParamType[int | str]):
     """An I/O port, or "none"."""
 
     name = "port"
@@ -57,7 +57,7 @@ class Port(click.ParamType[int | str]):
 )
 @click.option(
     "--debug-exit",
-    type=Port(),
+    type=PortNumber(),
     help="Port that ends the run with status (value << 1 | 1), or none.  [default: 0xf4]",
 )
 @click.option("--flat", metavar="MODE@ADDRESS", help="Run IMAGE as it is, like real@0x7c00.")
@@ -138,7 +138,7 @@ def command(
 
 
 async def _run(
-    config: MachineConfig, target: console.Target, control_target: str | None
+    config: MachineConfig, target: console.ConsoleTarget, control_target: str | None
 ) -> tuple[Outcome, bytes]:
     with attend.opened(target, control_target) as ends:
         async with Machine(config, devices=ends.devices(target.virtio)) as vm:

@@ -44,7 +44,7 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import trio
 
@@ -52,12 +52,9 @@ from avmm.control.holds import CONTROL, Holds
 from avmm.devices import sockets
 from avmm.errors import AvmmError, ConfigError, HandOverUnknownError
 from avmm.machine import Machine
+from avmm.progress import MigrationProgress, SnapshotProgress
 from avmm.transfer import targets
 from avmm.transfer.targets import Target, Tls
-
-if TYPE_CHECKING:
-    from avmm.snapshot import Progress as SnapshotProgress
-    from avmm.transfer.pace import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +149,7 @@ class Control:
             )
         begin = 0.0
 
-        def tell(progress: Progress) -> None:
+        def tell(progress: MigrationProgress) -> None:
             fields = asdict(progress) | {"seconds": trio.current_time() - begin}
             self._progress = {
                 name: None if math.isinf(value) else value for name, value in fields.items()

@@ -14,7 +14,7 @@ import trio
 
 from avmm.errors import PeerAbortedError, ProtocolError, StateError
 from avmm.memory.pages import unpack
-from avmm.transfer.line import Line
+from avmm.transfer.connection import Connection
 from avmm.transfer.protocol import (
     Commit,
     Destination,
@@ -48,7 +48,7 @@ class Receiver:
         on_round: Callable[[int], object],
     ) -> None:
         self._side = Destination()
-        self._line = Line(stream, self._side, stall_seconds)
+        self._connection = Connection(stream, self._side, stall_seconds)
         self._make = make
         self._on_round = on_round
         self._machine: Machine | None = None
@@ -63,7 +63,7 @@ class Receiver:
             if self._parts is not None:
                 await self._let_go(self._parts)
             if not isinstance(error, PeerAbortedError):
-                await self._line.give_up(_told(error))
+                await self._connection.give_up(_told(error))
             raise
         assert self._machine is not None
         return self._machine
@@ -83,21 +83,21 @@ class Receiver:
         """Tell the source that the guest runs here. That it cannot be told is no failure here: it
         keeps the guest stopped. Cannot be cancelled, but for a line that stands still."""
         with trio.CancelScope(shield=True):
-            await self._line.say(self._side.running())
+            await self._connection.say(self._side.running())
 
     async def _until_commit(self) -> None:
         while True:
             taken = self._side.next()
             if taken is None:
                 is_ready = self._side.state is DestinationState.READY
-                await self._line.hear(_COMMIT_SECONDS if is_ready else math.inf)
+                await self._connection.hear(_COMMIT_SECONDS if is_ready else math.inf)
                 continue
             event, answer = taken
             if answer:
-                await self._line.say(answer)
+                await self._connection.say(answer)
             if isinstance(event, Offer):
                 self._parts = await self._prepared(event.description)
-                await self._line.say(self._side.accept())
+                await self._connection.say(self._side.accept())
             elif isinstance(event, Pages):
                 self._unpack(event)
             elif isinstance(event, Round):
@@ -107,7 +107,7 @@ class Receiver:
                 self._parts.load(event.state)
                 await self._parts.acquire()
                 self._has_acquired = True
-                await self._line.say(self._side.ready())
+                await self._connection.say(self._side.ready())
             elif isinstance(event, Commit):
                 return
 

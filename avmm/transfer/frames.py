@@ -68,8 +68,8 @@ MOST: Final[Mapping[Kind, int]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """A frame that has come whole."""
+class Message:
+    """What a frame that has come whole says."""
 
     kind: Kind
     payload: memoryview
@@ -121,7 +121,7 @@ class Decoder:
         """Has nothing come of a frame that is not whole yet?"""
         return self._start == self._end
 
-    def next(self) -> Frame | None:
+    def next(self) -> Message | None:
         """The next frame, if it is there; its payload is good until `feed`.
 
         Raises `ProtocolError` where it is none; nothing can be read after that.
@@ -150,7 +150,7 @@ class Decoder:
             raise ProtocolError(f"frame {number} ({kind.name}) is damaged: its checksum is wrong")
         self._start += HEADER_BYTES + length
         self._number += 1
-        return Frame(kind, payload)
+        return Message(kind, payload)
 
 
 def _checksum(head: Buffer, payload: Sequence[Buffer]) -> bytes:

@@ -32,7 +32,7 @@ from typing import Any, Final
 from avmm.errors import PeerAbortedError, ProtocolError, StateError
 from avmm.memory.pages import RUN_BYTES, Packed
 from avmm.plain import decode, encode
-from avmm.transfer.frames import STATE_PIECE, Buffer, Decoder, Encoder, Frame, Kind
+from avmm.transfer.frames import STATE_PIECE, Buffer, Decoder, Encoder, Kind, Message
 
 VERSIONS: Final = (1,)
 """Of the protocol, that this avmm speaks, best first."""
@@ -114,12 +114,12 @@ class _Side:
         """The other side will say nothing more; raises `ProtocolError`."""
         raise ProtocolError("the line was cut" + ("" if self._decoder.is_empty else " in a frame"))
 
-    def _next(self) -> Frame | None:
-        frame = self._decoder.next()
-        if frame is not None and frame.kind is Kind.ABORT:
-            why = _field(frame, "why", str)
+    def _next(self) -> Message | None:
+        message = self._decoder.next()
+        if message is not None and message.kind is Kind.ABORT:
+            why = _field(message, "why", str)
             raise PeerAbortedError(f"the other side gave up: {_printable(why)}")
-        return frame
+        return message
 
     def abort(self, why: str) -> list[Buffer]:
         """ABORT: this side gives up, for good. Nothing may be said after it."""
@@ -144,8 +144,8 @@ class Source(_Side):
 
     def next(self) -> bool:
         """Take what has come, if a frame is whole: did one come? `state` has changed then."""
-        frame = self._next()
-        if frame is None:
+        message = self._next()
+        if message is None:
             return False
         expected = {
             SourceState.GREETED: (Kind.HELLO, SourceState.AGREED),
@@ -153,10 +153,10 @@ class Source(_Side):
             SourceState.STATED: (Kind.READY, SourceState.READY),
             SourceState.COMMITTED: (Kind.RUNNING, SourceState.DONE),
         }.get(self.state)
-        if expected is None or frame.kind is not expected[0]:
-            raise ProtocolError(f"{frame.kind.name} came while the source {self.state.value}")
-        if frame.kind is Kind.HELLO:
-            _demand_version(frame)
+        if expected is None or message.kind is not expected[0]:
+            raise ProtocolError(f"{message.kind.name} came while the source {self.state.value}")
+        if message.kind is Kind.HELLO:
+            _demand_version(message)
         self.state = expected[1]
         return True
 
@@ -224,8 +224,8 @@ class Destination(_Side):
 
     def next(self) -> tuple[Event | None, list[Buffer]] | None:
         """Take what has come, if a frame is whole: what it says, and what to answer at once."""
-        frame = self._next()
-        if frame is None:
+        message = self._next()
+        if message is None:
             return None
         take = {
             (DestinationState.NEW, Kind.HELLO): self._hello,
@@ -235,29 +235,30 @@ class Destination(_Side):
             (DestinationState.COPYING, Kind.STATE): self._piece,
             (DestinationState.COPYING, Kind.STATE_END): self._stated,
             (DestinationState.READY, Kind.COMMIT): self._commit,
-        }.get((self.state, frame.kind))
+        }.get((self.state, message.kind))
         if take is None:
-            raise ProtocolError(f"{frame.kind.name} came while the destination {self.state.value}")
-        return take(frame)
+            kind = message.kind.name
+            raise ProtocolError(f"{kind} came while the destination {self.state.value}")
+        return take(message)
 
-    def _hello(self, frame: Frame) -> tuple[None, list[Buffer]]:
-        _demand_version(frame)
-        self._identity = _field(frame, "identity", bytes)
+    def _hello(self, message: Message) -> tuple[None, list[Buffer]]:
+        _demand_version(message)
+        self._identity = _field(message, "identity", bytes)
         if len(self._identity) != 16:
             raise ProtocolError("a migration's identity has 16 bytes")
         self.state = DestinationState.GREETED
         answer = {"versions": list(VERSIONS), "identity": self._identity}
         return None, self._encoder.frame(Kind.HELLO, encode(answer))
 
-    def _offer(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        offer = Offer(_decoded(frame))
+    def _offer(self, message: Message) -> tuple[Event, list[Buffer]]:
+        offer = Offer(_decoded(message))
         self.state = DestinationState.OFFERED
         return offer, []
 
-    def _pages(self, frame: Frame) -> tuple[Event, list[Buffer]]:
+    def _pages(self, message: Message) -> tuple[Event, list[Buffer]]:
         if self._collected:
             raise ProtocolError("PAGES came after STATE")
-        payload = frame.payload
+        payload = message.payload
         if len(payload) < _COUNT.size:
             raise ProtocolError("PAGES without a number of runs")
         end = _COUNT.size + RUN_BYTES * _COUNT.unpack_from(payload)[0]
@@ -265,25 +266,25 @@ class Destination(_Side):
             raise ProtocolError("PAGES tells of more runs than it has")
         return Pages(Packed(payload[_COUNT.size : end], payload[end:])), []
 
-    def _round(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        return Round(_field(frame, "number", int)), []
+    def _round(self, message: Message) -> tuple[Event, list[Buffer]]:
+        return Round(_field(message, "number", int)), []
 
-    def _piece(self, frame: Frame) -> tuple[None, list[Buffer]]:
-        if not frame.payload or len(self._collected) + len(frame.payload) > MOST_STATE:
+    def _piece(self, message: Message) -> tuple[None, list[Buffer]]:
+        if not message.payload or len(self._collected) + len(message.payload) > MOST_STATE:
             raise ProtocolError(f"the state is empty, or has more than {MOST_STATE} bytes")
-        self._collected += frame.payload
+        self._collected += message.payload
         return None, []
 
-    def _stated(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        if _field(frame, "bytes", int) != len(self._collected):
+    def _stated(self, message: Message) -> tuple[Event, list[Buffer]]:
+        if _field(message, "bytes", int) != len(self._collected):
             raise ProtocolError("the state has not as many bytes as it should")
-        state = _decoded(Frame(frame.kind, memoryview(self._collected)))
+        state = _decoded(Message(message.kind, memoryview(self._collected)))
         self._collected = bytearray()
         self.state = DestinationState.STATED
         return State(state), []
 
-    def _commit(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        if _field(frame, "identity", bytes) != self._identity:
+    def _commit(self, message: Message) -> tuple[Event, list[Buffer]]:
+        if _field(message, "identity", bytes) != self._identity:
             raise ProtocolError("COMMIT is of another migration")
         self.state = DestinationState.COMMITTED
         return Commit(), []
@@ -307,9 +308,9 @@ class Destination(_Side):
         return self._encoder.frame(Kind.RUNNING)
 
 
-def _decoded(frame: Frame) -> Any:
+def _decoded(message: Message) -> Any:
     try:
-        return decode(frame.payload, frame.kind.name)
+        return decode(message.payload, message.kind.name)
     except StateError as error:
         raise ProtocolError(str(error)) from None
 
@@ -321,15 +322,15 @@ def _printable(text: str) -> str:
     )
 
 
-def _field(frame: Frame, name: str, kind: type) -> Any:
-    fields = _decoded(frame)
+def _field(message: Message, name: str, kind: type) -> Any:
+    fields = _decoded(message)
     if type(fields) is not dict or type(fields.get(name)) is not kind:
-        raise ProtocolError(f"{frame.kind.name} without its {name}")
+        raise ProtocolError(f"{message.kind.name} without its {name}")
     return fields[name]
 
 
-def _demand_version(frame: Frame) -> None:
-    versions = _field(frame, "versions", list)
+def _demand_version(message: Message) -> None:
+    versions = _field(message, "versions", list)
     if not set(VERSIONS) & {version for version in versions if type(version) is int}:
         raise ProtocolError(
             f"the other side speaks versions {versions!r} of the protocol, this one "

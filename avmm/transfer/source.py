@@ -20,9 +20,10 @@ import trio
 
 from avmm.errors import ConfigError, HandOverUnknownError, MigrationError, PeerAbortedError
 from avmm.memory.pages import PAGE, Bitmap, Packer
+from avmm.progress import MigrationProgress, Report
+from avmm.transfer.connection import Connection
 from avmm.transfer.frames import MOST_DATA_PAGES, MOST_RUNS
-from avmm.transfer.line import Line
-from avmm.transfer.pace import Pace, Progress
+from avmm.transfer.pace import Pace
 from avmm.transfer.protocol import Source, SourceState
 
 if TYPE_CHECKING:
@@ -57,16 +58,6 @@ class Options:
             raise ConfigError(f"bandwidth {self.bandwidth!r}: expected {PAGE} bytes/s or more")
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a migration has taken, in seconds and bytes."""
-
-    downtime: float
-    total: float
-    bytes_sent: int
-    rounds: int
-
-
 class Sender:
     """One migration of one machine. `nursery` is that of the machine, `has_ended` tells whether
     its guest has."""
@@ -79,7 +70,7 @@ class Sender:
         options: Options,
         nursery: trio.Nursery,
         has_ended: Callable[[], bool],
-        on_progress: Callable[[Progress], object],
+        on_progress: Callable[[MigrationProgress], object],
     ) -> None:
         self._parts = parts
         self._coordinator = coordinator
@@ -88,7 +79,7 @@ class Sender:
         self._has_ended = has_ended
         self._on_progress = on_progress
         self._source = Source(secrets.token_bytes(16))
-        self._line = Line(stream, self._source, options.stall_seconds)
+        self._connection = Connection(stream, self._source, options.stall_seconds)
         self._pace = Pace(options.target_downtime, options.bandwidth)
         self._packer = Packer(parts.memory.whole, MOST_DATA_PAGES, MOST_RUNS)
         self._round = 0
@@ -121,22 +112,22 @@ class Sender:
             raise
         except BaseException as error:
             if self._source.state not in (SourceState.COMMITTED, SourceState.DONE):
-                await self._line.give_up(_told(error))
+                await self._connection.give_up(_told(error))
             raise
         now = trio.current_time()
-        return Report(now - stopped, now - begin, self._line.sent, self._round)
+        return Report(now - stopped, now - begin, self._connection.sent, self._round)
 
     async def _agree(self) -> None:
-        await self._line.say(self._source.hello())
+        await self._connection.say(self._source.hello())
         await self._until(SourceState.AGREED)
         offer = {"description": self._parts.describe(), "cpus": self._parts.needs}
-        await self._line.say(self._source.offer(offer))
+        await self._connection.say(self._source.offer(offer))
         await self._until(SourceState.COPYING)
 
     async def _until(self, state: SourceState) -> None:
         while self._source.state is not state:
             if not self._source.next():
-                await self._line.hear()
+                await self._connection.hear()
 
     async def _copy_live(self, log: DirtyLog, left: Bitmap) -> None:
         """Rounds, until what is left can go over within the target downtime."""
@@ -144,10 +135,10 @@ class Sender:
         self._nursery.start_soon(self._throttle, throttling)
         try:
             while True:
-                start, sent = trio.current_time(), self._line.sent
+                start, sent = trio.current_time(), self._connection.sent
                 await self._copy(left, start)
                 log.collect(left)
-                sent = self._line.sent - sent
+                sent = self._connection.sent - sent
                 if self._pace.round_ended(sent, trio.current_time() - start, len(left)):
                     return
         finally:
@@ -161,19 +152,19 @@ class Sender:
         """A round: send these pages; `left` is empty then."""
         self._round += 1
         self._packer.rewind()
-        total, first, told = len(left), self._line.sent, start
+        total, first, told = len(left), self._connection.sent, start
         self._tell(0, total)
         while (packed := self._packer.next(left, skip_zeros=self._round == 1)) is not None:
             self._demand_guest()
-            await self._line.say(self._source.pages(packed))
+            await self._connection.say(self._source.pages(packed))
             now = trio.current_time()
-            if delay := self._pace.delay(self._line.sent - first, now - start):
+            if delay := self._pace.delay(self._connection.sent - first, now - start):
                 await trio.sleep(delay)
             if now - told > _SAMPLE_SECONDS:
                 told = now
                 self._tell(total - len(left), len(left))
         self._demand_guest()
-        await self._line.say(self._source.round(self._round))
+        await self._connection.say(self._source.round(self._round))
 
     def _demand_guest(self) -> None:
         if self._has_ended():
@@ -182,7 +173,7 @@ class Sender:
     def _tell(self, sent: int, left: int) -> None:
         pace = self._pace
         self._on_progress(
-            Progress(
+            MigrationProgress(
                 self._round,
                 sent,
                 left,
@@ -190,7 +181,7 @@ class Sender:
                 pace.dirty_rate,
                 pace.expected_downtime(left),
                 pace.throttle,
-                self._line.sent,
+                self._connection.sent,
             )
         )
 
@@ -201,7 +192,7 @@ class Sender:
             # Not before: what somebody received of a console after that would come twice.
             state = self._parts.save(with_memory=False)
             for frame in self._source.stated(state):
-                await self._line.say(frame)
+                await self._connection.say(frame)
             await self._until(SourceState.READY)
             self._demand_guest()
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -209,7 +200,7 @@ class Sender:
             # First: a destination that is ready holds what is to be taken back.
             try:
                 if not isinstance(error, PeerAbortedError):
-                    await self._line.give_up(_told(error))
+                    await self._connection.give_up(_told(error))
             finally:
                 await self._take_back()
             raise
@@ -255,7 +246,7 @@ class Sender:
         why, given_up = f"no answer came for {self._options.answer_seconds} s", None
         try:
             with trio.move_on_after(self._options.answer_seconds):
-                await self._line.say(self._source.commit())
+                await self._connection.say(self._source.commit())
                 await self._until(SourceState.DONE)
         except PeerAbortedError as error:  # who says so has not run the guest, and never will
             given_up = error

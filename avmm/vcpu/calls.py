@@ -133,7 +133,7 @@ KINDS: Final = {
 """By exit reason."""
 
 
-def serve(page: Struct, reason: int, handler: CallHandler | None) -> Awaitable[None] | None:
+def serve_call(page: Struct, reason: int, handler: CallHandler | None) -> Awaitable[None] | None:
     """Answer the call in `kvm_run`, at once or by the awaitable that is returned."""
     kind = KINDS[reason]
     call = kind.read(page)

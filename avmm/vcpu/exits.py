@@ -17,8 +17,7 @@ from avmm.bus.space import MASKS, Bus
 from avmm.errors import MsrFault, VcpuError
 from avmm.kvm import Struct, Vcpu, constants, exit_name
 from avmm.outcome import Cause, Outcome
-from avmm.vcpu.calls import KINDS, CallHandler
-from avmm.vcpu.calls import serve as serve_call
+from avmm.vcpu.calls import KINDS, CallHandler, serve_call
 
 Served = Awaitable[None] | None
 

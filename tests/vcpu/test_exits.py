@@ -17,7 +17,7 @@ from avmm.devices.base import Device
 from avmm.errors import DeviceError, MsrFault, VcpuError
 from avmm.kvm import Vcpu, constants
 from avmm.outcome import Cause, Outcome
-from avmm.vcpu.calls import Answer, Call, serve
+from avmm.vcpu.calls import Answer, Call, serve_call
 from avmm.vcpu.exits import Exits
 
 PORT, ADDRESS, MSR, NOBODY = 0x100, 0xD000_0000, 0xC001_0000, 0x500
@@ -485,7 +485,7 @@ def test_a_call_that_nobody_answers_is_refused_as_its_kind_has_it() -> None:
     vcpu = FakeVcpu()
     page = vcpu.page
     page.papr_hcall.args = list(range(9))
-    assert serve(page, constants.KVM_EXIT_PAPR_HCALL, None) is None
+    assert serve_call(page, constants.KVM_EXIT_PAPR_HCALL, None) is None
     assert page.papr_hcall.ret == U64 - 1
     assert list(page.papr_hcall.args) == list(range(9))
     vcpu.close()

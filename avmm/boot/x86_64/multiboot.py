@@ -62,7 +62,7 @@ class Addresses:
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class MultibootHeader:
     """A multiboot header: its offset in the file, and what it says."""
 
     offset: int
@@ -70,7 +70,7 @@ class Header:
     addresses: Addresses | None
 
 
-def find(image: Image) -> Header | None:
+def find(image: Image) -> MultibootHeader | None:
     """The file's multiboot header, or None; `ImageError` where one is cut off."""
     head = image.head(SEARCH)
     for offset in range(0, len(head) - 11, 4):
@@ -78,17 +78,18 @@ def find(image: Image) -> Header | None:
         if magic != HEADER_MAGIC or (magic + flags + checksum) & 0xFFFF_FFFF:
             continue
         if not flags & _ADDRESSES:
-            return Header(offset, flags, None)
+            return MultibootHeader(offset, flags, None)
         if len(head) < offset + 32:
             raise image.error(
                 f"has a multiboot header at {offset:#x} that is not all within its first "
                 f"{len(head)} bytes"
             )
-        return Header(offset, flags, Addresses(*struct.unpack_from("<5I", head, offset + 12)))
+        addresses = Addresses(*struct.unpack_from("<5I", head, offset + 12))
+        return MultibootHeader(offset, flags, addresses)
     return None
 
 
-def load(assembly: Assembly, image: Image, header: Header) -> Entry:
+def load(assembly: Assembly, image: Image, header: MultibootHeader) -> Entry:
     """Load the image as its header says, and the modules, and write the boot information."""
     refused = header.flags & _REQUIREMENTS & ~(_PAGE_ALIGN | _MEMORY_INFO)
     if refused:

@@ -252,7 +252,7 @@ class Vsock(VirtioDevice):
                 self._serving, self._served = trio.CancelScope(), trio.Event()
                 try:
                     with self._serving:
-                        await vsock_unix.serve(self, listener, self._unix)
+                        await vsock_unix.serve_sockets(self, listener, self._unix)
                 finally:
                     self._served.set()
 

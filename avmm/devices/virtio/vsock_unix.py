@@ -54,7 +54,7 @@ def close(listener: socket.socket, path: str | PathLike[str]) -> None:
         Path(path).unlink()
 
 
-async def serve(vsock: Vsock, listener: socket.socket, path: str | PathLike[str]) -> None:
+async def serve_sockets(vsock: Vsock, listener: socket.socket, path: str | PathLike[str]) -> None:
     """Serve PATH until cancelled, and close it."""
     path = fspath(path)
     free = trio.Semaphore(_CLIENTS)

@@ -24,7 +24,7 @@ _SOCKET_BYTES: Final = 208 << 10
 _LAST_WORD_SECONDS: Final = 1.0
 
 
-class Line:
+class Connection:
     """`stream` is the caller's to close; any trio byte stream will do.
 
     `stall_seconds`: as long may 256 KiB take to leave, or nothing come where something is waited
