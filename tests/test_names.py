@@ -13,7 +13,6 @@ import avmm
 
 SOURCES = Path(avmm.__file__).parent
 MEANT: dict[str, str] = {
-    "Described": "acpi's is about to get another name",
     "Mode": "completion's is about to get another name",
 }
 """Names that several public classes have, and why."""

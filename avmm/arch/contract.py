@@ -86,7 +86,7 @@ class Board:
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class GuestImage:
     """What is to be loaded, and how: see the settings of these names."""
 
     kernel: Path
@@ -144,7 +144,7 @@ class Architecture(ABC):
     # -- how a guest starts --------------------------------------------------------------------
 
     @abstractmethod
-    def load_image(self, memory: GuestMemory, image: Image, devices: Sequence[Placement]) -> Entry:
+    def load_image(self, memory: GuestMemory, image: GuestImage, devices: Sequence[Placement]) -> Entry:
         """Load the image into fresh memory, with what tells the guest of all `devices`: the
         board's, then the user's. Raises `ImageError` and `ConfigError`; memory is of no use
         then."""

@@ -46,6 +46,18 @@ class SizeRow:
     ratio: float
 
 
+@dataclass(frozen=True)
+class StallRow:
+    """One case: for how many milliseconds trio's thread was taken, as the median over the rounds
+    and at the most; and the 99th percentile of the same while nothing is done, which is not
+    contained in them."""
+
+    case: str
+    ms: float
+    most_ms: float
+    idle_ms: float
+
+
 def medians(
     pairs: Sequence[tuple[float, float | None]],
 ) -> tuple[float, float | None, float | None]:

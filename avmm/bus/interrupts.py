@@ -85,7 +85,7 @@ class IrqLine:
                 self._fd = -1
 
 
-class Message:
+class MessageInterrupt:
     """A message-signalled interrupt of a running machine. Any thread."""
 
     def __init__(self, vm: Vm, address: int, data: int) -> None:
@@ -124,7 +124,7 @@ class Interrupts:
         self._pins = pins
         self._owners: dict[int, str] = {}
         self._lines: dict[int, IrqLine] = {}
-        self._messages: list[Message] = []
+        self._messages: list[MessageInterrupt] = []
         self._vm: Vm | None = None
 
     def line(self, gsi: int, owner: str) -> IrqLine:
@@ -145,11 +145,11 @@ class Interrupts:
         for gsi, line in self._lines.items():
             line.connect(vm, gsi)
 
-    def message(self, address: int, data: int) -> Message:
+    def message(self, address: int, data: int) -> MessageInterrupt:
         """A message-signalled interrupt: each `pulse` sends `data` to `address` (Intel SDM 3A,
         11.11). After `connect`."""
         assert self._vm is not None
-        message = Message(self._vm, address, data)
+        message = MessageInterrupt(self._vm, address, data)
         self._messages.append(message)
         return message
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from avmm.bench import exits as bench_exits
 from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
 from avmm.bench import snapshot as bench_snapshot
+from avmm.bench import stall as bench_stall
 from avmm.bench import virtio as bench_virtio
-from avmm.bench.row import Row, SizeRow, SpeedRow
+from avmm.bench.row import Row, SizeRow, SpeedRow, StallRow
 from avmm.memory.ram import parse_size
 
 Measure = Callable[[Callable[[], None]], Sequence[Row | SizeRow | SpeedRow]]
@@ -123,12 +125,49 @@ def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
     )
 
 
-def _run(measure: Measure, steps: int, as_json: bool) -> None:
-    # The bar goes to standard error, and only to a terminal: the result can be piped.
-    with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
-        rows = measure(lambda: bar.update(1))
+@command.command()
+@click.option(
+    "--kernel",
+    type=click.Path(path_type=Path),
+    help="A compressed one to boot, such as Debian's; else the bundled guest, compressed.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Objects: case, ms, most_ms, idle_ms.")
+@ROUNDS
+@MEMORY
+def stall(kernel: Path | None, as_json: bool, rounds: int, memory: str) -> None:
+    """How long other tasks of the program have to wait while avmm makes, moves or leaves a guest.
+
+    The guests that are cloned, saved and moved have written to all of their memory. Each figure is
+    the longest that a task which sleeps a millisecond was late, as the median over the rounds, and
+    at the most; what 99 of 100 such sleeps are late where nothing is done is taken off.
+    """
+    size = parse_size(memory)
+    with _progress(bench_stall.steps(rounds)) as progress:
+        rows = trio.run(bench_stall.measure, kernel, size, rounds, progress)
     if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        _print_json(rows)
+        return
+    click.echo(f"{'case':24} {'ms':>8} {'most ms':>8} {'idle ms':>8}")
+    for row in rows:
+        click.echo(f"{row.case:24} {row.ms:8.1f} {row.most_ms:8.1f} {row.idle_ms:8.1f}")
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[], None]]:
+    """A bar, which goes to standard error, and only to a terminal: the result can be piped."""
+    with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
+        yield lambda: bar.update(1)
+
+
+def _print_json(rows: Sequence[Row | SizeRow | SpeedRow | StallRow]) -> None:
+    click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+
+
+def _run(measure: Measure, steps: int, as_json: bool) -> None:
+    with _progress(steps) as progress:
+        rows = measure(progress)
+    if as_json:
+        _print_json(rows)
         return
     click.echo(f"{'case':24} {'µs':>8} {'raw µs':>8} {'× raw':>7}")
     for row in rows:

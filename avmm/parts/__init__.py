@@ -10,12 +10,12 @@ what the steps before it gave and returns a value:
     attached    devices get their host; buses know who answers where (`placing`)
     wired       KVM knows of interrupts, doorbells and coalesced writes (`wiring`)
     vCPUs       as they start, or as a saved state has them (`state`)
-    loops       what runs the vCPUs (`build`)
+    loops       what runs the vCPUs (`builder`)
 
 `Parts` is the result; `description` tells of a machine to whoever is to make one like it.
 """
 
-from avmm.parts.build import Origin, build, build_at_once, dismantle
+from avmm.parts.builder import Origin, build, build_at_once, dismantle
 from avmm.parts.parts import Parts
 
 __all__ = ["Origin", "Parts", "build", "build_at_once", "dismantle"]

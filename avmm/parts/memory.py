@@ -12,7 +12,7 @@ from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory
 
 if TYPE_CHECKING:
-    from avmm.parts.build import Origin
+    from avmm.parts.builder import Origin
 
 
 def open_memory(

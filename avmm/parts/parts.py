@@ -1,6 +1,6 @@
 """The parts of a machine: all that exists before anything runs, and while it runs.
 
-`avmm.parts.build` puts them together; `avmm.machine` runs them in a nursery.
+`avmm.parts.builder` puts them together; `avmm.machine` runs them in a nursery.
 """
 
 from __future__ import annotations

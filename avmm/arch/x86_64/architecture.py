@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from avmm.arch.contract import Architecture, Board, BoardOptions, Image, Probe
+from avmm.arch.contract import Architecture, Board, BoardOptions, GuestImage, Probe
 from avmm.arch.x86_64 import board, cpu, layout, probes, report, state, vm
 from avmm.kvm import System, Vcpu, Vm, constants
 from avmm.vcpu.calls import KINDS
@@ -50,7 +50,7 @@ class X86_64(Architecture):  # noqa: N801 - as the field writes it
     ) -> Board:
         return board.board(options, memory_size, end)
 
-    def load_image(self, memory: GuestMemory, image: Image, devices: Sequence[Placement]) -> Entry:
+    def load_image(self, memory: GuestMemory, image: GuestImage, devices: Sequence[Placement]) -> Entry:
         # Reading images is most of what there is to import, and only needed from here on.
         from avmm.boot.x86_64.load import load_image  # noqa: PLC0415
 

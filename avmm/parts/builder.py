@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple
 
 from avmm import arch, guests
-from avmm.arch.contract import Architecture, BoardOptions, Image
+from avmm.arch.contract import Architecture, BoardOptions, GuestImage
 from avmm.bus.coalesced import CoalescedWrites
 from avmm.config import MachineConfig
 from avmm.errors import ConfigError
@@ -210,8 +210,8 @@ def _board_options(config: MachineConfig) -> BoardOptions:
     return BoardOptions(config.cpus, config.acpi, config.debug_exit)
 
 
-def _image(config: MachineConfig) -> Image:
-    return Image(
+def _image(config: MachineConfig) -> GuestImage:
+    return GuestImage(
         kernel=config.kernel or guests.path("shell"),
         cmdline=config.cmdline,
         initrd=config.initrd,
