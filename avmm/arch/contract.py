@@ -144,7 +144,9 @@ class Architecture(ABC):
     # -- how a guest starts --------------------------------------------------------------------
 
     @abstractmethod
-    def load_image(self, memory: GuestMemory, image: GuestImage, devices: Sequence[Placement]) -> Entry:
+    def load_image(
+        self, memory: GuestMemory, image: GuestImage, devices: Sequence[Placement]
+    ) -> Entry:
         """Load the image into fresh memory, with what tells the guest of all `devices`: the
         board's, then the user's. Raises `ImageError` and `ConfigError`; memory is of no use
         then."""

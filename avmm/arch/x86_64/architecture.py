@@ -50,7 +50,9 @@ class X86_64(Architecture):  # noqa: N801 - as the field writes it
     ) -> Board:
         return board.board(options, memory_size, end)
 
-    def load_image(self, memory: GuestMemory, image: GuestImage, devices: Sequence[Placement]) -> Entry:
+    def load_image(
+        self, memory: GuestMemory, image: GuestImage, devices: Sequence[Placement]
+    ) -> Entry:
         # Reading images is most of what there is to import, and only needed from here on.
         from avmm.boot.x86_64.load import load_image  # noqa: PLC0415
 

@@ -44,7 +44,9 @@ from avmm.memory.ram import GuestMemory
 StrPath = str | os.PathLike[str]
 
 
-def load_image(memory: GuestMemory, asked: contract.GuestImage, devices: Sequence[Placement]) -> Entry:
+def load_image(
+    memory: GuestMemory, asked: contract.GuestImage, devices: Sequence[Placement]
+) -> Entry:
     """`load` for a machine with these devices; see `avmm.arch.contract.Architecture`."""
     has_acpi = asked.acpi and not asked.is_bundled
     return load(
