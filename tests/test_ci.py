@@ -24,6 +24,7 @@ STUBS = {
     "pip": "",
     "ruff": "",
     "mypy": "",
+    "lint-imports": "",
     "apt-get": "",
     "id": 'echo "$USER_ID"',
     "avmm": "echo hi; exit 3",

@@ -15,8 +15,7 @@ from typing import Final
 
 import trio
 
-from avmm import guests
-from avmm.arch.x86_64 import layout
+from avmm import arch, guests
 from avmm.bench.row import Row
 from avmm.bus.space import Placement, mmio, pio
 from avmm.config import MachineConfig
@@ -26,7 +25,7 @@ from avmm.machine import Machine
 from avmm.parts import build_at_once
 
 PORT: Final = 0xE0
-ADDRESS: Final = layout.MMIO
+ADDRESS: Final = arch.host().own_window.start
 
 
 class AtOnce(Device):

@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
-if TYPE_CHECKING:
-    from avmm.boot.image import Image
+from avmm.errors import ImageError
 
 MAGIC_SIZE: Final = 6
 """The longest magic."""
@@ -43,10 +42,17 @@ class CompressedBytes(Protocol):
         """The next `size` bytes, fewer at the end."""
 
 
+class ImageFile(Protocol):
+    """A file that compressed data are in; `avmm.boot.image.Image` is one."""
+
+    def read(self, offset: int, size: int, what: str) -> bytes: ...
+    def error(self, text: str) -> ImageError: ...
+
+
 class _Run:
     """A run of an image's bytes."""
 
-    def __init__(self, image: Image, offset: int, size: int) -> None:
+    def __init__(self, image: ImageFile, offset: int, size: int) -> None:
         self._image = image
         self._at = offset
         self.left = size
@@ -80,7 +86,7 @@ def named(name: str) -> Codec:
 
 
 def decompress(
-    image: Image, codec: Codec, offset: int, size: int, limit: int, trailer: int = 0
+    image: ImageFile, codec: Codec, offset: int, size: int, limit: int, trailer: int = 0
 ) -> tuple[int, int]:
     """The run of `image` decompressed into a memfd: (its descriptor, its size).
 
@@ -119,7 +125,7 @@ def decompress(
     return fd, total
 
 
-def _write_all(image: Image, fd: int, data: bytes) -> None:
+def _write_all(image: ImageFile, fd: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         try:

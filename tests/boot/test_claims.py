@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from avmm.arch.x86_64.boot.assembly import PC
 from avmm.boot.claims import Claims, MapEntry, MapKind
-from avmm.boot.x86_64.assembly import PC
 from avmm.errors import ImageError
 from avmm.memory.layout import Region
 

@@ -45,7 +45,7 @@ async def test_one_task_waits() -> None:
 
 async def test_it_can_be_made_in_a_thread_of_no_loop_with_the_loops_token() -> None:
     token = trio.lowlevel.current_trio_token()
-    made: list[Wakeup] = []
+    made: list[TaskWakeup] = []
     refused: list[Exception] = []
 
     def make() -> None:

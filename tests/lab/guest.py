@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import avmm.image.build
+from avmm.arch.x86_64.boot import bzimage
 from avmm.boot.image import open_image
-from avmm.boot.x86_64 import bzimage
 from lab import krunfw
 from lab.cache import LabError, artefact
 from lab.debian import NEWER, download, kernel_package, newer_kernel_package, run

@@ -54,7 +54,7 @@ class X86_64(Architecture):  # noqa: N801 - as the field writes it
         self, memory: GuestMemory, image: GuestImage, devices: Sequence[Placement]
     ) -> Entry:
         # Reading images is most of what there is to import, and only needed from here on.
-        from avmm.boot.x86_64.load import load_image  # noqa: PLC0415
+        from avmm.arch.x86_64.boot.load import load_image  # noqa: PLC0415
 
         return load_image(memory, image, devices)
 

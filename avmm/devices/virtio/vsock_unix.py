@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -27,7 +27,6 @@ from avmm.devices import sockets
 from avmm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from avmm.devices.virtio.vsock import Vsock
     from avmm.devices.virtio.vsock_stream import VsockStream
 
 _CONNECT: Final = re.compile(rb"CONNECT (\d{1,10})\r?\n")
@@ -37,6 +36,13 @@ _CLIENTS: Final = 256
 """Programs that are served at once, in either direction; others wait or are refused."""
 _BROKEN: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 _LONGEST_PATH: Final = 107 - len("_4294967295")
+
+
+class GuestSockets(Protocol):
+    """What the guest's sockets must offer; `avmm.devices.virtio.vsock.Vsock` does."""
+
+    async def connect(self, port: int) -> VsockStream: ...
+    def listen(self, port: int | None) -> trio.abc.Listener[VsockStream]: ...
 
 
 def listen(path: str | PathLike[str]) -> socket.socket:
@@ -54,7 +60,9 @@ def close(listener: socket.socket, path: str | PathLike[str]) -> None:
         Path(path).unlink()
 
 
-async def serve_sockets(vsock: Vsock, listener: socket.socket, path: str | PathLike[str]) -> None:
+async def serve_sockets(
+    vsock: GuestSockets, listener: socket.socket, path: str | PathLike[str]
+) -> None:
     """Serve PATH until cancelled, and close it."""
     path = fspath(path)
     free = trio.Semaphore(_CLIENTS)
@@ -69,7 +77,9 @@ async def serve_sockets(vsock: Vsock, listener: socket.socket, path: str | PathL
         close(listener, path)
 
 
-async def _serve_client(vsock: Vsock, client: trio.SocketStream, free: trio.Semaphore) -> None:
+async def _serve_client(
+    vsock: GuestSockets, client: trio.SocketStream, free: trio.Semaphore
+) -> None:
     with _one_of(free), suppress(*_BROKEN, OSError):
         async with client:
             port, rest = await _read_line(client)
@@ -97,7 +107,7 @@ async def _read_line(client: trio.SocketStream) -> tuple[int | None, bytes]:
 
 
 async def _serve_guest(
-    vsock: Vsock, path: str, free: trio.Semaphore, nursery: trio.Nursery
+    vsock: GuestSockets, path: str, free: trio.Semaphore, nursery: trio.Nursery
 ) -> None:
     async with vsock.listen(None) as requests:
         while True:

@@ -14,8 +14,8 @@ from support.images import Elf, Segment, pvh_elf
 import avmm
 from avmm.arch.x86_64 import acpi, aml, layout
 from avmm.arch.x86_64.acpi import AcpiDevice
+from avmm.arch.x86_64.boot.load import load
 from avmm.boot import Protocol
-from avmm.boot.x86_64.load import load
 from avmm.devices.pc.power import Power
 from avmm.errors import ConfigError
 from avmm.memory.ram import GuestMemory

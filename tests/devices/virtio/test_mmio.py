@@ -11,7 +11,7 @@ from support.virtio_driver import EVENT_IDX, INDIRECT_DESC, VERSION_1, Bench, se
 import avmm
 from avmm.arch.x86_64 import acpi
 from avmm.arch.x86_64.board import VIRTIO
-from avmm.boot.x86_64.load import named
+from avmm.arch.x86_64.boot.load import named
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.mmio import SIZE, VirtioMmio
 from avmm.devices.virtio.rng import Rng

@@ -31,12 +31,12 @@ from collections.abc import Sequence
 from avmm.arch import contract
 from avmm.arch.x86_64 import acpi as acpi_tables
 from avmm.arch.x86_64.acpi import AcpiDevice
+from avmm.arch.x86_64.boot import bzimage, elf, flat, krunfw, multiboot, pvh
+from avmm.arch.x86_64.boot.assembly import Assembly
 from avmm.boot.describe import HEAD, describe
 from avmm.boot.elf_headers import MAGIC, parse
 from avmm.boot.entry import Entry, FlatOptions, Protocol
 from avmm.boot.image import SLACK, Image, open_image
-from avmm.boot.x86_64 import bzimage, elf, flat, krunfw, multiboot, pvh
-from avmm.boot.x86_64.assembly import Assembly
 from avmm.bus.space import Placement
 from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.memory.ram import GuestMemory

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from avmm.arch.x86_64 import layout
+from avmm.arch.x86_64.boot import elf
+from avmm.arch.x86_64.boot.assembly import Assembly
+from avmm.arch.x86_64.boot.infoblock import InfoBlock
 from avmm.boot.claims import MapEntry, MapKind
 from avmm.boot.elf_headers import parse
 from avmm.boot.entry import Entry, Mode
 from avmm.boot.image import Image
-from avmm.boot.x86_64 import elf
-from avmm.boot.x86_64.assembly import Assembly
-from avmm.boot.x86_64.infoblock import InfoBlock
 
 SEARCH: Final = 8192
 HEADER_MAGIC: Final = 0x1BAD_B002

@@ -9,9 +9,9 @@ import pytest
 from support import guestview
 from support.images import PT_NOTE, Elf, Segment, note, pvh_elf, pvh_note
 
+from avmm.arch.x86_64.boot.load import load
 from avmm.arch.x86_64.layout import RAM
 from avmm.boot import Mode
-from avmm.boot.x86_64.load import load
 from avmm.errors import ImageError
 from avmm.memory.ram import GuestMemory
 

@@ -6,11 +6,11 @@ their ELFs with what is here too.
 
 from __future__ import annotations
 
+from avmm.arch.x86_64.boot import longmode
+from avmm.arch.x86_64.boot.assembly import Assembly
 from avmm.arch.x86_64.layout import HOLE_END
 from avmm.boot.elf_headers import PF_X, Elf
 from avmm.boot.entry import Entry
-from avmm.boot.x86_64 import longmode
-from avmm.boot.x86_64.assembly import Assembly
 
 
 def load_segments(assembly: Assembly, elf: Elf) -> None:

@@ -13,8 +13,8 @@ from support.images import BzImage, Elf, Segment, pvh_elf
 from support.packing import PACK
 
 from avmm.arch.x86_64 import layout
+from avmm.arch.x86_64.boot.load import load
 from avmm.boot import Mode, Protocol
-from avmm.boot.x86_64.load import load
 from avmm.errors import ConfigError, ImageError
 from avmm.memory.ram import GuestMemory
 

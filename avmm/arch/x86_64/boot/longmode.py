@@ -19,10 +19,10 @@ from __future__ import annotations
 from typing import Final
 
 from avmm.arch.x86_64 import layout, tables
+from avmm.arch.x86_64.boot import zeropage
+from avmm.arch.x86_64.boot.assembly import Assembly
+from avmm.arch.x86_64.boot.startinfo import write_start_info
 from avmm.boot.entry import Entry, Mode
-from avmm.boot.x86_64 import zeropage
-from avmm.boot.x86_64.assembly import Assembly
-from avmm.boot.x86_64.startinfo import write_start_info
 
 _RETURN_ADDRESS_SIZE: Final = 8
 

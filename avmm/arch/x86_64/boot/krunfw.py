@@ -16,11 +16,11 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from avmm.arch.x86_64.boot import longmode
+from avmm.arch.x86_64.boot.assembly import Assembly
 from avmm.boot.elf_headers import MAX_PROGRAM_HEADERS, Structs
 from avmm.boot.entry import Entry
 from avmm.boot.image import Image
-from avmm.boot.x86_64 import longmode
-from avmm.boot.x86_64.assembly import Assembly
 
 _TYPE_AT: Final = 16
 _ET_DYN: Final = b"\x03\x00"

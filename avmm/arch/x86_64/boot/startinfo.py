@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from avmm.arch.x86_64 import layout
-from avmm.boot.x86_64.assembly import Assembly, Module
-from avmm.boot.x86_64.infoblock import InfoBlock
+from avmm.arch.x86_64.boot.assembly import Assembly, Module
+from avmm.arch.x86_64.boot.infoblock import InfoBlock
 
 MAGIC: Final = 0x336E_C578
 VERSION: Final = 1

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from avmm.arch.x86_64.boot import zeropage
 from avmm.boot import compressed
 from avmm.boot.compressed import MAGIC_SIZE
 from avmm.boot.elf_headers import MAGIC as ELF_MAGIC
 from avmm.boot.image import Image
-from avmm.boot.x86_64 import zeropage
 
 _MAGIC_AT: Final = 0x202
 _MAGIC: Final = b"HdrS"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from avmm.arch.x86_64.boot import elf
+from avmm.arch.x86_64.boot.assembly import Assembly
+from avmm.arch.x86_64.boot.startinfo import write_start_info
 from avmm.boot.elf_headers import Elf, notes
 from avmm.boot.entry import Entry, Mode
-from avmm.boot.x86_64 import elf
-from avmm.boot.x86_64.assembly import Assembly
-from avmm.boot.x86_64.startinfo import write_start_info
 
 _OWNER: Final = b"Xen"
 _PHYS32_ENTRY: Final = 18

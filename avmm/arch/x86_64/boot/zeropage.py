@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from avmm.arch.x86_64 import layout
-from avmm.boot.x86_64.assembly import Assembly, Module
+from avmm.arch.x86_64.boot.assembly import Assembly, Module
 from avmm.errors import ConfigError
 
 HEADER: Final = 0x1F1

@@ -11,9 +11,9 @@ from support import guestview
 from support.images import PT_INTERP, PT_NOTE, Elf, Segment, note
 
 from avmm.arch.x86_64 import layout, tables
+from avmm.arch.x86_64.boot.load import load
 from avmm.arch.x86_64.layout import RAM
 from avmm.boot import Mode
-from avmm.boot.x86_64.load import load
 from avmm.errors import ImageError
 from avmm.memory.ram import GuestMemory
 

@@ -6,11 +6,11 @@ only where `FlatOptions` are given. It is then loaded as it is, not even decompr
 
 from __future__ import annotations
 
+from avmm.arch.x86_64.boot import longmode
+from avmm.arch.x86_64.boot.assembly import Assembly
 from avmm.arch.x86_64.layout import HOLE_END
 from avmm.boot.entry import Entry, FlatOptions, Mode
 from avmm.boot.image import Image
-from avmm.boot.x86_64 import longmode
-from avmm.boot.x86_64.assembly import Assembly
 from avmm.errors import ConfigError
 
 _REACH = {Mode.REAL: 0x10_0000, Mode.PROTECTED: HOLE_END, Mode.LONG: HOLE_END}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from avmm.arch.x86_64 import layout
+from avmm.arch.x86_64.boot.load import load
 from avmm.boot import Mode
-from avmm.boot.x86_64.load import load
 from avmm.errors import ImageError
 from avmm.memory.ram import GuestMemory
 

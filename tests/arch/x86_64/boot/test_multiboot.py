@@ -10,8 +10,8 @@ import pytest
 from support import guestview
 from support.images import Elf, Segment, multiboot_elf, multiboot_header, pvh_elf
 
+from avmm.arch.x86_64.boot.load import load
 from avmm.boot import Mode
-from avmm.boot.x86_64.load import load
 from avmm.errors import ConfigError, ImageError
 from avmm.memory.ram import GuestMemory
 

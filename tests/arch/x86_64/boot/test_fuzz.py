@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.images import BzImage, Elf, Segment, multiboot_elf, multiboot_header, note, pvh_elf
 
+from avmm.arch.x86_64.boot.load import load
 from avmm.boot import Entry
-from avmm.boot.x86_64.load import load
 from avmm.errors import ConfigError, ImageError
 from avmm.memory.ram import GuestMemory
 
