@@ -6,7 +6,8 @@ import os
 
 import trio
 
-from avmm.kvm import Vm, eventfd
+from avmm.kvm import eventfd
+from avmm.kvm.vm import Vm
 
 
 class EventDoorbell:

@@ -16,7 +16,8 @@ import threading
 from typing import Final
 
 from avmm.errors import ConfigError
-from avmm.kvm import Vm, constants, eventfd
+from avmm.kvm import constants, eventfd
+from avmm.kvm.vm import Vm
 
 PINS: Final = 24
 """Input pins of the IOAPIC."""

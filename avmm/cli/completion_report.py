@@ -27,7 +27,7 @@ from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device
 from avmm.errors import AvmmError, DeviceError
-from avmm.kvm import KvmError, System, Vcpu, constants, exit_name
+from avmm.kvm import Capability, KvmError, System, Vcpu, constants, exit_name
 from avmm.kvm.kick import accept_kicks, install_kick, kick
 from avmm.outcome import Outcome
 from avmm.parts.machine_parts import Parts
@@ -51,7 +51,7 @@ class Shape:
     name: str
     code: bytes
     registers: Mapping[str, int] = field(default_factory=dict)
-    capability: str = ""
+    capability: Capability | None = None
     """What KVM must offer for it."""
     xen: bool = False
     """Are hypercalls Xen's?"""
@@ -158,7 +158,7 @@ class _Guest:
             pio(_Witness("port", log), _PORT, 1),
             mmio(_Witness("MMIO", log), _WINDOW, 0x2000),
         ]
-        if shape.capability:
+        if shape.capability is not None:
             _demand(shape.capability)
         if "msr" in shape.name:
             places.append(msr(_Witness("MSR", log), _MSR))
@@ -207,7 +207,7 @@ class _Guest:
             self.step()
 
 
-def _demand(capability: str) -> None:
+def _demand(capability: Capability) -> None:
     system = System()
     try:
         if not system.check(capability):

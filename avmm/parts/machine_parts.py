@@ -59,7 +59,7 @@ from avmm.parts import description
 from avmm.parts.description import Described
 from avmm.parts.placing import Unplaced, allocate, named, virtio
 from avmm.vcpu.calls import XEN_MSR, CallHandler
-from avmm.vcpu.completion import CompletionPolicy, Mode
+from avmm.vcpu.completion import CompletionMode, CompletionPolicy
 from avmm.vcpu.exits import Exits
 
 logger = logging.getLogger(__name__)
@@ -265,7 +265,8 @@ class Parts:
                 f"{names}: {len(places)} ranges of MSRs; expected at most "
                 f"{constants.KVM_MSR_FILTER_MAX_RANGES}, KVM filters no more"
             )
-        if not all(map(self.vm.check, ("KVM_CAP_X86_USER_SPACE_MSR", "KVM_CAP_X86_MSR_FILTER"))):
+        check = self.vm.check
+        if not (check("KVM_CAP_X86_USER_SPACE_MSR") and check("KVM_CAP_X86_MSR_FILTER")):
             raise ConfigError(
                 f"{names}: this host's KVM does not hand MSRs over; expected one that offers "
                 "KVM_CAP_X86_USER_SPACE_MSR and KVM_CAP_X86_MSR_FILTER (Linux 5.10)"
@@ -288,7 +289,8 @@ class Parts:
                 "decides, until the kernel's flag has proved itself",
                 number,
             )
-        return CompletionPolicy(Mode(config.completion), capability=number, announced=announced)
+        mode = CompletionMode(config.completion)
+        return CompletionPolicy(mode, capability=number, announced=announced)
 
     def _create_vcpu(self, stack: ExitStack, index: int) -> Vcpu:
         vcpu = self.vm.create_vcpu(index)
@@ -503,7 +505,7 @@ class Parts:
             self.coalesced.deliver()
 
     def _group(self, stack: ExitStack) -> VcpuGroup:
-        lot = ParkingLot(self.vcpus, always=self.policy.mode is Mode.ALWAYS)
+        lot = ParkingLot(self.vcpus, always=self.policy.mode is CompletionMode.ALWAYS)
         stack.callback(lot.close)
         loops = []
         for vcpu, spot in zip(self.vcpus, lot.spots, strict=True):
