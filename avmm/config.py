@@ -20,7 +20,7 @@ from avmm.disks.options import DiskOptions
 from avmm.errors import ConfigError
 from avmm.memory.ram import parse_size
 from avmm.options import NetOptions, VsockOptions
-from avmm.vcpu.completion import Mode as CompletionMode
+from avmm.vcpu.completion import CompletionMode
 
 UNCLAIMED: Final = {
     "ignore": 0,
@@ -104,7 +104,8 @@ class MachineConfig:
     unclaimed: str = "info"
     """How accesses that no device claims are reported: one of `UNCLAIMED`."""
     completion: str = "auto"
-    """Which exits are completed before a state is read: one of `avmm.vcpu.completion.Mode`."""
+    """Which exits are completed before a state is read: a value of
+    `avmm.vcpu.completion.CompletionMode`."""
     completion_capability: int | None = None
     """The number of KVM_CAP_NEEDS_COMPLETION in this host's kernel, where you know that it has
     one; for "auto". `avmm.vcpu.completion` says why avmm believes no number by itself."""

@@ -51,8 +51,8 @@ from avmm.vcpu.completion import CompletionPolicy, drain, is_output
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
-    from avmm.kvm import Vcpu
     from avmm.kvm.parking import ParkingLot, Spot
+    from avmm.kvm.vcpu import Vcpu
     from avmm.vcpu.exits import Exits
 
 _YIELD_SECONDS: Final = 0.001

@@ -12,9 +12,7 @@ from types import ModuleType
 import avmm
 
 SOURCES = Path(avmm.__file__).parent
-MEANT: dict[str, str] = {
-    "Mode": "completion's is about to get another name",
-}
+MEANT: dict[str, str] = {}
 """Names that several public classes have, and why."""
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from avmm.bus.interrupts import Pins
     from avmm.bus.space import Placement
     from avmm.devices.serial import Serial
-    from avmm.kvm import System, Vcpu, Vm
+    from avmm.kvm import Capability, System, Vcpu, Vm
     from avmm.memory.layout import RamLayout
     from avmm.memory.ram import GuestMemory
     from avmm.outcome import Outcome
@@ -109,7 +109,7 @@ class Probe:
     name: str
     code: bytes
     registers: Mapping[str, int] = field(default_factory=dict)
-    capability: str = ""
+    capability: Capability | None = None
     """What KVM must offer for it."""
     xen: bool = False
     """Are hypercalls Xen's?"""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import trio
 
-from avmm.kvm import Vm, eventfd
+from avmm.kvm import eventfd
+from avmm.kvm.vm import Vm
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device
 from avmm.errors import AvmmError, DeviceError
-from avmm.kvm import KvmError, System, Vcpu, exit_name
+from avmm.kvm import Capability, KvmError, System, Vcpu, exit_name
 from avmm.kvm.kick import accept_kicks, install_kick, kick
 from avmm.memory.pages import PAGE
 from avmm.outcome import Outcome
@@ -96,7 +96,7 @@ class _Guest:
             pio(_Witness("port", log), _PORT, 1),
             mmio(_Witness("MMIO", log), kind.own_window.start, _WINDOW_SIZE),
         ]
-        if shape.capability:
+        if shape.capability is not None:
             _demand(shape.capability)
         if "msr" in shape.name:
             places.append(msr(_Witness("MSR", log), _REGISTER))
@@ -145,7 +145,7 @@ class _Guest:
             self.step()
 
 
-def _demand(capability: str) -> None:
+def _demand(capability: Capability) -> None:
     system = System()
     try:
         if not system.check(capability):

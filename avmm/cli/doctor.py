@@ -17,7 +17,6 @@ from avmm import arch, guests
 from avmm.cli import completion_report
 from avmm.errors import AvmmError
 from avmm.kvm import KvmUnavailable, System, capabilities
-from avmm.kvm.handles import REQUIRED
 from avmm.machine import Machine
 from avmm.outcome import Cause
 
@@ -168,7 +167,7 @@ def _print(report: HostReport) -> None:
         click.echo(f"/dev/kvm       works; up to {report.max_vcpus} vCPUs, {report.msrs} MSRs")
         click.echo("capabilities")
         for name, value in report.capabilities.items():
-            need = "needed" if name in REQUIRED else "used" if name in _USES else ""
+            need = "needed" if name in System.REQUIRED else "used" if name in _USES else ""
             mark = click.style("yes", fg="green") if value else click.style("no ", fg="yellow")
             amount = f"({value})" if value > 1 else ""
             line = f"  {mark} {name:38} {need:7}{_USES.get(name, '')} {amount}"

@@ -15,7 +15,7 @@ from avmm.cli.attend import PATH
 from avmm.config import UNCLAIMED, MachineConfig, read_toml
 from avmm.machine import Machine
 from avmm.outcome import Outcome
-from avmm.vcpu.completion import Mode
+from avmm.vcpu.completion import CompletionMode
 
 
 class PortNumber(click.ParamType[int | str]):
@@ -97,7 +97,7 @@ class PortNumber(click.ParamType[int | str]):
 )
 @click.option(
     "--completion",
-    type=click.Choice([mode.value for mode in Mode]),
+    type=click.Choice([mode.value for mode in CompletionMode]),
     help="Which exits are completed before a state is saved.  [default: auto]",
 )
 @click.option(

@@ -1,14 +1,25 @@
-"""The border to the kernel: nothing above this package sees an ioctl, a number or a struct."""
+"""The border to the kernel: nothing above this package sees an ioctl, a number or a struct.
+
+`System`, `Vm` and `Vcpu` are those of this host's architecture, whose KVM knows more than what
+`avmm.kvm.system`, `vm` and `vcpu` have.
+"""
 
 from avmm.kvm._kvm import lib as constants
 from avmm.kvm.bridge import eventfd
 from avmm.kvm.errors import KvmError, KvmUnavailable
-from avmm.kvm.handles import Struct, System, Vcpu, Vm, capabilities, copy_cpuid, exit_name
+from avmm.kvm.exits import exit_name
+from avmm.kvm.handle import Capability, capabilities
+from avmm.kvm.run import RunPage
+from avmm.kvm.x86 import X86System as System
+from avmm.kvm.x86 import X86Vcpu as Vcpu
+from avmm.kvm.x86 import X86Vm as Vm
+from avmm.kvm.x86 import copy_cpuid
 
 __all__ = [
+    "Capability",
     "KvmError",
     "KvmUnavailable",
-    "Struct",
+    "RunPage",
     "System",
     "Vcpu",
     "Vm",

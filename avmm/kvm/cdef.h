@@ -228,6 +228,7 @@ struct kvm_msr_list { uint32_t nmsrs; uint32_t indices[]; ...; };
 struct kvm_fpu { uint16_t fcw; uint32_t mxcsr; ...; };
 struct kvm_lapic_state { char regs[...]; ...; };
 struct kvm_mp_state { uint32_t mp_state; ...; };
+struct kvm_xsave { ...; };
 struct kvm_xcrs { uint32_t nr_xcrs; ...; };
 struct kvm_debugregs { ...; };
 struct kvm_vcpu_events { ...; };

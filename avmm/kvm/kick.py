@@ -10,7 +10,7 @@ from avmm.kvm.errors import KvmError
 
 def install_kick() -> int:
     """Claim a signal that nobody handles for kicks, once a process; returns its number."""
-    number: int = lib.avmm_kick_install()
+    number = lib.avmm_kick_install()
     if number < 0:
         raise KvmError(
             "sigaction",

@@ -43,7 +43,7 @@ struct avmm_lot {
     _Atomic uint64_t missing;   /* round << 32 | count */
     _Atomic uint32_t sleeps;    /* the task waits for the bell */
     int bell;
-    int always;                 /* Mode.ALWAYS: complete whatever the exit was */
+    int always;                 /* CompletionMode.ALWAYS: complete whatever the exit was */
     int count;
     struct avmm_spot *spots;
 };

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.bridge import eventfd
 from avmm.kvm.errors import KvmError
-from avmm.kvm.handles import Struct, Vcpu
 from avmm.kvm.kick import accept_kicks, install_kick
+from avmm.kvm.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from avmm.kvm import _kvm
 
 
 class Spot:
     """One vCPU's place. `stop` and `is_parked` are for anybody, the rest for its thread."""
 
-    def __init__(self, lot: ParkingLot, struct: Struct) -> None:
+    def __init__(self, lot: ParkingLot, struct: _kvm.AvmmSpotPointer) -> None:
         self._lot = lot
         self._struct = struct
         self.run: Callable[[], int] = partial(lib.avmm_spot_run, struct)
@@ -67,10 +71,14 @@ class ParkingLot:
         """Readable when all have parked while the task slept."""
         self.asked = False
         """Are the vCPUs to be parked now?"""
-        places = [{"fd": vcpu.fd, "run": vcpu.page} for vcpu in vcpus]
+        places: list[_kvm.AvmmSpotInit] = [
+            {"fd": vcpu.fd, "run": vcpu.page.struct} for vcpu in vcpus
+        ]
         self._spots = ffi.new("struct avmm_spot[]", places)
-        init = {"bell": self.bell, "always": always, "count": len(places), "spots": self._spots}
-        self._struct = ffi.new("struct avmm_lot *", init)
+        self._struct = ffi.new(
+            "struct avmm_lot *",
+            {"bell": self.bell, "always": always, "count": len(places), "spots": self._spots},
+        )
         lib.avmm_lot_init(self._struct)
         self.spots = [Spot(self, ffi.addressof(self._spots, at)) for at in range(len(places))]
 

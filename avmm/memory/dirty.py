@@ -13,7 +13,7 @@ calls of `collect`.
 from __future__ import annotations
 
 from avmm.errors import AvmmError
-from avmm.kvm import Vm
+from avmm.kvm.vm import Vm
 from avmm.memory.pages import PAGE, Bitmap
 from avmm.memory.ram import GuestMemory
 

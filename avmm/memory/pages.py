@@ -1,4 +1,4 @@
-"""Sets of pages of guest RAM, and the compiled side of what is done with them (avmm/kvm/pages.h).
+"""Sets of pages of guest RAM, and what is done with them in C (avmm/native/pages.h).
 
 Pages are counted in RAM without its hole, as the mapping has it: number n is the 4096 bytes at
 n * 4096 of `GuestMemory.whole`.
@@ -18,11 +18,12 @@ from typing import Final
 from avmm.kvm import KvmError
 from avmm.native._native import ffi, lib
 
-PAGE: Final = 4096
+PAGE: Final = lib.AVMM_PAGE
+"""Bytes of a page, of which guest RAM consists: 4096."""
 _RUN: Final = struct.Struct("<QII")
 """A run as it travels: its first page, how many, and of which kind."""
 RUN_BYTES: Final = _RUN.size
-COPY_ON_WRITE: Final[int] = mmap.MAP_PRIVATE | lib.MAP_NORESERVE
+COPY_ON_WRITE: Final = mmap.MAP_PRIVATE | lib.MAP_NORESERVE
 """How RAM is mapped that begins as a file; no swap is set aside for what may never be written."""
 _WORD: Final = 64
 _RUNS_ONLY: Final = (64 << 20) // PAGE
@@ -58,7 +59,7 @@ class Bitmap:
             yield at, end[0]
 
     def __len__(self) -> int:
-        return int(lib.avmm_pages_count(self._pointer, self._words))
+        return lib.avmm_pages_count(self._pointer, self._words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +87,10 @@ class Packer:
         self, ram: memoryview, most_data: int = 256, most_runs: int = 4096, *, copies: bool = True
     ) -> None:
         """`copies`: give contents, too; without, there are only runs of up to 64 MiB in all."""
-        self._ram = ffi.cast("const uint8_t *", ffi.from_buffer(ram))
+        self._ram = ffi.cast("uint8_t *", ffi.from_buffer(ram))
         self._most = (most_data if copies else _RUNS_ONLY, most_runs)
         self._data = bytearray(most_data * PAGE if copies else 0)
-        self._into = ffi.from_buffer("uint8_t[]", self._data) if copies else ffi.NULL
+        self._into = ffi.cast("uint8_t *", ffi.from_buffer(self._data) if copies else 0)
         self._runs = bytearray(most_runs * RUN_BYTES)
         self._cursor = ffi.new("uint64_t *")
         self._count = ffi.new("uint32_t *")
@@ -135,14 +136,14 @@ def unpack(ram: memoryview, fd: int, runs: memoryview, data: memoryview) -> bool
         ffi.from_buffer("uint8_t[]", ram),
         len(ram) // PAGE,
         fd,
-        ffi.cast("const struct avmm_run *", ffi.from_buffer(runs)),
+        ffi.cast("struct avmm_run *", ffi.from_buffer(runs)),
         len(runs) // RUN_BYTES,
         ffi.from_buffer("uint8_t[]", data),
         len(data) // PAGE,
     )
     if answer and answer != -errno.EINVAL:
         raise KvmError("pwrite to RAM", -answer)
-    return bool(answer == 0)
+    return answer == 0
 
 
 def address(view: memoryview) -> int:
@@ -163,5 +164,5 @@ def own_pages(ram: memoryview, into: Bitmap) -> None:
         for at in range(0, into.pages, _ENTRIES):
             count = min(_ENTRIES, into.pages - at)
             entries = os.pread(pagemap.fileno(), 8 * count, 8 * (first + at))
-            pointer = ffi.cast("const uint64_t *", ffi.from_buffer(entries))
+            pointer = ffi.cast("uint64_t *", ffi.from_buffer(entries))
             lib.avmm_pagemap_own(pointer, at, len(entries) // 8, into._pointer)

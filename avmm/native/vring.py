@@ -1,4 +1,4 @@
-"""Split virtqueues as the compiled side has them: RAM's table and one ring (avmm/kvm/vring.h).
+"""Split virtqueues as the compiled side has them: RAM's table and one ring (avmm/native/vring.h).
 
 Everything that touches a ring is C: a whole chain is checked and translated in one call, and the
 barriers that both sides of a ring rely on are real ones. Nothing here holds the mapping of guest
@@ -7,7 +7,7 @@ memory: once it is closed its table is empty, and every call on a ring fails.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from avmm.native._native import ffi, lib
 
@@ -40,7 +40,7 @@ class RamTable:
     """Where RAM is, for C. `GuestMemory` owns it."""
 
     def __init__(self) -> None:
-        self.struct: Any = ffi.new("struct avmm_ram *")
+        self.struct = ffi.new("struct avmm_ram *")
 
     def add(self, gpa: int, size: int, offset: int, view: memoryview) -> None:
         """RAM at `gpa`, which is `view` and lies at `offset` of RAM as a whole."""
@@ -53,7 +53,7 @@ class RamTable:
         """Mark the pages that rings and devices write in `bitmap`, a bit for each of RAM as a
         whole, from now on; None: no more."""
         self._bitmap = bitmap
-        words = ffi.NULL if bitmap is None else ffi.cast("uint64_t *", ffi.from_buffer(bitmap))
+        words = ffi.cast("uint64_t *", 0 if bitmap is None else ffi.from_buffer(bitmap))
         lib.avmm_ram_log(self.struct, words)
 
     def clear(self) -> None:
@@ -77,8 +77,10 @@ class SplitRing:
         indirect: bool,
     ) -> None:
         self._ram = ram
-        fields = {"ram": ram.struct, "desc": desc, "avail": driver, "used": device, "size": size}
-        self.struct: Any = ffi.new("struct avmm_vring *", fields)
+        self.struct = ffi.new(
+            "struct avmm_vring *",
+            {"ram": ram.struct, "desc": desc, "avail": driver, "used": device, "size": size},
+        )
         self.struct.event_idx, self.struct.indirect = event_idx, indirect
         _checked(lib.avmm_vring_check(self.struct))
         self.parts = memoryview(ffi.buffer(self.struct.parts)).cast("B").cast("Q")

@@ -38,7 +38,7 @@ from avmm.parts.parts import Parts
 from avmm.parts.placing import Unplaced, allocate, attach
 from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.calls import CallHandler
-from avmm.vcpu.completion import Mode
+from avmm.vcpu.completion import CompletionMode
 
 if TYPE_CHECKING:
     from avmm.boot.entry import Entry
@@ -252,7 +252,7 @@ def _set_up(
 
 
 def _loops(stack: ExitStack, parts: Parts) -> VcpuGroup:
-    lot = ParkingLot(parts.vcpus, always=parts.policy.mode is Mode.ALWAYS)
+    lot = ParkingLot(parts.vcpus, always=parts.policy.mode is CompletionMode.ALWAYS)
     stack.callback(lot.close)
     loops = []
     for vcpu, spot in zip(parts.vcpus, lot.spots, strict=True):

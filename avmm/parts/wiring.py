@@ -16,7 +16,7 @@ from avmm.config import MachineConfig
 from avmm.kvm import System, Vm
 from avmm.memory.ram import GuestMemory
 from avmm.parts.placing import Attached
-from avmm.vcpu.completion import CompletionPolicy, Mode
+from avmm.vcpu.completion import CompletionMode, CompletionPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -64,4 +64,6 @@ def completion(vm: Vm, config: MachineConfig) -> CompletionPolicy:
             "until the kernel's flag has proved itself",
             number,
         )
-    return CompletionPolicy(Mode(config.completion), capability=number, announced=announced)
+    return CompletionPolicy(
+        CompletionMode(config.completion), capability=number, announced=announced
+    )

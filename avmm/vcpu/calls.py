@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from avmm.errors import DeviceError
-from avmm.kvm import Struct, constants
+from avmm.kvm import RunPage, constants
 
 XEN_MSR: Final = 0x4000_0200
 """The MSR of Xen's hypercall page: where Xen itself has it beside Hyper-V's MSRs. Its usual place,
@@ -63,83 +63,76 @@ CallHandler: TypeAlias = Callable[[Call], Answered | Awaitable[Answered]]
 class CallKind:
     """How one kind of call is read from `kvm_run`, answered, and refused by default."""
 
-    read: Callable[[Struct], Call]
-    answer: Callable[[Struct, int], None]
+    read: Callable[[RunPage], Call]
+    answer: Callable[[RunPage, Answer], None]
     refusal: int
-    args: Callable[[Struct], Struct] | None = None
-    """Where the guest finds more than the result, in the order of `Call.args`."""
+    args: bool = False
+    """Can the guest be given more than the result, in place of `Call.args`?"""
 
 
-def _read_kvm(page: Struct) -> Call:
-    call = page.hypercall
-    return Call("kvm", call.nr, tuple(call.args), bool(call.longmode))
+def _read_kvm(page: RunPage) -> Call:
+    call = page.hypercall()
+    return Call("kvm", call.number, call.args, call.longmode)
 
 
-def _answer_kvm(page: Struct, value: int) -> None:
-    page.hypercall.ret = value
+def _answer_kvm(page: RunPage, answer: Answer) -> None:
+    page.answer_hypercall(answer.value)
 
 
-def _read_xen(page: Struct) -> Call:
-    if page.xen.type != constants.KVM_EXIT_XEN_HCALL:
-        raise DeviceError(f"unknown Xen exit of type {page.xen.type}")
-    call = page.xen.u.hcall
-    return Call("xen", call.input, tuple(call.params), bool(call.longmode))
+def _read_xen(page: RunPage) -> Call:
+    call = page.xen()
+    if call.kind != constants.KVM_EXIT_XEN_HCALL:
+        raise DeviceError(f"unknown Xen exit of type {call.kind}")
+    return Call("xen", call.number, call.args, call.longmode)
 
 
-def _answer_xen(page: Struct, value: int) -> None:
-    page.xen.u.hcall.result = value
+def _answer_xen(page: RunPage, answer: Answer) -> None:
+    page.answer_xen(answer.value)
 
 
-def _read_papr(page: Struct) -> Call:
-    return Call("papr", page.papr_hcall.nr, tuple(page.papr_hcall.args))
+def _read_papr(page: RunPage) -> Call:
+    call = page.papr()
+    return Call("papr", call.number, call.args)
 
 
-def _answer_papr(page: Struct, value: int) -> None:
-    page.papr_hcall.ret = value
+def _answer_papr(page: RunPage, answer: Answer) -> None:
+    page.answer_papr(answer.value, answer.args)
 
 
-def _papr_args(page: Struct) -> Struct:
-    return page.papr_hcall.args
-
-
-def _read_osi(page: Struct) -> Call:
-    gprs = tuple(page.osi.gprs)
+def _read_osi(page: RunPage) -> Call:
+    gprs = page.osi().gprs
     return Call("osi", gprs[5], gprs)
 
 
-def _answer_osi(page: Struct, value: int) -> None:
-    page.osi.gprs[3] = value
+def _answer_osi(page: RunPage, answer: Answer) -> None:
+    page.answer_osi(answer.value, answer.args)
 
 
-def _osi_args(page: Struct) -> Struct:
-    return page.osi.gprs
-
-
-def _read_epr(page: Struct) -> Call:
+def _read_epr(page: RunPage) -> Call:
     return Call("epr", 0, ())
 
 
-def _answer_epr(page: Struct, value: int) -> None:
-    page.epr.epr = value & 0xFFFF_FFFF
+def _answer_epr(page: RunPage, answer: Answer) -> None:
+    page.answer_epr(answer.value & 0xFFFF_FFFF)
 
 
 KINDS: Final = {
     constants.KVM_EXIT_HYPERCALL: CallKind(_read_kvm, _answer_kvm, -_KVM_ENOSYS),
     constants.KVM_EXIT_XEN: CallKind(_read_xen, _answer_xen, -errno.ENOSYS),
-    constants.KVM_EXIT_PAPR_HCALL: CallKind(_read_papr, _answer_papr, _H_FUNCTION, _papr_args),
-    constants.KVM_EXIT_OSI: CallKind(_read_osi, _answer_osi, -1, _osi_args),
+    constants.KVM_EXIT_PAPR_HCALL: CallKind(_read_papr, _answer_papr, _H_FUNCTION, args=True),
+    constants.KVM_EXIT_OSI: CallKind(_read_osi, _answer_osi, -1, args=True),
     constants.KVM_EXIT_EPR: CallKind(_read_epr, _answer_epr, 0),
 }
 """By exit reason."""
 
 
-def serve_call(page: Struct, reason: int, handler: CallHandler | None) -> Awaitable[None] | None:
+def serve_call(page: RunPage, reason: int, handler: CallHandler | None) -> Awaitable[None] | None:
     """Answer the call in `kvm_run`, at once or by the awaitable that is returned."""
     kind = KINDS[reason]
     call = kind.read(page)
-    if reason == constants.KVM_EXIT_XEN and page.xen.u.hcall.cpl:
+    if reason == constants.KVM_EXIT_XEN and page.xen().cpl:
         # KVM refuses its own from user space and leaves Xen's to us; Xen refuses them, too.
-        kind.answer(page, -errno.EPERM & _U64)
+        page.answer_xen(-errno.EPERM & _U64)
         return None
     answer = kind.refusal if handler is None else handler(call)
     if isinstance(answer, Awaitable):
@@ -148,26 +141,23 @@ def serve_call(page: Struct, reason: int, handler: CallHandler | None) -> Awaita
     return None
 
 
-async def _later(page: Struct, kind: CallKind, call: Call, answer: Awaitable[Answered]) -> None:
+async def _later(page: RunPage, kind: CallKind, call: Call, answer: Awaitable[Answered]) -> None:
     _put(page, kind, call, await answer)
 
 
-def _put(page: Struct, kind: CallKind, call: Call, given: Answered) -> None:
+def _put(page: RunPage, kind: CallKind, call: Call, given: Answered) -> None:
     """Write what the handler has given into `kvm_run`, all of it or, where it errs, nothing."""
     answer = Answer(given) if isinstance(given, int) else given
     if not isinstance(answer, Answer) or not isinstance(answer.value, int):
         raise _mistake(call, given, "an int or an Answer of one")
-    most = len(call.args) if kind.args is not None else 0
+    most = len(call.args) if kind.args else 0
     if not isinstance(answer.args, tuple) or len(answer.args) > most:
         raise _mistake(call, given, f"a tuple of at most {most} args")
     for arg in answer.args:
         if not isinstance(arg, int) or not -(1 << 63) <= arg <= _U64:
             raise _mistake(call, given, "args of 64 bits each")
-    if kind.args is not None:
-        place = kind.args(page)
-        for at, arg in enumerate(answer.args):
-            place[at] = arg & _U64
-    kind.answer(page, answer.value & _U64)
+    args = tuple(arg & _U64 for arg in answer.args)
+    kind.answer(page, Answer(answer.value & _U64, args))
 
 
 def _mistake(call: Call, given: object, expected: str) -> DeviceError:

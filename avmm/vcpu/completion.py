@@ -45,10 +45,11 @@ import errno
 import logging
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from avmm.errors import VcpuError
-from avmm.kvm import KvmError, constants, exit_name
+from avmm.kvm import KvmError, RunPage, constants, exit_name
+from avmm.kvm.exits import MmioExit, PioExit
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ DRAIN_LIMIT: Final = 10_000
 pages, is interrupted between its batches, so real guests need a handful."""
 
 
-class Mode(Enum):
+class CompletionMode(Enum):
     """How a machine decides; the command's and config's names."""
 
     AUTO = "auto"
@@ -117,7 +118,7 @@ class CompletionPolicy:
 
     def __init__(
         self,
-        mode: Mode = Mode.AUTO,
+        mode: CompletionMode = CompletionMode.AUTO,
         *,
         capability: int | None = None,
         announced: bool = False,
@@ -133,7 +134,7 @@ class CompletionPolicy:
     @property
     def by_flag(self) -> bool:
         """Does the kernel's flag decide, as of now?"""
-        if self.mode is not Mode.AUTO or self.lie:
+        if self.mode is not CompletionMode.AUTO or self.lie:
             return False
         return self._configured or (self._seen_set and self._seen_clear)
 
@@ -145,7 +146,7 @@ class CompletionPolicy:
         """
         flagged = bool(flags & NEEDS_COMPLETION)
         self._learn(reason, flagged, is_output)
-        if self.mode is Mode.ALWAYS:
+        if self.mode is CompletionMode.ALWAYS:
             return True
         if self.by_flag and (self._seen_set or not is_output):
             return flagged
@@ -162,7 +163,7 @@ class CompletionPolicy:
                 self._lied(reason, "set where it must be clear")
 
     def _lied(self, reason: int, how: str) -> None:
-        if self.lie or self.mode is not Mode.AUTO:
+        if self.lie or self.mode is not CompletionMode.AUTO:
             return
         number = "" if self._capability is None else f" (capability {self._capability})"
         self.lie = f"KVM_RUN_NEEDS_COMPLETION{number} is {how}, at {exit_name(reason)}"
@@ -171,8 +172,8 @@ class CompletionPolicy:
 
     def describe(self) -> str:
         """The policy in force, for people."""
-        if self.mode is not Mode.AUTO:
-            return "every exit" if self.mode is Mode.ALWAYS else "the documented list"
+        if self.mode is not CompletionMode.AUTO:
+            return "every exit" if self.mode is CompletionMode.ALWAYS else "the documented list"
         if self.lie:
             return f"the documented list ({self.lie})"
         if self._configured:
@@ -180,18 +181,21 @@ class CompletionPolicy:
         return "the kernel's flag (proved)" if self.by_flag else "the documented list"
 
 
-def is_output(page: Any) -> bool:
+def is_output(page: RunPage) -> bool:
     """Does the exit in this `kvm_run` hand something out, without waiting for an answer?"""
-    if page.exit_reason == constants.KVM_EXIT_IO:
-        return bool(page.io.direction == constants.KVM_EXIT_IO_OUT)
-    return page.exit_reason == constants.KVM_EXIT_MMIO and bool(page.mmio.is_write)
+    match page.exit():
+        case PioExit(is_output=is_output):
+            return is_output
+        case MmioExit(is_write=is_write):
+            return is_write
+    return False
 
 
 class DrainableVcpu(Protocol):
     """What the drain needs of a vCPU; `avmm.kvm.Vcpu` is one."""
 
     index: int
-    page: Any
+    page: RunPage
     run: Callable[[], int]
 
 

@@ -65,7 +65,7 @@ KICK: Final = "return s->tid && atomic_load(&s->runs) ? send_kick(s->pid, s->tid
 BUGS: Final = {
     "parks without a second KVM_RUN": ("if (!drained) {", "if (0) {"),
     "takes no heed of the flag": ("\n            && !(run->flags & KVM_RUN_NEEDS_COMPLETION)", ""),
-    "takes no heed of Mode.ALWAYS": (" && !s->lot->always", ""),
+    "takes no heed of CompletionMode.ALWAYS": (" && !s->lot->always", ""),
     "takes INTR for this KVM_RUN's": (
         "            run->exit_reason = KVM_EXIT_UNKNOWN;\n",
         "            ;\n",

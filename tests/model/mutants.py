@@ -42,9 +42,12 @@ _LOOK: Final = """\
                     return
 """
 _IS_OUTPUT: Final = """\
-    if page.exit_reason == constants.KVM_EXIT_IO:
-        return bool(page.io.direction == constants.KVM_EXIT_IO_OUT)
-    return page.exit_reason == constants.KVM_EXIT_MMIO and bool(page.mmio.is_write)
+    match page.exit():
+        case PioExit(is_output=is_output):
+            return is_output
+        case MmioExit(is_write=is_write):
+            return is_write
+    return False
 """
 _AWAIT: Final = """\
             try:
@@ -154,7 +157,13 @@ BUGS: Final = (
     ),
     Bug(
         "the flag is trusted though the kernel lies",
-        (("completion", "self.mode is not Mode.AUTO or self.lie", "self.mode is not Mode.AUTO"),),
+        (
+            (
+                "completion",
+                "self.mode is not CompletionMode.AUTO or self.lie",
+                "self.mode is not CompletionMode.AUTO",
+            ),
+        ),
         "drain",
     ),
     Bug(

@@ -119,7 +119,7 @@ def make_exits(
     """Production's `Exits`, which for once knows the exit that nobody knows."""
 
     def unknown() -> None:
-        model.page.unknown.value = board.note("unknown", 0)
+        model.page.unknown = board.note("unknown", 0)
 
     exits = code.exits.Exits(
         model, onto["ports"], onto["addresses"], onto["MSRs"], lambda end: None, str, handler

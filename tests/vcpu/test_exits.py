@@ -116,7 +116,7 @@ class Board:
 
     def __init__(self) -> None:
         self.vcpu = FakeVcpu()
-        self.page = self.vcpu.page
+        self.page = self.vcpu.page.struct
         self.fifo, self.store = Fifo(), Store()
         self.ends: list[Outcome] = []
         self.msrs = Msrs()
@@ -179,11 +179,11 @@ class Board:
         return self.exit(constants.KVM_EXIT_IO)
 
     def out(self, data: bytes, size: int, port: int = PORT) -> Any:
-        self.vcpu.io_store(DATA, data + NOISE)
+        self.vcpu.page.io_store(DATA, data + NOISE)
         return self.io(constants.KVM_EXIT_IO_OUT, size, len(data) // size, port)
 
     def inp(self, size: int, count: int = 1, port: int = PORT) -> Any:
-        self.vcpu.io_store(DATA, NOISE)
+        self.vcpu.page.io_store(DATA, NOISE)
         return self.io(constants.KVM_EXIT_IO_IN, size, count, port)
 
     def mmio_read(self, length: int, address: int = ADDRESS) -> Any:
@@ -209,7 +209,7 @@ class Board:
 
     def read(self, length: int) -> bytes:
         """What the guest gets from a port."""
-        return self.vcpu.io_load(DATA, length)
+        return self.vcpu.page.io_load(DATA, length)
 
     def loaded(self, length: int) -> bytes:
         """What the guest gets from an address."""
@@ -268,7 +268,7 @@ def test_port_data_is_where_kvm_says(board: Board) -> None:
     board.inp(1)
     board.page.io.data_offset = DATA + 64
     board.exits.serve(constants.KVM_EXIT_IO)
-    assert (board.read(1), board.vcpu.io_load(DATA + 64, 1)) == (b"\0", b"\1")
+    assert (board.read(1), board.vcpu.page.io_load(DATA + 64, 1)) == (b"\0", b"\1")
 
 
 # -- strings -------------------------------------------------------------------------------
@@ -483,9 +483,9 @@ def test_a_call_that_has_nothing_but_a_result_takes_no_more(board: Board) -> Non
 
 def test_a_call_that_nobody_answers_is_refused_as_its_kind_has_it() -> None:
     vcpu = FakeVcpu()
-    page = vcpu.page
+    page = vcpu.page.struct
     page.papr_hcall.args = list(range(9))
-    assert serve_call(page, constants.KVM_EXIT_PAPR_HCALL, None) is None
+    assert serve_call(vcpu.page, constants.KVM_EXIT_PAPR_HCALL, None) is None
     assert page.papr_hcall.ret == U64 - 1
     assert list(page.papr_hcall.args) == list(range(9))
     vcpu.close()

@@ -40,7 +40,7 @@ def _filter_msrs(vm: Vm, places: Sequence[Placement]) -> None:
             f"{names}: {len(places)} ranges of MSRs; expected at most "
             f"{constants.KVM_MSR_FILTER_MAX_RANGES}, KVM filters no more"
         )
-    if not all(map(vm.check, ("KVM_CAP_X86_USER_SPACE_MSR", "KVM_CAP_X86_MSR_FILTER"))):
+    if not (vm.check("KVM_CAP_X86_USER_SPACE_MSR") and vm.check("KVM_CAP_X86_MSR_FILTER")):
         raise ConfigError(
             f"{names}: this host's KVM does not hand MSRs over; expected one that offers "
             "KVM_CAP_X86_USER_SPACE_MSR and KVM_CAP_X86_MSR_FILTER (Linux 5.10)"

@@ -4,7 +4,7 @@ A chain that was popped and not yet pushed is *in flight*. `hold` takes back wha
 it is given out again, in its old order, by later `pop`s, here or after a `load` elsewhere. So
 whoever works on a chain may be cancelled at any moment, and nothing of the guest's is lost.
 
-All checks are in C (avmm/kvm/vring.h). A chain may be longer than the queue where it lies in an
+All checks are in C (avmm/native/vring.h). A chain may be longer than the queue where it lies in an
 indirect table, although 2.7.5.3.1 forbids that to drivers: Linux does it (its network driver
 sends up to 19 parts, whatever the queue's size), and other VMMs take up to 1024, too.
 """

@@ -158,8 +158,6 @@ def test_unknown_formats(memory: GuestMemory, write: Write, case: str) -> None:
 
 
 def test_importing_is_light() -> None:
-    code = (
-        "import sys, avmm.arch.x86_64.boot.load; print(*sys.modules)"
-    )
+    code = "import sys, avmm.arch.x86_64.boot.load; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert b"elftools" not in found.stdout
