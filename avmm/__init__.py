@@ -3,21 +3,23 @@
 from avmm.arrivals import receive, restore
 from avmm.boot import FlatOptions, Mode
 from avmm.bus.space import Placement, mmio, msr, pio
-from avmm.config import MachineConfig
-from avmm.devices.base import Device, Host, InterruptLine, Wakeup
+from avmm.config import MachineConfig, Settings
+from avmm.devices.base import Device, Doorbell, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.console import Console
-from avmm.devices.virtio.device import GuestQueue, VirtioDevice
+from avmm.devices.virtio.device import GuestQueue, VirtioDevice, VirtioLink
 from avmm.devices.virtio.frame import Backend, Frame
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.queue import Chain
 from avmm.devices.virtio.rng import Rng
-from avmm.devices.virtio.vsock import Vsock
+from avmm.devices.virtio.vsock import Vsock, VsockListener
+from avmm.devices.virtio.vsock_stream import VsockStream
 from avmm.disks import DiskOptions, OverlayDisk, RawDisk
 from avmm.disks.base import Disk
+from avmm.ends import Scrollback
 from avmm.errors import (
     AvmmError,
     ConfigError,
@@ -28,6 +30,8 @@ from avmm.errors import (
     MigrationError,
     MsrFault,
     PauseTimeout,
+    PeerAbortedError,
+    ProtocolError,
     SnapshotError,
     StateError,
     VcpuError,
@@ -35,9 +39,14 @@ from avmm.errors import (
 from avmm.kvm import KvmError, KvmUnavailable
 from avmm.machine import Machine
 from avmm.memory.ram import GuestMemory
+from avmm.options import NetOptions, VsockOptions
 from avmm.outcome import Cause, Outcome
-from avmm.parts.placing import virtio
-from avmm.vcpu.calls import Answer, Call
+from avmm.parts.description import Described
+from avmm.parts.placing import Unplaced, virtio
+from avmm.progress import MigrationProgress, Report, SnapshotProgress
+from avmm.transfer.tls import Tls
+from avmm.transfer.transports import Listener, connect, listen
+from avmm.vcpu.calls import Answer, Call, CallHandler
 
 __all__ = [
     "Answer",
@@ -45,15 +54,18 @@ __all__ = [
     "Backend",
     "Balloon",
     "Call",
+    "CallHandler",
     "Cause",
     "Chain",
     "ConfigError",
     "Console",
     "ConsoleStream",
+    "Described",
     "Device",
     "DeviceError",
     "Disk",
     "DiskOptions",
+    "Doorbell",
     "FlatOptions",
     "Frame",
     "GuestMemory",
@@ -65,26 +77,43 @@ __all__ = [
     "InterruptLine",
     "KvmError",
     "KvmUnavailable",
+    "Listener",
     "Machine",
     "MachineConfig",
     "MigrationError",
+    "MigrationProgress",
     "Mode",
     "MsrFault",
     "Net",
+    "NetOptions",
     "Outcome",
     "OverlayDisk",
     "PauseTimeout",
+    "PeerAbortedError",
     "Placement",
     "Port",
+    "ProtocolError",
     "RawDisk",
+    "Report",
     "Rng",
+    "Scrollback",
+    "Settings",
     "SnapshotError",
+    "SnapshotProgress",
     "StateError",
+    "Tls",
+    "Unplaced",
     "VcpuError",
     "VirtioBlock",
     "VirtioDevice",
+    "VirtioLink",
     "Vsock",
+    "VsockListener",
+    "VsockOptions",
+    "VsockStream",
     "Wakeup",
+    "connect",
+    "listen",
     "mmio",
     "msr",
     "pio",

@@ -33,7 +33,7 @@ async def show(screen: trio.abc.ReceiveStream) -> None:
         print(output.decode(), end="", flush=True)
 
 
-async def move(vm: avmm.Machine, line: trio.SocketStream) -> None:
+async def move(vm: avmm.Machine, line: trio.abc.Stream) -> None:
     await trio.sleep(0.5)
     report = await vm.migrate(line)
     print(f" <- here it moved, and stood still for {1000 * report.downtime:.0f} ms -> ", end="")
@@ -43,7 +43,7 @@ async def main() -> None:
     ours, theirs = socket.socketpair()
     command = [sys.executable, __file__, str(theirs.fileno())]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "pass_fds": [theirs.fileno()]}
-    line = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+    line = await avmm.connect(f"fd:{ours.detach()}")
     async with trio.open_nursery() as nursery:
         other = await nursery.start(partial(trio.run_process, command, **pipes))
         theirs.close()
@@ -56,8 +56,8 @@ async def main() -> None:
 
 async def other_process(descriptor: int) -> None:
     """Receive the guest. Standard input is its keyboard, and standard output its screen."""
-    line = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=descriptor)))
-    async with avmm.receive(line) as vm, trio.open_nursery() as nursery:
+    line = await avmm.connect(f"fd:{descriptor}")
+    async with line, avmm.receive(line) as vm, trio.open_nursery() as nursery:
 
         async def keys() -> None:
             async for data in trio.lowlevel.FdStream(os.dup(0)):

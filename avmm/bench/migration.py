@@ -29,6 +29,7 @@ from avmm.bench.qmp import Qemu
 from avmm.bench.row import Row, SpeedRow, medians
 from avmm.errors import AvmmError
 from avmm.machine import Machine
+from avmm.transfer.transports import connect
 
 RATES: Final = (0, 200)
 """MiB of pages a second that the guest writes to meanwhile."""
@@ -86,8 +87,10 @@ async def _ours(memory: int, rate: int) -> _Measured:
             stdout=subprocess.PIPE,
         )
     try:
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(here))
-        async with stream, Machine(memory=memory, acpi=False) as vm:
+        async with (
+            await connect(f"fd:{here.detach()}") as stream,
+            Machine(memory=memory, acpi=False) as vm,
+        ):
             await _prepare(vm.console, memory, rate)
             report = await vm.migrate(stream, target_downtime=TARGET_DOWNTIME)
         said, _ = await trio.to_thread.run_sync(receiver.communicate)

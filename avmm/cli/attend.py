@@ -10,7 +10,13 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -19,8 +25,8 @@ import click
 import trio
 
 from avmm.cli import console
-from avmm.control import holds
-from avmm.control import server as control
+from avmm.control import holds, server
+from avmm.control.verbs import Control
 from avmm.devices.virtio.console import Console
 from avmm.errors import ConfigError
 from avmm.machine import Machine
@@ -113,17 +119,19 @@ class Ends:
         One that has moved has where to as its outcome's detail.
         """
         async with holds.opened(vm) as held:
-            controller = control.Control(vm, held)
+            control = Control(vm, held)
             async with trio.open_nursery() as nursery:
                 await nursery.start(_stop_on_signal, vm, nursery.cancel_scope)
-                async with control.served(self._listener, controller):
+                async with AsyncExitStack() as stack:
+                    if self._listener is not None:
+                        await stack.enter_async_context(server.served(self._listener, control))
                     # Returns by itself when the guest has ended and the last of its output is
                     # out.
                     await self._end.connect(vm, self._virtio, held)
                 nursery.cancel_scope.cancel()
         outcome = await vm.wait()
         if outcome.cause is Cause.MOVED:
-            return replace(outcome, detail=controller.moved_to)
+            return replace(outcome, detail=control.moved_to)
         return outcome
 
     @property
@@ -135,11 +143,19 @@ class Ends:
 @contextmanager
 def opened(target: console.ConsoleTarget, control_target: str | None) -> Iterator[Ends]:
     """The host's ends inside the block. Raises `ConfigError` where they cannot be."""
-    with (
-        control.listening(control_target) as listener,
-        console.opened(target) as end,
-    ):
+    with _control_socket(control_target) as listener, console.opened(target) as end:
         yield Ends(target, end, listener)
+
+
+def _control_socket(
+    target: str | None,
+) -> AbstractContextManager[trio.socket.SocketType | None]:
+    if target is None:
+        return nullcontext()
+    kind, _, path = target.partition(":")
+    if kind != "unix" or not path:
+        raise ConfigError(f"control {target!r}: expected unix:PATH")
+    return server.listening(path)
 
 
 async def _stop_on_signal(

@@ -1,20 +1,28 @@
-"""Unix sockets of the host that the guest's devices are reached by."""
+"""Unix sockets of the host: waited at by devices and by avmm itself, and called."""
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
+
+import trio
 
 from avmm.errors import ConfigError
+
+_QUEUE_SECONDS: Final = 10.0
+_QUEUE_STEP: Final = 0.02
 
 
 def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
     """A socket at `path`, for `what`, that only its user may connect to.
 
     Takes the place of one that nobody serves. Raises `ConfigError` where it cannot be. Who is
-    done with it closes it and unlinks `path`.
+    done with it closes it and unlinks `path`. Does not block.
     """
     with suppress(OSError):  # what is in the way shows when it is bound
         if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
@@ -33,4 +41,27 @@ def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
 
 def _served(path: str | Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
+        probe.setblocking(False)  # or it waits where the queue of who listens is full
+        return probe.connect_ex(str(path)) in (0, errno.EAGAIN)
+
+
+async def connect(path: str | Path) -> trio.SocketStream:
+    """A stream to who listens at `path`. Raises `OSError`.
+
+    Where as many wait to be accepted as the listener lets wait, this waits, too, for up to ten
+    seconds. trio takes such a socket for connected, which it is not.
+    """
+    give_up = trio.current_time() + _QUEUE_SECONDS
+    while True:
+        stream = await trio.open_unix_socket(path)
+        try:
+            stream.socket.getpeername()
+        except OSError as error:
+            await trio.aclose_forcefully(stream)
+            if error.errno != errno.ENOTCONN:
+                raise
+        else:
+            return stream
+        if trio.current_time() >= give_up:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        await trio.sleep(_QUEUE_STEP)

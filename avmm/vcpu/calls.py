@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from avmm.errors import DeviceError
 from avmm.kvm import RunPage, constants
@@ -55,8 +55,15 @@ class Answer:
 
 
 Answered: TypeAlias = int | Answer
-CallHandler: TypeAlias = Callable[[Call], Answered | Awaitable[Answered]]
-"""Answers a call, at once or with an awaitable; a negative number is an error to the guest."""
+
+
+class CallHandler(Protocol):
+    """Answers the calls of a machine's guest: `Machine`'s `calls`, any function like this."""
+
+    def __call__(self, call: Call, /) -> Answered | Awaitable[Answered]:
+        """The answer, at once or as an awaitable; a negative number is an error to the guest. The
+        first is given in the vCPU's thread and must not block; the awaitable is awaited in trio.
+        """
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Final
 import trio
 
 from avmm.devices.state import Fields
-from avmm.devices.virtio.device import GuestQueue, Link, VirtioDevice
+from avmm.devices.virtio.device import GuestQueue, VirtioDevice, VirtioLink
 from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
 from avmm.errors import ConfigError, GuestMemoryError
@@ -99,7 +99,7 @@ class Balloon(VirtioDevice):
             self._actual = _CONFIG.unpack_from(both)[1]
             self._wakeup.set()
 
-    def attach(self, link: Link) -> None:
+    def attach(self, link: VirtioLink) -> None:
         super().attach(link)
         self._wakeup = link.wakeup()
 

@@ -50,7 +50,7 @@ _YIELD_SECONDS: Final = 0.001
 """How long a queue that never runs empty may keep the other tasks of the program waiting."""
 
 
-class Link(Protocol):
+class VirtioLink(Protocol):
     """What a virtio device gets from its transport."""
 
     @property
@@ -182,7 +182,7 @@ class VirtioDevice:
     queue_sizes: Sequence[int] = ()
     """The most entries of each queue, a power of 2; fixed once it is attached."""
 
-    link: Link
+    link: VirtioLink
     """Set by `attach`."""
 
     @property
@@ -198,7 +198,7 @@ class VirtioDevice:
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes config space; ignored unless overridden. In a vCPU's thread."""
 
-    def attach(self, link: Link) -> None:
+    def attach(self, link: VirtioLink) -> None:
         """Called once, before the guest runs."""
         self.link = link
 

@@ -163,7 +163,7 @@ class VirtioMmio(Device):
 
     @property
     def memory(self) -> GuestMemory:
-        """Guest RAM; see `Link`."""
+        """Guest RAM; see `VirtioLink`."""
         return self.host.memory
 
     def attach(self, host: Host) -> None:
@@ -404,7 +404,7 @@ class VirtioMmio(Device):
         self._pulse()
 
     def config_changed(self) -> None:
-        """Config space has changed; see `Link`."""
+        """Config space has changed; see `VirtioLink`."""
         with self.host.lock:
             self._generation = self._generation + 1 & _WORD
             tell = self._is_live and not self._resetting
@@ -414,7 +414,7 @@ class VirtioMmio(Device):
             self._pulse()
 
     def wakeup(self) -> Wakeup:
-        """See `Link`."""
+        """See `VirtioLink`."""
         return self.host.wakeup()
 
     def _pulse(self) -> None:
