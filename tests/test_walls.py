@@ -27,7 +27,7 @@ PLANTED: Final = {
     ),
     "The border to KVM knows no trio": ("kvm/ring.py", "import trio"),
     "Devices know no KVM and no vCPU": ("devices/serial.py", "from avmm.kvm import Vm"),
-    "The migration's protocol does no I/O": ("transfer/frames.py", "import socket"),
+    "The protocols of migration and control do no I/O": ("control/protocol.py", "import socket"),
     "A program that imports avmm pays for no command and no image format": (
         "parts/builder.py",
         "import click",

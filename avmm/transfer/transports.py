@@ -14,7 +14,7 @@ import os
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import trio
 
 from avmm.devices import sockets
 from avmm.errors import ConfigError, MigrationError
+from avmm.threads import in_thread
 from avmm.transfer import tls as security
 from avmm.transfer.targets import Target
 from avmm.transfer.tls import Tls, shake_hands
@@ -198,13 +199,7 @@ async def _context(target: Target, tls: Tls | None, *, server: bool) -> ssl.SSLC
         return None
     if target.kind != "tcp":
         raise ConfigError(f"target {target}: TLS is for tcp:HOST:PORT")
-    return await _in_thread(partial(tls.context, server=server))
-
-
-async def _in_thread(read: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-    """A limiter of its own: it waits for nobody else's threads."""
-    limiter = trio.CapacityLimiter(1)
-    return await trio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=limiter)
+    return await in_thread(partial(tls.context, server=server))
 
 
 def _adopt(target: Target, *, listening: bool) -> trio.socket.SocketType:
