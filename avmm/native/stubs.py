@@ -30,7 +30,7 @@ _PACKAGE: Final = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Module:
+class StubModule:
     """A compiled module: where its types go, and which constants' names get a type."""
 
     path: Path
@@ -44,8 +44,8 @@ class Module:
 
 
 MODULES: Final = (
-    Module(_PACKAGE / "kvm/_kvm.pyi", {"Constant": "KVM_", "Capability": "KVM_CAP_"}),
-    Module(_PACKAGE / "native/_native.pyi"),
+    StubModule(_PACKAGE / "kvm/_kvm.pyi", {"Constant": "KVM_", "Capability": "KVM_CAP_"}),
+    StubModule(_PACKAGE / "native/_native.pyi"),
 )
 
 _HEAD: Final = '''\
@@ -110,7 +110,7 @@ def write() -> None:
         module.path.write_text(text(module))
 
 
-def text(module: Module) -> str:
+def text(module: StubModule) -> str:
     """The types of one module, as they are to be in its .pyi file."""
     # By its path: while the types do not fit the rest of avmm, that may not be importable.
     builder: FFI = runpy.run_path(str(module.path.with_name("build.py")))["ffibuilder"]
@@ -122,7 +122,7 @@ def text(module: Module) -> str:
 class _Stub:
     """One module's declarations, sorted by what becomes of them."""
 
-    def __init__(self, module: Module, declared: Mapping[str, tuple[Any, int]]) -> None:
+    def __init__(self, module: StubModule, declared: Mapping[str, tuple[Any, int]]) -> None:
         self._module = module
         self._constants: list[str] = []
         self._functions: dict[str, model.RawFunctionType] = {}

@@ -17,12 +17,12 @@ COMPILED = {"avmm.kvm._kvm": _kvm, "avmm.native._native": _native}
 
 
 @pytest.fixture(params=stubs.MODULES, ids=lambda module: module.name)
-def module(request: pytest.FixtureRequest) -> stubs.Module:
-    module: stubs.Module = request.param
+def module(request: pytest.FixtureRequest) -> stubs.StubModule:
+    module: stubs.StubModule = request.param
     return module
 
 
-def test_the_types_are_those_of_the_declarations(module: stubs.Module) -> None:
+def test_the_types_are_those_of_the_declarations(module: stubs.StubModule) -> None:
     written = module.path.read_text()
     assert written == stubs.text(module), "run python avmm/native/stubs.py"
 
@@ -31,13 +31,13 @@ def names(compiled: ModuleType) -> set[str]:
     return set(dir(compiled.lib))
 
 
-def test_all_that_is_compiled_has_a_type(module: stubs.Module) -> None:
+def test_all_that_is_compiled_has_a_type(module: stubs.StubModule) -> None:
     text = module.path.read_text()
     for name in names(COMPILED[module.name]):
         assert f"    {name}: Final[int]\n" in text or f"    def {name}(" in text
 
 
-def test_a_structure_has_the_fields_that_the_compiler_knows(module: stubs.Module) -> None:
+def test_a_structure_has_the_fields_that_the_compiler_knows(module: stubs.StubModule) -> None:
     ffi = COMPILED[module.name].ffi
     typedefs, structs, _ = ffi.list_types()
     lines = module.path.read_text().splitlines()
