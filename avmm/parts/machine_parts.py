@@ -56,7 +56,7 @@ from avmm.memory.dirty import DirtyLog
 from avmm.memory.ram import GPA_LIMIT, HOLE_END, GuestMemory
 from avmm.outcome import Cause, Outcome
 from avmm.parts import description
-from avmm.parts.description import Described
+from avmm.parts.description import STATE_VERSION, Described
 from avmm.parts.placing import Unplaced, allocate, named, virtio
 from avmm.vcpu.calls import XEN_MSR, CallHandler
 from avmm.vcpu.completion import CompletionPolicy, Mode
@@ -68,7 +68,6 @@ SERIAL_PORT: Final = 0x3F8
 SERIAL_IRQ: Final = 4
 EXIT_STATUS_PORT: Final = 0xF8
 """Where a guest of avmm's own writes the status that the run is to end with."""
-STATE_VERSION: Final = 1
 _IN_KERNEL: Final = (
     ("pio", 0x20, 0x21, "PIC"),
     ("pio", 0xA0, 0xA1, "PIC"),
@@ -419,7 +418,9 @@ class Parts:
         """
         version = state.get("version") if isinstance(state, Mapping) else None
         if type(version) is not int or version != STATE_VERSION:
-            raise StateError(f"no state of a machine in version {STATE_VERSION}")
+            raise StateError(
+                f"the machine's state has version {version!r}, this avmm reads {STATE_VERSION}"
+            )
         if state.get("memory_size") != self.memory.size:
             raise StateError(
                 f"the state has {state.get('memory_size')} bytes of memory, the machine "

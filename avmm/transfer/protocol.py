@@ -27,11 +27,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from avmm.errors import PeerAbortedError, ProtocolError, StateError
 from avmm.memory.pages import RUN_BYTES, Packed
-from avmm.plain import decode, encode
+from avmm.plain import U64, Bytes, Fields, Int, ListOf, Text, decode, encode
 from avmm.transfer.frames import STATE_PIECE, Buffer, Decoder, Encoder, Frame, Kind
 
 VERSIONS: Final = (1,)
@@ -39,6 +39,35 @@ VERSIONS: Final = (1,)
 MOST_STATE: Final = 1 << 30
 """Bytes of state, all but RAM, that a destination takes."""
 _COUNT: Final = struct.Struct("<I")
+_MOST_SHOWN: Final = 8
+"""Versions of the other side's that a message shows."""
+_IDENTITY: Final = Bytes(least=16, most=16)
+_F = TypeVar("_F", bound=Fields)
+
+
+class _Hello(Fields, error=ProtocolError, ignores_more=True):
+    """The first that is said: the other side may know more than this one."""
+
+    versions = ListOf(U64)
+    identity = _IDENTITY
+
+
+class _Abort(Fields, error=ProtocolError, ignores_more=True):
+    """May be said before versions are agreed on."""
+
+    why = Text()
+
+
+class _Round(Fields, error=ProtocolError):
+    number = U64
+
+
+class _StateEnd(Fields, error=ProtocolError):
+    bytes = Int(0, MOST_STATE)
+
+
+class _Commit(Fields, error=ProtocolError):
+    identity = _IDENTITY
 
 
 class SourceState(Enum):
@@ -72,7 +101,7 @@ class DestinationState(Enum):
 class Offer:
     """The source tells what the guest is (`avmm.parts.description`)."""
 
-    description: Any
+    description: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +146,13 @@ class _Side:
     def _next(self) -> Frame | None:
         frame = self._decoder.next()
         if frame is not None and frame.kind is Kind.ABORT:
-            why = _field(frame, "why", str)
+            why = _read(_Abort, frame).why
             raise PeerAbortedError(f"the other side gave up: {_printable(why)}")
         return frame
 
     def abort(self, why: str) -> list[Buffer]:
         """ABORT: this side gives up, for good. Nothing may be said after it."""
-        return self._encoder.frame(Kind.ABORT, encode({"why": _printable(why[:4000])}))
+        return self._encoder.frame(Kind.ABORT, encode(_Abort.plain(why=_printable(why[:4000]))))
 
 
 class Source(_Side):
@@ -156,7 +185,7 @@ class Source(_Side):
         if expected is None or frame.kind is not expected[0]:
             raise ProtocolError(f"{frame.kind.name} came while the source {self.state.value}")
         if frame.kind is Kind.HELLO:
-            _demand_version(frame)
+            _hello(frame)
         self.state = expected[1]
         return True
 
@@ -164,10 +193,10 @@ class Source(_Side):
         """HELLO."""
         self._demand(SourceState.NEW)
         self.state = SourceState.GREETED
-        hello = {"versions": list(VERSIONS), "identity": self._identity}
+        hello = _Hello.plain(versions=list(VERSIONS), identity=self._identity)
         return self._encoder.frame(Kind.HELLO, encode(hello))
 
-    def offer(self, description: Any) -> list[Buffer]:
+    def offer(self, description: object) -> list[Buffer]:
         """OFFER."""
         self._demand(SourceState.AGREED)
         self.state = SourceState.OFFERED
@@ -182,9 +211,9 @@ class Source(_Side):
     def round(self, number: int) -> list[Buffer]:
         """ROUND: all pages of this round were sent."""
         self._demand(SourceState.COPYING)
-        return self._encoder.frame(Kind.ROUND, encode({"number": number}))
+        return self._encoder.frame(Kind.ROUND, encode(_Round.plain(number=number)))
 
-    def stated(self, state: Any) -> Iterator[list[Buffer]]:
+    def stated(self, state: object) -> Iterator[list[Buffer]]:
         """STATE and STATE_END, frame by frame."""
         self._demand(SourceState.COPYING)
         self.state = SourceState.STATED
@@ -193,14 +222,14 @@ class Source(_Side):
             raise ProtocolError(f"the state has {len(data)} bytes, at most {MOST_STATE} can go")
         for at in range(0, len(data), STATE_PIECE):
             yield self._encoder.frame(Kind.STATE, data[at : at + STATE_PIECE])
-        yield self._encoder.frame(Kind.STATE_END, encode({"bytes": len(data)}))
+        yield self._encoder.frame(Kind.STATE_END, encode(_StateEnd.plain(bytes=len(data))))
 
     def commit(self) -> list[Buffer]:
         """COMMIT. Once the first byte of it may have left, the source never runs the guest, unless
         the destination says ABORT."""
         self._demand(SourceState.READY)
         self.state = SourceState.COMMITTED
-        return self._encoder.frame(Kind.COMMIT, encode({"identity": self._identity}))
+        return self._encoder.frame(Kind.COMMIT, encode(_Commit.plain(identity=self._identity)))
 
 
 Event = Offer | Pages | Round | State | Commit
@@ -241,12 +270,9 @@ class Destination(_Side):
         return take(frame)
 
     def _hello(self, frame: Frame) -> tuple[None, list[Buffer]]:
-        _demand_version(frame)
-        self._identity = _field(frame, "identity", bytes)
-        if len(self._identity) != 16:
-            raise ProtocolError("a migration's identity has 16 bytes")
+        self._identity = _hello(frame).identity
         self.state = DestinationState.GREETED
-        answer = {"versions": list(VERSIONS), "identity": self._identity}
+        answer = _Hello.plain(versions=list(VERSIONS), identity=self._identity)
         return None, self._encoder.frame(Kind.HELLO, encode(answer))
 
     def _offer(self, frame: Frame) -> tuple[Event, list[Buffer]]:
@@ -266,7 +292,7 @@ class Destination(_Side):
         return Pages(Packed(payload[_COUNT.size : end], payload[end:])), []
 
     def _round(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        return Round(_field(frame, "number", int)), []
+        return Round(_read(_Round, frame).number), []
 
     def _piece(self, frame: Frame) -> tuple[None, list[Buffer]]:
         if not frame.payload or len(self._collected) + len(frame.payload) > MOST_STATE:
@@ -275,7 +301,7 @@ class Destination(_Side):
         return None, []
 
     def _stated(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        if _field(frame, "bytes", int) != len(self._collected):
+        if _read(_StateEnd, frame).bytes != len(self._collected):
             raise ProtocolError("the state has not as many bytes as it should")
         state = _decoded(Frame(frame.kind, memoryview(self._collected)))
         self._collected = bytearray()
@@ -283,7 +309,7 @@ class Destination(_Side):
         return State(state), []
 
     def _commit(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        if _field(frame, "identity", bytes) != self._identity:
+        if _read(_Commit, frame).identity != self._identity:
             raise ProtocolError("COMMIT is of another migration")
         self.state = DestinationState.COMMITTED
         return Commit(), []
@@ -307,7 +333,7 @@ class Destination(_Side):
         return self._encoder.frame(Kind.RUNNING)
 
 
-def _decoded(frame: Frame) -> Any:
+def _decoded(frame: Frame) -> object:
     try:
         return decode(frame.payload, frame.kind.name)
     except StateError as error:
@@ -321,17 +347,15 @@ def _printable(text: str) -> str:
     )
 
 
-def _field(frame: Frame, name: str, kind: type) -> Any:
-    fields = _decoded(frame)
-    if type(fields) is not dict or type(fields.get(name)) is not kind:
-        raise ProtocolError(f"{frame.kind.name} without its {name}")
-    return fields[name]
+def _read(fields: type[_F], frame: Frame) -> _F:
+    return fields.read(frame.kind.name, _decoded(frame))
 
 
-def _demand_version(frame: Frame) -> None:
-    versions = _field(frame, "versions", list)
-    if not set(VERSIONS) & {version for version in versions if type(version) is int}:
+def _hello(frame: Frame) -> _Hello:
+    hello = _read(_Hello, frame)
+    if not set(VERSIONS) & set(hello.versions):
         raise ProtocolError(
-            f"the other side speaks versions {versions!r} of the protocol, this one "
-            f"{list(VERSIONS)}"
+            f"the other side speaks versions {hello.versions[:_MOST_SHOWN]} of the protocol, this "
+            f"one {list(VERSIONS)}"
         )
+    return hello

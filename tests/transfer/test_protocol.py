@@ -247,7 +247,10 @@ HOSTILE = {
     ],
     Kind.OFFER: [b"", b"\xc1", b"\xdd\xff\xff\xff\xff"],
     Kind.PAGES: [b"", b"\0\0\0", b"\1\0\0\0", b"\xff\xff\xff\xff" + bytes(64)],
-    Kind.ROUND: [b"", encode({"number": "1"}), encode({"number": True}), encode(5)],
+    Kind.ROUND: [
+        *(b"", encode({"number": "1"}), encode({"number": True}), encode(5)),
+        *(encode({"number": -1}), encode({"number": 1, "more": 1})),
+    ],
     Kind.STATE: [b""],
     Kind.STATE_END: [b"", encode({"bytes": 1}), encode({"bytes": 0}), encode({"bytes": "0"})],
     Kind.COMMIT: [b"", encode({"identity": IDENTITY[::-1]}), encode({"identity": 0})],
@@ -265,10 +268,54 @@ def test_hostile_payloads(kind: Kind) -> None:
         assert destination.state is state
 
 
+@pytest.mark.parametrize(
+    ("state", "kind", "told", "why"),
+    [
+        (
+            "NEW",
+            Kind.HELLO,
+            {"versions": [1]},
+            "HELLO lacks identity, expected the keys versions, ",
+        ),
+        (
+            "NEW",
+            Kind.HELLO,
+            {"versions": [-1], "identity": IDENTITY},
+            r"HELLO: versions\[0\] is -1,",
+        ),
+        (
+            "COPYING",
+            Kind.ROUND,
+            {"number": "1"},
+            "ROUND: number is '1', expected a number from 0 t",
+        ),
+        ("COPYING", Kind.STATE_END, {"bytes": 1 << 40}, "STATE_END: bytes is 0x10000000000, expe"),
+        ("READY", Kind.COMMIT, {"identity": b"x"}, "COMMIT: identity is b'x', expected 16 bytes"),
+        ("READY", Kind.ABORT, {"why": 5}, "ABORT: why is 5, expected text"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_in_a_frame_is_named(
+    state: str, kind: Kind, told: dict[str, object], why: str
+) -> None:
+    _, peer = destination_in(DestinationState[state])
+    with pytest.raises(ProtocolError, match=f"^{why}"):
+        peer.say(kind, encode(told))
+
+
+def test_who_gives_up_may_say_more_than_this_avmm_knows() -> None:
+    _, peer = destination_in(DestinationState.COPYING)
+    with pytest.raises(PeerAbortedError, match="gave up: enough$"):
+        peer.say(Kind.ABORT, encode({"why": "enough", "code": 7}))
+
+
 def test_newer_and_older_versions_are_told_apart() -> None:
     _, peer = destination_in(DestinationState.NEW)
     with pytest.raises(ProtocolError, match=r"speaks versions \[2, 3\] .* this one \[1\]"):
         peer.say(Kind.HELLO, encode({"versions": [2, 3], "identity": IDENTITY}))
+    _, peer = destination_in(DestinationState.NEW)
+    with pytest.raises(ProtocolError, match=r"speaks versions \[2, 3, 4, 5, 6, 7, 8, 9\] of"):
+        peer.say(Kind.HELLO, encode({"versions": list(range(2, 500)), "identity": IDENTITY}))
     _, peer = destination_in(DestinationState.NEW)
     assert peer.say(Kind.HELLO, encode({"versions": [2, 1], "identity": IDENTITY, "more": 1}))
 
