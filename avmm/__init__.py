@@ -1,11 +1,13 @@
 """avmm: an async, event-driven micro-VMM. Small KVM guests inside a trio program."""
 
+from avmm import plain
 from avmm.arrivals import receive, restore
 from avmm.boot import FlatOptions, Mode
 from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.config import MachineConfig, Settings
 from avmm.devices.base import Device, Doorbell, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.console import Console
@@ -63,6 +65,7 @@ __all__ = [
     "Described",
     "Device",
     "DeviceError",
+    "DeviceState",
     "Disk",
     "DiskOptions",
     "Doorbell",
@@ -117,6 +120,7 @@ __all__ = [
     "mmio",
     "msr",
     "pio",
+    "plain",
     "receive",
     "restore",
     "virtio",

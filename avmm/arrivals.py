@@ -96,7 +96,7 @@ async def receive(
     most = None if most_memory is None else parse_size(most_memory)
     links = Links(disks, net, vsock)
 
-    def make(told: Any, needs: Any) -> Machine:
+    def make(told: object, needs: object) -> Machine:
         described = description.read(told, links, **settings)
         size = described.config.memory
         if most is not None and size > most:

@@ -28,7 +28,7 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -43,7 +43,7 @@ from avmm.errors import SnapshotError, StateError
 from avmm.memory.layout import RamLayout
 from avmm.memory.pages import PAGE, Bitmap, Packer
 from avmm.memory.ram import GuestMemory
-from avmm.plain import decode, encode
+from avmm.plain import ANYTHING, MAPPING, Fields, decode, encode
 from avmm.progress import SnapshotProgress
 
 if TYPE_CHECKING:
@@ -62,6 +62,13 @@ _FEW_PAGES: Final = 2048
 """So little is left for the standstill as soon as it can be."""
 _HEADER: Final = struct.Struct("<8sII 9Q Q")
 _MOST_BODY: Final = 4 << 30
+
+
+class _Body(Fields, error=SnapshotError):
+    """All that is not RAM; read by `avmm.parts`."""
+
+    description = ANYTHING
+    state = MAPPING
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ async def write(
                 state = parts.save(with_memory=False)
                 description = parts.describe()
             downtime = trio.current_time() - stopped
-        await writer.finish(encode({"description": description, "state": state}))
+        await writer.finish(encode(_Body.plain(description=description, state=state)))
     return downtime
 
 
@@ -314,8 +321,8 @@ def _replacement(target: Path) -> Iterator[int]:
 class Snapshot:
     """A snapshot that was opened and checked."""
 
-    description: Any
-    state: Any
+    description: object
+    state: Mapping[str, object]
     open_memory: Callable[[RamLayout], GuestMemory]
     """Maps its RAM, once, and closes the file."""
     close: Callable[[], None]
@@ -331,23 +338,17 @@ def read(path: str | os.PathLike[str], *, verify: bool = False) -> Snapshot:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             size = os.fstat(file.fileno()).st_size
             header = Header.unpack(os.pread(file.fileno(), HEADER_BYTES, 0), size, name)
-            content = _body(file, header, name)
+            body = _body(file, header, name)
             if verify:
                 _verify(file, header, name)
         except OSError as error:
             raise SnapshotError(f"snapshot {name}: {error.strerror}") from None
-        if (
-            type(content) is not dict
-            or set(content) != {"description", "state"}
-            or type(content["state"]) is not dict  # None would be a machine that boots
-        ):
-            raise SnapshotError(f"snapshot {name}: expected a description and a state in it")
         stack.pop_all()
     open_memory = partial(_map, file, header, name)
-    return Snapshot(content["description"], content["state"], open_memory, file.close)
+    return Snapshot(body.description, body.state, open_memory, file.close)
 
 
-def _body(file: BinaryIO, header: Header, name: str) -> Any:
+def _body(file: BinaryIO, header: Header, name: str) -> _Body:
     """What is in it. It is not copied: a file of holes may be long and hold nothing."""
     start = header.body_offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     end = header.body_offset + header.body_bytes
@@ -358,9 +359,10 @@ def _body(file: BinaryIO, header: Header, name: str) -> Any:
     ):
         _demand_sum(body, header.body_sum, name)
         try:
-            return decode(body, f"snapshot {name}: its state")
+            content = decode(body, f"snapshot {name}: its state")
         except StateError as error:
             raise SnapshotError(str(error)) from None
+        return _Body.read(f"snapshot {name}: its body", content)
 
 
 def _demand_sum(data: bytes | memoryview, expected: int, name: str) -> None:

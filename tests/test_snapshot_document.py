@@ -85,7 +85,8 @@ async def test_a_snapshot_is_as_its_format_says(tmp_path: Path) -> None:
     assert len(file.ram) == 5 << 20
     assert file.ram[MARK : MARK + 10] == b"here it is"
     description, state = file.body["description"], file.body["state"]
-    assert (description["version"], state["version"]) == (1, 1)
+    assert (description["version"], description["state"], state["version"]) == (2, 2, 2)
+    assert all(type(device["version"]) is int for _, device in state["devices"])
     assert description["settings"]["memory"] == state["memory_size"] == 5 << 20
     names = [entry[0] for entry in description["devices"]]
     assert [name for name, _ in state["devices"]] == list(dict.fromkeys(names))

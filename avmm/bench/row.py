@@ -8,7 +8,7 @@ from statistics import median
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One case: microseconds by avmm and by its baseline, and the ratio of the two; None where
     the baseline is QEMU, and there is none."""
 
@@ -19,8 +19,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class RateRow(Row):
-    """`Row` of a request, `raw_us` is QEMU's; and how many, and megabytes, avmm does a second."""
+class RateRow(BenchRow):
+    """`BenchRow` of a request, `raw_us` is QEMU's; and how many, and megabytes, avmm does a second."""
 
     per_second: float
     mb_per_second: float

@@ -19,10 +19,10 @@ from avmm.bench import pause as bench_pause
 from avmm.bench import snapshot as bench_snapshot
 from avmm.bench import stall as bench_stall
 from avmm.bench import virtio as bench_virtio
-from avmm.bench.row import Row, SizeRow, SpeedRow, StallRow
+from avmm.bench.row import BenchRow, SizeRow, SpeedRow, StallRow
 from avmm.memory.ram import parse_size
 
-Measure = Callable[[Callable[[], None]], Sequence[Row | SizeRow | SpeedRow]]
+Measure = Callable[[Callable[[], None]], Sequence[BenchRow | SizeRow | SpeedRow]]
 
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="A list of objects: case, us, raw_us, ratio."
@@ -75,7 +75,7 @@ def boot(
 ) -> None:
     """From start to the end of a guest that ends by itself, as a ratio to QEMU's microvm."""
 
-    def measure(progress: Callable[[], None]) -> list[Row]:
+    def measure(progress: Callable[[], None]) -> list[BenchRow]:
         return bench_boot.measure(kernel, initrd, cmdline, memory, rounds, progress)
 
     _run(measure, bench_boot.steps(rounds), as_json)
@@ -159,7 +159,7 @@ def _progress(steps: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.update(1)
 
 
-def _print_json(rows: Sequence[Row | SizeRow | SpeedRow | StallRow]) -> None:
+def _print_json(rows: Sequence[BenchRow | SizeRow | SpeedRow | StallRow]) -> None:
     click.echo(json.dumps([asdict(row) for row in rows], indent=2))
 
 
@@ -177,7 +177,7 @@ def _run(measure: Measure, steps: int, as_json: bool) -> None:
         click.echo(f"{row.case:24} {ours:8.1f} {compared}")
 
 
-def _values(row: Row | SizeRow | SpeedRow) -> tuple[float, float | None]:
+def _values(row: BenchRow | SizeRow | SpeedRow) -> tuple[float, float | None]:
     if isinstance(row, SizeRow):
         return row.kib, row.raw_kib
     if isinstance(row, SpeedRow):

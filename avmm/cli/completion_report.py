@@ -26,8 +26,8 @@ from avmm import arch
 from avmm.arch.contract import Probe
 from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.config import MachineConfig
-from avmm.devices.base import Device
-from avmm.errors import AvmmError, DeviceError
+from avmm.devices.state import Stateless
+from avmm.errors import AvmmError
 from avmm.kvm import Capability, KvmError, System, Vcpu, exit_name
 from avmm.kvm.kick import accept_kicks, install_kick, kick
 from avmm.memory.pages import PAGE
@@ -61,7 +61,7 @@ class Finding:
         return self.drained == "right"
 
 
-class _Witness(Device):
+class _Witness(Stateless):
     """Logs accesses; each read gives something else, so that a repeated one shows."""
 
     def __init__(self, kind: str, log: list[str]) -> None:
@@ -74,13 +74,6 @@ class _Witness(Device):
 
     def write(self, offset: int, size: int, value: int) -> None:
         self._log.append(f"{self._kind} write of {value:#x} ({size}) at {offset:#x}")
-
-    def save(self) -> Mapping[str, Any]:
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise DeviceError("a witness has no state")
 
 
 class _Guest:

@@ -179,12 +179,14 @@ class Device:
         """
 
     def save(self) -> Mapping[str, Any]:
-        """The device's state as plain data (numbers, bytes, text, lists, dicts of these)."""
+        """The device's state as plain data (numbers, bytes, text, lists, dicts of these), with a
+        version of its own; see `avmm.devices.state.DeviceState`."""
         raise DeviceError(f"{self.name} cannot be saved: it lacks save()")
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a state that `save` gave, here or in another process: hostile input.
 
-        Raises `DeviceError` where it is not one of this device's.
+        Raises `DeviceError` where it is not one of this device's, and is then as it was. Declare
+        what it is made of as a `DeviceState`, which checks that, and a version with it.
         """
         raise DeviceError(f"{self.name} cannot be loaded: it lacks load()")

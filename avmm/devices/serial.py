@@ -150,7 +150,7 @@ class Serial(Device):
 
     def load(self, state: Mapping[str, Any]) -> None:
         with self.host.lock:
-            self._uart.load(state)
+            self._uart.load(state, self.name)
             self._stall_reported = self._uart.stalled  # by whom it happened to
             self._wake_reader()
             self._wake_sender()

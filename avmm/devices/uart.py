@@ -31,8 +31,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.errors import DeviceError
+from avmm.plain import FLAG, U8, U16, Bytes, Int
 
 PORTS: Final = 8
 """How many I/O ports a serial port takes."""
@@ -81,6 +82,28 @@ _EMPTY: Final = LSR_THRE | LSR_TEMT
 _USUAL: Final = LSR_THRE | LSR_OE  # the bits whose state decides whether an LSR read is simple
 
 MSR_PRESENT: Final = 0xB0  # DCD, DSR and CTS: somebody is there and listens
+
+
+class UartState(DeviceState, version=1):
+    """What is saved of the chip; its two buffers hold as much as they have room for."""
+
+    ier = Int(0, 0x0F)
+    fcr = Int(0, FCR_STORED)
+    lcr = U8
+    mcr = Int(0, 0x1F)
+    mcr_written = FLAG
+    overrun = FLAG
+    msr_delta = Int(0, 0x0F)
+    scr = U8
+    divisor = U16
+    thr_empty = FLAG
+    thre_pending = FLAG
+    rx = Bytes(most=FIFO_SIZE)
+    looped = Int(0, FIFO_SIZE)
+    staging = Bytes()
+    output = Bytes()
+    lost = Int(0, 1 << 63)
+    stalled = FLAG
 
 
 def _nowhere(level: bool) -> None:
@@ -465,71 +488,65 @@ class Uart:
 
     def save(self) -> dict[str, Any]:
         """Everything the guest could notice, and all bytes under way."""
-        return {
-            "version": 1,
-            "ier": self.ier,
-            "fcr": self.fcr,
-            "lcr": self.lcr,
-            "mcr": self.mcr,
-            "mcr_written": self.mcr_written,
-            "overrun": bool(self.lsr & LSR_OE),
-            "msr_delta": self.msr_delta,
-            "scr": self.scr,
-            "divisor": self.divisor,
-            "thr_empty": bool(self.lsr & LSR_THRE),
-            "thre_pending": self.thre_pending,
-            "rx": bytes(self.rx),
-            "looped": self.looped,
-            "staging": bytes(self.staging),
-            "output": bytes(self.output),
-            "lost": self.lost,
-            "stalled": self.stalled,
-        }
+        return UartState.plain(
+            ier=self.ier,
+            fcr=self.fcr,
+            lcr=self.lcr,
+            mcr=self.mcr,
+            mcr_written=self.mcr_written,
+            overrun=bool(self.lsr & LSR_OE),
+            msr_delta=self.msr_delta,
+            scr=self.scr,
+            divisor=self.divisor,
+            thr_empty=bool(self.lsr & LSR_THRE),
+            thre_pending=self.thre_pending,
+            rx=bytes(self.rx),
+            looped=self.looped,
+            staging=bytes(self.staging),
+            output=bytes(self.output),
+            lost=self.lost,
+            stalled=self.stalled,
+        )
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Become what `save` gave, all of it or (DeviceError) nothing.
+    def load(self, state: Mapping[str, Any], device: str = "a serial port") -> None:
+        """Become what `save` gave, all of it or (DeviceError) nothing. Messages call it `device`.
 
         The stall clock starts anew: another machine's tells nothing.
         """
-        fields = Fields("a serial port", state, self.save())
-        if fields.number("version", 1) != 1:
-            raise fields.error("version", "1")
-        fcr = fields.number("fcr", FCR_STORED)
-        if fcr & ~FCR_STORED or (fcr and not fcr & FCR_ENABLE):
-            raise fields.error("fcr", "the bits that a 16550A keeps")
-        ier = fields.number("ier", 0x0F)
-        thr_empty, thre_pending = fields.flag("thr_empty"), fields.flag("thre_pending")
-        if thre_pending and not (thr_empty and ier & IER_THRI):
-            raise fields.error("thre_pending", "False where THR is full or its interrupt off")
-        rx = fields.data("rx", FIFO_SIZE if fcr else 1)
-        looped = fields.number("looped", len(rx))
-        output = fields.data("output", self.output_size + FIFO_SIZE)
-        stalled = fields.flag("stalled")
-        if stalled and len(output) < self.output_size:
-            raise fields.error("stalled", "False where the output buffer has room")
-        lcr, scr = fields.number("lcr", 0xFF), fields.number("scr", 0xFF)
-        mcr, mcr_written = fields.number("mcr", 0x1F), fields.flag("mcr_written")
-        overrun = fields.flag("overrun")
-        msr_delta = fields.number("msr_delta", 0x0F)
-        divisor = fields.number("divisor", 0xFFFF)
-        staging = fields.data("staging", self.input_size + FIFO_SIZE)
-        lost = fields.number("lost", 1 << 63)
+        saved = UartState.load(
+            device,
+            state,
+            output=Bytes(most=self.output_size + FIFO_SIZE),
+            staging=Bytes(most=self.input_size + FIFO_SIZE),
+        )
+        if saved.fcr & ~FCR_STORED or (saved.fcr and not saved.fcr & FCR_ENABLE):
+            raise saved.wrong("fcr", "the bits that a 16550A keeps")
+        if saved.thre_pending and not (saved.thr_empty and saved.ier & IER_THRI):
+            raise saved.wrong("thre_pending", "False where THR is full or its interrupt off")
+        if len(saved.rx) > 1 and not saved.fcr:
+            raise saved.wrong("rx", "at most 1 byte where the FIFO is off")
+        if saved.looped > len(saved.rx):
+            raise saved.wrong("looped", f"at most the {len(saved.rx)} bytes of rx")
+        full = len(saved.output) >= self.output_size
+        if saved.stalled and not full:
+            raise saved.wrong("stalled", "False where the output buffer has room")
         # Nothing is refused from here on.
-        self.ier, self.fcr, self.lcr, self.scr, self.divisor = ier, fcr, lcr, scr, divisor
-        self.mcr, self.mcr_written, self.msr_delta = mcr, mcr_written, msr_delta
-        self.rx, self.looped, self.staging = bytearray(rx), looped, bytearray(staging)
-        self.output, self.stalled = bytearray(output), stalled
-        self.lost = self.lost_before = lost
-        self.lsr = (LSR_DR if rx else 0) | (LSR_OE if overrun else 0)
-        if thr_empty:
+        self.ier, self.fcr, self.lcr = saved.ier, saved.fcr, saved.lcr
+        self.mcr, self.mcr_written, self.msr_delta = saved.mcr, saved.mcr_written, saved.msr_delta
+        self.scr, self.divisor = saved.scr, saved.divisor
+        self.rx, self.looped = bytearray(saved.rx), saved.looped
+        self.staging, self.output = bytearray(saved.staging), bytearray(saved.output)
+        self.stalled, self.thre_pending = saved.stalled, saved.thre_pending
+        self.lost = self.lost_before = saved.lost
+        self.lsr = (LSR_DR if self.rx else 0) | (LSR_OE if saved.overrun else 0)
+        if saved.thr_empty:
             self.lsr |= _EMPTY  # else it may become so now, with an interrupt: see _settle
         self._set_trigger()
-        full = len(output) >= self.output_size and not stalled
-        self.full_since = self.clock() if full else None
-        self.thre_pending = thre_pending
+        waits = full and not saved.stalled
+        self.full_since = self.clock() if waits else None
         if self.discarding:
             self.discard()
         self._refill()
         self._settle()
-        if full:
+        if waits:
             self.on_full()

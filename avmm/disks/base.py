@@ -31,14 +31,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
-from avmm.devices.state import Fields
 from avmm.errors import DeviceError
+from avmm.plain import Fields
 
 SECTOR: Final = 512
 """Bytes; the unit of every offset and length (VIRTIO 1.2, 5.2.4)."""
 Done: TypeAlias = Callable[[Exception | None], None]
 """Called with what the request raised, or None."""
 _ZEROES: Final = memoryview(bytes(64 * 1024))
+
+
+class _Nothing(Fields, version=1, error=DeviceError):
+    """The state of a disk whose contents outlive its process."""
 
 
 class Disk:
@@ -108,8 +112,8 @@ class Disk:
 
     def save(self) -> Mapping[str, Any]:
         """What of its contents would be lost with this process, as plain data."""
-        return {}
+        return _Nothing.plain()
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `save` gave: hostile input. Raises `DeviceError` where it is none."""
-        Fields(self.name, state, ())
+        _Nothing.read(f"{self.name}'s state", state)

@@ -17,18 +17,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from avmm.devices.state import Fields
 from avmm.disks import files
 from avmm.disks.base import SECTOR, Disk, Done
 from avmm.disks.pool import Pool
 from avmm.disks.raw import THREADS, WRITERS
-from avmm.errors import ConfigError
+from avmm.errors import ConfigError, DeviceError
+from avmm.plain import Bytes, Fields, ListOf, Row
 
 _BASE, _OWN = b"\0", b"\1"
 _CHUNK = 1 << 20
 """Bytes of changes in a piece of the saved state."""
 _RUN = struct.Struct("<QQ")
 """Where a run of changed sectors begins, and how long it is, in bytes."""
+
+
+class _State(Fields, version=1, error=DeviceError):
+    changes = ListOf(
+        Row(Bytes(most=_CHUNK // SECTOR * _RUN.size), Bytes(least=SECTOR, most=_CHUNK))
+    )
+    """[runs, data] of each piece, the data one run after the other."""
 
 
 class OverlayDisk(Disk):
@@ -159,26 +166,25 @@ class OverlayDisk(Disk):
                     runs, data = bytearray(), bytearray()
         if data:
             changes.append([bytes(runs), bytes(data)])
-        return {"changes": changes}
+        return _State.plain(changes=changes)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, ("changes",))
-        changes = state["changes"]
-        if type(changes) is not list or not all(map(self._is_change, changes)):
-            raise fields.error("changes", f"[runs, data] pairs of whole sectors in {self.size}")
+        saved = _State.read(f"{self.name}'s state", state)
+        for number, (runs, data) in enumerate(saved.changes):
+            if not self._fits(runs, data):
+                raise saved.refusal(
+                    f"changes[{number}] is not of whole sectors within {self.size} bytes"
+                )
         self._map[:] = bytes(len(self._map))
         os.ftruncate(self._fd, 0)
         os.ftruncate(self._fd, self.size)
-        for runs, data in changes:
+        for runs, data in saved.changes:
             left = [memoryview(data)]
             for offset, length in _RUN.iter_unpack(runs):
                 self._write(offset, files.cut(left, length))
 
-    def _is_change(self, pair: object) -> bool:
-        if type(pair) is not list or [type(part) for part in pair] != [bytes, bytes]:
-            return False
-        runs, data = pair
-        if not runs or len(runs) % _RUN.size:
+    def _fits(self, runs: bytes, data: bytes) -> bool:
+        if len(runs) % _RUN.size:
             return False
         pairs = list(_RUN.iter_unpack(runs))
         return sum(length for _, length in pairs) == len(data) and all(

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -18,6 +18,8 @@ from avmm.devices.base import Device
 from avmm.errors import GuestMemoryError, StateError
 from avmm.memory.dirty import DirtyLog
 from avmm.parts import description
+from avmm.parts.description import STATE_VERSION
+from avmm.plain import ANYTHING, MAPPING, U64, Bytes, Fields, ListOf, OrMissing, Row, Text, shown
 from avmm.vcpu.exits import Exits
 
 if TYPE_CHECKING:
@@ -34,7 +36,16 @@ if TYPE_CHECKING:
     from avmm.vcpu.calls import CallHandler
     from avmm.vcpu.completion import CompletionPolicy
 
-STATE_VERSION: Final = 1
+
+class MachineState(Fields, version=STATE_VERSION):
+    """What `Parts.save` gives."""
+
+    memory_size = U64
+    vcpus = ListOf(MAPPING)
+    vm = ANYTHING
+    devices = ListOf(Row(Text(), MAPPING))
+    memory = OrMissing(ListOf(Row(U64, Bytes())))
+    """Runs of RAM, as (GPA, contents)."""
 
 
 class Parts:
@@ -171,26 +182,17 @@ class Parts:
     def load_machine(self, state: object) -> None:
         """All of `load` but the devices' part, which is only looked at. Blocks, some milliseconds;
         any thread. Raises `StateError`."""
-        whole = _checked(state)
-        if whole.get("memory_size") != self.memory.size:
-            raise StateError(
-                f"the state has {whole.get('memory_size')} bytes of memory, the machine "
-                f"{self.memory.size}"
-            )
-        self._devices_of(whole)
-        vcpus = whole.get("vcpus")
-        if not isinstance(vcpus, list) or len(vcpus) != len(self.vcpus):
-            raise StateError(f"the state is not of {len(self.vcpus)} vCPUs")
-        for gpa, data in _pairs("memory", whole.get("memory", []), int):
+        saved = self._read(state)
+        for gpa, data in saved.memory or ():
             try:
                 self.memory.write(gpa, data)
-            except (GuestMemoryError, TypeError) as error:
-                raise StateError(f"the state's memory does not fit: {error}") from None
-        self.arch.load_vm(self.vm, whole.get("vm"))
-        self.arch.load_vcpus(self.system, self.vcpus, vcpus)
+            except GuestMemoryError as error:
+                raise saved.refusal(f"its memory does not fit: {error}") from None
+        self.arch.load_vm(self.vm, saved.vm)
+        self.arch.load_vcpus(self.system, self.vcpus, saved.vcpus)
         self.needs = [
             self.arch.needs_of(self.system, vcpu, vcpu_state)
-            for vcpu, vcpu_state in zip(self.vcpus, vcpus, strict=True)
+            for vcpu, vcpu_state in zip(self.vcpus, saved.vcpus, strict=True)
         ]
 
     def load_devices(self, state: object) -> None:
@@ -201,17 +203,22 @@ class Parts:
         device that has cause to interrupt does so again when it is loaded; interrupt chips that
         were loaded after it would forget that.
         """
-        saved = self._devices_of(_checked(state))
-        for device, device_state in zip(self.devices, saved, strict=True):
+        for device, (_, device_state) in zip(self.devices, self._read(state).devices, strict=True):
             device.load(device_state)
 
-    def _devices_of(self, state: Mapping[str, Any]) -> list[Any]:
-        """The devices' states; `StateError` where they are not of this machine's devices."""
+    def _read(self, state: object) -> MachineState:
+        """A state, where it is of a machine of this shape; else raises `StateError`."""
+        saved = MachineState.read("the machine's state", state)
+        if saved.memory_size != self.memory.size:
+            raise saved.wrong("memory_size", f"the machine's {self.memory.size}")
+        if len(saved.vcpus) != len(self.vcpus):
+            raise saved.wrong("vcpus", f"one of {len(self.vcpus)}")
         names = [device.name for device in self.devices]
-        saved = _pairs("devices", state.get("devices"), str)
-        if [name for name, _ in saved] != names:
-            raise StateError(f"the state is of devices {[n for n, _ in saved]}, not {names}")
-        return [device_state for _, device_state in saved]
+        if (theirs := [name for name, _ in saved.devices]) != names:
+            raise saved.refusal(
+                f"it is of devices {[shown(name) for name in theirs]}, not {names}"
+            )
+        return saved
 
     # -- what only one machine may hold ---------------------------------------------------------
 
@@ -247,20 +254,3 @@ class _Quiescable:
             own = (type(device).run, type(device).quiesce)
             if host.has_tasks or own != (Device.run, Device.quiesce):
                 yield device
-
-
-def _checked(state: object) -> Mapping[str, Any]:
-    version = state.get("version") if isinstance(state, Mapping) else None
-    if not isinstance(state, Mapping) or type(version) is not int or version != STATE_VERSION:
-        raise StateError(f"no state of a machine in version {STATE_VERSION}")
-    return state
-
-
-def _pairs(key: str, value: object, kind: type) -> list[tuple[Any, Any]]:
-    """A list of pairs out of a hostile state."""
-    if not isinstance(value, list) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and type(pair[0]) is kind
-        for pair in value
-    ):
-        raise StateError(f"the state's {key} are no list of pairs")
-    return [(first, second) for first, second in value]

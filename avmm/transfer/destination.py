@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from avmm.errors import PeerAbortedError, ProtocolError, StateError
+from avmm.errors import PeerAbortedError, ProtocolError
 from avmm.memory.pages import unpack
+from avmm.plain import ANYTHING, Fields
 from avmm.transfer.connection import Connection
 from avmm.transfer.protocol import (
     Commit,
@@ -36,6 +37,13 @@ _COMMIT_SECONDS: Final = 20.0
 """As long may COMMIT take: a source that hears nothing any more wants back what is held here."""
 
 
+class _Offer(Fields):
+    """What OFFER tells; read by `avmm.parts`."""
+
+    description = ANYTHING
+    cpus = ANYTHING
+
+
 class Receiver:
     """One guest, over one stream. `make` makes its machine of a description and its CPUs'
     needs."""
@@ -44,7 +52,7 @@ class Receiver:
         self,
         stream: trio.abc.Stream,
         stall_seconds: float,
-        make: Callable[[Any, Any], Machine],
+        make: Callable[[object, object], Machine],
         on_round: Callable[[int], object],
     ) -> None:
         self._side = Destination()
@@ -111,10 +119,9 @@ class Receiver:
             elif isinstance(event, Commit):
                 return
 
-    async def _prepared(self, offer: Any) -> Parts:
-        if type(offer) is not dict or set(offer) != {"description", "cpus"}:
-            raise StateError("an offer is a description of a machine and of its CPUs")
-        self._machine = self._make(offer["description"], offer["cpus"])
+    async def _prepared(self, told: object) -> Parts:
+        offer = _Offer.read("the offer", told)
+        self._machine = self._make(offer.description, offer.cpus)
         return await self._machine.prepare()
 
     def _unpack(self, pages: Pages) -> None:

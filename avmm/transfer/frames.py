@@ -35,7 +35,7 @@ _FIRST_ROOM: Final = 1 << 16
 """Of a reader's buffer, in bytes; then it grows with what has come, not with what is promised."""
 
 
-class Kind(IntEnum):
+class MessageKind(IntEnum):
     """What a frame is; docs/migration.md says when it may come."""
 
     HELLO = 1
@@ -51,18 +51,18 @@ class Kind(IntEnum):
     RUNNING = 11
 
 
-MOST: Final[Mapping[Kind, int]] = {
-    Kind.HELLO: 4096,
-    Kind.OFFER: 64 << 20,  # read-only regions are in it
-    Kind.ACCEPT: 0,
-    Kind.ABORT: 64 << 10,
-    Kind.PAGES: 4 + MOST_RUNS * RUN_BYTES + MOST_DATA_PAGES * PAGE,
-    Kind.ROUND: 64,
-    Kind.STATE: STATE_PIECE,
-    Kind.STATE_END: 64,
-    Kind.READY: 0,
-    Kind.COMMIT: 64,
-    Kind.RUNNING: 0,
+MOST: Final[Mapping[MessageKind, int]] = {
+    MessageKind.HELLO: 4096,
+    MessageKind.OFFER: 64 << 20,  # read-only regions are in it
+    MessageKind.ACCEPT: 0,
+    MessageKind.ABORT: 64 << 10,
+    MessageKind.PAGES: 4 + MOST_RUNS * RUN_BYTES + MOST_DATA_PAGES * PAGE,
+    MessageKind.ROUND: 64,
+    MessageKind.STATE: STATE_PIECE,
+    MessageKind.STATE_END: 64,
+    MessageKind.READY: 0,
+    MessageKind.COMMIT: 64,
+    MessageKind.RUNNING: 0,
 }
 """Bytes of payload at the most."""
 
@@ -71,7 +71,7 @@ MOST: Final[Mapping[Kind, int]] = {
 class Message:
     """What a frame that has come whole says."""
 
-    kind: Kind
+    kind: MessageKind
     payload: memoryview
 
 
@@ -81,7 +81,7 @@ class Encoder:
     def __init__(self) -> None:
         self._number = 0
 
-    def frame(self, kind: Kind, *payload: Buffer) -> list[Buffer]:
+    def frame(self, kind: MessageKind, *payload: Buffer) -> list[Buffer]:
         """The buffers of the next frame, to be sent in this order; `payload` is not copied."""
         length = sum(map(len, payload))
         if length > MOST[kind]:
@@ -130,7 +130,7 @@ class Decoder:
             return None
         number_kind, zero, zeros, length, number = _HEAD.unpack_from(self._data, self._start)
         try:
-            kind = Kind(number_kind)
+            kind = MessageKind(number_kind)
         except ValueError:
             raise ProtocolError(f"frame {self._number} is of no kind: {number_kind}") from None
         if zero or zeros or length > MOST[kind]:

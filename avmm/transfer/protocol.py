@@ -27,18 +27,47 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from avmm.errors import PeerAbortedError, ProtocolError, StateError
 from avmm.memory.pages import RUN_BYTES, Packed
-from avmm.plain import decode, encode
-from avmm.transfer.frames import STATE_PIECE, Buffer, Decoder, Encoder, Kind, Message
+from avmm.plain import U64, Bytes, Fields, Int, ListOf, Text, decode, encode
+from avmm.transfer.frames import STATE_PIECE, Buffer, Decoder, Encoder, Message, MessageKind
 
 VERSIONS: Final = (1,)
 """Of the protocol, that this avmm speaks, best first."""
 MOST_STATE: Final = 1 << 30
 """Bytes of state, all but RAM, that a destination takes."""
 _COUNT: Final = struct.Struct("<I")
+_MOST_SHOWN: Final = 8
+"""Versions of the other side's that a message shows."""
+_IDENTITY: Final = Bytes(least=16, most=16)
+_F = TypeVar("_F", bound=Fields)
+
+
+class _Hello(Fields, error=ProtocolError, ignores_more=True):
+    """The first that is said: the other side may know more than this one."""
+
+    versions = ListOf(U64)
+    identity = _IDENTITY
+
+
+class _Abort(Fields, error=ProtocolError, ignores_more=True):
+    """May be said before versions are agreed on."""
+
+    why = Text()
+
+
+class _Round(Fields, error=ProtocolError):
+    number = U64
+
+
+class _StateEnd(Fields, error=ProtocolError):
+    bytes = Int(0, MOST_STATE)
+
+
+class _Commit(Fields, error=ProtocolError):
+    identity = _IDENTITY
 
 
 class SourceState(Enum):
@@ -72,7 +101,7 @@ class DestinationState(Enum):
 class Offer:
     """The source tells what the guest is (`avmm.parts.description`)."""
 
-    description: Any
+    description: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +145,16 @@ class _Side:
 
     def _next(self) -> Message | None:
         message = self._decoder.next()
-        if message is not None and message.kind is Kind.ABORT:
-            why = _field(message, "why", str)
+        if message is not None and message.kind is MessageKind.ABORT:
+            why = _read(_Abort, message).why
             raise PeerAbortedError(f"the other side gave up: {_printable(why)}")
         return message
 
     def abort(self, why: str) -> list[Buffer]:
         """ABORT: this side gives up, for good. Nothing may be said after it."""
-        return self._encoder.frame(Kind.ABORT, encode({"why": _printable(why[:4000])}))
+        return self._encoder.frame(
+            MessageKind.ABORT, encode(_Abort.plain(why=_printable(why[:4000])))
+        )
 
 
 class Source(_Side):
@@ -143,20 +174,20 @@ class Source(_Side):
             )
 
     def next(self) -> bool:
-        """Take what has come, if a frame is whole: did one come? `state` has changed then."""
+        """Take what has come, if a message is whole: did one come? `state` has changed then."""
         message = self._next()
         if message is None:
             return False
         expected = {
-            SourceState.GREETED: (Kind.HELLO, SourceState.AGREED),
-            SourceState.OFFERED: (Kind.ACCEPT, SourceState.COPYING),
-            SourceState.STATED: (Kind.READY, SourceState.READY),
-            SourceState.COMMITTED: (Kind.RUNNING, SourceState.DONE),
+            SourceState.GREETED: (MessageKind.HELLO, SourceState.AGREED),
+            SourceState.OFFERED: (MessageKind.ACCEPT, SourceState.COPYING),
+            SourceState.STATED: (MessageKind.READY, SourceState.READY),
+            SourceState.COMMITTED: (MessageKind.RUNNING, SourceState.DONE),
         }.get(self.state)
         if expected is None or message.kind is not expected[0]:
             raise ProtocolError(f"{message.kind.name} came while the source {self.state.value}")
-        if message.kind is Kind.HELLO:
-            _demand_version(message)
+        if message.kind is MessageKind.HELLO:
+            _hello(message)
         self.state = expected[1]
         return True
 
@@ -164,27 +195,27 @@ class Source(_Side):
         """HELLO."""
         self._demand(SourceState.NEW)
         self.state = SourceState.GREETED
-        hello = {"versions": list(VERSIONS), "identity": self._identity}
-        return self._encoder.frame(Kind.HELLO, encode(hello))
+        hello = _Hello.plain(versions=list(VERSIONS), identity=self._identity)
+        return self._encoder.frame(MessageKind.HELLO, encode(hello))
 
-    def offer(self, description: Any) -> list[Buffer]:
+    def offer(self, description: object) -> list[Buffer]:
         """OFFER."""
         self._demand(SourceState.AGREED)
         self.state = SourceState.OFFERED
-        return self._encoder.frame(Kind.OFFER, encode(description))
+        return self._encoder.frame(MessageKind.OFFER, encode(description))
 
     def pages(self, packed: Packed) -> list[Buffer]:
         """PAGES; the buffers are those of `packed`."""
         self._demand(SourceState.COPYING)
         count = _COUNT.pack(len(packed.runs) // RUN_BYTES)
-        return self._encoder.frame(Kind.PAGES, count, packed.runs, packed.data)
+        return self._encoder.frame(MessageKind.PAGES, count, packed.runs, packed.data)
 
     def round(self, number: int) -> list[Buffer]:
         """ROUND: all pages of this round were sent."""
         self._demand(SourceState.COPYING)
-        return self._encoder.frame(Kind.ROUND, encode({"number": number}))
+        return self._encoder.frame(MessageKind.ROUND, encode(_Round.plain(number=number)))
 
-    def stated(self, state: Any) -> Iterator[list[Buffer]]:
+    def stated(self, state: object) -> Iterator[list[Buffer]]:
         """STATE and STATE_END, frame by frame."""
         self._demand(SourceState.COPYING)
         self.state = SourceState.STATED
@@ -192,15 +223,17 @@ class Source(_Side):
         if len(data) > MOST_STATE:
             raise ProtocolError(f"the state has {len(data)} bytes, at most {MOST_STATE} can go")
         for at in range(0, len(data), STATE_PIECE):
-            yield self._encoder.frame(Kind.STATE, data[at : at + STATE_PIECE])
-        yield self._encoder.frame(Kind.STATE_END, encode({"bytes": len(data)}))
+            yield self._encoder.frame(MessageKind.STATE, data[at : at + STATE_PIECE])
+        yield self._encoder.frame(MessageKind.STATE_END, encode(_StateEnd.plain(bytes=len(data))))
 
     def commit(self) -> list[Buffer]:
         """COMMIT. Once the first byte of it may have left, the source never runs the guest, unless
         the destination says ABORT."""
         self._demand(SourceState.READY)
         self.state = SourceState.COMMITTED
-        return self._encoder.frame(Kind.COMMIT, encode({"identity": self._identity}))
+        return self._encoder.frame(
+            MessageKind.COMMIT, encode(_Commit.plain(identity=self._identity))
+        )
 
 
 Event = Offer | Pages | Round | State | Commit
@@ -223,18 +256,18 @@ class Destination(_Side):
             )
 
     def next(self) -> tuple[Event | None, list[Buffer]] | None:
-        """Take what has come, if a frame is whole: what it says, and what to answer at once."""
+        """Take what has come, if a message is whole: what it says, and what to answer at once."""
         message = self._next()
         if message is None:
             return None
         take = {
-            (DestinationState.NEW, Kind.HELLO): self._hello,
-            (DestinationState.GREETED, Kind.OFFER): self._offer,
-            (DestinationState.COPYING, Kind.PAGES): self._pages,
-            (DestinationState.COPYING, Kind.ROUND): self._round,
-            (DestinationState.COPYING, Kind.STATE): self._piece,
-            (DestinationState.COPYING, Kind.STATE_END): self._stated,
-            (DestinationState.READY, Kind.COMMIT): self._commit,
+            (DestinationState.NEW, MessageKind.HELLO): self._hello,
+            (DestinationState.GREETED, MessageKind.OFFER): self._offer,
+            (DestinationState.COPYING, MessageKind.PAGES): self._pages,
+            (DestinationState.COPYING, MessageKind.ROUND): self._round,
+            (DestinationState.COPYING, MessageKind.STATE): self._piece,
+            (DestinationState.COPYING, MessageKind.STATE_END): self._stated,
+            (DestinationState.READY, MessageKind.COMMIT): self._commit,
         }.get((self.state, message.kind))
         if take is None:
             kind = message.kind.name
@@ -242,13 +275,10 @@ class Destination(_Side):
         return take(message)
 
     def _hello(self, message: Message) -> tuple[None, list[Buffer]]:
-        _demand_version(message)
-        self._identity = _field(message, "identity", bytes)
-        if len(self._identity) != 16:
-            raise ProtocolError("a migration's identity has 16 bytes")
+        self._identity = _hello(message).identity
         self.state = DestinationState.GREETED
-        answer = {"versions": list(VERSIONS), "identity": self._identity}
-        return None, self._encoder.frame(Kind.HELLO, encode(answer))
+        answer = _Hello.plain(versions=list(VERSIONS), identity=self._identity)
+        return None, self._encoder.frame(MessageKind.HELLO, encode(answer))
 
     def _offer(self, message: Message) -> tuple[Event, list[Buffer]]:
         offer = Offer(_decoded(message))
@@ -267,7 +297,7 @@ class Destination(_Side):
         return Pages(Packed(payload[_COUNT.size : end], payload[end:])), []
 
     def _round(self, message: Message) -> tuple[Event, list[Buffer]]:
-        return Round(_field(message, "number", int)), []
+        return Round(_read(_Round, message).number), []
 
     def _piece(self, message: Message) -> tuple[None, list[Buffer]]:
         if not message.payload or len(self._collected) + len(message.payload) > MOST_STATE:
@@ -276,7 +306,7 @@ class Destination(_Side):
         return None, []
 
     def _stated(self, message: Message) -> tuple[Event, list[Buffer]]:
-        if _field(message, "bytes", int) != len(self._collected):
+        if _read(_StateEnd, message).bytes != len(self._collected):
             raise ProtocolError("the state has not as many bytes as it should")
         state = _decoded(Message(message.kind, memoryview(self._collected)))
         self._collected = bytearray()
@@ -284,7 +314,7 @@ class Destination(_Side):
         return State(state), []
 
     def _commit(self, message: Message) -> tuple[Event, list[Buffer]]:
-        if _field(message, "identity", bytes) != self._identity:
+        if _read(_Commit, message).identity != self._identity:
             raise ProtocolError("COMMIT is of another migration")
         self.state = DestinationState.COMMITTED
         return Commit(), []
@@ -293,22 +323,22 @@ class Destination(_Side):
         """ACCEPT: a guest of that description can be here."""
         self._demand(DestinationState.OFFERED)
         self.state = DestinationState.COPYING
-        return self._encoder.frame(Kind.ACCEPT)
+        return self._encoder.frame(MessageKind.ACCEPT)
 
     def ready(self) -> list[Buffer]:
         """READY: all is loaded, the guest could run here."""
         self._demand(DestinationState.STATED)
         self.state = DestinationState.READY
-        return self._encoder.frame(Kind.READY)
+        return self._encoder.frame(MessageKind.READY)
 
     def running(self) -> list[Buffer]:
         """RUNNING: the guest runs here."""
         self._demand(DestinationState.COMMITTED)
         self.state = DestinationState.DONE
-        return self._encoder.frame(Kind.RUNNING)
+        return self._encoder.frame(MessageKind.RUNNING)
 
 
-def _decoded(message: Message) -> Any:
+def _decoded(message: Message) -> object:
     try:
         return decode(message.payload, message.kind.name)
     except StateError as error:
@@ -322,17 +352,15 @@ def _printable(text: str) -> str:
     )
 
 
-def _field(message: Message, name: str, kind: type) -> Any:
-    fields = _decoded(message)
-    if type(fields) is not dict or type(fields.get(name)) is not kind:
-        raise ProtocolError(f"{message.kind.name} without its {name}")
-    return fields[name]
+def _read(fields: type[_F], message: Message) -> _F:
+    return fields.read(message.kind.name, _decoded(message))
 
 
-def _demand_version(message: Message) -> None:
-    versions = _field(message, "versions", list)
-    if not set(VERSIONS) & {version for version in versions if type(version) is int}:
+def _hello(message: Message) -> _Hello:
+    hello = _read(_Hello, message)
+    if not set(VERSIONS) & set(hello.versions):
         raise ProtocolError(
-            f"the other side speaks versions {versions!r} of the protocol, this one "
-            f"{list(VERSIONS)}"
+            f"the other side speaks versions {hello.versions[:_MOST_SHOWN]} of the protocol, this "
+            f"one {list(VERSIONS)}"
         )
+    return hello

@@ -331,7 +331,7 @@ async def test_an_overlays_changes_are_saved_with_the_machine(image: Path) -> No
             [[runs(((1 << 64) - 512, 512)), bytes(512)]],
         ):
             with pytest.raises(DeviceError):
-                other.load({"changes": changes})
+                other.load({**state, "changes": changes})
         assert await contents(other) == await contents(disk)
 
 
@@ -377,9 +377,11 @@ async def test_an_embedders_disk_need_not_do_much() -> None:
         await disk.flush()
     disk.read_only = True
     await disk.flush()
-    assert disk.save() == {}
-    with pytest.raises(DeviceError):
-        disk.load({"x": 1})
+    assert disk.save() == {"version": 1}
+    disk.load({"version": 1})
+    for wrong in ({}, {"version": 1, "x": 1}):
+        with pytest.raises(DeviceError, match="disk's state"):
+            disk.load(wrong)
 
     class Writes(Disk):
         def __init__(self) -> None:

@@ -15,6 +15,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.faults import Fault, Line, Message
+from support.previous import previous_description
 
 import avmm
 from avmm.bus.space import Placement
@@ -177,13 +178,26 @@ def changed(at: int, **fields: Any) -> Callable[[list[Any]], list[Any]]:
         (changed(0, irq=5), "the guest has .* at pio 0x3f8, here is"),
         (changed(0, name="\x1b[2J"), "the guest has a device at pio 0x3f8, here is"),
         (changed(0, name="x" * 5000), "^the guest has x{64} at pio 0x3f8, here is"),
-        (changed(0, space="x" * 5000), "^the guest has .{,64} at xxxx 0x3f8, here is"),
-        (changed(0, base="here"), "the guest has what is no device, here is .* at pio 0x3f8"),
-        (lambda devices: [5, *devices[1:]], "the guest has what is no device, here is"),
+        (
+            changed(0, space="x" * 5000),
+            r"devices\[0\]\[1\] is 'x{40}'.* one of 'pio', 'mmio', 'msr'",
+        ),
+        (
+            changed(0, base="here"),
+            r"description: devices\[0\]\[2\] is 'here', expected a number fr",
+        ),
+        (changed(1, irq=-1), r"devices\[1\]\[4\] is -1, expected a number from 0 to .* or None"),
+        (
+            lambda devices: [5, *devices[1:]],
+            r"description: devices\[0\] is 5, expected a list of 5",
+        ),
         (lambda devices: devices[:-1], r"at mmio 0x\w+: the guest knows none"),
         (lambda devices: [], " at pio 0x3f8: the guest knows none"),
         (lambda devices: [*devices, ["More", "pio", 5, 1, None]], "More at pio 0x5: here is none"),
-        (lambda devices: [*devices, None], "what is no device: here is none"),
+        (
+            lambda devices: [*devices, None],
+            r"devices\[\d+\] is None, expected a list of 5 entries",
+        ),
     ],
 )
 def test_a_machine_with_other_devices_is_another_one(
@@ -251,6 +265,32 @@ async def refused_before_memory(spoil: Callable[[dict[str, Any]], None], why: st
         assert (await vm.wait()).status == 3
 
 
+async def test_a_guest_of_the_previous_version_is_refused_before_any_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = Line(Fault())
+    async with line.open(), avmm.Machine(memory="8M") as vm:
+        parts = vm._running
+        told = previous_description(parts.describe())
+        monkeypatch.setattr(parts, "describe", lambda: told)
+        why = "the machine's description has version 1, expected 2"
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(StateError, match=f"^{why}$"):
+                    async with avmm.receive(line.destination):
+                        pytest.fail("it was taken")
+
+            nursery.start_soon(receive)
+            with pytest.raises(MigrationError, match=f"gave up: StateError: {why}$"):
+                await vm.migrate(line.source)
+        assert Message.OFFER in line.frames["there"].seen
+        assert Message.ACCEPT not in line.frames["back"].seen
+        assert Message.PAGES not in line.frames["there"].seen
+        await vm.console.send_all(b"exit 3\r")
+        assert (await vm.wait()).status == 3
+
+
 def _wants_feature(needs: dict[str, Any]) -> None:
     for leaf in needs["cpuid"]:
         if leaf[:2] == [7, 0]:
@@ -262,9 +302,12 @@ def _wants_feature(needs: dict[str, Any]) -> None:
     [
         (_wants_feature, "lacks features .*: 0x7.0 ebx bits 15"),
         (lambda needs: needs["msrs"].append(0x1234_5678), "lacks MSRs .*0x12345678"),
-        (lambda needs: needs.update(tsc_khz=0), "expected a frequency"),
+        (
+            lambda needs: needs.update(tsc_khz=0),
+            "what vCPU 1 needs: tsc_khz is 0, expected a number",
+        ),
         (lambda needs: needs.update(xsave=64), "XSAVE area has 64 bytes"),
-        (lambda needs: needs.update(version=99), "vCPU's state has version 99"),
+        (lambda needs: needs.update(version=99), "what vCPU 1 needs has version 99, expected 1"),
     ],
 )
 async def test_what_a_cpu_lacks_is_told_before_any_memory(
@@ -341,7 +384,6 @@ async def test_a_good_one_makes_a_machine(good: Good) -> None:
         ([[1 << 52, b"x"]], "expected one below 0x10000000000000"),
         ([[(1 << 64) - 4096, b"x"]], "expected one below 0x10000000000000"),
         ([[(1 << 52) - 4096, bytes(4097)]], "expected one below 0x10000000000000"),
-        ([[-4096, b"x"]], "expected a page-aligned, filled one"),
         ([[0xF000_0001, b"x"]], "expected a page-aligned, filled one"),
         ([[0xF000_0000, b""]], "expected a page-aligned, filled one"),
         ([[0xF000_0000, b"x"]] * 2, "overlaps memory"),
@@ -349,11 +391,63 @@ async def test_a_good_one_makes_a_machine(good: Good) -> None:
         # Each would be held against each other one, while nothing else of the program runs.
         ([[(1 << 32) + (page << 12), b"x"] for page in range(65_536)], "256, which is the most"),
     ],
-    ids=range(9),
+    ids=range(8),
 )
 async def test_read_only_regions_that_cannot_be(good: Good, roms: list[Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         await prepared(good.told | {"roms": roms}, good.links)
+
+
+def spoilt(told: dict[str, Any], part: str, **fields: Any) -> dict[str, Any]:
+    """With other fields in the first entry of a part."""
+    first, *rest = told[part]
+    return told | {part: [first | fields, *rest]}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda told: 5, "is 5, expected a mapping"),
+        (lambda told: told | {"version": 1}, "has version 1, expected 2"),
+        (
+            lambda told: told | {"more": 1},
+            "has 'more', expected the keys version, state, settings",
+        ),
+        (
+            lambda told: told | {"state": 1},
+            ": state is 1, expected 2, the version of states that t",
+        ),
+        (
+            lambda told: told | {"state": 3},
+            ": state is 3, expected 2, the version of states that t",
+        ),
+        (lambda told: told | {"hvc": 1}, ": hvc is 1, expected True or False"),
+        (
+            lambda told: told | {"vsock": "7"},
+            ": vsock is '7', expected a number from 0 to .* or N",
+        ),
+        (lambda told: told | {"roms": [[-4096, b"x"]]}, r": roms\[0\]\[0\] is -4096, expected"),
+        (lambda told: told | {"roms": [[0]]}, r": roms\[0\] is a list of 1, expected a list of 2"),
+        (
+            lambda told: told | {"settings": {}},
+            ": settings lacks memory, .* expected the keys memo",
+        ),
+        (lambda told: spoilt(told, "disks", size=-1), r": disks\[0\].size is -1, expected a numb"),
+        (
+            lambda told: spoilt(told, "disks", more=1),
+            r": disks\[0\] has 'more', expected the keys",
+        ),
+        (
+            lambda told: spoilt(told, "nets", mac="x"),
+            r": nets\[0\].mac is 'x', expected text of 17",
+        ),
+    ],
+)
+def test_what_is_no_description_is_refused_by_name(
+    good: Good, spoil: Callable[[dict[str, Any]], Any], why: str
+) -> None:
+    with pytest.raises(StateError, match=f"^the machine's description ?{why}"):
+        description.read(spoil(good.told), good.links)
 
 
 def test_long_names_and_many_of_them_are_not_shown(good: Good) -> None:

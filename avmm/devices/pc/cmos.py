@@ -25,8 +25,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
 from avmm.devices.base import Device
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.errors import ConfigError
+from avmm.plain import Bytes, Int
 
 PORTS: Final = 2
 SIZE: Final = 128
@@ -71,6 +72,11 @@ class Cmos(Device):
     `low_memory` and `high_memory` are the bytes of RAM below and above 4 GiB, `clock` gives the
     time in nanoseconds since 1970 (UTC).
     """
+
+    class State(DeviceState, version=1):
+        index = Int(0, SIZE - 1)
+        offset = Int(-_OFFSET_LIMIT, _OFFSET_LIMIT)
+        data = Bytes(least=SIZE, most=SIZE)
 
     max_width: ClassVar[int] = 1
     acpi_hid: ClassVar[str] = "PNP0B00"
@@ -236,18 +242,16 @@ class Cmos(Device):
     # State.
 
     def save(self) -> Mapping[str, Any]:
-        return {"index": self._index, "offset": self._offset, "data": bytes(self._data)}
+        return self.State.plain(index=self._index, offset=self._offset, data=bytes(self._data))
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, self.save())
-        index = fields.number("index", SIZE - 1)
-        offset = fields.number("offset", _OFFSET_LIMIT, least=-_OFFSET_LIMIT)
-        data = fields.data("data", SIZE, least=SIZE)
+        saved = self.State.load(self.name, state)
+        data = saved.data
         if data[REG_A] & A_UIP or data[REG_B] & B_ENABLES or data[REG_C]:
-            raise fields.refusal(
+            raise saved.refusal(
                 f"registers A, B, C are {data[REG_A]:#x}, {data[REG_B]:#x}, {data[REG_C]:#x}"
             )
-        self._index, self._offset, self._data = index, offset, bytearray(data)
+        self._index, self._offset, self._data = saved.index, saved.offset, bytearray(data)
         self._flags_read = self._now()
 
 

@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
 from avmm.devices.base import Device
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
+from avmm.plain import U8, OneOf
 
 DATA: Final = 0
 """Offset of port 0x60."""
@@ -73,6 +74,13 @@ class I8042(Device):
 
     A20 is remembered and read back; it masks nothing, as on every processor since Haswell.
     """
+
+    class State(DeviceState, version=1):
+        mode = U8
+        out = U8
+        status = U8
+        answer = U8
+        pending = OneOf(0, *sorted(_TAKES_A_BYTE))
 
     max_width: ClassVar[int] = 1
 
@@ -140,24 +148,20 @@ class I8042(Device):
         self._status |= STATUS_OUTPUT_FULL
 
     def save(self) -> Mapping[str, Any]:
-        return {
-            "mode": self._mode,
-            "out": self._out,
-            "status": self._status,
-            "answer": self._answer,
-            "pending": self._pending,
-        }
+        return self.State.plain(
+            mode=self._mode,
+            out=self._out,
+            status=self._status,
+            answer=self._answer,
+            pending=self._pending,
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, self.save())
-        status, out = fields.number("status", 0xFF), fields.number("out", 0xFF)
-        mode, answer = fields.number("mode", 0xFF), fields.number("answer", 0xFF)
-        pending = fields.number("pending", 0xFF)
+        saved = self.State.load(self.name, state)
         possible = STATUS_SYSTEM | STATUS_UNLOCKED | STATUS_COMMAND | STATUS_OUTPUT_FULL
-        if status & ~possible or not out & OUT_NO_RESET or pending not in _TAKES_A_BYTE | {0}:
-            raise fields.refusal(
-                f"status {status:#x}, output port {out:#x}, waiting for the byte of command "
-                f"{pending:#x}"
-            )
-        self._mode, self._out, self._status = mode, out, status
-        self._answer, self._pending = answer, pending
+        if saved.status & ~possible:
+            raise saved.wrong("status", f"no bits but those of {possible:#x}")
+        if not saved.out & OUT_NO_RESET:
+            raise saved.wrong("out", f"a number with bit {OUT_NO_RESET:#x} set")
+        self._mode, self._out, self._status = saved.mode, saved.out, saved.status
+        self._answer, self._pending = saved.answer, saved.pending

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from avmm.devices.base import Device
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
+from avmm.plain import U8, Bytes
 
 _post_logger = logging.getLogger("avmm.post")
 _console_logger = logging.getLogger("avmm.debugcon")
@@ -25,6 +26,9 @@ _NEWLINE: Final = 0x0A
 
 class PostCode(Device):
     """The port where firmware says how far it got, and Linux writes to lose a microsecond."""
+
+    class State(DeviceState, version=1):
+        code = U8
 
     max_width: ClassVar[int] = 1
 
@@ -43,10 +47,10 @@ class PostCode(Device):
             _post_logger.debug("POST code %#04x", value)
 
     def save(self) -> Mapping[str, Any]:
-        return {"code": self.code}
+        return self.State.plain(code=self.code)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.code = Fields(self.name, state, ("code",)).number("code", 0xFF)
+        self.code = self.State.load(self.name, state).code
 
 
 class DebugConsole(Device):
@@ -54,6 +58,9 @@ class DebugConsole(Device):
 
     It reads 0xe9, by which a guest knows that it is there (Bochs, iodev/unmapped.cc).
     """
+
+    class State(DeviceState, version=1):
+        line = Bytes(most=LINE_LIMIT - 1)
 
     max_width: ClassVar[int] = 1
 
@@ -84,8 +91,7 @@ class DebugConsole(Device):
         _console_logger.info("%s", text)
 
     def save(self) -> Mapping[str, Any]:
-        return {"line": bytes(self._line)}
+        return self.State.plain(line=bytes(self._line))
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, ("line",))
-        self._line = bytearray(fields.data("line", LINE_LIMIT - 1))
+        self._line = bytearray(self.State.load(self.name, state).line)

@@ -22,12 +22,13 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice, VirtioLink
 from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
 from avmm.errors import ConfigError, GuestMemoryError
 from avmm.memory.pages import PAGE
+from avmm.plain import U32
 
 logger = logging.getLogger("avmm.virtio")
 
@@ -46,7 +47,6 @@ _SLICE: Final = 4096
 """Bytes of page numbers that are worked off before other tasks have their turn."""
 _PIECE: Final = 4 << 20
 """Bytes that are given back before other tasks have their turn: what Linux reports as one."""
-_MOST_PAGES: Final = (1 << 32) - 1
 _MOST_STATS: Final = 64
 _NAMES: Final = (
     "swap_in",
@@ -66,6 +66,10 @@ _NAMES: Final = (
 class Balloon(VirtioDevice):
     """A balloon; `deflate_on_oom`: may the guest take pages back rather than run out of them?
     `page_reporting`: may it tell which pages are free?"""
+
+    class State(DeviceState, version=1):
+        target = U32
+        actual = U32
 
     device_id: ClassVar[int] = 5
 
@@ -218,12 +222,11 @@ class Balloon(VirtioDevice):
         self._changed.set()
 
     def save(self) -> Mapping[str, Any]:
-        return {"target": self._target, "actual": self._actual}
+        return self.State.plain(target=self._target, actual=self._actual)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields("balloon", state, ("target", "actual"))
-        target, actual = (fields.number(name, _MOST_PAGES) for name in ("target", "actual"))
-        self._target, self._actual = target, actual
+        saved = self.State.load(self.name, state)
+        self._target, self._actual = saved.target, saved.actual
         self._changed.set()
 
 

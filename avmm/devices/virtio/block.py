@@ -22,11 +22,12 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.queue import Chain, QueueError
 from avmm.disks.base import SECTOR, Disk
 from avmm.errors import ConfigError
+from avmm.plain import FLAG, MAPPING, U64
 
 logger = logging.getLogger("avmm.disk")
 
@@ -83,6 +84,11 @@ class VirtioBlock(VirtioDevice):
     `serial` is what the guest can ask it for, at most 20 ASCII characters, and part of its name.
     `queue_size` is how many requests can be in flight, a power of 2.
     """
+
+    class State(DeviceState, version=1):
+        sectors = U64
+        read_only = FLAG
+        disk = MAPPING
 
     device_id: ClassVar[int] = 2
 
@@ -178,19 +184,17 @@ class VirtioBlock(VirtioDevice):
         await self.disk.acquire()
 
     def save(self) -> Mapping[str, Any]:
-        return {
-            "sectors": self.sectors,
-            "read_only": self.disk.read_only,
-            "disk": dict(self.disk.save()),
-        }
+        return self.State.plain(
+            sectors=self.sectors, read_only=self.disk.read_only, disk=dict(self.disk.save())
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, ("sectors", "read_only", "disk"))
-        if fields.number("sectors", (1 << 64) - 1) != self.sectors:
-            raise fields.error("sectors", f"the {self.sectors} of {self.disk.name}")
-        if fields.flag("read_only") is not self.disk.read_only:
-            raise fields.error("read_only", f"{self.disk.read_only}, as {self.disk.name} is")
-        self.disk.load(state["disk"])
+        saved = self.State.load(self.name, state)
+        if saved.sectors != self.sectors:
+            raise saved.wrong("sectors", f"the {self.sectors} of {self.disk.name}")
+        if saved.read_only is not self.disk.read_only:
+            raise saved.wrong("read_only", f"{self.disk.read_only}, as {self.disk.name} is")
+        self.disk.load(saved.disk)
 
 
 async def _fail_with(error: Exception) -> None:

@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.port import Port, Waiters
 from avmm.errors import ConfigError
+from avmm.plain import MAPPING, U16, Bytes, Int, ListOf, OneOf, Row, Text
 
 F_SIZE: Final = 1 << 0
 F_MULTIPORT: Final = 1 << 1
@@ -49,6 +50,16 @@ class Console(VirtioDevice):
     size that the guest is told, `queue_size` the entries of each queue. `rows_first` is for
     Linux before 6.15, which reads a new size the wrong way round (its commit 5326ab737a47).
     """
+
+    class State(DeviceState, version=1):
+        size = Row(U16, U16)
+        """[columns, rows]"""
+        ports = ListOf(Row(Text(), MAPPING), most=_MOST_PORTS)
+        """[name, state], in the order of their numbers."""
+        messages = ListOf(
+            Row(OneOf(*_SENT), Int(0, _MOST_PORTS - 1), Bytes(least=_CONTROL.size, most=_LONGEST))
+        )
+        """[event, port, message]"""
 
     device_id: ClassVar[int] = 3
     features = F_SIZE | F_MULTIPORT
@@ -212,47 +223,30 @@ class Console(VirtioDevice):
             port.acquire()
 
     def save(self) -> Mapping[str, Any]:
-        return {
-            "size": list(self._size),
-            "ports": [[port.name, port.save()] for port in self._ports],
-            "messages": [[*key, message] for key, message in self._messages.items()],
-        }
+        return self.State.plain(
+            size=list(self._size),
+            ports=[[port.name, port.save()] for port in self._ports],
+            messages=[[*key, message] for key, message in self._messages.items()],
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, ("size", "ports", "messages"))
-        size, ports, messages = state["size"], state["ports"], state["messages"]
-        if type(size) is not list or [type(side) for side in size] != [int, int]:
-            raise fields.error("size", "[columns, rows]")
-        if not all(0 <= side <= _SIDE for side in size):
-            raise fields.error("size", "numbers up to 65535")
-        pairs = _rows(fields, "ports", ports, (str, dict))
-        if [name for name, _ in pairs] != list(self.ports):
-            raise fields.error("ports", f"those of {', '.join(self.ports)}")
-        for port, (_, port_state) in zip(self._ports, pairs, strict=True):
+        saved = self.State.load(self.name, state)
+        if [name for name, _ in saved.ports] != list(self.ports):
+            raise saved.wrong("ports", f"those of {', '.join(self.ports)}")
+        ports = [
             port.check(port_state)
-        loaded: dict[tuple[int, int], bytes] = {}
-        for event, number, message in _rows(fields, "messages", messages, (int, int, bytes)):
-            if not 0 <= number < len(self._ports) or len(message) < _CONTROL.size:
-                raise fields.error("messages", "control messages of ports that there are")
-            if event not in _SENT or (event, number) in loaded or len(message) > _LONGEST:
-                raise fields.error("messages", "each control message once")
-            loaded[event, number] = message
-        self._size = (size[0], size[1])
-        self._messages = loaded
-        for port, (_, port_state) in zip(self._ports, pairs, strict=True):
+            for port, (_, port_state) in zip(self._ports, saved.ports, strict=True)
+        ]
+        messages = {(event, port): message for event, port, message in saved.messages}
+        if len(messages) != len(saved.messages):
+            raise saved.wrong("messages", "each control message once")
+        if not all(port < len(self._ports) for _, port in messages):
+            raise saved.wrong("messages", f"those of ports up to {len(self._ports) - 1}")
+        self._size = saved.size
+        self._messages = messages
+        for port, port_state in zip(self._ports, ports, strict=True):
             port.load(port_state)
         self._told.set()
-
-
-def _rows(
-    fields: Fields, name: str, value: object, types: tuple[type, ...]
-) -> list[tuple[Any, ...]]:
-    """A list of rows with these types out of a hostile state."""
-    if type(value) is not list or not all(
-        type(row) is list and tuple(map(type, row)) == types for row in value
-    ):
-        raise fields.error(name, f"a list of {[kind.__name__ for kind in types]}")
-    return [tuple(row) for row in value]
 
 
 def _checked_size(columns: int, rows: int) -> tuple[int, int]:

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import trio
 
 from avmm.devices.base import Device, Doorbell, Host, ReadAnswer, Wakeup, WriteAnswer
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.queue import QueueError, Virtqueue
 from avmm.errors import ConfigError, DeviceError
+from avmm.plain import MAPPING, U8, U32, U64, Int, ListOf
 
 if TYPE_CHECKING:
     from avmm.memory.ram import GuestMemory
@@ -117,6 +118,17 @@ class VirtioMmio(Device):
     `event_idx` and `indirect`: offer these features of rings. `doorbells`: let KVM take the
     guest's notifications where it can; without, each is an exit.
     """
+
+    class State(DeviceState, version=1):
+        status = U8
+        device_features_sel = U32
+        driver_features_sel = U32
+        driver_features = U64
+        queue_sel = U32
+        interrupt_status = Int(0, USED_BUFFER | CONFIG_CHANGE)
+        generation = U32
+        queues = ListOf(MAPPING, least=1)
+        model = MAPPING
 
     max_width: ClassVar[int] = 4
     acpi_hid: ClassVar[str] = "LNRO0005"
@@ -447,56 +459,44 @@ class VirtioMmio(Device):
 
     def save(self) -> Mapping[str, Any]:
         with self.host.lock:
-            return {
-                "version": 1,
-                "status": self._status,
-                "device_features_sel": self._device_features_sel,
-                "driver_features_sel": self._driver_features_sel,
-                "driver_features": self._driver_features,
-                "queue_sel": self._queue_sel,
-                "interrupt_status": self._interrupt_status,
-                "generation": self._generation,
-                "queues": [queue.save() for queue in self._queues],
-                "model": dict(self.model.save()),
-            }
+            return self.State.plain(
+                status=self._status,
+                device_features_sel=self._device_features_sel,
+                driver_features_sel=self._driver_features_sel,
+                driver_features=self._driver_features,
+                queue_sel=self._queue_sel,
+                interrupt_status=self._interrupt_status,
+                generation=self._generation,
+                queues=[queue.save() for queue in self._queues],
+                model=dict(self.model.save()),
+            )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, self.save())
-        if fields.number("version", 1) != 1:
-            raise fields.error("version", "1")
-        status = fields.number("status", 0xFF)
-        features = fields.number("driver_features", (1 << 64) - 1)
+        saved = self.State.load(self.name, state)
+        status, features = saved.status, saved.driver_features
         if status & ~(_STATUS_BITS | NEEDS_RESET):
-            raise fields.error("status", "bits that a device has")
+            raise saved.wrong("status", "bits that a device has")
         if status & DRIVER_OK and not status & FEATURES_OK:
-            raise fields.error("status", "FEATURES_OK where there is DRIVER_OK")
+            raise saved.wrong("status", "FEATURES_OK where there is DRIVER_OK")
         if status & FEATURES_OK and (features & ~self._offered or not features & F_VERSION_1):
-            raise fields.error("driver_features", f"of {self._offered:#x}, with VERSION_1")
-        numbers = {
-            name: fields.number(name, most)
-            for name, most in (
-                ("device_features_sel", _WORD),
-                ("driver_features_sel", _WORD),
-                ("queue_sel", _WORD),
-                ("interrupt_status", USED_BUFFER | CONFIG_CHANGE),
-                ("generation", _WORD),
-            )
-        }
-        saved = state["queues"]
-        if type(saved) is not list or not 0 < len(saved) <= len(self._queues):
-            raise fields.error("queues", f"a list of {len(self._queues)}")
+            raise saved.wrong("driver_features", f"some of {self._offered:#x}, with VERSION_1")
+        if len(saved.queues) > len(self._queues):
+            raise saved.wrong("queues", f"a list of {len(self._queues)}")
         queues = [Virtqueue(self.host.memory, queue.max_size) for queue in self._queues]
         # Fewer are of an avmm whose device had no more: its driver knows nothing of the others.
-        for queue, queue_state in zip(queues, saved, strict=False):
+        for queue, queue_state in zip(queues, saved.queues, strict=False):
             queue.load(queue_state)
         with self.host.lock:
             if self._session is not None:
                 raise DeviceError(f"{self.name} is at work: it can be loaded when quiesced")
-            self.model.load(state["model"])
+            self.model.load(saved.model)
             # Nothing is refused from here on.
             self._status, self._driver_features = status, features
-            for name, value in numbers.items():
-                setattr(self, f"_{name}", value)
+            self._device_features_sel = saved.device_features_sel
+            self._driver_features_sel = saved.driver_features_sel
+            self._queue_sel = saved.queue_sel
+            self._interrupt_status = saved.interrupt_status
+            self._generation = saved.generation
             self._queues = queues
         if self._interrupt_status:
             self._pulse()

@@ -21,12 +21,13 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
 from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
 from avmm.errors import ConfigError
+from avmm.plain import FLAG, Bytes, Int
 
 F_CSUM: Final = 1 << 0
 F_GUEST_CSUM: Final = 1 << 1
@@ -70,6 +71,11 @@ class Net(VirtioDevice):
     `mac` is the guest's address, by default a random one, or that of a state that is loaded; `mtu`
     the longest packet, in bytes.
     """
+
+    class State(DeviceState, version=1):
+        mac = Bytes(least=6, most=6)
+        mtu = Int(_LEAST_MTU, _MOST_MTU)
+        link = FLAG
 
     device_id: ClassVar[int] = 1
     features = F_CSUM | F_GUEST_CSUM | F_MTU | F_MAC | F_MRG_RXBUF | F_STATUS
@@ -192,16 +198,13 @@ class Net(VirtioDevice):
         self._acquired.set()
 
     def save(self) -> Mapping[str, Any]:
-        return {"mac": self.mac, "mtu": self.mtu, "link": self._link_wanted}
+        return self.State.plain(mac=self.mac, mtu=self.mtu, link=self._link_wanted)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields("net", state, ("mac", "mtu", "link"))
-        mac = fields.data("mac", 6, least=6)
-        mtu = fields.number("mtu", _MOST_MTU, least=_LEAST_MTU)
-        link = fields.flag("link")
+        saved = self.State.load(self.name, state)
         if not self._has_given_mac:
-            self.mac = mac
-        self.mtu, self._link_wanted, self._frame = mtu, link, None
+            self.mac = saved.mac
+        self.mtu, self._link_wanted, self._frame = saved.mtu, saved.link, None
         self._is_loaded = True
 
 

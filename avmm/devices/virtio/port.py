@@ -25,13 +25,13 @@ import trio
 
 from avmm.devices.console import ConsoleStream
 from avmm.devices.hostfd import HostFd
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.errors import ConfigError
+from avmm.plain import FLAG, Bytes, Int
 
 logger = logging.getLogger("avmm.virtio")
 
 _LONGEST_NAME: Final = 255
-_FIELDS: Final = ("ready", "is_open", "output", "input", "stalled", "lost")
 
 
 class Waiters:
@@ -47,6 +47,17 @@ class Waiters:
     def set(self) -> None:
         """Let them all look again."""
         self._lot.unpark_all()
+
+
+class PortState(DeviceState, version=1):
+    """What is saved of a port; its two buffers hold as much as the port has room for."""
+
+    ready = FLAG
+    is_open = FLAG
+    output = Bytes()
+    input = Bytes()
+    stalled = FLAG
+    lost = Int(0, 1 << 63)
 
 
 class Port(ConsoleStream):
@@ -297,32 +308,32 @@ class Port(ConsoleStream):
 
     def save(self) -> dict[str, Any]:
         """Its state and all bytes under way."""
-        return {
-            "ready": self.ready,
-            "is_open": self.is_open,
-            "output": bytes(self.output),
-            "input": bytes(self.input),
-            "stalled": self.stalled,
-            "lost": self.lost,
-        }
+        return PortState.plain(
+            ready=self.ready,
+            is_open=self.is_open,
+            output=bytes(self.output),
+            input=bytes(self.input),
+            stalled=self.stalled,
+            lost=self.lost,
+        )
 
-    def check(self, state: Mapping[str, Any]) -> None:
-        """Raise `DeviceError` where `state` is none that `save` gives."""
-        fields = Fields(f"port {self.name}", state, _FIELDS)
-        for name in ("ready", "is_open", "stalled"):
-            fields.flag(name)
-        fields.data("output", self.output_size)
-        fields.data("input", self.input_size)
-        fields.number("lost", 1 << 63)
+    def check(self, state: Mapping[str, object]) -> PortState:
+        """What `save` gave, for `load`. Raises `DeviceError` where it is none of this port's."""
+        return PortState.load(
+            f"port {self.name}",
+            state,
+            output=Bytes(most=self.output_size),
+            input=Bytes(most=self.input_size),
+        )
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Become what `save` gave; `check` it before."""
-        self.ready, self.stalled, self.lost = state["ready"], state["stalled"], state["lost"]
-        self.output, self.input = bytearray(state["output"]), bytearray(state["input"])
+    def load(self, saved: PortState) -> None:
+        """Become what was saved."""
+        self.ready, self.stalled, self.lost = saved.ready, saved.stalled, saved.lost
+        self.output, self.input = bytearray(saved.output), bytearray(saved.input)
         self._full_since = None
         if not self.is_connected:
             self.lost += len(self.output)
             self.output.clear()
-        self.set_open(state["is_open"])
+        self.set_open(saved.is_open)
         for waiters in (self._output, self._room):
             waiters.set()

@@ -12,27 +12,18 @@ sends up to 19 parts, whatever the queue's size), and other VMMs take up to 1024
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.errors import DeviceError
 from avmm.memory.ram import GuestMemory
 from avmm.native.vring import QueueError, SplitRing
+from avmm.plain import FLAG, U16, U32, U64, Int, ListOf, Row
 
 __all__ = ["Chain", "Queue", "QueueError", "Virtqueue"]
 
 MAX_SIZE: Final = 32768
-_FIELDS: Final = (
-    "size",
-    "desc",
-    "driver",
-    "device",
-    "ready",
-    "next_avail",
-    "next_used",
-    "in_flight",
-)
 
 
 class Chain:
@@ -170,6 +161,17 @@ class Queue(Protocol):
 class Virtqueue:
     """A split virtqueue. The driver's settings first, then `start`; see `Queue` for the rest."""
 
+    class State(DeviceState, version=1):
+        size = U32
+        desc = U64
+        driver = U64
+        device = U64
+        ready = FLAG
+        next_avail = U16
+        next_used = U16
+        in_flight = ListOf(Row(Int(0, MAX_SIZE - 1), U32))
+        """[descriptor, progress] of each chain; as many at most as the queue has entries."""
+
     def __init__(self, memory: GuestMemory, max_size: int) -> None:
         if type(max_size) is not int or not 0 < max_size <= MAX_SIZE or max_size & (max_size - 1):
             raise DeviceError(f"a queue of {max_size!r} entries: expected a power of 2 to 32768")
@@ -306,41 +308,25 @@ class Virtqueue:
         if self._ring is not None:
             avail, used = self._ring.struct.next_avail, self._ring.struct.next_used
         flying = [*((c.head, c.done) for c in self._in_flight.values()), *self._again]
-        return {
-            "size": self.size,
-            "desc": self.desc,
-            "driver": self.driver,
-            "device": self.device,
-            "ready": self.ready,
-            "next_avail": avail,
-            "next_used": used,
-            "in_flight": [list(pair) for pair in flying],
-        }
+        return self.State.plain(
+            size=self.size,
+            desc=self.desc,
+            driver=self.driver,
+            device=self.device,
+            ready=self.ready,
+            next_avail=avail,
+            next_used=used,
+            in_flight=[list(pair) for pair in flying],
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Become what `save` gave, or raise `DeviceError` and stay as it was."""
-        fields = Fields("a virtqueue", state, _FIELDS)
-        address = (1 << 64) - 1
-        size = fields.number("size", (1 << 32) - 1)
-        places = [fields.number(name, address) for name in ("desc", "driver", "device")]
-        ready = fields.flag("ready")
-        position = (fields.number("next_avail", 0xFFFF), fields.number("next_used", 0xFFFF))
-        again = list(_pairs(fields, state["in_flight"], self.max_size))
+        saved = self.State.load("a virtqueue", state)
+        heads = {head for head, _ in saved.in_flight}
+        if not len(heads) == len(saved.in_flight) <= self.max_size:
+            raise saved.wrong("in_flight", f"up to {self.max_size} chains, each once")
         self.reset()
-        self.size, self.ready, self._position = size, ready, position
-        self.desc, self.driver, self.device = places
-        self._again.extend(again)
-
-
-def _pairs(fields: Fields, value: object, most: int) -> Iterable[tuple[int, int]]:
-    heads = set()
-    if type(value) is not list or len(value) > most:
-        raise fields.error("in_flight", f"a list of at most {most} chains")
-    for pair in value:
-        if type(pair) is not list or [type(number) for number in pair] != [int, int]:
-            raise fields.error("in_flight", "a list of [descriptor, progress]")
-        head, done = pair
-        if not 0 <= head < MAX_SIZE or head in heads or not 0 <= done < 1 << 32:
-            raise fields.error("in_flight", "each descriptor once, and progress below 2^32")
-        heads.add(head)
-        yield head, done
+        self.size, self.ready = saved.size, saved.ready
+        self.desc, self.driver, self.device = saved.desc, saved.driver, saved.device
+        self._position = (saved.next_avail, saved.next_used)
+        self._again.extend(saved.in_flight)

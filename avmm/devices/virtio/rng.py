@@ -6,7 +6,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar, Final
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.errors import DeviceError
 
@@ -26,6 +26,9 @@ class Rng(VirtioDevice):
     goes to the guest. While it waits the guest's requests wait. It is cancelled at a reset or
     pause, and then asked anew.
     """
+
+    class State(DeviceState, version=1):
+        """Nothing but the version: noise has no past."""
 
     device_id: ClassVar[int] = 4
     queue_sizes = (16,)
@@ -47,7 +50,7 @@ class Rng(VirtioDevice):
             queue.push(chain, chain.put(data))
 
     def save(self) -> Mapping[str, Any]:
-        return {}
+        return self.State.plain()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        Fields("rng", state, ())
+        self.State.load(self.name, state)

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio import vsock_unix
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.port import Waiters
@@ -111,6 +111,9 @@ class Vsock(VirtioDevice):
     `unix` is where its sockets are found as unix sockets; see `avmm.devices.virtio.vsock_unix`.
     Without `held` they are not, before `acquire`.
     """
+
+    class State(DeviceState, version=1):
+        """Nothing but the version: its connections are reset."""
 
     device_id: ClassVar[int] = 19
     features = F_STREAM
@@ -410,9 +413,9 @@ class Vsock(VirtioDevice):
             self._listener = None
 
     def save(self) -> Mapping[str, Any]:
-        return {}
+        return self.State.plain()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        Fields("vsock", state, ())
+        self.State.load(self.name, state)
         self.reset()
         self._tell_reset = True
