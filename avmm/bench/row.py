@@ -20,7 +20,8 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class RateRow(BenchRow):
-    """`BenchRow` of a request, `raw_us` is QEMU's; and how many, and megabytes, avmm does a second."""
+    """A row of a request: `raw_us` is QEMU's. And how many of them, and how many megabytes, avmm
+    does in a second."""
 
     per_second: float
     mb_per_second: float

@@ -215,9 +215,8 @@ class Parts:
             raise saved.wrong("vcpus", f"one of {len(self.vcpus)}")
         names = [device.name for device in self.devices]
         if (theirs := [name for name, _ in saved.devices]) != names:
-            raise saved.refusal(
-                f"it is of devices {[shown(name) for name in theirs]}, not {names}"
-            )
+            told = ", ".join(map(shown, theirs))
+            raise saved.refusal(f"it is of the devices {told}, not of {', '.join(names)}")
         return saved
 
     # -- what only one machine may hold ---------------------------------------------------------

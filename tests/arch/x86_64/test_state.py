@@ -282,7 +282,7 @@ def _promise(state: dict[str, Any], function: int, column: int, bits: int) -> No
         (lambda s: s.update(memory=[[1 << 60, b"x"]]), "memory does not fit"),
         (
             lambda s: s.update(memory=[[-4096, b"x"]]),
-            r"memory\[0\]\[0\] is -4096, expected a number",
+            r"memory\[0\]\[0\] is -4096, exp",
         ),
         (lambda s: s.update(memory=[[0, "text"]]), r"memory\[0\]\[1\] is 'text', expected bytes"),
         (lambda s: s["vm"].update(version=2), "the VM's state has version 2"),
