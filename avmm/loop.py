@@ -154,7 +154,7 @@ class VcpuLoop:
                 raise KvmError("KVM_RUN", -status)
             page.immediate_exit = 0
             if self._spot.asked or self._stopping:
-                if status < 0 or self._needs_completion(status):
+                if self._needs_completion(status):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
                 if not self._stopping:
@@ -164,7 +164,9 @@ class VcpuLoop:
 
     def _needs_completion(self, status: int) -> bool:
         page = self._vcpu.page
-        return self._policy.needs(status, page.flags, is_output=is_output(page))
+        if status == -errno.EINTR:
+            return not self._policy.settles(page.exit_reason, page.flags)
+        return status < 0 or self._policy.needs(status, page.flags, is_output=is_output(page))
 
     def _serve_draining(self, reason: int) -> None:
         pending = self._exits.serve(reason)

@@ -35,6 +35,18 @@ kernel may be through with it when it exits, as x86's is with each element of a 
 which it leaves unflagged (seen on Linux 6.1 with the series' change). So an output without the
 bit is believed only of a kernel that has set the bit before.
 
+**The drain.** A vCPU is drained, and may park, when nothing is pending any more:
+
+1. `KVM_RUN` is entered with `immediate_exit` set. It finishes what is pending first. What it exits
+   with is served, and it is entered again.
+2. Done is who gets -EINTR from that, or an exit that needs no completion.
+3. A vCPU that a kick has interrupted in the guest is done already, where `kvm_run` says of that
+   very `KVM_RUN` that it was interrupted and nothing more (`CompletionPolicy.settles`).
+
+`drain` is that in Python. A vCPU that is in the guest when it is asked to park does the same in C
+(avmm/kvm/parking.h), and comes here only for exits. Neither writes `kvm_run.exit_reason` on its
+way: on arm64 and RISC-V KVM decides by it what there is to complete.
+
 **What is unknown is completed.** An exit type that avmm does not know is treated as one that
 needs it: completing without need costs 5 µs, the reverse corrupts a guest.
 """
@@ -151,6 +163,19 @@ class CompletionPolicy:
         if self.by_flag and (self._seen_set or not is_output):
             return flagged
         return reason not in COMPLETE
+
+    def settles(self, reason: int, flags: int) -> bool:
+        """Does -EINTR from a `KVM_RUN` that was not entered with `immediate_exit` mean that
+        nothing is pending, with this reason and these flags in `kvm_run`?
+
+        The reason must be of that very run: who enters clears what was there before. A flag that
+        has no business there is believed so far that the vCPU is entered once more.
+        """
+        if reason != constants.KVM_EXIT_INTR:
+            return False
+        flagged = bool(flags & NEEDS_COMPLETION)
+        self._learn(reason, flagged, False)
+        return self.mode is not CompletionMode.ALWAYS and not flagged
 
     def _learn(self, reason: int, flagged: bool, is_output: bool) -> None:
         if reason in DOCUMENTED:

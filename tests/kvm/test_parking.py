@@ -8,24 +8,16 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from support.parking import HEADERS, SUPPORT, planted
 
-import avmm
 from avmm.vcpu.completion import NEEDS_COMPLETION
 
-SUPPORT: Final = Path(__file__).parents[1] / "support"
-HEADERS: Final = Path(avmm.__file__).parent / "kvm"
 LIVES, ROUNDS = "100", "40"
 Stress = Callable[[str, str, float], str]
 _SOUND_SECONDS, _HANG_SECONDS = 200, 12
 """What is sound ends, on a host as busy as it may be; of what hangs that is what is to be seen."""
 
 pytestmark = pytest.mark.timeout(2 * _SOUND_SECONDS)
-
-
-def planted(old: str, new: str) -> str:
-    source = (HEADERS / "parking.h").read_text()
-    assert source.count(old) == 1, "the source has changed"
-    return source.replace(old, new)
 
 
 @pytest.fixture

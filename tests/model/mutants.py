@@ -33,7 +33,7 @@ class Bug:
 _LOOK: Final = """\
             page.immediate_exit = 0
             if self._spot.asked or self._stopping:
-                if status < 0 or self._needs_completion(status):
+                if self._needs_completion(status):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
                 if not self._stopping:
@@ -110,7 +110,7 @@ BUGS: Final = (
     ),
     Bug(
         "the loop drains whatever the policy says",
-        (("loop", "if status < 0 or self._needs_completion(status):", "if True:"),),
+        (("loop", "if self._needs_completion(status):", "if True:"),),
         "loop",
     ),
     Bug(
