@@ -44,7 +44,7 @@ def _asked(
 
 @contextmanager
 def _statuses(path: Path, given_up: str) -> Iterator[None]:
-    """Ends the command where a failure has a status of its own."""
+    """Ends the command if a failure inside the block has a status of its own."""
     try:
         yield
     except GivenUp:
@@ -57,8 +57,8 @@ def _statuses(path: Path, given_up: str) -> Iterator[None]:
 
 
 async def _ask(path: Path, ask: Callable[[Client], Awaitable[_Answer]]) -> _Answer:
-    """Ctrl-C has it given up, and the answer then says what has become of it; who does not want to
-    wait for that presses it again."""
+    """Ctrl-C gives up what was asked, and the answer then says what has become of it. A second
+    Ctrl-C ends the wait for that answer."""
     answer: _Answer | AvmmError = AvmmError("what has become of it is not known")
     async with await client.connect(path) as connection, trio.open_nursery() as nursery:
 
@@ -66,7 +66,7 @@ async def _ask(path: Path, ask: Callable[[Client], Awaitable[_Answer]]) -> _Answ
             with trio.open_signal_receiver(signal.SIGINT) as signals:
                 task_status.started()
                 await anext(signals)
-                with suppress(AvmmError):  # which shows where the answer is read
+                with suppress(AvmmError):  # cut: whoever waits for the answer notices
                     await connection.give_up()
                 await anext(signals)
             nursery.cancel_scope.cancel()
@@ -74,7 +74,7 @@ async def _ask(path: Path, ask: Callable[[Client], Awaitable[_Answer]]) -> _Answ
         await nursery.start(mind_interrupts)
         try:
             answer = await ask(connection)
-        except AvmmError as error:  # raised outside of the nursery, or it would be in a group
+        except AvmmError as error:  # raised after the nursery, which would put it in a group
             answer = error
         nursery.cancel_scope.cancel()
     if isinstance(answer, AvmmError):

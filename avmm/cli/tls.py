@@ -14,7 +14,7 @@ from avmm.transfer.tls import Tls
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--tls-cert, --tls-key and --tls-ca, of which `chosen` is made."""
+    """--tls-cert, --tls-key and --tls-ca, which `chosen` takes."""
     for name, text in (
         ("ca", "Who has signed the other side's certificate; PEM."),
         ("key", "The key of --tls-cert; PEM."),
@@ -28,7 +28,7 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def chosen(target: Target, cert: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
-    """What the options say together; raises `ConfigError` where they do not fit."""
+    """What the options say together. Raises `ConfigError` if they do not fit."""
     if cert is None and key is None and ca is None:
         return None
     if target.kind != "tcp":

@@ -1,7 +1,7 @@
-"""Control of a running machine from outside its process: by a socket, as `avmm ctl` does.
+"""Control of a running machine from outside its process, through a socket, as `avmm ctl` does it.
 
-`serve` lets a machine of yours be steered, and `connect` steers one that runs elsewhere. Import it
-by `import avmm.control`; `import avmm` leaves it out.
+`serve` gives a machine of yours such a socket, and `connect` steers a machine that runs elsewhere.
+`import avmm` alone does not load this package: use `import avmm.control`.
 """
 
 from avmm.control.client import Client, connect

@@ -1,4 +1,4 @@
-"""A client of the control socket: steers a guest that runs in another process."""
+"""The client of the control socket: steers a guest that runs in another process."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ def _ignore(progress: Progress) -> None:
 
 
 async def connect(path: str | PathLike[str]) -> Client:
-    """Connect to the control socket at `path`: that of `avmm run --control unix:PATH`, or of
+    """Connect to the control socket at `path`, of `avmm run --control unix:PATH` or
     `avmm.control.serve`.
 
         async with await avmm.control.connect("/run/guest.ctl") as client:
             print((await client.status())["state"])
 
-    Raises `ConfigError` where there is none, and `AvmmError` where who answers is none of avmm's.
+    Raises `ConfigError` if nobody listens at `path`, and `NoControlSocket` if that is something
+    else. If it is cancelled, nothing stays open.
     """
     path = fspath(path)
     try:
@@ -60,13 +61,14 @@ async def connect(path: str | PathLike[str]) -> Client:
 
 
 class Client(trio.abc.AsyncResource):
-    """A connection to a control socket, made by `connect`; yours to close.
+    """A connection to a control socket, made by `connect`. Close it when you are done with it.
 
-    What is asked is answered before the next can be asked, so one task asks at a time: another one
-    gets `trio.BusyResourceError`. Each method raises the `AvmmError` that the other side does,
-    `GivenUp` after `give_up`, and `AvmmError` where the other side goes away. Where a call is
-    cancelled the connection is closed: then a pause, snapshot or migration is given up, and what
-    has become of it is not heard. Use `give_up` to hear it.
+    The other side does one thing at a time. While a task waits for an answer, a call from another
+    task raises `trio.BusyResourceError`. Each method raises the same `AvmmError` that was raised
+    on the other side, `GivenUp` after `give_up`, and `AvmmError` if the other side goes away.
+
+    Cancelling a method closes the connection. The other side then gives up a pause, a snapshot or
+    a migration, but you do not learn whether it was done before. Use `give_up` to learn that.
     """
 
     def __init__(self, stream: trio.SocketStream, path: str) -> None:
@@ -80,10 +82,10 @@ class Client(trio.abc.AsyncResource):
         await self._stream.aclose()
 
     async def give_up(self) -> None:
-        """Have the pause, snapshot or migration given up that another task waits for.
+        """Give up the pause, snapshot or migration that another task is waiting for.
 
-        That task gets the answer: `GivenUp`, or its result where it was done before. Nothing can
-        be asked any more then.
+        That task gets the answer: `GivenUp` is raised there, or the result is returned if it was
+        done before. This client can ask for nothing more after that.
         """
         with self._named():
             await self._stream.send_eof()
@@ -95,12 +97,12 @@ class Client(trio.abc.AsyncResource):
         return await self._ask(verbs.GetStatus, Status)
 
     async def pause(self, deadline: float | None = None) -> Pauses:
-        """Let the guest stand still until `resume`, within `deadline` seconds. Pauses count, and
-        outlive this client."""
+        """Let the guest stand still until `resume`. Raises `avmm.PauseTimeout` if that takes
+        longer than `deadline` seconds. Pauses are counted, and outlive this client."""
         return await self._ask(verbs.Pause, Pauses, deadline=deadline)
 
     async def resume(self) -> Pauses:
-        """Undo one `pause`; the guest runs on when nobody holds it any more."""
+        """Undo one `pause`. The guest runs on when all pauses are undone."""
         return await self._ask(verbs.Resume, Pauses)
 
     async def snapshot(
@@ -110,7 +112,7 @@ class Client(trio.abc.AsyncResource):
         deadline: float | None = None,
         on_progress: Callable[[Progress], object] = _ignore,
     ) -> SnapshotTaken:
-        """Have the guest written to `file`; see `avmm.Machine.snapshot`."""
+        """Have the guest's process write the guest to `file`; see `avmm.Machine.snapshot`."""
         path = str(Path(file).absolute())
         return await self._ask(
             verbs.TakeSnapshot, SnapshotTaken, on_progress, file=path, deadline=deadline
@@ -126,10 +128,10 @@ class Client(trio.abc.AsyncResource):
         deadline: float | None = None,
         on_progress: Callable[[Progress], object] = _ignore,
     ) -> Moved:
-        """Have the guest's process hand it over to who waits at `target`, "unix:PATH" or
-        "tcp:HOST:PORT"; see `avmm.connect` and `avmm.Machine.migrate`.
+        """Hand the guest over to an `avmm receive` or `avmm.receive` at `target`, which is
+        "unix:PATH" or "tcp:HOST:PORT"; see `avmm.connect` and `avmm.Machine.migrate`.
 
-        The process there reads the files of `tls`.
+        The guest's process connects, and reads the files of `tls`.
         """
         to = Target.parse(target, fd=False)
         if to.kind == "unix":
@@ -156,13 +158,13 @@ class Client(trio.abc.AsyncResource):
         return await self._ask(verbs.Settle, Settled, runs="here" if runs_here else "there")
 
     async def stop(self) -> Stopped:
-        """End the guest, as if its power had gone; returns when it has ended."""
+        """End the guest, as if its power had failed. Returns when it has ended."""
         return await self._ask(verbs.Stop, Stopped)
 
     # -- how --------------------------------------------------------------------------------
 
     async def greet(self) -> None:
-        """Hear the other side's greeting; `connect` has done so."""
+        """Receive the greeting of the other side; `connect` does that."""
         with self._named():
             protocol.parse_greeting(await self._next())
 
@@ -181,7 +183,7 @@ class Client(trio.abc.AsyncResource):
                 await self._stream.send_all(protocol.request(verb.name, arguments))
             while isinstance(heard := await self._hear(kind), Event):
                 on_progress(heard.progress)
-        except BaseException:  # or what comes next would be taken for the answer to another
+        except BaseException:  # a late answer would be taken for the next one's
             await trio.aclose_forcefully(self._stream)
             raise
         finally:
@@ -198,7 +200,7 @@ class Client(trio.abc.AsyncResource):
         return heard
 
     async def _next(self) -> bytes:
-        """The next line of the other side's."""
+        """The next line from the other side."""
         try:
             while (line := self._lines.next()) is None:
                 data = await self._stream.receive_some(_CHUNK)

@@ -1,12 +1,12 @@
 """The lines of the control socket, both ways, without any I/O: one JSON object a line.
 
-Who connects is greeted with
+The server greets each client with
 
     {"avmm": "0.1.0", "control": [1]}
 
-`control` lists the versions of this protocol that are spoken; there is one. Then each line of the
-client's is a command, one of `avmm.control.verbs`, with its arguments beside it. They are done one
-after the other:
+`control` lists the versions of this protocol that the server speaks; so far there is one. Each
+line that the client sends is a command, one of `avmm.control.verbs`, together with its arguments.
+The server does them one after the other:
 
     {"command": "status"}
     {"command": "pause", "deadline": 2.0}           deadline in seconds, may be left out
@@ -17,17 +17,17 @@ after the other:
     {"command": "settle", "runs": "here"}           or "there"; `avmm.Machine.settle`
     {"command": "stop"}
 
-Each is answered by one line, before which there may be any number of events:
+It answers each with one line. Any number of events may come before that line:
 
     {"event": "progress", ...}
     {"result": {...}}
     {"error": "what the user reads", "kind": "ConfigError"}
 
-`kind` is the name of one of `avmm.errors`, "RequestError" for a line that is no command,
-"PauseRefused" for a pause while the guest moves, or "Cancelled" for a command whose client gave it
-up: it does so by ending its side of the connection, or closing it.
+`kind` is the name of an error in `avmm.errors`, "RequestError" for a line that is no command,
+"PauseRefused" for a pause while the guest moves, or "Cancelled" for a command that its client gave
+up. A client gives up by ending its side of the connection, or by closing it.
 
-Neither side takes a line that is longer than its bound.
+Both sides refuse lines that are too long; `MOST_REQUEST` and `MOST_ANSWER` are the limits.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ from avmm.errors import AvmmError
 
 VERSION: Final = 1
 MOST_REQUEST: Final = 64 * 1024
-"""Bytes of a client's line, at the most."""
+"""How many bytes a client's line may have."""
 MOST_ANSWER: Final = 1 << 20
-"""Bytes of a server's line, at the most."""
+"""How many bytes a server's line may have."""
 _CANCELLED: Final = "Cancelled"
 
 
 class GivenUp(AvmmError):
-    """What was asked has been given up, as the client wished; the guest is as before."""
+    """The command was given up, as its client wished. The guest is as before."""
 
 
 class NoControlSocket(AvmmError):
-    """What answers is no control socket of avmm's, or one of another version."""
+    """The other side is not a control socket of avmm's, or one of another version."""
 
 
 _ERRORS: Final[Mapping[str, type[AvmmError]]] = {
@@ -71,11 +71,11 @@ _ERRORS: Final[Mapping[str, type[AvmmError]]] = {
     PauseRefused.__name__: PauseRefused,
     _CANCELLED: GivenUp,
 }
-"""What an answer's `kind` means. Others are `AvmmError`s."""
+"""The error for each `kind`. A kind that is not here becomes an `AvmmError`."""
 
 
 class Lines:
-    """Cuts what comes into lines of `most` bytes at the most."""
+    """Splits the bytes that come into lines of up to `most` bytes."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -87,12 +87,12 @@ class Lines:
 
     @property
     def is_full(self) -> bool:
-        """Is there more than a line may have? Then nothing more is to be fed."""
+        """Are there more bytes than a line may have? Then do not feed it any more."""
         return len(self._data) > self._most
 
     def next(self) -> bytes | None:
-        """The next line that is whole, without its end. Raises `RequestError` where the one that
-        is begun is too long."""
+        """The next complete line, without its newline; None if there is none yet. Raises
+        `RequestError` if the line that has begun is too long."""
         end = self._data.find(b"\n")
         if end < 0:
             if self.is_full:
@@ -107,29 +107,29 @@ class Lines:
 
 
 def greeting() -> bytes:
-    """To who has connected."""
+    """The first line for each client."""
     return _line({"avmm": version("avmm"), "control": [VERSION]})
 
 
 def event(progress: Progress) -> bytes:
-    """How far a command is."""
+    """A line that tells how far a command is."""
     return _line({"event": "progress", **progress})
 
 
 def result(answer: Answer) -> bytes:
-    """A command was done."""
+    """The line that answers a command that was done."""
     return _line({"result": answer})
 
 
 def failure(error: AvmmError) -> bytes:
-    """A command was not done."""
+    """The line that answers a command that failed."""
     text = "\n".join([str(error), *getattr(error, "__notes__", ())])
     kind = _CANCELLED if isinstance(error, GivenUp) else type(error).__name__
     return _line({"error": text, "kind": kind})
 
 
 def parse_request(line: bytes) -> Verb:
-    """Raises as `avmm.control.verbs.parse`, and `RequestError` where the line is no command."""
+    """Raises `RequestError` if the line is no command, else as `avmm.control.verbs.parse`."""
     try:
         request = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -144,40 +144,40 @@ def parse_request(line: bytes) -> Verb:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """How far what was asked is."""
+    """Tells how far the command is."""
 
     progress: Progress
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was asked is done."""
+    """The command was done."""
 
     answer: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What was asked is not done; `GivenUp` where the client gave it up."""
+    """The command failed, with `GivenUp` if the client gave it up."""
 
     error: AvmmError
 
 
 def request(command: str, arguments: Mapping[str, object]) -> bytes:
-    """Ask for this; arguments that are None are left out."""
+    """The line for a command; arguments that are None are left out."""
     given = {name: value for name, value in arguments.items() if value is not None}
     return _line({"command": command, **given})
 
 
 def parse_greeting(line: bytes) -> None:
-    """Raises `NoControlSocket` where it greets nobody, or no client of this version."""
+    """Raises `NoControlSocket` if the line is no greeting, or one of another version."""
     versions = _parse(line).get("control")
     if type(versions) is not list or VERSION not in versions:
         raise NoControlSocket(f"it does not speak version {VERSION} of the control protocol")
 
 
 def parse_answer(line: bytes) -> Event | Result | Failure:
-    """What a server says of a command. Raises `NoControlSocket` where it is no answer."""
+    """What the server says about a command. Raises `NoControlSocket` if the line is no answer."""
     told = _parse(line)
     if "event" in told:
         return Event({name: value for name, value in told.items() if name != "event"})

@@ -1,13 +1,13 @@
-"""The control socket of a running guest: clients ask, by lines, for what the verbs can do.
+"""The server of the control socket: takes commands from clients and does them to one machine.
 
-Who ends its side of the connection, or closes it, gives up the pause, snapshot or migration that
-it waits for; its answer is still sent, and says what has become of it. A pause that is answered
-outlives its client (`avmm.control.holds`).
+A client that ends its side of the connection, or closes it, gives up the pause, snapshot or
+migration that it is waiting for. The server still answers, and says what has become of it. A pause
+that was answered outlives its client (`avmm.control.holds`).
 
-**Hostile input.** The socket is its user's alone (mode 0600). A line has at most
-`protocol.MOST_REQUEST` bytes; of a client that sends more than that while its command is under way
-nothing is read any more, and it counts as one who has gone. A client that does not read loses
-events, and keeps nobody but itself waiting.
+**Hostile input.** Only the socket's owner may connect (mode 0600). A line may have up to
+`protocol.MOST_REQUEST` bytes. If a client sends more than that while its command is under way, the
+server stops reading and treats the client as gone. A client that does not read its events loses
+them, and makes nobody but itself wait.
 """
 
 from __future__ import annotations
@@ -41,17 +41,16 @@ async def serve(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Let `avmm ctl PATH`, or an `avmm.control.Client`, steer this machine until its guest has
-    ended.
+    """Let `avmm ctl PATH`, or an `avmm.control.Client`, steer this machine.
 
         async with avmm.Machine(...) as vm, trio.open_nursery() as nursery:
             await nursery.start(avmm.control.serve, vm, "/run/guest.ctl")
 
-    Only this user may connect to the socket at `path`. Started by `nursery.start`, it can be
-    connected to when that returns. Returns when the guest has ended and the clients have their
-    last answers, or a second has passed; then the socket is gone. Its pauses are undone then, or
-    where it is cancelled: the guest runs on. Raises `ConfigError` where there can be no such
-    socket.
+    Only this user may connect to the socket at `path`. `nursery.start` returns when clients can
+    connect. The function itself returns when the guest has ended and every client has its last
+    answer, or a second later. Cancelling it ends the service at once. In both cases the socket is
+    removed, and pauses that clients asked for are undone. Raises `ConfigError` if there can be no
+    socket at `path`.
     """
     with listening(path) as listener:
         async with holds.opened(vm) as held, served(listener, Control(vm, held)):
@@ -61,7 +60,7 @@ async def serve(
 
 @contextmanager
 def listening(path: str | PathLike[str]) -> Iterator[trio.socket.SocketType]:
-    """A control socket at `path` inside the block. Raises `ConfigError`."""
+    """A control socket that listens at `path` inside the block. Raises `ConfigError`."""
     path = fspath(path)
     with closing(trio.socket.from_stdlib_socket(sockets.listen(path, "control", 16))) as listener:
         try:
@@ -73,7 +72,8 @@ def listening(path: str | PathLike[str]) -> Iterator[trio.socket.SocketType]:
 
 @asynccontextmanager
 async def served(listener: trio.socket.SocketType, control: Control) -> AsyncIterator[None]:
-    """Serve clients inside the block. After it, who waits for an answer has a second to get it."""
+    """Serve clients inside the block. A client that still waits for an answer when the block ends
+    has a second to get it."""
     clients: set[_Conversation] = set()
 
     async def converse(client: _Conversation) -> None:
@@ -103,7 +103,7 @@ async def served(listener: trio.socket.SocketType, control: Control) -> AsyncIte
 
 
 class _Conversation:
-    """With one client."""
+    """The server's side of one connection."""
 
     def __init__(self, stream: trio.SocketStream, control: Control) -> None:
         self._stream = stream
@@ -120,7 +120,7 @@ class _Conversation:
                     pass
 
     def finish(self) -> None:
-        """Take no more commands; one that is under way is answered."""
+        """Take no more commands. One that is under way is still answered."""
         self._is_last = True
         self._idle.cancel()
 
@@ -146,7 +146,7 @@ class _Conversation:
         return line
 
     async def _answer(self, line: bytes) -> bytes:
-        """Do what it says; how far that is, is told meanwhile."""
+        """Do the command in this line, and send events meanwhile. Returns the last line."""
         try:
             verb = protocol.parse_request(line)
         except AvmmError as error:
@@ -176,19 +176,19 @@ class _Conversation:
         return answer
 
     async def _tell(self, told: trio.MemoryReceiveChannel[Progress]) -> None:
-        with suppress(trio.BrokenResourceError):  # gone; that shows where its lines are read
+        with suppress(trio.BrokenResourceError):  # the client has gone, which `_hear` notices
             async with told:
                 async for progress in told:
                     await self._stream.send_all(protocol.event(progress))
 
     async def _cancel_at_end(self, scope: trio.CancelScope) -> None:
-        """When the client will say nothing more, or has said too much."""
+        """Cancel when the client will say nothing more, or has said too much."""
         while not self._lines.is_full and await self._hear():
             pass
         scope.cancel()
 
     async def _hear(self) -> bool:
-        """Take what comes next; False at the end."""
+        """Take the next bytes from the client; False if there are none any more."""
         if not self._has_ended:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 data = await self._stream.receive_some(4096)

@@ -1,9 +1,10 @@
-"""What can be asked of a running machine from outside: the verbs, whoever brings them.
+"""The verbs: what can be asked of a running machine from outside.
 
-A verb is a class, and the only place that knows it: the class's fields are its arguments, each
-with what it takes and its help, `run` does it, and what that returns is its answer, which JSON can
-hold. `parse` makes one of plain data from anywhere. The control socket (`avmm.control.protocol`
-has its lines) and `avmm ctl` go by this file.
+Each verb is a class, which alone knows all about it. Its fields are the verb's arguments, each
+with a check and a help text; its docstring is the verb's help; `run` does what was asked and
+returns the answer, in a form that JSON can hold. `parse` makes a verb out of plain data that may
+come from anywhere. The control socket (`avmm.control.protocol` has its lines) and `avmm ctl` get
+their names, arguments and help from here.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ logger = logging.getLogger(__name__)
 _NOBODY_KNOWS: Final = "nobody knows where it runs"
 
 Progress: TypeAlias = Mapping[str, Any]
-"""How far a verb is: the fields of `avmm.SnapshotProgress` or `avmm.MigrationProgress`, of the
-latter with `seconds` since the migration began; what is infinite is None."""
+"""How far a snapshot or a migration is: the fields of `avmm.SnapshotProgress` or of
+`avmm.MigrationProgress`. A migration adds `seconds`, the time since it began. JSON has no
+infinity: None stands for it."""
 Emit: TypeAlias = Callable[[Progress], None]
 
 
 class RequestError(ConfigError):
-    """What was asked is no verb, or its arguments are none of its."""
+    """What was asked is not a verb, or its arguments are wrong: names the argument, and what was
+    expected."""
 
 
 class Control:
-    """One machine, as the verbs see it: with those who hold it paused, and what is under way."""
+    """One machine as the verbs see it: who holds it paused, and what is under way."""
 
     def __init__(self, vm: Machine, holds: Holds) -> None:
         self.vm = vm
@@ -52,14 +55,14 @@ class Control:
         self.progress: Progress = {}
         """How far that is."""
         self.unsettled = ""
-        """What was said of a hand-over without an answer."""
+        """Why nobody knows where the guest runs; empty if that is known."""
         self.moved_to = ""
-        """Where the guest has gone to, or perhaps has."""
+        """Where the guest was last handed over to, even if that may have failed."""
         self._copied = ""
 
     @contextmanager
     def copying(self, what: str) -> Iterator[None]:
-        """RAM is copied inside the block, for one at a time. Raises `AvmmError`."""
+        """RAM is copied inside the block. Raises `AvmmError` if it is being copied already."""
         if self._copied:
             raise AvmmError(f"not now: {self._copied}")
         self._copied = what
@@ -85,9 +88,9 @@ class Status(TypedDict):
     pid: int
     """The process that it runs in."""
     migration: dict[str, Any] | None
-    """`target`, and what is known of the `Progress`, where it is being migrated."""
+    """While it is being migrated: `target`, and the latest `Progress`."""
     unsettled: str | None
-    """Why it waits for `settle`, where it does."""
+    """If it waits for `settle`: why."""
 
 
 class Pauses(TypedDict):
@@ -167,7 +170,7 @@ def _place(name: str, value: object) -> str:
 
 
 def _takes(takes: Callable[[str, object], object], text: str) -> dict[str, object]:
-    """What is known of an argument beyond its type: who checks it, and its help."""
+    """An argument's metadata: the function that checks it, and its help."""
     return {"takes": takes, "help": text}
 
 
@@ -180,15 +183,16 @@ class Verb:
 
     name: ClassVar[str]
     is_long: ClassVar[bool] = False
-    """Is it given up when whoever has asked has gone?"""
+    """Is it given up when the client that asked for it has gone?"""
 
     async def run(self, control: Control, emit: Emit) -> Answer:
-        """Do it; `emit` gets how far it is. Raises `AvmmError`; cancelling gives it up."""
+        """Do what was asked, and tell `emit` how far it is. Raises `AvmmError` if that fails.
+        Cancelling it leaves the guest running as before."""
         raise NotImplementedError
 
     @classmethod
     def help(cls, argument: str = "") -> str:
-        """What it does, or what this argument of its means, in a sentence."""
+        """What the verb does, or what one of its arguments means, in a sentence."""
         if argument:
             return next(str(f.metadata["help"]) for f in fields(cls) if f.name == argument)
         return (cls.__doc__ or "").partition("\n")[0]
@@ -221,7 +225,7 @@ class GetStatus(Verb):
         }
 
 
-_DEADLINE: Final = "Give up where the guest does not come to a standstill by then."
+_DEADLINE: Final = "Give up if the guest has not come to a standstill by then."
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,7 @@ class Pause(Verb):
     deadline: float | None = field(default=None, metadata=_takes(_positive, _DEADLINE))
 
     async def run(self, control: Control, emit: Emit) -> Pauses:
-        """See `Verb`. It outlives whoever has asked for it."""
+        """See `Verb`. The pause outlives the client that asked for it."""
         await control.holds.hold(CONTROL, self.deadline)
         return {"pauses": control.holds.counts}
 
@@ -282,7 +286,7 @@ class Migrate(Verb):
     name = "migrate"
     is_long = True
     target: Target = field(
-        metadata=_takes(_target, "Where it is waited for: unix:PATH or tcp:HOST:PORT.")
+        metadata=_takes(_target, "Where an `avmm receive` waits: unix:PATH or tcp:HOST:PORT.")
     )
     bandwidth: float | None = field(
         default=None, metadata=_takes(_positive, "At most so many bytes a second.")
@@ -383,8 +387,8 @@ VERBS: Final[Mapping[str, type[Verb]]] = {
 
 
 def parse(name: object, arguments: Mapping[str, object]) -> Verb:
-    """The verb of this name with these arguments, which may be anybody's. Raises `RequestError`,
-    and `ConfigError` for a target that is none."""
+    """The verb of this name with these arguments: hostile input. Raises `RequestError`, and
+    `ConfigError` for a wrong target."""
     verb = VERBS.get(name) if isinstance(name, str) else None
     if verb is None:
         raise RequestError(f"no such command; known are {', '.join(VERBS)}")

@@ -1,4 +1,4 @@
-"""Unix sockets of the host: waited at by devices and by avmm itself, and called."""
+"""Unix sockets of the host: to listen at a path, and to connect to one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _QUEUE_STEP: Final = 0.02
 
 
 def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
-    """A socket at `path`, for `what`, that only its user may connect to.
+    """A socket that listens at `path`, and that only its user may connect to.
 
-    Takes the place of one that nobody serves. Raises `ConfigError` where it cannot be. Who is
-    done with it closes it and unlinks `path`. Does not block.
+    It takes the place of a socket that nobody serves any more. Raises `ConfigError`, which names
+    `what` and `path`, if there can be no such socket. The caller closes it, and unlinks `path`.
+    Does not block.
     """
     with suppress(OSError):  # what is in the way shows when it is bound
         if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
@@ -41,15 +42,15 @@ def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
 
 def _served(path: str | Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # or it waits where the queue of who listens is full
+        probe.setblocking(False)  # a full queue of connections would make it wait
         return probe.connect_ex(str(path)) in (0, errno.EAGAIN)
 
 
 async def connect(path: str | Path) -> trio.SocketStream:
-    """A stream to who listens at `path`. Raises `OSError`.
+    """Connect to the socket at `path`. Raises `OSError`.
 
-    Where as many wait to be accepted as the listener lets wait, this waits, too, for up to ten
-    seconds. trio takes such a socket for connected, which it is not.
+    If the listener's queue of connections is full, this waits for up to ten seconds. trio by
+    itself would return such a socket as connected, though it is not.
     """
     give_up = trio.current_time() + _QUEUE_SECONDS
     while True:

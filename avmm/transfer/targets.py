@@ -1,4 +1,4 @@
-"""Where a guest goes to or comes from, as people write it: unix:PATH, tcp:HOST:PORT or fd:N."""
+"""Where a guest goes to or comes from, as text: unix:PATH, tcp:HOST:PORT or fd:N."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Target:
 
     @classmethod
     def parse(cls, text: str, *, fd: bool = True) -> Target:
-        """Raises `ConfigError` for what is none; without `fd` also for a descriptor, which means
-        nothing to another process."""
+        """Raises `ConfigError` if the text is no target. Without `fd`, fd:N is refused as well: a
+        descriptor means nothing to another process."""
         kind, _, rest = text.partition(":")
         if kind == "unix" and rest and "\0" not in rest:
             return cls(kind, path=rest)
@@ -48,7 +48,7 @@ class Target:
 
 
 def _is_host(text: str) -> bool:
-    """Can a name like that be looked up? Whether there is such a host, who looks finds out."""
+    """Can a name like that be looked up? Whether the host exists shows later."""
     try:
         return bool(text) and "\0" not in text and bool(text.encode("idna"))
     except UnicodeError:  # a part of it is empty, or too long

@@ -1,7 +1,8 @@
 """TLS between two hosts that a guest moves between: each side proves who it is.
 
-Both sides show a certificate, and each takes only one that its `ca` has signed; who calls also
-compares the name in it with the HOST that was called. Only TLS 1.3 is spoken.
+Both sides show a certificate, and each accepts only one that its `ca` has signed. The side that
+connects also compares the name in the certificate with the HOST that it connects to. Both speak
+TLS 1.3 only.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ from avmm.errors import ConfigError, MigrationError
 
 CALLED_SECONDS: Final = 4.0
 CALLING_SECONDS: Final = 10.0
-"""How long a handshake may take. Who calls has more patience: before its turn comes the other side
-may have to wait for somebody who says nothing."""
+"""How long a handshake may take. The side that connects has more patience: the other side may have
+to wait first for a peer that says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """How this side proves who it is, and whom it trusts: paths of files in PEM.
+    """How this side proves who it is, and whom it trusts: the paths of three files in PEM.
 
-    For `avmm.connect` and `avmm.listen`, which say what is checked with it.
+    `avmm.connect` and `avmm.listen` take it, and say what they check with it.
     """
 
     cert: str | PathLike[str]
-    """This side's certificate, and after it those between it and its authority's."""
+    """This side's certificate, followed by any intermediate certificates."""
     key: str | PathLike[str]
-    """The private key of `cert`, not encrypted."""
+    """The private key of `cert`; it must not be encrypted."""
     ca: str | PathLike[str]
-    """The certificate of the authority that has signed the other side's."""
+    """The certificate of the authority that signs the other side's certificate."""
 
     def context(self, *, server: bool) -> ssl.SSLContext:
-        """What Python's `ssl` makes of it, for the side that is called or, without `server`, for
-        the one that calls. Reads the files, and blocks for that long. Raises `ConfigError`, which
-        names the file, where they are none."""
+        """The same as a context of Python's `ssl` module: for the side that listens if `server`,
+        else for the side that connects. Blocks while it reads the files. Raises `ConfigError`,
+        which names the file, if one of them cannot be used."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
@@ -61,8 +62,8 @@ def _no_password() -> str:
 async def shake_hands(
     stream: trio.SSLStream[trio.SocketStream], peer: object, most_seconds: float
 ) -> None:
-    """Prove to each other who the sides are. Where that fails, or is cancelled, `stream` is
-    closed; a failure raises `MigrationError`, which names `peer`."""
+    """Let each side prove who it is. Raises `MigrationError`, which names `peer`, if that fails or
+    takes longer than `most_seconds`. If it fails or is cancelled, `stream` is closed."""
     reason = f"no handshake within {most_seconds:g} s"
     done = False
     try:
@@ -80,7 +81,7 @@ async def shake_hands(
 
 
 def why(error: OSError) -> str:
-    """What people read of it."""
+    """The error in words for people."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the other side's certificate: {error.verify_message}"
     if isinstance(error, ssl.SSLError):

@@ -1,10 +1,10 @@
-"""Streams for a guest to move over: by a unix socket, TCP, TLS, or a descriptor that is given.
+"""Streams for a guest to move over: unix sockets, TCP, TLS, and descriptors from elsewhere.
 
-Any other trio stream will do for `Machine.migrate` and `avmm.receive` as well. Whoever can write
-to the stream can read and change the guest: without TLS it belongs on a unix socket, which is its
-user's alone, or into a network that is.
+`Machine.migrate` and `avmm.receive` take any other trio stream as well. Whoever can write to the
+stream can read and change the guest. So without TLS, use a unix socket, which only its user may
+connect to, or a network that nobody else is on.
 
-Nothing here blocks trio's thread: files are read and names looked up in threads.
+Nothing here blocks trio's thread: certificates are read and names are looked up in threads.
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ _BACKLOG: Final = 16
 
 
 async def connect(target: str, *, tls: Tls | None = None) -> trio.abc.Stream:
-    """Connect to whoever waits at `target`, for example an `avmm.listen` in another process.
+    """Connect to `target`, for example to an `avmm.listen` in another process.
 
         async with await avmm.connect("tcp:host:4711", tls=tls) as stream:
             await vm.migrate(stream)
 
-    `target` is "unix:PATH", "tcp:HOST:PORT" or "fd:N". The last is a connected stream socket of
-    this process, with descriptor N; it is taken over, and closed with the stream. With `tls`, for
-    tcp only, both sides prove who they are, by TLS 1.3: the other side must show a certificate
-    that `tls.ca` has signed, with HOST in it, and gets `tls.cert`.
+    `target` is "unix:PATH", "tcp:HOST:PORT" or "fd:N". With "fd:N" this takes over descriptor N
+    of this process, which must be a connected stream socket, and closes it with the stream.
 
-    The stream is the caller's to close. Raises `ConfigError` where `target` or the files of `tls`
-    cannot be, and `MigrationError` where nobody answers there, or the handshake fails or takes
-    more than 10 seconds. Cancelled, it leaves nothing open, but for descriptor N as it was.
+    `tls` works with tcp only. Then both sides speak TLS 1.3, and each proves who it is: the other
+    side must show a certificate for HOST that `tls.ca` has signed, and is shown `tls.cert`.
+
+    Close the stream when you are done with it. Raises `ConfigError` if `target` or the files of
+    `tls` are not valid, and `MigrationError` if nobody listens at `target`, or if the handshake
+    fails or takes longer than 10 seconds. If it is cancelled, nothing stays open; descriptor N
+    stays as it was.
     """
     to = Target.parse(target)
     context = await _context(to, tls, server=False)
@@ -69,20 +71,24 @@ async def connect(target: str, *, tls: Tls | None = None) -> trio.abc.Stream:
 
 
 async def listen(target: str, *, tls: Tls | None = None) -> Listener:
-    """Wait for callers at `target`, for example `avmm.connect` in another process.
+    """Listen at `target` for connections, for example from `avmm.connect` in another process.
 
         async with await avmm.listen("unix:/run/line") as listener:
             async with await listener.accept() as stream, avmm.receive(stream) as vm:
                 ...
 
-    `target` is "unix:PATH", a socket that only this user may connect to, "tcp:HOST:PORT", where
-    port 0 means any that is free, or "fd:N". The last is a listening stream socket of this
-    process, with descriptor N; it is taken over, and closed with the listener. With `tls`, for tcp
-    only, both sides prove who they are, by TLS 1.3: a caller must show a certificate that
-    `tls.ca` has signed, whatever name is in it, and gets `tls.cert`.
+    `target` is "unix:PATH", "tcp:HOST:PORT" or "fd:N". Only this user may connect to the socket
+    at PATH. PORT 0 chooses a free port; `Listener.target` says which. With "fd:N" this takes over
+    descriptor N of this process, which must be a listening stream socket, and closes it with the
+    listener.
 
-    The listener is the caller's to close. Raises `ConfigError` where `target` or the files of
-    `tls` cannot be. Cancelled, it leaves nothing open, but for descriptor N as it was.
+    `tls` works with tcp only. Then both sides speak TLS 1.3, and each proves who it is: whoever
+    connects must show a certificate that `tls.ca` has signed, for whatever name, and is shown
+    `tls.cert`.
+
+    Close the listener when you are done with it. Raises `ConfigError` if `target` or the files of
+    `tls` are not valid, or if `target` cannot be listened at. If it is cancelled, nothing stays
+    open; descriptor N stays as it was.
     """
     at = Target.parse(target)
     context = await _context(at, tls, server=True)
@@ -97,7 +103,7 @@ async def listen(target: str, *, tls: Tls | None = None) -> Listener:
         listeners = await trio.open_tcp_listeners(at.port, host=at.host)
     except OSError as error:
         raise ConfigError(f"{at}: {_why(error)}") from None
-    if at.port == 0:  # each has another one: only that of the first is told
+    if at.port == 0:  # each address got a port of its own, and `target` has room for one
         for listener in listeners[1:]:
             listener.socket.close()
         port = listeners[0].socket.getsockname()[1]
@@ -106,9 +112,9 @@ async def listen(target: str, *, tls: Tls | None = None) -> Listener:
 
 
 class Listener(trio.abc.Listener[trio.abc.Stream]):
-    """Where callers are waited for; made by `avmm.listen`, and closed by whoever has it.
+    """Accepts connections; made by `avmm.listen`.
 
-    Several tasks may await `accept` at once, and `trio.serve_listeners` works with it, too.
+    Several tasks may await `accept` at the same time. `trio.serve_listeners` works with it, too.
     """
 
     def __init__(
@@ -125,17 +131,18 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
 
     @property
     def target(self) -> str:
-        """Where callers come to, as `avmm.connect` takes it, with the port that was free where
-        any was asked for."""
+        """Where it listens, in the form that `avmm.connect` takes. The port is never 0."""
         return str(self._target)
 
     async def accept(self) -> trio.abc.Stream:
-        """The next caller's stream, which is yours to close.
+        """Wait for the next connection, and return its stream. Close the stream when you are done
+        with it.
 
-        With TLS, the next whose handshake succeeds within 4 seconds: others are logged and
-        closed, and callers behind them wait. Cancelled, it closes a caller who is in the midst of
-        that, and loses no other. Raises `trio.ClosedResourceError` once the listener is closed,
-        and `OSError` as trio's own listeners do.
+        With TLS, this does the handshake as well. A connection whose handshake fails, or takes
+        longer than 4 seconds, is logged and closed, and the wait goes on. If it is cancelled
+        during a handshake, that connection is closed; no other connection is lost. Raises
+        `trio.ClosedResourceError` when the listener is closed, and `OSError` as trio's own
+        listeners do.
         """
         while True:
             stream = await self._next()
@@ -150,7 +157,8 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
                 return secure
 
     async def _next(self) -> trio.SocketStream:
-        """Whoever calls first, at any of the sockets; who calls at the same moment is next."""
+        """The first connection at any of the sockets. A second one at the same moment is kept for
+        the next call."""
         async with self._turn:
             if not self._called:
                 await self._wait()
@@ -173,7 +181,8 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
             raise failures[0]
 
     async def aclose(self) -> None:
-        """Close it, and what nobody has accepted yet; the socket's PATH is gone then."""
+        """Stop listening, and remove the unix socket's PATH. Connections that nobody has accepted
+        are closed."""
         for listener in self._listeners:
             listener.socket.close()
         while self._called:
@@ -185,7 +194,7 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
 
 
 async def close(stream: trio.abc.Stream) -> None:
-    """Close it, politely if that does not take longer than a second."""
+    """Close the stream: in an orderly way if that takes no longer than a second."""
     with (
         trio.CancelScope(shield=True),
         trio.move_on_after(_CLOSE_SECONDS),
@@ -203,7 +212,7 @@ async def _context(target: Target, tls: Tls | None, *, server: bool) -> ssl.SSLC
 
 
 def _adopt(target: Target, *, listening: bool) -> trio.socket.SocketType:
-    """The socket of this descriptor. Where it is none like that it stays as it was."""
+    """The socket with this descriptor. A descriptor that is anything else stays as it was."""
     expected = "a listening stream socket" if listening else "a connected stream socket"
     try:
         adopted = socket.socket(fileno=target.fd)

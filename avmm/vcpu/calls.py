@@ -61,8 +61,9 @@ class CallHandler(Protocol):
     """Answers the calls of a machine's guest: `Machine`'s `calls`, any function like this."""
 
     def __call__(self, call: Call, /) -> Answered | Awaitable[Answered]:
-        """The answer, at once or as an awaitable; a negative number is an error to the guest. The
-        first is given in the vCPU's thread and must not block; the awaitable is awaited in trio.
+        """The answer, or an awaitable of it. To the guest, a negative number is an error.
+
+        This is called in the vCPU's thread and must not block. An awaitable is awaited in trio.
         """
 
 
