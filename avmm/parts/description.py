@@ -7,7 +7,8 @@ sizes of its disks: a wrong one is refused before a migration has sent any memor
 **What lies outside of the machine is named by whoever loads it.** Files, interfaces and sockets
 belong to a host, and a description may come from anybody, so no path in it is ever opened. It
 tells how many disks and networks the guest has and what it knows of them (size, serial number,
-MAC), and `Links` says what they are here. What is missing is asked for by name.
+MAC), and the settings `disks`, `net` and `vsock` say what they are here. What is missing is asked
+for by name.
 """
 
 from __future__ import annotations
@@ -18,21 +19,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from avmm.bus.space import Placement
-from avmm.config import MachineConfig
+from avmm.config import SETTINGS, HostSettings, MachineConfig, demand_hosts
 from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.net import Net
-from avmm.disks import DiskOptions
 from avmm.errors import AvmmError, ConfigError, StateError
-from avmm.options import NetOptions, VsockOptions
+from avmm.options import DiskOptions, NetOptions, VsockOptions
 
 _Model = TypeVar("_Model", VirtioBlock, Net)
 
 VERSION: Final = 1
-_SAME: Final = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit", "xen")
-"""Settings that the guest has seen."""
-_OWN: Final = ("unclaimed", "completion", "completion_capability")
-"""Settings of the host's side, which another host may choose anew."""
+_TOLD: Final = tuple(name for name, setting in SETTINGS.items() if setting.side.is_told)
+"""Settings that the guest has seen, and those of the host's side, for who chooses none anew."""
 _LONGEST_NAME: Final = 64
 _MOST_NAMES: Final = 8
 """Of that length, and so many of them, are shown in a message."""
@@ -48,18 +46,6 @@ _KEYS: Final = {
 }
 
 
-@dataclass(frozen=True)
-class Links:
-    """What the guest's disks, networks and sockets are on this host; None: nothing was said.
-
-    Each as in `MachineConfig`. `disks` and `net` have as many entries as the guest has devices.
-    """
-
-    disks: Sequence[str | DiskOptions] | None = None
-    net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None
-    vsock: VsockOptions | str | Mapping[str, Any] | None = None
-
-
 def describe(
     config: MachineConfig, places: Sequence[Placement], roms: Sequence[tuple[int, bytes]]
 ) -> dict[str, Any]:
@@ -68,7 +54,7 @@ def describe(
     nets = _last(Net, len(config.net), places)
     return {
         "version": VERSION,
-        "settings": {name: getattr(config, name) for name in (*_SAME, *_OWN)},
+        "settings": {name: getattr(config, name) for name in _TOLD},
         "disks": [
             {
                 # For people; a path may have bytes in it that are no text.
@@ -119,15 +105,15 @@ class Described:
                 )
 
 
-def read(
-    description: object, links: Links, *, own_addresses: bool = False, **settings: Any
-) -> Described:
+def read(description: object, settings: HostSettings, *, own_addresses: bool = False) -> Described:
     """What a description means on this host. Hostile input.
 
-    `settings` replace those of the host's side (`unclaimed` and the like). Raises `StateError`
-    where it is no description, `ConfigError` where `links` does not say what it needs: MAC
-    addresses, too, with `own_addresses`, for the machine that is described goes on.
+    Of `settings`, `disks`, `net` and `vsock` say what the guest's are here, as many as it has;
+    others replace what is told. Raises `StateError` where it is no description, `ConfigError`
+    where `settings` cannot be, or do not say what it needs: MAC addresses, too, with
+    `own_addresses`, for the machine that is described goes on.
     """
+    demand_hosts(settings)
     if type(description) is not dict or description.get("version") != VERSION:
         raise StateError(f"no description of a machine in version {VERSION}")
     if set(description) != set(_KEYS) or any(
@@ -136,23 +122,23 @@ def read(
     ):
         raise StateError(f"a description of a machine has {', '.join(_KEYS)}")
     told = description["settings"]
-    if set(told) != {*_SAME, *_OWN}:
-        raise StateError(f"the settings of a description are {', '.join((*_SAME, *_OWN))}")
-    if unknown := set(settings) - set(_OWN):
-        raise ConfigError(f"{', '.join(sorted(unknown))}: the guest has seen it as it was")
+    if set(told) != set(_TOLD):
+        raise StateError(f"the settings of a description are {', '.join(_TOLD)}")
     roms = tuple(_rom(pair) for pair in description["roms"])
     try:
         MachineConfig.make(**told)  # with nothing of the caller's: what is wrong here is theirs
     except (AvmmError, TypeError) as error:
         raise StateError(f"a description with a setting that cannot be: {error}") from None
-    config = MachineConfig.make(
-        **told | settings,
-        disks=_disks(description["disks"], links.disks),
-        net=_nets(description["nets"], links.net, own_addresses),
-        vsock=_vsock(description["vsock"], links.vsock),
+    chosen: dict[str, object] = {**told, **settings}
+    chosen |= {
+        "disks": _disks(description["disks"], settings.get("disks") or ()),
+        "net": _nets(description["nets"], settings.get("net") or (), own_addresses),
+        "vsock": _vsock(description["vsock"], settings.get("vsock")),
+    }
+    if description["hvc"]:
         # Else the next description, of the machine that is made here, would not tell of it.
-        **{"console": "virtio"} if description["hvc"] else {},
-    )
+        chosen["console"] = "virtio"
+    config = MachineConfig.make(**chosen)
     sizes = tuple(disk["size"] for disk in description["disks"])
     return Described(config, roms, description["hvc"], description["devices"], sizes)
 
@@ -165,21 +151,21 @@ def _last(kind: type[_Model], count: int, places: Sequence[Placement]) -> list[_
     return found[len(found) - count :]
 
 
-def _disks(told: list[Any], links: Sequence[str | DiskOptions] | None) -> list[DiskOptions]:
+def _disks(told: list[Any], links: Sequence[object]) -> list[DiskOptions]:
     for disk in told:
         _demand(
             disk, {"name": str, "size": int, "read_only": bool, "overlay": bool, "serial": str}
         )
-    if len(told) != len(links or ()):
+    if len(told) != len(links):
         names = ", ".join(_shown(disk) for disk in told[:_MOST_NAMES]) or "none"
         names += ", ..." if len(told) > _MOST_NAMES else ""
         raise ConfigError(
             f"the guest has {_count(told, 'disk')} ({names}): expected disks to say which file "
-            f"each of them is here, not {len(links or ())}"
+            f"each of them is here, not {len(links)}"
         )
     result = []
-    for disk, link in zip(told, links or (), strict=True):
-        options = link if isinstance(link, DiskOptions) else DiskOptions.parse(link)
+    for disk, link in zip(told, links, strict=True):
+        options = DiskOptions.parse(link)
         if options.read_only != disk["read_only"]:
             how = "read-only" if disk["read_only"] else "writable"
             raise ConfigError(f"disk {options.file}: the guest has {_shown(disk)} as {how}")
@@ -190,23 +176,19 @@ def _disks(told: list[Any], links: Sequence[str | DiskOptions] | None) -> list[D
     return result
 
 
-def _nets(
-    told: list[Any],
-    links: Sequence[NetOptions | str | Mapping[str, Any]] | None,
-    own_addresses: bool,
-) -> list[NetOptions]:
+def _nets(told: list[Any], links: Sequence[object], own_addresses: bool) -> list[NetOptions]:
     for net in told:
         _demand(net, {"mac": str, "mtu": int})
-    if len(told) != len(links or ()):
+    if len(told) != len(links):
         raise ConfigError(
             f"the guest has {_count(told, 'network device')}: expected net to say what each is "
-            f"linked to here, not {len(links or ())}"
+            f"linked to here, not {len(links)}"
         )
-    options = [NetOptions.parse(link) for link in links or ()]
+    options = [NetOptions.parse(link) for link in links]
     for option, net in zip(options, told, strict=True):
         if own_addresses and option.mac is None:
             raise ConfigError(
-                f"net {option}: expected its mac=ADDRESS; the guest's is {net['mac']!r}"
+                f"net {str(option)!r}: expected its mac=ADDRESS; the guest's is {net['mac']!r}"
             )
         if option.mtu not in (NetOptions.mtu, net["mtu"]):
             raise ConfigError(f"net mtu {option.mtu}: the guest knows one of {net['mtu']}")
@@ -219,9 +201,7 @@ def _nets(
         raise StateError(f"a description with a network device that cannot be: {error}") from None
 
 
-def _vsock(
-    cid: int | None, link: VsockOptions | str | Mapping[str, Any] | None
-) -> VsockOptions | None:
+def _vsock(cid: int | None, link: object) -> VsockOptions | None:
     if cid is None:
         if link is not None:
             raise ConfigError("vsock: the guest has no socket device")
