@@ -4,7 +4,7 @@ from avmm import plain
 from avmm.arrivals import receive, restore
 from avmm.boot import FlatOptions, Mode
 from avmm.bus.space import Placement, mmio, msr, pio
-from avmm.config import MachineConfig, Settings
+from avmm.config import HostSettings, MachineConfig, Settings
 from avmm.devices.base import Device, Doorbell, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
 from avmm.devices.state import DeviceState
@@ -76,6 +76,7 @@ __all__ = [
     "GuestQueue",
     "HandOverUnknownError",
     "Host",
+    "HostSettings",
     "ImageError",
     "InterruptLine",
     "KvmError",

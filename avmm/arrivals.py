@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Unpack
 
 import trio
 
 from avmm.bus.space import Placement
-from avmm.disks import DiskOptions
+from avmm.config import HostSettings, demand_hosts
 from avmm.errors import ConfigError
 from avmm.machine import Machine
 from avmm.memory.layout import RamLayout
-from avmm.memory.ram import GuestMemory, parse_size
-from avmm.options import NetOptions, VsockOptions
+from avmm.memory.ram import GuestMemory
+from avmm.options import parse_size
 from avmm.parts import Origin, description
-from avmm.parts.description import Described, Links
+from avmm.parts.description import Described
 from avmm.parts.placing import Unplaced
 from avmm.vcpu.calls import CallHandler
 
@@ -33,30 +33,27 @@ def restore(
     *,
     devices: Devices | Callable[[Described], Devices] = (),
     calls: CallHandler | None = None,
-    disks: Sequence[str | DiskOptions] | None = None,
-    net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None,
-    vsock: VsockOptions | str | Mapping[str, Any] | None = None,
     verify: bool = False,
-    **settings: Any,
+    **settings: Unpack[HostSettings],
 ) -> Machine:
     """The machine of the snapshot at `path`: enter it, and it goes on from there.
 
     `devices` and `calls` are those that the machine was made with; `devices` may be a function of
-    what the machine turns out to be. Its disks, networks and sockets are named anew, as many as it
-    has (`avmm.parts.description` says why); disks must hold what they did. Its RAM is mapped from
-    the file, which must not be changed while the machine lives. `settings` may be `unclaimed`,
-    `completion` and `completion_capability`. `verify` reads all of the file and compares
-    checksums.
+    what the machine turns out to be. `settings` are those of the host's side: `disks`, `net` and
+    `vsock` name what the machine has anew, as many as it has (`avmm.parts.description` says why);
+    disks must hold what they did. `unclaimed`, `completion` and `completion_capability` stay as
+    they were unless they are given. Its RAM is mapped from the file, which must not be changed
+    while the machine lives. `verify` reads all of the file and compares checksums.
 
     Raises `SnapshotError` where the file is no snapshot or damaged, `StateError` where it is not
-    of a machine that can be here, `ConfigError` for what is missing. Blocks: a few milliseconds,
-    with `verify` as long as reading takes.
+    of a machine that can be here, `ConfigError` for settings that cannot be or are missing.
+    Blocks: a few milliseconds, with `verify` as long as reading takes.
     """
     from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
 
     opened = snapshot.read(path, verify=verify)
     try:
-        described = description.read(opened.description, Links(disks, net, vsock), **settings)
+        described = description.read(opened.description, settings)
         origin = Origin(opened.state, opened.open_memory, described)
         chosen = devices(described) if callable(devices) else devices
         return Machine.from_origin(origin, described.config, chosen, calls)
@@ -71,21 +68,17 @@ async def receive(
     *,
     devices: Devices | Callable[[Described], Devices] = (),
     calls: CallHandler | None = None,
-    disks: Sequence[str | DiskOptions] | None = None,
-    net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None,
-    vsock: VsockOptions | str | Mapping[str, Any] | None = None,
     most_memory: int | str | None = None,
     stall_seconds: float = 60.0,
     on_round: Callable[[int], object] = lambda number: None,
-    **settings: Any,
+    **settings: Unpack[HostSettings],
 ) -> AsyncIterator[Machine]:
     """`async with avmm.receive(stream) as vm:` the guest that comes over `stream` runs inside.
 
     The other side is `Machine.migrate`. `devices` and `calls` are those that its machine was made
-    with; `devices` may be a function of what the guest turns out to be. Its disks, networks and
-    sockets are named here, as many as it has; `settings` are as for `avmm.restore`. A guest with
-    more than `most_memory` bytes is refused. `on_round` gets the number of each round of copying
-    that has come.
+    with; `devices` may be a function of what the guest turns out to be. `settings` are those of
+    the host's side, as for `avmm.restore`. A guest with more than `most_memory` bytes is refused.
+    `on_round` gets the number of each round of copying that has come.
 
     Raises `MigrationError` where the guest does not come, `StateError` or `ConfigError` where it
     cannot be here; the source is told why, and the guest runs on there. Cancelling it before the
@@ -93,11 +86,11 @@ async def receive(
     """
     from avmm.transfer.destination import Receiver  # noqa: PLC0415 - xxhash and msgpack
 
-    most = None if most_memory is None else parse_size(most_memory)
-    links = Links(disks, net, vsock)
+    most = None if most_memory is None else parse_size(most_memory, "most_memory")
+    demand_hosts(settings)  # not only when the guest has come
 
     def make(told: object, needs: object) -> Machine:
-        described = description.read(told, links, **settings)
+        described = description.read(told, settings)
         size = described.config.memory
         if most is not None and size > most:
             raise ConfigError(f"the guest has {size} bytes of RAM, {most} are allowed")

@@ -7,7 +7,7 @@ block is left, and is paused, saved, cloned and handed over meanwhile.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     ExitStack,
@@ -20,7 +20,7 @@ from typing import Any, Final, Self, TypeVar, Unpack
 import trio
 
 from avmm.bus.space import Placement
-from avmm.config import MachineConfig, Settings
+from avmm.config import HostSettings, MachineConfig, Settings
 from avmm.devices.base import Device, InterruptLine
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.balloon import Balloon
@@ -30,7 +30,6 @@ from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.vsock import Vsock
-from avmm.disks import DiskOptions
 from avmm.errors import (
     AvmmError,
     ConfigError,
@@ -39,10 +38,8 @@ from avmm.errors import (
 from avmm.memory.pages import Bitmap
 from avmm.memory.ram import GuestMemory
 from avmm.migration import Coordinator
-from avmm.options import NetOptions, VsockOptions
 from avmm.outcome import Cause, Outcome
 from avmm.parts import Origin, Parts, build, description, dismantle
-from avmm.parts.description import Links
 from avmm.parts.placing import Unplaced
 from avmm.progress import MigrationProgress, Report, SnapshotProgress
 from avmm.vcpu.calls import CallHandler
@@ -85,6 +82,10 @@ class Machine:
     ) -> None:
         if config is not None and settings:
             raise ConfigError("expected either a MachineConfig or settings, not both")
+        if config is not None and not isinstance(config, MachineConfig):
+            raise ConfigError(f"config {config!r}: expected a MachineConfig, or settings by name")
+        if not isinstance(devices, Iterable) or isinstance(devices, str | Mapping):
+            raise ConfigError(f"devices {devices!r}: expected a list, like [avmm.virtio(...)]")
         self.config = config or MachineConfig.make(**settings)
         self._devices = tuple(devices)
         self._calls = calls
@@ -310,11 +311,9 @@ class Machine:
         *,
         devices: Sequence[Placement | Unplaced] = (),
         calls: CallHandler | None = None,
-        disks: Sequence[str | DiskOptions] | None = None,
-        net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None,
-        vsock: VsockOptions | str | Mapping[str, Any] | None = None,
         keep_output: bool = False,
         deadline: float | None = None,
+        **settings: Unpack[HostSettings],
     ) -> AbstractAsyncContextManager[Machine]:
         """`async with vm.clone() as twin:` a second machine, which goes on from where this one is.
 
@@ -322,16 +321,17 @@ class Machine:
         guest has written since it was cloned before, or restored, is copied once, in a thread: a
         clone takes as long as that, and some milliseconds.
 
-        What cannot be shared is the caller's choice, and is asked for where it is missing:
-        `disks`, `net` and `vsock` say what the twin's are, as many as the guest has, with a CID
-        and MAC addresses (the same ones, to keep them; of others its driver knows when it looks).
+        `settings` are those of the host's side. What cannot be shared is the caller's choice, and
+        is asked for where it is missing: `disks`, `net` and `vsock` say what the twin's are, as
+        many as the guest has, with a CID and MAC addresses (the same ones, to keep them; of others
+        its driver knows when it looks). Others are this machine's unless they are given.
         `devices` and `calls` are as for `Machine`. What this machine's consoles have put out that
         nobody has received is received here only, or, with `keep_output`, from both.
 
-        Entering it raises `ConfigError` for what is missing, and as `paused` and `Machine` do.
+        Entering it raises `ConfigError` for settings that cannot be or are missing, and as
+        `paused` and `Machine` do.
         """
-        links = Links(disks, net, vsock)
-        return _clone(self, devices, calls, links, keep_output, deadline)
+        return _clone(self, devices, calls, settings, keep_output, deadline)
 
     def message_interrupt(self, address: int, data: int) -> InterruptLine:
         """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread, at
@@ -446,14 +446,14 @@ async def _clone(
     machine: Machine,
     devices: Sequence[Placement | Unplaced],
     calls: CallHandler | None,
-    links: Links,
+    settings: HostSettings,
     keep_output: bool,
     deadline: float | None,
 ) -> AsyncIterator[Machine]:
     parts = machine._running
     if machine._unsettled or (machine._outcomes and machine._outcomes[0].cause is Cause.MOVED):
         raise AvmmError("the guest was handed over to another machine: there it can be cloned")
-    described = description.read(parts.describe(), links, own_addresses=True)
+    described = description.read(parts.describe(), settings, own_addresses=True)
     with ExitStack() as stack:
         async with machine.paused(deadline):
             state = parts.save(with_memory=False)

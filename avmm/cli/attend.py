@@ -18,7 +18,6 @@ from contextlib import (
     nullcontext,
 )
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import click
@@ -36,7 +35,6 @@ from avmm.parts.placing import Unplaced, virtio
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LAST_OUTPUT_SECONDS: Final = 1.0
 _MOST_SHOWN: Final = 400
-PATH: Final = click.Path(path_type=Path)
 
 
 def control_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,43 +46,6 @@ def control_option(command: Callable[..., Any]) -> Callable[..., Any]:
         help="A socket, for its user alone, by which `avmm ctl PATH` steers the guest.",
     )
     return option(command)
-
-
-def link_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that a guest comes to: what it is linked to on this host."""
-    for option in (
-        control_option,
-        click.option(
-            "--net",
-            metavar="LINK[,mac=..]",
-            multiple=True,
-            help="What a network device of the guest's is linked to here, as in `avmm run`; one "
-            "for each.",
-        ),
-        click.option(
-            "--vsock",
-            metavar="cid=N[,unix=PATH]",
-            help="What the guest's socket device is here.",
-        ),
-        click.option(
-            "--disk",
-            "disks",
-            metavar="FILE[,ro][,overlay]",
-            multiple=True,
-            help="What a disk of the guest's is here, as in `avmm run`; one for each.",
-        ),
-        click.option(
-            "--console",
-            "console_target",
-            metavar="TARGET",
-            default="stdio",
-            show_default=True,
-            help="stdio, pty, unix:PATH or file:PATH: where the guest's console goes, be it the "
-            "serial port or hvc0.",
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 class Ends:

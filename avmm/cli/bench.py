@@ -20,7 +20,7 @@ from avmm.bench import snapshot as bench_snapshot
 from avmm.bench import stall as bench_stall
 from avmm.bench import virtio as bench_virtio
 from avmm.bench.row import BenchRow, SizeRow, SpeedRow, StallRow
-from avmm.memory.ram import parse_size
+from avmm.options import parse_size
 
 Measure = Callable[[Callable[[], None]], Sequence[BenchRow | SizeRow | SpeedRow]]
 
@@ -102,7 +102,7 @@ def virtio(as_json: bool, count: int, rounds: int) -> None:
 @MEMORY
 def migration(as_json: bool, rounds: int, memory: str) -> None:
     """Live migration over a unix socket, as a ratio to QEMU's with the same guest."""
-    size = parse_size(memory)
+    size = parse_size(memory, "--memory")
     _run(
         lambda progress: trio.run(bench_migration.measure, size, rounds, progress),
         bench_migration.steps(rounds),
@@ -117,7 +117,7 @@ def migration(as_json: bool, rounds: int, memory: str) -> None:
 @click.option("--clones", type=click.IntRange(1), default=50, show_default=True)
 def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
     """Snapshots written, as a ratio to QEMU's; restores and clones, as a ratio to a boot."""
-    size = parse_size(memory)
+    size = parse_size(memory, "--memory")
     _run(
         lambda progress: trio.run(bench_snapshot.measure, size, rounds, clones, progress),
         bench_snapshot.steps(rounds, clones),
@@ -141,7 +141,7 @@ def stall(kernel: Path | None, as_json: bool, rounds: int, memory: str) -> None:
     the longest that a task which sleeps a millisecond was late, as the median over the rounds, and
     at the most; what 99 of 100 such sleeps are late where nothing is done is taken off.
     """
-    size = parse_size(memory)
+    size = parse_size(memory, "--memory")
     with _progress(bench_stall.steps(rounds)) as progress:
         rows = trio.run(bench_stall.measure, kernel, size, rounds, progress)
     if as_json:

@@ -19,13 +19,13 @@ import click
 import trio
 
 from avmm.cli import tls
-from avmm.cli.attend import PATH
+from avmm.cli.options import PATH
 from avmm.control import client, verbs
 from avmm.control.client import Client
 from avmm.control.protocol import GivenUp
 from avmm.control.verbs import Moved, Pauses, Progress, SnapshotTaken, Status
 from avmm.errors import AvmmError, HandOverUnknownError
-from avmm.memory.ram import parse_size
+from avmm.options import parse_size
 from avmm.transfer.targets import Target
 
 UNKNOWN: Final = 3
@@ -234,7 +234,7 @@ def migrate(
     proof = tls.chosen(to, tls_cert, tls_key, tls_ca)
     if proof is not None:
         proof.context(server=False)  # what is wrong with the files is said by who was given them
-    rate = None if bandwidth is None else parse_size(bandwidth)
+    rate = None if bandwidth is None else parse_size(bandwidth, "--bandwidth")
     if report is not None:
         demand(report)
     timeline = Timeline(target)

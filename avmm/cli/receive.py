@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import trio
 
 from avmm.arrivals import receive
-from avmm.cli import attend, console, tls
+from avmm.cli import attend, console, options, tls
+from avmm.config import HostSettings
+from avmm.options import parse_size
 from avmm.outcome import Outcome
 from avmm.transfer import transports
 from avmm.transfer.targets import Target
@@ -18,21 +20,20 @@ from avmm.transfer.tls import Tls
 
 @click.command()
 @click.argument("source", metavar="unix:PATH|tcp:HOST:PORT|fd:N")
-@attend.link_options
+@options.arriving
+@attend.control_option
 @click.option(
     "--most-memory", metavar="SIZE", help="Refuse a guest with more RAM than this, like 2G."
 )
 @tls.options
 def command(
     source: str,
-    console_target: str,
     control_target: str | None,
-    disks: tuple[str, ...],
-    net: tuple[str, ...],
+    most_memory: str | None,
     tls_cert: Path | None,
     tls_key: Path | None,
     tls_ca: Path | None,
-    **options: Any,
+    **settings: Any,
 ) -> None:
     """Wait at unix:PATH or tcp:HOST:PORT for one guest, and run it from there on.
 
@@ -46,9 +47,10 @@ def command(
     """
     at = Target.parse(source)
     proof = tls.chosen(at, tls_cert, tls_key, tls_ca)
-    links = {"disks": disks, "net": net, **options}
-    parsed = console.parse(console_target)
-    attend.end(*trio.run(_run, at, proof, parsed, control_target, links))
+    most = None if most_memory is None else parse_size(most_memory, "--most-memory")
+    ends = console.parse(options.console_target(settings))
+    chosen = options.given(settings)
+    attend.end(*trio.run(_run, at, proof, ends, control_target, most, chosen))
 
 
 async def _run(
@@ -56,14 +58,18 @@ async def _run(
     proof: Tls | None,
     console_target: console.ConsoleTarget,
     control_target: str | None,
-    links: dict[str, Any],
+    most_memory: int | None,
+    settings: dict[str, Any],
 ) -> tuple[Outcome, bytes]:
     with attend.opened(console_target, control_target) as ends:
         async with attend.expecting() as has_come:
             line = await _caller(at, proof)
             try:
                 async with receive(
-                    line, devices=lambda told: ends.devices(told.has_hvc), **links
+                    line,
+                    devices=lambda told: ends.devices(told.has_hvc),
+                    most_memory=most_memory,
+                    **cast("HostSettings", settings),
                 ) as vm:
                     has_come()
                     await transports.close(line)

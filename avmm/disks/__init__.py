@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from avmm.disks.options import DiskOptions
 from avmm.disks.overlay import OverlayDisk
 from avmm.disks.raw import RawDisk
+from avmm.options import DiskOptions
 
 __all__ = ["DiskOptions", "OverlayDisk", "RawDisk", "open_disk"]
 

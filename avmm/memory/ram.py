@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from avmm.memory.layers import Layers, write_pages
 from avmm.memory.layout import RamLayout, Region
 from avmm.memory.pages import COPY_ON_WRITE, PAGE, Bitmap, address, own_pages, remap_private
 from avmm.native.vring import RamTable
+from avmm.options import meant_by, parse_size
 
 _SCATTERED: Final = 4
 """A fork copies no more than one of so many pages, in pieces, for itself alone ..."""
@@ -42,33 +42,30 @@ _FEW: Final = 256
 """... unless they are not more than these."""
 _MOST_READONLY: Final = 256
 """Regions; KVM has room for twice as many, and a hostile description may have any number."""
-_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"\s*(\d{1,20})\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE | re.ASCII)
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes meant by a size as people write it: `67108864`, `"64M"`, `"64MiB"`, `"1g"`.
+def memory_size(size: int | str, what: str = "memory") -> int:
+    """The bytes meant by `size` (`parse_size`), where RAM can have as many.
 
-    Units are powers of 1024. Raises `ConfigError` naming the text that is no size.
+    Raises `ConfigError`, which begins with `what`, unless it is a positive multiple of the page
+    size.
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        return size
-    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if match is None:
-        raise ConfigError(f"{size!r} is no size: expected a number with K, M, G or T, like '64M'")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    number = parse_size(size, what)
+    if number <= 0 or number % PAGE:
+        raise ConfigError(
+            f"{what} {size!r}: expected a positive multiple of {PAGE} bytes"
+            f"{meant_by(number, PAGE)}"
+        )
+    return number
 
 
 def check_size(size: int | str) -> int:
-    """The bytes meant by `size` (`parse_size`), where a guest of this host can have as many.
+    """The bytes meant by `size`, where a guest of this host can have as many.
 
-    Raises `ConfigError` unless it is a positive multiple of the page size and no more than the
-    host's own memory.
+    Raises `ConfigError` unless it is a `memory_size`, and no more than the host's own memory.
     """
-    size = parse_size(size)
+    size = memory_size(size)
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size <= 0 or size % PAGE:
-        raise ConfigError(f"memory of {size} bytes: expected a positive multiple of {PAGE}")
     if size > host:
         raise ConfigError(f"memory of {size >> 20} MiB: this host has {host >> 20} MiB in all")
     return size

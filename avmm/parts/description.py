@@ -7,24 +7,24 @@ sizes of its disks: a wrong one is refused before a migration has sent any memor
 **What lies outside of the machine is named by whoever loads it.** Files, interfaces and sockets
 belong to a host, and a description may come from anybody, so no path in it is ever opened. It
 tells how many disks and networks the guest has and what it knows of them (size, serial number,
-MAC), and `Links` says what they are here. What is missing is asked for by name.
+MAC), and the settings `disks`, `net` and `vsock` say what they are here. What is missing is asked
+for by name.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
 from avmm.bus.space import Placement
-from avmm.config import MachineConfig
+from avmm.config import SETTINGS, HostSettings, MachineConfig, demand_hosts
 from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.net import Net
-from avmm.disks import DiskOptions
 from avmm.errors import AvmmError, ConfigError, StateError
-from avmm.options import NetOptions, VsockOptions
+from avmm.options import DiskOptions, NetOptions, VsockOptions
 from avmm.plain import (
     ANYTHING,
     FLAG,
@@ -44,12 +44,10 @@ from avmm.plain import (
 _Model = TypeVar("_Model", VirtioBlock, Net)
 
 STATE_VERSION: Final = 2
-"""Of a machine's state (`avmm.parts.machine_parts`). The description, which comes before it and
+"""Of a machine's state (`avmm.parts.parts`). The description, which comes before it and
 before any RAM, tells it, so that a state which cannot be read here is refused at once."""
-_SAME: Final = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit", "xen")
-"""Settings that the guest has seen."""
-_OWN: Final = ("unclaimed", "completion", "completion_capability")
-"""Settings of the host's side, which another host may choose anew."""
+_TOLD: Final = tuple(name for name, setting in SETTINGS.items() if setting.side.is_told)
+"""Settings that the guest has seen, and those of the host's side, for who chooses none anew."""
 _LONGEST_NAME: Final = 64
 _MOST_NAMES: Final = 8
 """Of that length, and so many of them, are shown in a message."""
@@ -74,7 +72,7 @@ class _Net(Fields):
 class _Description(Fields, version=2):
     state = U32
     """The version of the state that goes with it."""
-    settings = MappingOf((*_SAME, *_OWN), ANYTHING)
+    settings = MappingOf(_TOLD, ANYTHING)
     """What they may be, `MachineConfig` knows."""
     disks = ListOf(Nested(_Disk, "a disk"))
     nets = ListOf(Nested(_Net, "a network device"))
@@ -85,18 +83,6 @@ class _Description(Fields, version=2):
     devices = ListOf(Row(Text(), OneOf("pio", "mmio", "msr"), U64, U64, OrNone(U32)))
 
 
-@dataclass(frozen=True)
-class Links:
-    """What the guest's disks, networks and sockets are on this host; None: nothing was said.
-
-    Each as in `MachineConfig`. `disks` and `net` have as many entries as the guest has devices.
-    """
-
-    disks: Sequence[str | DiskOptions] | None = None
-    net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None
-    vsock: VsockOptions | str | Mapping[str, Any] | None = None
-
-
 def describe(
     config: MachineConfig, places: Sequence[Placement], roms: Sequence[tuple[int, bytes]]
 ) -> dict[str, Any]:
@@ -105,7 +91,7 @@ def describe(
     nets = _last(Net, len(config.net), places)
     return _Description.plain(
         state=STATE_VERSION,
-        settings={name: getattr(config, name) for name in (*_SAME, *_OWN)},
+        settings={name: getattr(config, name) for name in _TOLD},
         disks=[
             _Disk.plain(
                 # A path may have bytes in it that are no text.
@@ -160,32 +146,32 @@ class Described:
                 )
 
 
-def read(
-    description: object, links: Links, *, own_addresses: bool = False, **settings: Any
-) -> Described:
+def read(description: object, settings: HostSettings, *, own_addresses: bool = False) -> Described:
     """What a description means on this host. Hostile input.
 
-    `settings` replace those of the host's side (`unclaimed` and the like). Raises `StateError`
-    where it is no description, `ConfigError` where `links` does not say what it needs: MAC
-    addresses, too, with `own_addresses`, for the machine that is described goes on.
+    Of `settings`, `disks`, `net` and `vsock` say what the guest's are here, as many as it has;
+    others replace what is told. Raises `StateError` where it is no description, `ConfigError`
+    where `settings` cannot be, or do not say what it needs: MAC addresses, too, with
+    `own_addresses`, for the machine that is described goes on.
     """
+    demand_hosts(settings)
     told = _Description.read("the machine's description", description)
     if told.state != STATE_VERSION:
         raise told.wrong("state", f"{STATE_VERSION}, the version of states that this avmm reads")
-    if unknown := set(settings) - set(_OWN):
-        raise ConfigError(f"{', '.join(sorted(unknown))}: the guest has seen it as it was")
     try:  # with nothing of the caller's: what is wrong here is theirs
         MachineConfig.make(**told.settings)
     except (AvmmError, TypeError) as error:
         raise StateError(f"a description with a setting that cannot be: {error}") from None
-    config = MachineConfig.make(
-        **told.settings | settings,
-        disks=_disks(told.disks, links.disks),
-        net=_nets(told.nets, links.net, own_addresses),
-        vsock=_vsock(told.vsock, links.vsock),
+    chosen: dict[str, object] = {**told.settings, **settings}
+    chosen |= {
+        "disks": _disks(told.disks, settings.get("disks") or ()),
+        "net": _nets(told.nets, settings.get("net") or (), own_addresses),
+        "vsock": _vsock(told.vsock, settings.get("vsock")),
+    }
+    if told.hvc:
         # Else the next description, of the machine that is made here, would not tell of it.
-        **{"console": "virtio"} if told.hvc else {},
-    )
+        chosen["console"] = "virtio"
+    config = MachineConfig.make(**chosen)
     sizes = tuple(disk.size for disk in told.disks)
     return Described(config, tuple(told.roms), told.hvc, told.devices, sizes)
 
@@ -198,17 +184,17 @@ def _last(kind: type[_Model], count: int, places: Sequence[Placement]) -> list[_
     return found[len(found) - count :]
 
 
-def _disks(told: list[_Disk], links: Sequence[str | DiskOptions] | None) -> list[DiskOptions]:
-    if len(told) != len(links or ()):
+def _disks(told: list[_Disk], links: Sequence[object]) -> list[DiskOptions]:
+    if len(told) != len(links):
         names = ", ".join(_shown(disk) for disk in told[:_MOST_NAMES]) or "none"
         names += ", ..." if len(told) > _MOST_NAMES else ""
         raise ConfigError(
             f"the guest has {_count(told, 'disk')} ({names}): expected disks to say which file "
-            f"each of them is here, not {len(links or ())}"
+            f"each of them is here, not {len(links)}"
         )
     result = []
-    for disk, link in zip(told, links or (), strict=True):
-        options = link if isinstance(link, DiskOptions) else DiskOptions.parse(link)
+    for disk, link in zip(told, links, strict=True):
+        options = DiskOptions.parse(link)
         if options.read_only != disk.read_only:
             how = "read-only" if disk.read_only else "writable"
             raise ConfigError(f"disk {options.file}: the guest has {_shown(disk)} as {how}")
@@ -219,21 +205,17 @@ def _disks(told: list[_Disk], links: Sequence[str | DiskOptions] | None) -> list
     return result
 
 
-def _nets(
-    told: list[_Net],
-    links: Sequence[NetOptions | str | Mapping[str, Any]] | None,
-    own_addresses: bool,
-) -> list[NetOptions]:
-    if len(told) != len(links or ()):
+def _nets(told: list[_Net], links: Sequence[object], own_addresses: bool) -> list[NetOptions]:
+    if len(told) != len(links):
         raise ConfigError(
             f"the guest has {_count(told, 'network device')}: expected net to say what each is "
-            f"linked to here, not {len(links or ())}"
+            f"linked to here, not {len(links)}"
         )
-    options = [NetOptions.parse(link) for link in links or ()]
+    options = [NetOptions.parse(link) for link in links]
     for option, net in zip(options, told, strict=True):
         if own_addresses and option.mac is None:
             raise ConfigError(
-                f"net {option}: expected its mac=ADDRESS; the guest's is {net.mac!r}"
+                f"net {str(option)!r}: expected its mac=ADDRESS; the guest's is {net.mac!r}"
             )
         if option.mtu not in (NetOptions.mtu, net.mtu):
             raise ConfigError(f"net mtu {option.mtu}: the guest knows one of {net.mtu}")
@@ -246,9 +228,7 @@ def _nets(
         raise StateError(f"a description with a network device that cannot be: {error}") from None
 
 
-def _vsock(
-    cid: int | None, link: VsockOptions | str | Mapping[str, Any] | None
-) -> VsockOptions | None:
+def _vsock(cid: int | None, link: object) -> VsockOptions | None:
     if cid is None:
         if link is not None:
             raise ConfigError("vsock: the guest has no socket device")

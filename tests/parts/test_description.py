@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,16 @@ from support.previous import previous_description
 
 import avmm
 from avmm.bus.space import Placement
+from avmm.config import HostSettings
 from avmm.disks import DiskOptions
 from avmm.errors import ConfigError, MigrationError, StateError
 from avmm.machine import Machine
-from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory
 from avmm.parts import Origin, description
-from avmm.parts.description import Links
 
 pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
+
+SEEN = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit", "xen")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class Good:
     """A machine with one of everything: what is told of it, where, and its devices."""
 
     told: dict[str, Any]
-    links: Links
+    links: HostSettings
     places: list[Placement]
 
-    def read(self, **links: Any) -> description.Described:
-        return description.read(self.told, replace(self.links, **links))
+    def read(self, **settings: Any) -> description.Described:
+        chosen: Any = {**self.links, **settings}
+        return description.read(self.told, chosen)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +49,11 @@ def good(kvm: None, tmp_path_factory: pytest.TempPathFactory) -> Good:
     (folder / "rom").write_bytes(b"rom!" * 1024)
     for name in ("written", "read", "over"):
         (folder / name).write_bytes(bytes(8192))
-    links = Links(
-        [f"{folder / 'written'}", f"{folder / 'read'},ro", f"{folder / 'over'},overlay"],
-        [f"listen={folder / 'net'}"],
-        "cid=7",
-    )
+    links: HostSettings = {
+        "disks": [f"{folder / 'written'}", f"{folder / 'read'},ro", f"{folder / 'over'},overlay"],
+        "net": [f"listen={folder / 'net'}"],
+        "vsock": "cid=7",
+    }
 
     async def make() -> Good:
         parts = await Machine(
@@ -61,9 +62,7 @@ def good(kvm: None, tmp_path_factory: pytest.TempPathFactory) -> Good:
             rng=True,
             balloon=True,
             roms=[(0xF000_0000, folder / "rom")],
-            disks=links.disks or (),
-            net=links.net or (),
-            vsock=links.vsock,
+            **links,
         ).prepare()
         told = parts.describe()
         parts.close()
@@ -106,7 +105,10 @@ def test_a_good_one_is_read_and_is_of_the_same_machine(good: Good) -> None:
         ({"net": ["tap=a", "tap=b"]}, "the guest has 1 network device: expected net .*, not 2"),
         ({"net": ["wire=a"]}, "'wire' is unknown; expected one of tap=NAME"),
         ({"vsock": None}, "a socket device, with CID 7: expected vsock to say its CID here"),
-        ({"vsock": "cid=2"}, "vsock cid 2: expected a number from 3"),
+        ({"vsock": "cid=2"}, "vsock cid 2: expected a whole number from 3"),
+        ({"vsock": "unix=/x"}, "vsock 'unix=/x': expected cid=NUMBER"),
+        ({"disks": "written"}, "^disks 'written': expected a list like"),
+        ({"net": 5}, "^net 5: expected a list like"),
     ],
 )
 def test_links_that_are_missing_or_wrong(good: Good, links: dict[str, Any], why: str) -> None:
@@ -117,40 +119,51 @@ def test_links_that_are_missing_or_wrong(good: Good, links: dict[str, Any], why:
 def test_links_for_what_the_guest_has_not(good: Good) -> None:
     bare = good.told | {"disks": [], "nets": [], "vsock": None}
     for links, why in (
-        (Links(disks=["x"]), r"the guest has 0 disks \(none\): expected disks .*, not 1"),
-        (Links(net=["tap=x"]), "the guest has 0 network devices: expected net .*, not 1"),
-        (Links(vsock="cid=3"), "vsock: the guest has no socket device"),
+        (HostSettings(disks=["x"]), r"the guest has 0 disks \(none\): expected disks .*, not 1"),
+        (HostSettings(net=["tap=x"]), "the guest has 0 network devices: expected net .*, not 1"),
+        (HostSettings(vsock="cid=3"), "vsock: the guest has no socket device"),
     ):
         with pytest.raises(ConfigError, match=why):
             description.read(bare, links)
-    assert description.read(bare, Links()).config.disks == ()
+    assert description.read(bare, {}).config.disks == ()
 
 
 def test_what_the_guest_has_seen_may_not_be_chosen_anew(good: Good) -> None:
-    for name, value in (
-        *(("memory", "8M"), ("cpus", 1), ("acpi", False), ("rng", False), ("balloon", False)),
-        *(("debug_exit", None), ("xen", True), ("kernel", "x"), ("console", "virtio")),
+    for name, value, why in (
+        *((name, 1, "the guest has seen it; it cannot be changed") for name in SEEN),
+        ("kernel", "x", "the guest has booted with it; it cannot be changed"),
+        ("roms", [], "the guest has booted with it; it cannot be changed"),
+        ("console", "virtio", "only the avmm command looks at it"),
     ):
-        with pytest.raises(ConfigError, match=f"^{name}: the guest has seen it as it was"):
-            description.read(good.told, good.links, **{name: value})
-    described = description.read(good.told, good.links, unclaimed="error", completion="always")
+        with pytest.raises(ConfigError, match=f"^{name}: {why}$"):
+            good.read(**{name: value})
+    described = good.read(unclaimed="error", completion="always")
     assert (described.config.unclaimed, described.config.completion) == ("error", "always")
     with pytest.raises(ConfigError, match="unclaimed 'loud'"):
-        description.read(good.told, good.links, unclaimed="loud")
+        good.read(unclaimed="loud")
+
+
+def test_a_setting_that_there_is_none_of_is_unknown(good: Good) -> None:
+    with pytest.raises(ConfigError) as caught:
+        good.read(memroy="8M")
+    assert str(caught.value) == (
+        "unknown setting 'memroy'; known here are disks, net, vsock, unclaimed, completion, "
+        "completion_capability"
+    )
 
 
 def test_what_the_link_says_of_itself_stays(good: Good) -> None:
-    disks = [DiskOptions.parse(disk) for disk in good.links.disks or ()]
+    disks = [DiskOptions.parse(disk) for disk in good.links["disks"] or ()]
     disks[0] = replace(disks[0], serial="mine")
     described = good.read(disks=disks, vsock="cid=9")
     assert described.config.disks[0].serial == "mine"
     assert described.config.vsock is not None
     assert described.config.vsock.cid == 9
-    nets = [f"{net},mac=52:54:00:00:00:0{n}" for n, net in enumerate(good.links.net or (), 1)]
+    nets = [f"{net},mac=52:54:00:00:00:0{n}" for n, net in enumerate(good.links["net"] or (), 1)]
     described = good.read(net=nets)
     assert [net.mac for net in described.config.net] == [net[-17:] for net in nets]
     with pytest.raises(ConfigError, match=r"net mtu 9001: the guest knows one of"):
-        good.read(net=[f"{net},mtu=9001" for net in good.links.net or ()])
+        good.read(net=[f"{net},mtu=9001" for net in good.links["net"] or ()])
 
 
 # -- other devices -------------------------------------------------------------------------
@@ -362,14 +375,11 @@ def test_hostile_descriptions_are_read_or_refused(good: Good, data: st.DataObjec
         assert len(str(error)) < 2000
 
 
-def _memory(size: int, layout: RamLayout) -> GuestMemory:
-    return GuestMemory(size, layout=layout)
-
-
-async def prepared(told: Any, links: Links) -> None:
+async def prepared(told: Any, links: HostSettings) -> None:
     """As `avmm.receive` does it."""
     described = description.read(told, links)
-    origin = Origin(None, partial(_memory, described.config.memory), described, standby=True)
+    size = described.config.memory
+    origin = Origin(None, lambda layout: GuestMemory(size, layout=layout), described, standby=True)
     parts = await Machine.from_origin(origin, described.config, (), None).prepare()
     parts.close()
 

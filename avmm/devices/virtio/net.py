@@ -13,7 +13,6 @@ A frame that waits here when the state is taken is lost, as on any Ethernet.
 
 from __future__ import annotations
 
-import re
 import secrets
 import struct
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
 from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
-from avmm.errors import ConfigError
+from avmm.options import DEFAULT_MTU, MTUS, parse_mac
 from avmm.plain import FLAG, Bytes, Int
 
 F_CSUM: Final = 1 << 0
@@ -44,25 +43,6 @@ _RX, _TX = 0, 1
 _SHORTEST: Final = 14
 _MOST_BUFFERS: Final = 64
 """Of which a frame for the guest may take up so many; Linux's hold 1500 bytes or more."""
-_LEAST_MTU, _MOST_MTU = 68, 65535
-_MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", re.IGNORECASE | re.ASCII)
-
-
-def parse_mac(text: str) -> bytes:
-    """The 6 bytes of an address like "52:54:00:12:34:56"; raises `ConfigError`."""
-    if not isinstance(text, str) or not _MAC.fullmatch(text):
-        raise ConfigError(f"mac {text!r}: expected six bytes like 52:54:00:12:34:56")
-    mac = bytes.fromhex(text.replace(":", ""))
-    if mac[0] & 1 or not any(mac):
-        raise ConfigError(f"mac {text!r}: expected the address of one station")
-    return mac
-
-
-def parse_mtu(mtu: object) -> int:
-    """`mtu`, where it is one; raises `ConfigError`."""
-    if type(mtu) is not int or not _LEAST_MTU <= mtu <= _MOST_MTU:
-        raise ConfigError(f"mtu {mtu!r}: expected a number from {_LEAST_MTU} to {_MOST_MTU}")
-    return mtu
 
 
 class Net(VirtioDevice):
@@ -74,20 +54,22 @@ class Net(VirtioDevice):
 
     class State(DeviceState, version=1):
         mac = Bytes(least=6, most=6)
-        mtu = Int(_LEAST_MTU, _MOST_MTU)
+        mtu = Int(MTUS.least, MTUS.most)
         link = FLAG
 
     device_id: ClassVar[int] = 1
     features = F_CSUM | F_GUEST_CSUM | F_MTU | F_MAC | F_MRG_RXBUF | F_STATUS
     queue_sizes = (256, 256)
 
-    def __init__(self, backend: Backend, *, mac: str | None = None, mtu: int = 1500) -> None:
+    def __init__(
+        self, backend: Backend, *, mac: str | None = None, mtu: int = DEFAULT_MTU
+    ) -> None:
         self.backend = backend
         # Local, of one station: of the range that QEMU uses.
         self._has_given_mac = mac is not None
         self.mac = parse_mac(mac) if mac is not None else b"\x52\x54\0" + secrets.token_bytes(3)
         """The guest's address, 6 bytes."""
-        self.mtu = parse_mtu(mtu)
+        self.mtu = MTUS.check("mtu", mtu)
         self.dropped = 0
         """Frames that went nowhere: malformed, too long for the guest's buffers, or while there
         was no link."""

@@ -34,7 +34,7 @@ from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
 from avmm.devices.virtio.vsock_stream import BOTH, BUFFER, Op, VsockStream
-from avmm.errors import ConfigError
+from avmm.options import CIDS
 
 HOST_CID: Final = 2
 F_STREAM: Final = 1 << 0
@@ -106,7 +106,7 @@ class VsockListener(trio.abc.Listener[VsockStream]):
 
 
 class Vsock(VirtioDevice):
-    """A socket device whose guest is `cid`, 3 or more.
+    """A socket device whose guest is `cid`, 3 or more (`avmm.options.CIDS`).
 
     `unix` is where its sockets are found as unix sockets; see `avmm.devices.virtio.vsock_unix`.
     Without `held` they are not, before `acquire`.
@@ -120,11 +120,9 @@ class Vsock(VirtioDevice):
     queue_sizes = (128, 128, 8)
 
     def __init__(
-        self, cid: int = 3, *, unix: str | PathLike[str] | None = None, held: bool = True
+        self, cid: int = CIDS.least, *, unix: str | PathLike[str] | None = None, held: bool = True
     ) -> None:
-        if type(cid) is not int or not HOST_CID < cid < _WORD:
-            raise ConfigError(f"vsock cid {cid!r}: expected a number from 3 to {_WORD - 1:#x}")
-        self.cid = cid
+        self.cid = CIDS.check("vsock cid", cid)
         self._unix = unix
         self._is_acquired = trio.Event()
         if held:

@@ -17,6 +17,7 @@ from avmm.boot.claims import Claims, Rules
 from avmm.boot.image import Image, open_image
 from avmm.errors import ConfigError, ImageError
 from avmm.memory.ram import GuestMemory
+from avmm.options import meant_by
 
 _RESET_CODE: Final = bytes.fromhex("b0fe e664 f4 ebfd")
 """mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b - in any mode"""
@@ -94,6 +95,7 @@ class Assembly:
             raise ImageError(
                 f"{self.name}: guest RAM ends at {ram_end:#x}, before avmm's {what} at "
                 f"{gpa:#x}-{gpa + size:#x}: expected at least 1 MiB for this image"
+                f"{meant_by(self.memory.size)}"
             )
         self.claims.claim(gpa, size, f"avmm's {what}", reserved=True)
 
