@@ -269,9 +269,7 @@ async def test_one_of_the_previous_version_is_refused_before_anything_is_opened(
         avmm.restore(snap, **devices)
     disk.write_bytes(bytes(4096))
     rewrite(snap, {"description": opened.description, "state": state})
-    with pytest.raises(
-        StateError, match=r"^the machine's state has version 1, this avmm reads 2$"
-    ):
+    with pytest.raises(StateError, match=r"^the machine's state has version 1, expected 2$"):
         async with avmm.restore(snap, **devices):
             pytest.fail("it was taken")
     for number, (name, device) in enumerate(state["devices"]):

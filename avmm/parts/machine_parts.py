@@ -419,7 +419,7 @@ class Parts:
         version = state.get("version") if isinstance(state, Mapping) else None
         if type(version) is not int or version != STATE_VERSION:
             raise StateError(
-                f"the machine's state has version {version!r}, this avmm reads {STATE_VERSION}"
+                f"the machine's state has version {version!r}, expected {STATE_VERSION}"
             )
         if state.get("memory_size") != self.memory.size:
             raise StateError(

@@ -305,7 +305,7 @@ def test_what_is_wrong_in_a_frame_is_named(
 
 def test_who_gives_up_may_say_more_than_this_avmm_knows() -> None:
     _, peer = destination_in(DestinationState.COPYING)
-    with pytest.raises(PeerAbortedError, match="gave up: enough$"):
+    with pytest.raises(PeerAbortedError, match=r"gave up: enough$"):
         peer.say(Kind.ABORT, encode({"why": "enough", "code": 7}))
 
 

@@ -273,8 +273,8 @@ def _promise(state: dict[str, Any], function: int, column: int, bits: int) -> No
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda s: s.update(version=99), "machine's state has version 99, this avmm reads 2$"),
-        (lambda s: s.update(version=1), "machine's state has version 1, this avmm reads 2$"),
+        (lambda s: s.update(version=99), "machine's state has version 99, expected 2$"),
+        (lambda s: s.update(version=1), "machine's state has version 1, expected 2$"),
         (lambda s: s.update(memory_size=1), "has 1 bytes of memory"),
         (lambda s: s.update(vcpus=s["vcpus"][:1]), "not of 2 vCPUs"),
         (lambda s: s["devices"].pop(), "the state is of devices"),
@@ -295,7 +295,7 @@ def _promise(state: dict[str, Any], function: int, column: int, bits: int) -> No
         (lambda s: s["vm"].update(irqchips=[b"", b"", b""]), "two PICs and an IOAPIC"),
         (lambda s: s["vm"]["irqchips"].reverse(), "two PICs and an IOAPIC"),
         (lambda s: s["vm"].update(irqchips=[c[:9] for c in s["vm"]["irqchips"]]), "9 bytes, exp"),
-        (lambda s: s.update(version=True), "machine's state has version True, this avmm reads"),
+        (lambda s: s.update(version=True), "machine's state has version True, expected 2"),
         (lambda s: s["vm"].update(version=True), "the VM's state has version True"),
         (
             lambda s: s["vcpus"][1].pop("lapic"),
