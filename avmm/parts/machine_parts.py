@@ -53,11 +53,13 @@ from avmm.kvm.parking import ParkingLot
 from avmm.kvm.ring import WriteRing
 from avmm.loop import VcpuGroup, VcpuLoop, Wakeup, device_lock
 from avmm.memory.dirty import DirtyLog
+from avmm.memory.pages import PAGE
 from avmm.memory.ram import GPA_LIMIT, HOLE_END, GuestMemory
 from avmm.outcome import Cause, Outcome
 from avmm.parts import description
 from avmm.parts.description import STATE_VERSION, Described
 from avmm.parts.placing import Unplaced, allocate, named, virtio
+from avmm.plain import MAPPING, U64, Bytes, Fields, ListOf, OrMissing, Row, Text
 from avmm.vcpu.calls import XEN_MSR, CallHandler
 from avmm.vcpu.completion import CompletionPolicy, Mode
 from avmm.vcpu.exits import Exits
@@ -82,6 +84,18 @@ _IN_KERNEL: Final = (
 """Where KVM answers by itself: a device there would never be called."""
 _PORTS: Final = 1 << 16
 _MSRS: Final = 1 << 32
+
+
+class _State(Fields, version=STATE_VERSION):
+    """What `Parts.save` gives."""
+
+    memory_size = U64
+    vcpus = ListOf(MAPPING)
+    vm = MAPPING
+    devices = ListOf(Row(Text(), MAPPING))
+    """[name, state] of each."""
+    memory = OrMissing(ListOf(Row(U64, Bytes()), most=GPA_LIMIT // PAGE))
+    """[address, contents] of each run of RAM, where RAM is in the state."""
 
 
 def _nothing() -> None:
@@ -416,41 +430,32 @@ class Parts:
         Raises `StateError` where it is not of such a machine, `DeviceError` where a device does
         not take its part.
         """
-        version = state.get("version") if isinstance(state, Mapping) else None
-        if type(version) is not int or version != STATE_VERSION:
-            raise StateError(
-                f"the machine's state has version {version!r}, expected {STATE_VERSION}"
-            )
-        if state.get("memory_size") != self.memory.size:
-            raise StateError(
-                f"the state has {state.get('memory_size')} bytes of memory, the machine "
-                f"{self.memory.size}"
-            )
+        saved = _State.read("the machine's state", state)
+        if saved.memory_size != self.memory.size:
+            raise saved.wrong("memory_size", f"{self.memory.size}, as the machine has")
         names = [device.name for device in self.devices]
-        saved = _pairs("devices", state.get("devices"), str)
-        if [name for name, _ in saved] != names:
-            raise StateError(f"the state is of devices {[n for n, _ in saved]}, not {names}")
-        vcpus = state.get("vcpus")
-        if not isinstance(vcpus, list) or len(vcpus) != len(self.vcpus):
-            raise StateError(f"the state is not of {len(self.vcpus)} vCPUs")
-        for gpa, data in _pairs("memory", state.get("memory", []), int):
+        if [name for name, _ in saved.devices] != names:
+            raise saved.wrong("devices", f"the states of {', '.join(names)}")
+        if len(saved.vcpus) != len(self.vcpus):
+            raise saved.wrong("vcpus", f"a list of {len(self.vcpus)}")
+        for gpa, data in saved.memory or ():
             try:
                 self.memory.write(gpa, data)
-            except (GuestMemoryError, TypeError) as error:
+            except GuestMemoryError as error:
                 raise StateError(f"the state's memory does not fit: {error}") from None
-        cpu_state.load_vm(self.vm, state.get("vm", {}))
-        for vcpu, vcpu_state in zip(self.vcpus, vcpus, strict=True):
+        cpu_state.load_vm(self.vm, saved.vm)
+        for vcpu, vcpu_state in zip(self.vcpus, saved.vcpus, strict=True):
             cpu_state.load_vcpu(self.system, vcpu, vcpu_state)
-        cpu_state.load_time(self.vcpus, vcpus)
+        cpu_state.load_time(self.vcpus, saved.vcpus)
         self.needs = [
             cpu_state.needs_of(self.system, vcpu, vcpu_state)
-            for vcpu, vcpu_state in zip(self.vcpus, vcpus, strict=True)
+            for vcpu, vcpu_state in zip(self.vcpus, saved.vcpus, strict=True)
         ]
         # Devices last. An edge that one raised just before the save may still have been on its
         # way through a work queue of the kernel's (irqfd), in no state that could be read. So a
         # device that has cause to interrupt does so again when it is loaded; interrupt chips
         # that were loaded after it would forget that.
-        for device, (_, device_state) in zip(self.devices, saved, strict=True):
+        for device, (_, device_state) in zip(self.devices, saved.devices, strict=True):
             device.load(device_state)
 
     def demand(self, needs: Any) -> None:
@@ -557,16 +562,6 @@ def _described(places: Sequence[Placement]) -> list[acpi.Described]:
         )
         for mine in grouped.values()
     ]
-
-
-def _pairs(key: str, value: object, kind: type) -> list[tuple[Any, Any]]:
-    """A list of pairs out of a hostile state."""
-    if not isinstance(value, list) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and type(pair[0]) is kind
-        for pair in value
-    ):
-        raise StateError(f"the state's {key} are no list of pairs")
-    return [(first, second) for first, second in value]
 
 
 def _read_rom(path: Path, most: int) -> bytes:
