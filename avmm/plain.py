@@ -32,7 +32,9 @@ kind alone; what must fit together is for the reader to look at, who refuses wit
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import repeat
+from operator import call
 from typing import Any, ClassVar, Final, Generic, NoReturn, Self, TypeVar, cast, overload
 
 from avmm.errors import AvmmError, StateError
@@ -347,13 +349,21 @@ class ListOf(Kind[list[T]]):
     def check(self, value: object) -> list[T]:
         if type(value) is not list or not self._least <= len(value) <= self._most:
             raise self.refuse(value)
-        check, checked = self._kind.check, []
+        check = self._kind.check
         try:
-            for item in value:
-                checked.append(check(item))
+            return list(map(check, value))
+        except Mismatch:
+            _demand_entries(repeat(check), value)
+            raise
+
+
+def _demand_entries(checks: Iterable[Callable[[object], object]], items: list[object]) -> None:
+    """What is known to be wrong in `items` is looked for once more, to tell where it is."""
+    for number, (check, item) in enumerate(zip(checks, items, strict=False)):
+        try:
+            check(item)
         except Mismatch as mismatch:
-            raise mismatch.within(f"[{len(checked)}]") from None
-        return checked
+            raise mismatch.within(f"[{number}]") from None
 
 
 Entries = TypeVar("Entries", bound=tuple[object, ...])
@@ -385,13 +395,11 @@ class Row(Kind[Entries]):
     def check(self, value: object) -> Entries:
         if type(value) is not list or len(value) != len(self._checks):
             raise self.refuse(value)
-        checked: list[object] = []
         try:
-            for check, item in zip(self._checks, value, strict=True):
-                checked.append(check(item))
-        except Mismatch as mismatch:
-            raise mismatch.within(f"[{len(checked)}]") from None
-        return cast(Entries, tuple(checked))
+            return cast(Entries, tuple(map(call, self._checks, value)))
+        except Mismatch:
+            _demand_entries(self._checks, value)
+            raise
 
 
 class MappingOf(Kind[dict[str, T]]):
@@ -503,9 +511,10 @@ class Fields:
     @classmethod
     def plain(cls, /, **values: object) -> dict[str, object]:
         """The mapping that has these values in its fields, and the version."""
-        lacking = cls._kinds.keys() - values.keys() - cls._may_lack
-        if lacking or values.keys() - cls._kinds.keys():
-            raise TypeError(f"{cls.__name__} has the fields {', '.join(cls._kinds)}")
+        if values.keys() != cls._kinds.keys():
+            lacking = cls._kinds.keys() - values.keys() - cls._may_lack
+            if lacking or values.keys() - cls._kinds.keys():
+                raise TypeError(f"{cls.__name__} has the fields {', '.join(cls._kinds)}")
         return values if cls.version is None else {"version": cls.version, **values}
 
     @classmethod
@@ -532,14 +541,15 @@ class Fields:
             if type(version) is not int or version != cls.version:
                 has = f"version {shown(version)}" if "version" in value else "no version"
                 raise Mismatch(f"has {has}, expected {cls.version}")
+        found = cls.__new__(cls)
         if value.keys() != cls._keys.keys():
             known = value
             if cls._ignores_more:
                 known = {name: value[name] for name in cls._keys if name in value}
             _demand_keys(known, cls._keys, may_lack=cls._may_lack)
             kinds = {name: kind for name, kind in kinds.items() if name in known}
-        found = cls.__new__(cls)
-        found.__dict__.update(dict.fromkeys(cls._may_lack), **_checked(value, kinds))
+            found.__dict__.update(dict.fromkeys(cls._may_lack))
+        found.__dict__.update(_checked(value, kinds))
         found._what = what
         return found
 

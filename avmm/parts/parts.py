@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -19,7 +19,7 @@ from avmm.errors import GuestMemoryError, StateError
 from avmm.memory.dirty import DirtyLog
 from avmm.parts import description
 from avmm.parts.description import STATE_VERSION
-from avmm.plain import ANYTHING, MAPPING, U64, Bytes, Fields, ListOf, OrMissing, Row, Text, shown
+from avmm.plain import MAPPING, U64, Bytes, Fields, ListOf, OrMissing, Row, Text
 from avmm.vcpu.exits import Exits
 
 if TYPE_CHECKING:
@@ -37,14 +37,18 @@ if TYPE_CHECKING:
     from avmm.vcpu.completion import CompletionPolicy
 
 
+_MOST_RUNS: Final = 1 << 28
+"""Of RAM; a guest that has touched every second page has as many as half of its pages."""
+
+
 class MachineState(Fields, version=STATE_VERSION):
     """What `Parts.save` gives."""
 
     memory_size = U64
     vcpus = ListOf(MAPPING)
-    vm = ANYTHING
+    vm = MAPPING
     devices = ListOf(Row(Text(), MAPPING))
-    memory = OrMissing(ListOf(Row(U64, Bytes())))
+    memory = OrMissing(ListOf(Row(U64, Bytes()), most=_MOST_RUNS))
     """Runs of RAM, as (GPA, contents)."""
 
 
@@ -210,13 +214,12 @@ class Parts:
         """A state, where it is of a machine of this shape; else raises `StateError`."""
         saved = MachineState.read("the machine's state", state)
         if saved.memory_size != self.memory.size:
-            raise saved.wrong("memory_size", f"the machine's {self.memory.size}")
+            raise saved.wrong("memory_size", f"{self.memory.size}, as the machine has")
         if len(saved.vcpus) != len(self.vcpus):
-            raise saved.wrong("vcpus", f"one of {len(self.vcpus)}")
+            raise saved.wrong("vcpus", f"a list of {len(self.vcpus)}")
         names = [device.name for device in self.devices]
-        if (theirs := [name for name, _ in saved.devices]) != names:
-            told = ", ".join(map(shown, theirs))
-            raise saved.refusal(f"it is of the devices {told}, not of {', '.join(names)}")
+        if [name for name, _ in saved.devices] != names:
+            raise saved.wrong("devices", f"the states of {', '.join(names)}")
         return saved
 
     # -- what only one machine may hold ---------------------------------------------------------

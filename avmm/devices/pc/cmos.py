@@ -60,7 +60,8 @@ HOUR_PM: Final = 0x80
 _SECOND: Final = 1_000_000_000
 _UPDATE: Final = 244_000 + 1_984_000
 _DAY: Final = 86_400
-_OFFSET_LIMIT: Final = 1_000_000 * 365 * _DAY * _SECOND
+_OFFSET_LIMIT: Final = 1_000_000 * 365 * _DAY
+"""Seconds; more than a guest can set."""
 
 _KIB: Final = 1 << 10
 _MIB: Final = 1 << 20
@@ -75,7 +76,9 @@ class Cmos(Device):
 
     class State(DeviceState, version=1):
         index = Int(0, SIZE - 1)
-        offset = Int(-_OFFSET_LIMIT, _OFFSET_LIMIT)
+        # The offset; in nanoseconds alone it may have more than 64 bits, which no file can hold.
+        seconds = Int(-_OFFSET_LIMIT, _OFFSET_LIMIT)
+        nanoseconds = Int(0, _SECOND - 1)
         data = Bytes(least=SIZE, most=SIZE)
 
     max_width: ClassVar[int] = 1
@@ -242,7 +245,10 @@ class Cmos(Device):
     # State.
 
     def save(self) -> Mapping[str, Any]:
-        return self.State.plain(index=self._index, offset=self._offset, data=bytes(self._data))
+        seconds, nanoseconds = divmod(self._offset, _SECOND)
+        return self.State.plain(
+            index=self._index, seconds=seconds, nanoseconds=nanoseconds, data=bytes(self._data)
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
         saved = self.State.load(self.name, state)
@@ -251,7 +257,8 @@ class Cmos(Device):
             raise saved.refusal(
                 f"registers A, B, C are {data[REG_A]:#x}, {data[REG_B]:#x}, {data[REG_C]:#x}"
             )
-        self._index, self._offset, self._data = saved.index, saved.offset, bytearray(data)
+        self._index, self._data = saved.index, bytearray(data)
+        self._offset = saved.seconds * _SECOND + saved.nanoseconds
         self._flags_read = self._now()
 
 
