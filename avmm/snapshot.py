@@ -150,12 +150,12 @@ async def write(
 
             for number in range(1, ROUNDS):
                 await writer.copy(left, partial(tell, number), skip_zeros=number == 1)
-                await log.collect(left)
+                await in_thread(log.collect, left)
                 if len(left) <= _FEW_PAGES:
                     break
             stopped = trio.current_time()
             async with coordinator.paused(deadline):
-                await log.collect(left)
+                await in_thread(log.collect, left)
                 await writer.copy(left, partial(tell, number + 1))
                 state = await saved(parts)
                 description = await in_thread(parts.describe)

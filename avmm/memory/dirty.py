@@ -8,29 +8,30 @@ made while the machine stands still.
 KVM notes a page when it first maps it for writing (Documentation/virt/kvm/api.rst,
 KVM_GET_DIRTY_LOG), so an open log costs a guest a fault for each page that it writes between two
 calls of `collect`. Turning it on or off changes a memory slot, for which KVM waits until no part
-of the kernel uses the old one: that takes milliseconds, and is done in a thread.
+of the kernel uses the old one: that takes milliseconds.
 """
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 from avmm.errors import AvmmError
-from avmm.kvm.vm import Vm
+from avmm.kvm import Vm
 from avmm.memory.pages import PAGE, Bitmap
 from avmm.memory.ram import GuestMemory
-from avmm.threads import in_thread, in_thread_shielded
 
 
 class DirtyLog:
-    """`async with DirtyLog(vm, memory) as log:` logs inside the block. From one task.
+    """The log of one machine's RAM, from `open` until `close`, which are to be called one after
+    the other, from whichever threads. Raises `KvmError` where KVM does not log.
 
-    There can be one at a time, since whoever collects a page takes it from all others: entering a
-    second one raises `AvmmError`. Raises `KvmError` where KVM does not log.
+    There can be one at a time, since whoever collects a page takes it from all others: making a
+    second one raises `AvmmError`. Whoever makes one closes it.
     """
 
     def __init__(self, vm: Vm, memory: GuestMemory) -> None:
+        if memory.is_logged:
+            raise AvmmError(
+                "this machine's RAM is being copied already, for another snapshot or a migration"
+            )
         self._vm = vm
         self._memory = memory
         self._slots = [
@@ -39,46 +40,25 @@ class DirtyLog:
             if not region.readonly
         ]
         self._parts = {slot: Bitmap(region.size // PAGE) for slot, region, _ in self._slots}
+        memory.log()
 
-    async def __aenter__(self) -> Self:
-        """Cancelled, it logs nothing."""
-        if self._memory.is_logged:
-            raise AvmmError(
-                "this machine's RAM is being copied already, for another snapshot or a migration"
-            )
-        self._memory.log()
-        try:
-            await in_thread(self._set, True)
-        except BaseException:
-            await self._close()
-            raise
-        return self
+    def open(self) -> None:
+        """Begin to log the guest's writes. Blocks for milliseconds."""
+        self._set(True)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._close()
-
-    async def collect(self, into: Bitmap) -> None:
-        """Add the pages that were written since the log began, or since the last call.
-
-        Cancelled, it has added them, or they are added by the next call.
-        """
-        await in_thread(self._collect, into)
-
-    def _collect(self, into: Bitmap) -> None:
+    def collect(self, into: Bitmap) -> None:
+        """Add the pages that were written since the log began, or since the last call. Blocks for
+        as long as KVM needs to look through its log."""
         self._memory.take_dirty(into)
         for slot, region, _ in self._slots:
             part = self._parts[slot]
             self._vm.dirty_log(slot, part.data)
             into.add(part, region.offset // PAGE)
 
-    async def _close(self) -> None:
+    def close(self) -> None:
+        """Log no more. Blocks for milliseconds."""
         try:
-            await in_thread_shielded(self._set, False)
+            self._set(False)
         finally:
             self._memory.unlog()  # last: from here on there may be another log
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +18,7 @@ from avmm.devices.base import Device
 from avmm.errors import GuestMemoryError, StateError
 from avmm.memory.dirty import DirtyLog
 from avmm.parts import description
+from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.exits import Exits
 
 if TYPE_CHECKING:
@@ -113,9 +114,15 @@ class Parts:
         """The devices that are to be asked at a pause, as of whenever it is gone through."""
         return _Quiescable(self)
 
-    def dirty_log(self) -> DirtyLog:
-        """Begin to log which pages of RAM are written; close it."""
-        return DirtyLog(self.vm, self.memory)
+    @asynccontextmanager
+    async def dirty_log(self) -> AsyncIterator[DirtyLog]:
+        """Log, inside the block, which pages of RAM are written. Raises as `DirtyLog`."""
+        log = DirtyLog(self.vm, self.memory)
+        try:
+            await in_thread(log.open)
+            yield log
+        finally:
+            await in_thread_shielded(log.close)
 
     @property
     def clock_khz(self) -> int:
@@ -155,9 +162,16 @@ class Parts:
             state["memory"] = [[gpa, data] for gpa, data in self.memory.contents()]
         return state
 
-    def save_devices(self) -> dict[str, Any]:
-        """The devices' part of the state. Calls their `save`: in trio's thread."""
-        return {"devices": [[device.name, dict(device.save())] for device in self.devices]}
+    def save_devices(self, saved: Mapping[int, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """The devices' part of the state. Calls `save` of those that are not `saved` already, by
+        their numbers: in trio's thread."""
+        states = saved or {}
+        return {
+            "devices": [
+                [device.name, dict(states[number] if number in states else device.save())]
+                for number, device in enumerate(self.devices)
+            ]
+        }
 
     def load(self, state: object) -> None:
         """Take over what `save` gave; RAM that is not in it is taken as it is.
@@ -166,7 +180,8 @@ class Parts:
         not take its part.
         """
         self.load_machine(state)
-        self.load_devices(state)
+        for device, device_state in self.device_states(state):
+            device.load(device_state)
 
     def load_machine(self, state: object) -> None:
         """All of `load` but the devices' part, which is only looked at. Blocks, some milliseconds;
@@ -177,7 +192,7 @@ class Parts:
                 f"the state has {whole.get('memory_size')} bytes of memory, the machine "
                 f"{self.memory.size}"
             )
-        self._devices_of(whole)
+        self.device_states(whole)
         vcpus = whole.get("vcpus")
         if not isinstance(vcpus, list) or len(vcpus) != len(self.vcpus):
             raise StateError(f"the state is not of {len(self.vcpus)} vCPUs")
@@ -193,25 +208,23 @@ class Parts:
             for vcpu, vcpu_state in zip(self.vcpus, vcpus, strict=True)
         ]
 
-    def load_devices(self, state: object) -> None:
-        """The devices' part of `load`, after all else. Calls their `load`: in trio's thread.
+    def device_states(self, state: object) -> list[tuple[Device, Any]]:
+        """Each device with its part of the state, to be loaded in this order after all else.
+        Raises `StateError` where they are not of this machine's devices.
 
         They are last because an edge that one raised just before the save may still have been on
         its way through a work queue of the kernel's (irqfd), in no state that could be read. So a
         device that has cause to interrupt does so again when it is loaded; interrupt chips that
         were loaded after it would forget that.
         """
-        saved = self._devices_of(_checked(state))
-        for device, device_state in zip(self.devices, saved, strict=True):
-            device.load(device_state)
-
-    def _devices_of(self, state: Mapping[str, Any]) -> list[Any]:
-        """The devices' states; `StateError` where they are not of this machine's devices."""
         names = [device.name for device in self.devices]
-        saved = _pairs("devices", state.get("devices"), str)
+        saved = _pairs("devices", _checked(state).get("devices"), str)
         if [name for name, _ in saved] != names:
             raise StateError(f"the state is of devices {[n for n, _ in saved]}, not {names}")
-        return [device_state for _, device_state in saved]
+        return [
+            (device, device_state)
+            for device, (_, device_state) in zip(self.devices, saved, strict=True)
+        ]
 
     # -- what only one machine may hold ---------------------------------------------------------
 

@@ -108,7 +108,7 @@ class Sender:
                 await self._copy_live(log, left)
                 stopped = trio.current_time()  # nearly: some vCPUs may stand still from here on
                 async with self._coordinator.paused(self._options.deadline):
-                    await log.collect(left)
+                    await in_thread(log.collect, left)
                     await self._copy(left, stopped)
                     await self._hand_over()
         except PeerAbortedError:
@@ -143,7 +143,7 @@ class Sender:
             while True:
                 start, sent = trio.current_time(), self._connection.sent
                 await self._copy(left, start)
-                await log.collect(left)
+                await in_thread(log.collect, left)
                 sent = self._connection.sent - sent
                 if self._pace.round_ended(sent, trio.current_time() - start, len(left)):
                     return

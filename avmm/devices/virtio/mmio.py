@@ -445,7 +445,12 @@ class VirtioMmio(Device):
     async def acquire(self) -> None:
         await self.model.acquire()
 
+    @property
+    def saves_in_thread(self) -> bool:
+        return self.model.saves_in_thread
+
     def save(self) -> Mapping[str, Any]:
+        model = dict(self.model.save())  # which may take long: not with the lock
         with self.host.lock:
             return {
                 "version": 1,
@@ -457,7 +462,7 @@ class VirtioMmio(Device):
                 "interrupt_status": self._interrupt_status,
                 "generation": self._generation,
                 "queues": [queue.save() for queue in self._queues],
-                "model": dict(self.model.save()),
+                "model": model,
             }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -489,11 +494,10 @@ class VirtioMmio(Device):
         # Fewer are of an avmm whose device had no more: its driver knows nothing of the others.
         for queue, queue_state in zip(queues, saved, strict=False):
             queue.load(queue_state)
-        with self.host.lock:
-            if self._session is not None:
-                raise DeviceError(f"{self.name} is at work: it can be loaded when quiesced")
-            self.model.load(state["model"])
-            # Nothing is refused from here on.
+        if self._session is not None:
+            raise DeviceError(f"{self.name} is at work: it can be loaded when quiesced")
+        self.model.load(state["model"])
+        with self.host.lock:  # nothing is refused from here on
             self._status, self._driver_features = status, features
             for name, value in numbers.items():
                 setattr(self, f"_{name}", value)
