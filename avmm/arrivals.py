@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib import import_module
 from os import PathLike
 from typing import Unpack
 
@@ -21,6 +22,7 @@ from avmm.options import parse_size
 from avmm.parts import Origin, description
 from avmm.parts.description import Described
 from avmm.parts.placing import Unplaced
+from avmm.threads import in_thread
 from avmm.vcpu.calls import CallHandler
 
 logger = logging.getLogger(__name__)
@@ -28,15 +30,16 @@ logger = logging.getLogger(__name__)
 Devices = Sequence[Placement | Unplaced]
 
 
-def restore(
+@asynccontextmanager
+async def restore(
     path: str | PathLike[str],
     *,
     devices: Devices | Callable[[Described], Devices] = (),
     calls: CallHandler | None = None,
     verify: bool = False,
     **settings: Unpack[HostSettings],
-) -> Machine:
-    """The machine of the snapshot at `path`: enter it, and it goes on from there.
+) -> AsyncIterator[Machine]:
+    """`async with avmm.restore(path) as vm:` the machine of a snapshot goes on inside the block.
 
     `devices` and `calls` are those that the machine was made with; `devices` may be a function of
     what the machine turns out to be. `settings` are those of the host's side: `disks`, `net` and
@@ -45,21 +48,22 @@ def restore(
     they were unless they are given. Its RAM is mapped from the file, which must not be changed
     while the machine lives. `verify` reads all of the file and compares checksums.
 
-    Raises `SnapshotError` where the file is no snapshot or damaged, `StateError` where it is not
-    of a machine that can be here, `ConfigError` for settings that cannot be or are missing.
-    Blocks: a few milliseconds, with `verify` as long as reading takes.
+    Entering it raises `SnapshotError` where the file is no snapshot or damaged, `StateError` where
+    it is not of a machine that can be here, `ConfigError` for settings that cannot be or are
+    missing, and as `Machine` does. Cancelled meanwhile, it waits until the file is read.
     """
+    await in_thread(import_module, "avmm.snapshot")  # reads files, too
     from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
 
-    opened = snapshot.read(path, verify=verify)
+    opened = await in_thread(partial(snapshot.read, path, verify=verify))
     try:
         described = description.read(opened.description, settings)
         origin = Origin(opened.state, opened.open_memory, described)
         chosen = devices(described) if callable(devices) else devices
-        return Machine.from_origin(origin, described.config, chosen, calls)
-    except BaseException:
-        opened.close()
-        raise
+        async with Machine.from_origin(origin, described.config, chosen, calls) as machine:
+            yield machine
+    finally:
+        opened.close()  # which is done already, where its RAM was mapped
 
 
 @asynccontextmanager
@@ -84,6 +88,7 @@ async def receive(
     cannot be here; the source is told why, and the guest runs on there. Cancelling it before the
     guest has come does the same. `stream` is the caller's to close.
     """
+    await in_thread(import_module, "avmm.transfer.destination")  # reads files
     from avmm.transfer.destination import Receiver  # noqa: PLC0415 - xxhash and msgpack
 
     most = None if most_memory is None else parse_size(most_memory, "most_memory")

@@ -300,7 +300,8 @@ async def test_what_is_missing_is_asked_for_and_nothing_is_left_open(tmp_path: P
         (settings | {"cpus": 2}, "cpus: the guest has seen it"),
     ):
         with pytest.raises(ConfigError, match=why):
-            avmm.restore(snap, **given)
+            async with avmm.restore(snap, **given):
+                pytest.fail(f"{given} was taken")
     await runs(snap, **settings)
 
 

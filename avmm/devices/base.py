@@ -178,6 +178,12 @@ class Device:
         Raises `ConfigError` where somebody else has it.
         """
 
+    @property
+    def saves_in_thread(self) -> bool:
+        """Do `save` and `load` take long, because they read or write files? Then they are called
+        in a worker thread, and must not touch what belongs to trio; else in trio's thread."""
+        return False
+
     def save(self) -> Mapping[str, Any]:
         """The device's state as plain data (numbers, bytes, text, lists, dicts of these), with a
         version of its own; see `avmm.devices.state.DeviceState`."""

@@ -55,6 +55,9 @@ class Disk:
     read_only: bool = False
     can_discard: bool = False
     """Whether `discard` is worth being called."""
+    saves_in_thread: bool = False
+    """Do `save` and `load` take long? Then they are called in a worker thread, and must not touch
+    what belongs to trio; else in trio's thread."""
 
     async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers`, one after the other, with what is at `offset`."""

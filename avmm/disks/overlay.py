@@ -48,6 +48,7 @@ class OverlayDisk(Disk):
     """
 
     can_discard = True
+    saves_in_thread = True  # a guest may have changed much
 
     def __init__(
         self, path: str | os.PathLike[str], *, folder: str | os.PathLike[str] | None = None

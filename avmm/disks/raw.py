@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, Self
 
 from avmm.disks import files
 from avmm.disks.base import Disk, Done
 from avmm.disks.pool import Pool
+from avmm.threads import in_thread, in_thread_shielded
 
 THREADS: Final = 4
 """How many requests of one disk may wait for the host's storage at the same time."""
@@ -91,10 +93,11 @@ class RawDisk(Disk):
 
     async def release(self) -> None:
         await self.flush()
-        files.unlock_file(self._fd)
+        await in_thread_shielded(files.unlock_file, self._fd)
 
     async def acquire(self) -> None:
-        files.lock_file(self._fd, Path(self.name), read_only=self.read_only)
+        lock = partial(files.lock_file, self._fd, Path(self.name), read_only=self.read_only)
+        await in_thread(lock)
 
     async def flush(self) -> None:
         """fdatasync(2). Once it has failed it fails for ever: the kernel tells of lost data

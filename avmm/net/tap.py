@@ -17,6 +17,7 @@ import trio
 
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
 from avmm.errors import ConfigError
+from avmm.threads import in_thread, in_thread_shielded
 
 # include/uapi/linux/if_tun.h
 _TUNSETIFF: Final = 0x400454CA
@@ -51,25 +52,25 @@ class Tap(Backend):
                 f"tap {name!r}: expected the name of an interface, 1 to {_LONGEST_NAME} bytes"
             )
         self.name = name
-        self._fd = -1
-        if held:
-            self._open()
+        self._fd = self._open() if held else -1
 
-    def _open(self) -> None:
+    def _open(self) -> int:
+        """Blocks: who makes or removes an interface waits for the whole network's lock."""
         name = self.name
         try:
-            self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError(f"tap {name}: /dev/net/tun: {error.strerror}") from None
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
         try:
-            fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-            fcntl.ioctl(self._fd, _TUNSETVNETHDRSZ, struct.pack("i", _HEADER.size))
-            fcntl.ioctl(self._fd, _TUNSETVNETLE, struct.pack("i", 1))
-            fcntl.ioctl(self._fd, _TUNSETOFFLOAD, _TUN_F_CSUM)
+            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+            fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", _HEADER.size))
+            fcntl.ioctl(fd, _TUNSETVNETLE, struct.pack("i", 1))
+            fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_CSUM)
         except OSError as error:
-            self.close()
+            os.close(fd)
             raise ConfigError(f"tap {name}: {_why(error)}") from None
+        return fd
 
     async def receive(self) -> Frame:
         """See `Backend`; ends when the interface is removed."""
@@ -110,17 +111,15 @@ class Tap(Backend):
 
     async def release(self) -> None:
         """See `Backend`; an interface that this has made goes, and comes again with `acquire`."""
-        self.close()
-        await trio.lowlevel.checkpoint()
+        await in_thread_shielded(self.close)
 
     async def acquire(self) -> None:
-        """See `Backend`."""
+        """See `Backend`. Cancelled, it may hold the interface."""
         if self._fd < 0:
-            self._open()
-        await trio.lowlevel.checkpoint()
+            self._fd = await in_thread(self._open)
 
     def close(self) -> None:
-        """Let go of the interface; idempotent."""
+        """Let go of the interface; idempotent. Blocks where that removes it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -18,6 +18,7 @@ import trio
 from avmm.devices import sockets
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
 from avmm.errors import ConfigError
+from avmm.threads import in_thread, in_thread_shielded
 
 logger = logging.getLogger("avmm.net")
 
@@ -52,7 +53,7 @@ class UnixStream(Backend):
         """Connect to who listens at `path`; raises `ConfigError` where nobody does."""
         backend = cls(fspath(path), listens=False)
         if held:
-            backend._open()
+            backend._hold(backend._open())
         return backend
 
     @classmethod
@@ -60,21 +61,26 @@ class UnixStream(Backend):
         """Wait at `path` for one peer; raises `ConfigError` where that cannot be."""
         backend = cls(fspath(path), listens=True)
         if held:
-            backend._open()
+            backend._hold(backend._open())
         return backend
 
-    def _open(self) -> None:
+    def _open(self) -> socket.socket:
         if self._listens:
-            self._listener = sockets.listen(self._path, "net")
+            return sockets.listen(self._path, "net")
+        peer = socket.socket(socket.AF_UNIX)
+        peer.setblocking(False)
+        try:
+            peer.connect(self._path)
+        except OSError as error:
+            peer.close()
+            raise ConfigError(f"net socket {self._path}: {error.strerror or error}") from None
+        return peer
+
+    def _hold(self, opened: socket.socket) -> None:
+        if self._listens:
+            self._listener = opened
         else:
-            peer = socket.socket(socket.AF_UNIX)
-            peer.setblocking(False)
-            try:
-                peer.connect(self._path)
-            except OSError as error:
-                peer.close()
-                raise ConfigError(f"net socket {self._path}: {error.strerror or error}") from None
-            self._plug(trio.socket.from_stdlib_socket(peer))
+            self._plug(trio.socket.from_stdlib_socket(opened))
         self._acquired.set()
 
     def _plug(self, peer: trio.socket.SocketType) -> None:
@@ -98,17 +104,17 @@ class UnixStream(Backend):
 
     async def release(self) -> None:
         """See `Backend`."""
-        if self._listener is not None:
-            trio.lowlevel.notify_closing(self._listener)  # whoever waits for a peer waits anew
+        listener, self._listener = self._listener, None
         self.close()
         self._forget()
-        await trio.lowlevel.checkpoint()
+        if listener is not None:
+            trio.lowlevel.notify_closing(listener)  # whoever waits for a peer waits anew
+            await in_thread_shielded(self._end, listener)
 
     async def acquire(self) -> None:
-        """See `Backend`."""
+        """See `Backend`. Cancelled, it may hold the socket."""
         if not self._acquired.is_set():
-            self._open()
-        await trio.lowlevel.checkpoint()
+            self._hold(await in_thread(self._open))
 
     async def receive(self) -> Frame:
         """See `Backend`."""
@@ -159,8 +165,11 @@ class UnixStream(Backend):
             self._peer.close()
             self._peer = None
         if self._listener is not None:
-            self._listener.close()
+            self._end(self._listener)
             self._listener = None
-            with suppress(FileNotFoundError):
-                Path(self._path).unlink()
         self._acquired = trio.Event()
+
+    def _end(self, listener: socket.socket) -> None:
+        listener.close()
+        with suppress(FileNotFoundError):
+            Path(self._path).unlink()

@@ -13,10 +13,10 @@ thread, too, before `build` raises.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from avmm import arch, guests
 from avmm.arch.contract import Architecture, BoardOptions, GuestImage
@@ -36,7 +36,8 @@ from avmm.parts.configured import configured
 from avmm.parts.description import Described
 from avmm.parts.parts import Parts
 from avmm.parts.placing import Unplaced, allocate, attach
-from avmm.threads import in_thread, in_thread_shielded
+from avmm.parts.saving import load
+from avmm.threads import Runner, in_thread, in_thread_shielded
 from avmm.vcpu.calls import CallHandler
 from avmm.vcpu.completion import CompletionMode
 
@@ -70,14 +71,6 @@ class Origin:
     def boots(self) -> bool:
         """Does the machine start an image, rather than go on from a state?"""
         return self.state is None and not self.standby
-
-
-class _Runner(Protocol):
-    """Calls a function that may block, in whatever way the caller of `_build` has chosen."""
-
-    def __call__(
-        self, function: Callable[[*_Args], _Value], *args: *_Args
-    ) -> Awaitable[_Value]: ...
 
 
 async def build(
@@ -122,7 +115,7 @@ async def dismantle(parts: Parts) -> None:
 
 
 async def _build(
-    blocking: _Runner,
+    blocking: Runner,
     stack: ExitStack,
     config: MachineConfig,
     devices: Sequence[Placement | Unplaced],
@@ -165,8 +158,7 @@ async def _build(
     if entry is not None:
         parts.needs = await blocking(_set_up, kind, system, vcpus, entry)
     elif origin.state is not None:
-        await blocking(parts.load_machine, origin.state)
-        parts.load_devices(origin.state)
+        await load(parts, origin.state, blocking)
     if origin.needs is not None:
         await blocking(parts.demand, origin.needs)
     parts.group = _loops(stack, parts)

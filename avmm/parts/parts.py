@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +20,7 @@ from avmm.memory.dirty import DirtyLog
 from avmm.parts import description
 from avmm.parts.description import STATE_VERSION
 from avmm.plain import MAPPING, U64, Bytes, Fields, ListOf, OrMissing, Row, Text
+from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.exits import Exits
 
 if TYPE_CHECKING:
@@ -128,9 +129,15 @@ class Parts:
         """The devices that are to be asked at a pause, as of whenever it is gone through."""
         return _Quiescable(self)
 
-    def dirty_log(self) -> DirtyLog:
-        """Begin to log which pages of RAM are written; close it."""
-        return DirtyLog(self.vm, self.memory)
+    @asynccontextmanager
+    async def dirty_log(self) -> AsyncIterator[DirtyLog]:
+        """Log, inside the block, which pages of RAM are written. Raises as `DirtyLog`."""
+        log = DirtyLog(self.vm, self.memory)
+        try:
+            await in_thread(log.open)
+            yield log
+        finally:
+            await in_thread_shielded(log.close)
 
     @property
     def clock_khz(self) -> int:
@@ -170,9 +177,16 @@ class Parts:
             state["memory"] = [[gpa, data] for gpa, data in self.memory.contents()]
         return state
 
-    def save_devices(self) -> dict[str, Any]:
-        """The devices' part of the state. Calls their `save`: in trio's thread."""
-        return {"devices": [[device.name, dict(device.save())] for device in self.devices]}
+    def save_devices(self, saved: Mapping[int, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """The devices' part of the state. Calls `save` of those that are not `saved` already, by
+        their numbers: in trio's thread."""
+        states = saved or {}
+        return {
+            "devices": [
+                [device.name, dict(states[number] if number in states else device.save())]
+                for number, device in enumerate(self.devices)
+            ]
+        }
 
     def load(self, state: object) -> None:
         """Take over what `save` gave; RAM that is not in it is taken as it is.
@@ -181,7 +195,8 @@ class Parts:
         not take its part.
         """
         self.load_machine(state)
-        self.load_devices(state)
+        for device, device_state in self.device_states(state):
+            device.load(device_state)
 
     def load_machine(self, state: object) -> None:
         """All of `load` but the devices' part, which is only looked at. Blocks, some milliseconds;
@@ -199,16 +214,20 @@ class Parts:
             for vcpu, vcpu_state in zip(self.vcpus, saved.vcpus, strict=True)
         ]
 
-    def load_devices(self, state: object) -> None:
-        """The devices' part of `load`, after all else. Calls their `load`: in trio's thread.
+    def device_states(self, state: object) -> list[tuple[Device, Any]]:
+        """Each device with its part of the state, to be loaded in this order after all else.
+        Raises `StateError` where they are not of this machine's devices.
 
         They are last because an edge that one raised just before the save may still have been on
         its way through a work queue of the kernel's (irqfd), in no state that could be read. So a
         device that has cause to interrupt does so again when it is loaded; interrupt chips that
         were loaded after it would forget that.
         """
-        for device, (_, device_state) in zip(self.devices, self._read(state).devices, strict=True):
-            device.load(device_state)
+        states = self._read(state).devices
+        return [
+            (device, device_state)
+            for device, (_, device_state) in zip(self.devices, states, strict=True)
+        ]
 
     def _read(self, state: object) -> MachineState:
         """A state, where it is of a machine of this shape; else raises `StateError`."""

@@ -6,7 +6,7 @@ import errno
 import math
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -16,7 +16,7 @@ from avmm.errors import MigrationError
 from avmm.transfer.frames import Buffer
 from avmm.transfer.protocol import Destination, Source
 
-_CHUNK: Final = 1 << 20
+_CHUNK: Final = 512 << 10
 _PIECE: Final = 256 << 10
 """Bytes that a line must take within its time. Less would cost a fast one."""
 _SOCKET_BYTES: Final = 208 << 10
@@ -48,13 +48,11 @@ class Connection:
         the other side has said last where it gave up. Cancelled, part of the frame may have
         left."""
         done = False
-        frame = memoryview(b"".join(buffers))
         try:
             with trio.move_on_after(self._stall_seconds) as scope:
-                while frame:
-                    await self._stream.send_all(frame[:_PIECE])
-                    self.sent += len(frame[:_PIECE])
-                    frame = frame[_PIECE:]
+                for piece in _pieces(buffers):
+                    await self._stream.send_all(piece)
+                    self.sent += len(piece)
                     scope.deadline = trio.current_time() + self._stall_seconds
                 done = True
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -96,6 +94,15 @@ class Connection:
             self._side.feed_end()
         self._side.feed(data)
 
+    async def watch(self, seconds: float) -> None:
+        """Return after so many seconds in which nothing came. Raises what the other side says
+        where it gives up meanwhile, and `MigrationError` where the line is cut."""
+        with trio.move_on_after(seconds):
+            while True:
+                await self.hear()
+                while self._side.next():
+                    pass
+
     async def give_up(self, why: str) -> None:
         """Say ABORT, if it can still be said, and do not wait long for it."""
         if self.is_broken:
@@ -107,6 +114,24 @@ class Connection:
         ):
             for buffer in self._side.abort(why):
                 await self._stream.send_all(buffer)
+
+
+def _pieces(buffers: Sequence[Buffer]) -> Iterator[Buffer]:
+    """The bytes of a frame, so many at a time. Only its beginning is copied: the small buffers
+    there go into one piece."""
+    first, left = bytearray(), _PIECE
+    for buffer in buffers:
+        view = memoryview(buffer)
+        if left:
+            first += view[:left]
+            view, left = view[left:], _PIECE - len(first)
+            if left:
+                continue
+            yield first
+        for at in range(0, len(view), _PIECE):
+            yield view[at : at + _PIECE]
+    if left and first:
+        yield first
 
 
 def _widen(stream: trio.abc.Stream) -> None:

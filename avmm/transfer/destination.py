@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from avmm.errors import PeerAbortedError, ProtocolError
+from avmm.errors import ConfigError, PeerAbortedError, ProtocolError
 from avmm.memory.pages import unpack
+from avmm.parts.saving import load
 from avmm.plain import ANYTHING, Fields
+from avmm.threads import in_thread
 from avmm.transfer.connection import Connection
+from avmm.transfer.frames import Buffer
 from avmm.transfer.protocol import (
     Commit,
     Destination,
     DestinationState,
+    Event,
     Offer,
     Pages,
     Round,
@@ -35,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _COMMIT_SECONDS: Final = 20.0
 """As long may COMMIT take: a source that hears nothing any more wants back what is held here."""
+_ABORT_SECONDS: Final = 0.2
+"""How long an ABORT that has left may be on its way."""
 
 
 class _Offer(Fields):
@@ -42,6 +48,10 @@ class _Offer(Fields):
 
     description = ANYTHING
     cpus = ANYTHING
+
+
+_ABORT_SECONDS: Final = 0.2
+"""How long an ABORT that has left may be on its way."""
 
 
 class Receiver:
@@ -95,29 +105,43 @@ class Receiver:
 
     async def _until_commit(self) -> None:
         while True:
-            taken = self._side.next()
-            if taken is None:
+            if not self._side.has_frame:
                 is_ready = self._side.state is DestinationState.READY
                 await self._connection.hear(_COMMIT_SECONDS if is_ready else math.inf)
                 continue
-            event, answer = taken
+            event, answer = await in_thread(self._take)
             if answer:
                 await self._connection.say(answer)
             if isinstance(event, Offer):
                 self._parts = await self._prepared(event.description)
                 await self._connection.say(self._side.accept())
-            elif isinstance(event, Pages):
-                self._unpack(event)
             elif isinstance(event, Round):
                 self._on_round(event.number)
             elif isinstance(event, State):
                 assert self._parts is not None
-                self._parts.load(event.state)
-                await self._parts.acquire()
+                await load(self._parts, event.state)
+                await self._acquire(self._parts)
                 self._has_acquired = True
                 await self._connection.say(self._side.ready())
             elif isinstance(event, Commit):
                 return
+
+    async def _acquire(self, parts: Parts) -> None:
+        try:
+            await parts.acquire()
+        except ConfigError:
+            # A source that has given up says so, or cuts the line, and holds everything again.
+            await self._connection.watch(_ABORT_SECONDS)
+            raise
+
+    def _take(self) -> tuple[Event | None, list[Buffer]]:
+        """What has come, with its pages put into RAM: the first that is not pages, if any."""
+        while (taken := self._side.next()) is not None:
+            event, answer = taken
+            if not isinstance(event, Pages):
+                return event, answer
+            self._unpack(event)
+        return None, []
 
     async def _prepared(self, told: object) -> Parts:
         offer = _Offer.read("the offer", told)

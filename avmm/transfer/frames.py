@@ -121,11 +121,31 @@ class Decoder:
         """Has nothing come of a frame that is not whole yet?"""
         return self._start == self._end
 
+    @property
+    def is_whole(self) -> bool:
+        """Has all of the next frame come? Raises `ProtocolError` where it can be none."""
+        length = self._length()
+        return length is not None and self._end - self._start >= HEADER_BYTES + length
+
     def next(self) -> Message | None:
         """The next frame, if it is there; its payload is good until `feed`.
 
         Raises `ProtocolError` where it is none; nothing can be read after that.
         """
+        if not self.is_whole:
+            return None
+        number_kind, _, _, length, number = _HEAD.unpack_from(self._data, self._start)
+        kind = MessageKind(number_kind)
+        whole = memoryview(self._data)[self._start : self._start + HEADER_BYTES + length]
+        head, payload = whole[: _HEAD.size], whole[HEADER_BYTES:].toreadonly()
+        if whole[_HEAD.size : HEADER_BYTES] != _checksum(head, [payload]):
+            raise ProtocolError(f"frame {number} ({kind.name}) is damaged: its checksum is wrong")
+        self._start += HEADER_BYTES + length
+        self._number += 1
+        return Message(kind, payload)
+
+    def _length(self) -> int | None:
+        """Of the next frame's payload, in bytes; None where that has not come yet."""
         if self._end - self._start < HEADER_BYTES:
             return None
         number_kind, zero, zeros, length, number = _HEAD.unpack_from(self._data, self._start)
@@ -142,15 +162,7 @@ class Decoder:
             raise ProtocolError(
                 f"frame {number} ({kind.name}) came, expected number {self._number}"
             )
-        if self._end - self._start < HEADER_BYTES + length:
-            return None
-        whole = memoryview(self._data)[self._start : self._start + HEADER_BYTES + length]
-        head, payload = whole[: _HEAD.size], whole[HEADER_BYTES:].toreadonly()
-        if whole[_HEAD.size : HEADER_BYTES] != _checksum(head, [payload]):
-            raise ProtocolError(f"frame {number} ({kind.name}) is damaged: its checksum is wrong")
-        self._start += HEADER_BYTES + length
-        self._number += 1
-        return Message(kind, payload)
+        return int(length)
 
 
 def _checksum(head: Buffer, payload: Sequence[Buffer]) -> bytes:

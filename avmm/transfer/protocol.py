@@ -143,6 +143,11 @@ class _Side:
         """The other side will say nothing more; raises `ProtocolError`."""
         raise ProtocolError("the line was cut" + ("" if self._decoder.is_empty else " in a frame"))
 
+    @property
+    def has_frame(self) -> bool:
+        """Has a frame come whole? Raises `ProtocolError` where what comes can be none."""
+        return self._decoder.is_whole
+
     def _next(self) -> Message | None:
         message = self._decoder.next()
         if message is not None and message.kind is MessageKind.ABORT:
@@ -198,11 +203,11 @@ class Source(_Side):
         hello = _Hello.plain(versions=list(VERSIONS), identity=self._identity)
         return self._encoder.frame(MessageKind.HELLO, encode(hello))
 
-    def offer(self, description: object) -> list[Buffer]:
-        """OFFER."""
+    def offer(self, offer: bytes) -> list[Buffer]:
+        """OFFER: what the guest is, as `encode` makes it."""
         self._demand(SourceState.AGREED)
         self.state = SourceState.OFFERED
-        return self._encoder.frame(MessageKind.OFFER, encode(description))
+        return self._encoder.frame(MessageKind.OFFER, offer)
 
     def pages(self, packed: Packed) -> list[Buffer]:
         """PAGES; the buffers are those of `packed`."""
@@ -215,11 +220,11 @@ class Source(_Side):
         self._demand(SourceState.COPYING)
         return self._encoder.frame(MessageKind.ROUND, encode(_Round.plain(number=number)))
 
-    def stated(self, state: object) -> Iterator[list[Buffer]]:
-        """STATE and STATE_END, frame by frame."""
+    def stated(self, state: bytes) -> Iterator[list[Buffer]]:
+        """STATE and STATE_END, frame by frame, of a state as `encode` makes it."""
         self._demand(SourceState.COPYING)
         self.state = SourceState.STATED
-        data = memoryview(encode(state))
+        data = memoryview(state)
         if len(data) > MOST_STATE:
             raise ProtocolError(f"the state has {len(data)} bytes, at most {MOST_STATE} can go")
         for at in range(0, len(data), STATE_PIECE):

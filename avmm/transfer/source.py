@@ -12,15 +12,18 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from avmm.errors import ConfigError, HandOverUnknownError, MigrationError, PeerAbortedError
 from avmm.memory.pages import PAGE, Bitmap, Packer
+from avmm.parts.saving import saved
+from avmm.plain import encode
 from avmm.progress import MigrationProgress, Report
+from avmm.threads import in_thread
 from avmm.transfer.connection import Connection
 from avmm.transfer.frames import MOST_DATA_PAGES, MOST_RUNS
 from avmm.transfer.pace import Pace
@@ -100,12 +103,12 @@ class Sender:
         begin = trio.current_time()
         try:
             await self._agree()
-            with closing(self._parts.dirty_log()) as log:
-                left = self._parts.memory.populated()
+            async with self._parts.dirty_log() as log:
+                left = await in_thread(self._parts.memory.populated)
                 await self._copy_live(log, left)
                 stopped = trio.current_time()  # nearly: some vCPUs may stand still from here on
                 async with self._coordinator.paused(self._options.deadline):
-                    log.collect(left)
+                    await in_thread(log.collect, left)
                     await self._copy(left, stopped)
                     await self._hand_over()
         except PeerAbortedError:
@@ -120,9 +123,12 @@ class Sender:
     async def _agree(self) -> None:
         await self._connection.say(self._source.hello())
         await self._until(SourceState.AGREED)
-        offer = {"description": self._parts.describe(), "cpus": self._parts.needs}
+        offer = await in_thread(self._offer)
         await self._connection.say(self._source.offer(offer))
         await self._until(SourceState.COPYING)
+
+    def _offer(self) -> bytes:
+        return encode({"description": self._parts.describe(), "cpus": self._parts.needs})
 
     async def _until(self, state: SourceState) -> None:
         while self._source.state is not state:
@@ -137,7 +143,7 @@ class Sender:
             while True:
                 start, sent = trio.current_time(), self._connection.sent
                 await self._copy(left, start)
-                log.collect(left)
+                await in_thread(log.collect, left)
                 sent = self._connection.sent - sent
                 if self._pace.round_ended(sent, trio.current_time() - start, len(left)):
                     return
@@ -154,7 +160,8 @@ class Sender:
         self._packer.rewind()
         total, first, told = len(left), self._connection.sent, start
         self._tell(0, total)
-        while (packed := self._packer.next(left, skip_zeros=self._round == 1)) is not None:
+        next_pages = partial(self._packer.next, left, skip_zeros=self._round == 1)
+        while (packed := await in_thread(next_pages)) is not None:
             self._demand_guest()
             await self._connection.say(self._source.pages(packed))
             now = trio.current_time()
@@ -190,8 +197,8 @@ class Sender:
         try:
             await self._let_go()
             # Not before: what somebody received of a console after that would come twice.
-            state = self._parts.save(with_memory=False)
-            for frame in self._source.stated(state):
+            state = await saved(self._parts)
+            for frame in self._source.stated(await in_thread(encode, state)):
                 await self._connection.say(frame)
             await self._until(SourceState.READY)
             self._demand_guest()

@@ -26,6 +26,7 @@ from avmm.transfer.protocol import (
 )
 
 IDENTITY = bytes(range(16))
+STATE = encode({"s": b"x" * 9})
 PACKED = Packed(memoryview(b"\0" * 8 + b"\1\0\0\0" * 2), memoryview(b"p" * PAGE))
 
 
@@ -67,10 +68,10 @@ class Conversation(RuleBasedStateMachine):
         source = self.source
         say: dict[str, Any] = {
             "hello": source.hello,
-            "offer": lambda: source.offer({"a": 1}),
+            "offer": lambda: source.offer(encode({"a": 1})),
             "pages": lambda: source.pages(PACKED),
             "round": lambda: source.round(3),
-            "stated": lambda: [part for frame in source.stated({"s": b"x" * 9}) for part in frame],
+            "stated": lambda: [part for frame in source.stated(STATE) for part in frame],
             "commit": source.commit,
         }
         before = source.state
@@ -159,9 +160,9 @@ def source_in(state: SourceState) -> tuple[Source, Peer]:
     steps: list[Any] = [
         source.hello,
         lambda: peer.say(MessageKind.HELLO),
-        lambda: source.offer({}),
+        lambda: source.offer(encode({})),
         lambda: peer.say(MessageKind.ACCEPT),
-        lambda: list(source.stated({})),
+        lambda: list(source.stated(encode({}))),
         lambda: peer.say(MessageKind.READY),
         source.commit,
         lambda: peer.say(MessageKind.RUNNING),
@@ -355,7 +356,7 @@ def test_a_state_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         peer.say(MessageKind.STATE, bytes(60))
     source, _ = source_in(SourceState.COPYING)
     with pytest.raises(ProtocolError, match="at most 100 can go"):
-        list(source.stated({"a": bytes(200)}))
+        list(source.stated(encode({"a": bytes(200)})))
 
 
 def test_the_end_of_the_line_says_whether_it_was_within_a_frame() -> None:

@@ -177,6 +177,10 @@ class VirtioBlock(VirtioDevice):
         """See `failed`."""
         self._failing.discard(kind)
 
+    @property
+    def saves_in_thread(self) -> bool:
+        return self.disk.saves_in_thread
+
     async def release(self) -> None:
         await self.disk.release()
 

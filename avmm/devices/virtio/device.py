@@ -231,6 +231,11 @@ class VirtioDevice:
     async def acquire(self) -> None:
         """Take hold of it; see `avmm.devices.base.Device.acquire`."""
 
+    @property
+    def saves_in_thread(self) -> bool:
+        """See `avmm.devices.base.Device.saves_in_thread`."""
+        return False
+
     def save(self) -> Mapping[str, Any]:
         """The device's own state as plain data, without its queues' and registers'."""
         raise DeviceError(f"{self.name} cannot be saved: it lacks save()")

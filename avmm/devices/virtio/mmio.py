@@ -457,7 +457,12 @@ class VirtioMmio(Device):
     async def acquire(self) -> None:
         await self.model.acquire()
 
+    @property
+    def saves_in_thread(self) -> bool:
+        return self.model.saves_in_thread
+
     def save(self) -> Mapping[str, Any]:
+        model = dict(self.model.save())  # which may take long: not with the lock
         with self.host.lock:
             return self.State.plain(
                 status=self._status,
@@ -468,7 +473,7 @@ class VirtioMmio(Device):
                 interrupt_status=self._interrupt_status,
                 generation=self._generation,
                 queues=[queue.save() for queue in self._queues],
-                model=dict(self.model.save()),
+                model=model,
             )
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -486,11 +491,10 @@ class VirtioMmio(Device):
         # Fewer are of an avmm whose device had no more: its driver knows nothing of the others.
         for queue, queue_state in zip(queues, saved.queues, strict=False):
             queue.load(queue_state)
-        with self.host.lock:
-            if self._session is not None:
-                raise DeviceError(f"{self.name} is at work: it can be loaded when quiesced")
-            self.model.load(saved.model)
-            # Nothing is refused from here on.
+        if self._session is not None:
+            raise DeviceError(f"{self.name} is at work: it can be loaded when quiesced")
+        self.model.load(saved.model)
+        with self.host.lock:  # nothing is refused from here on
             self._status, self._driver_features = status, features
             self._device_features_sel = saved.device_features_sel
             self._driver_features_sel = saved.driver_features_sel

@@ -35,6 +35,7 @@ from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
 from avmm.devices.virtio.vsock_stream import BOTH, BUFFER, Op, VsockStream
 from avmm.options import CIDS
+from avmm.threads import in_thread, in_thread_shielded
 
 HOST_CID: Final = 2
 F_STREAM: Final = 1 << 0
@@ -248,11 +249,12 @@ class Vsock(VirtioDevice):
             while self._unix is not None:
                 while not self._is_acquired.is_set():  # it may have been released since
                     await self._is_acquired.wait()
-                listener = self._listener or vsock_unix.listen(self._unix)
-                self._listener = None
                 self._serving, self._served = trio.CancelScope(), trio.Event()
                 try:
                     with self._serving:
+                        listener, self._listener = self._listener, None
+                        if listener is None:
+                            listener = await in_thread(vsock_unix.listen, self._unix)
                         await vsock_unix.serve_sockets(self, listener, self._unix)
                 finally:
                     self._served.set()
@@ -394,14 +396,16 @@ class Vsock(VirtioDevice):
     async def release(self) -> None:
         if self._unix is not None and self._is_acquired.is_set():
             self._is_acquired = trio.Event()
-            self.close()
+            listener, self._listener = self._listener, None
+            if listener is not None:
+                await in_thread_shielded(vsock_unix.close, listener, self._unix)
             self._serving.cancel()
             await self._served.wait()
 
     async def acquire(self) -> None:
         if self._unix is not None and not self._is_acquired.is_set():
             # Here, while it may still be refused, and not when the guest runs.
-            self._listener = vsock_unix.listen(self._unix)
+            self._listener = await in_thread(vsock_unix.listen, self._unix)
         self._is_acquired.set()
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ import trio
 
 from avmm.devices import sockets
 from avmm.errors import ConfigError
+from avmm.threads import in_thread_shielded
 
 if TYPE_CHECKING:
     from avmm.devices.virtio.vsock_stream import VsockStream
@@ -74,7 +75,7 @@ async def serve_sockets(
                 client, _ = await trio.socket.from_stdlib_socket(listener).accept()
                 nursery.start_soon(_serve_client, vsock, trio.SocketStream(client), free)
     finally:
-        close(listener, path)
+        await in_thread_shielded(close, listener, path)
 
 
 async def _serve_client(
