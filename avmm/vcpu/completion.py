@@ -169,13 +169,12 @@ class CompletionPolicy:
         nothing is pending, with this reason and these flags in `kvm_run`?
 
         The reason must be of that very run: who enters clears what was there before. A flag that
-        has no business there is believed so far that the vCPU is entered once more.
+        has no business there is believed so far that the vCPU is entered once more. Nothing is
+        learnt from it: most of these are seen in C only.
         """
-        if reason != constants.KVM_EXIT_INTR:
+        if self.mode is CompletionMode.ALWAYS or flags & NEEDS_COMPLETION:
             return False
-        flagged = bool(flags & NEEDS_COMPLETION)
-        self._learn(reason, flagged, False)
-        return self.mode is not CompletionMode.ALWAYS and not flagged
+        return reason == constants.KVM_EXIT_INTR
 
     def _learn(self, reason: int, flagged: bool, is_output: bool) -> None:
         if reason in DOCUMENTED:

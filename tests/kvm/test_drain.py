@@ -185,6 +185,11 @@ scripts = st.lists(answers, max_size=6)
 @example(script=[Answer(-errno.EINTR, INTR, flagged=True)], immediate=False, policy="auto")
 @example(script=[Answer(-errno.EINTR)], immediate=False, policy="auto")
 @example(script=[], immediate=True, policy="auto")
+@example(
+    script=[Answer(-errno.EINTR, INTR, flagged=True), Answer(9999)],
+    immediate=False,
+    policy="announced",
+)
 @settings(max_examples=1000, deadline=None)
 def test_c_does_what_the_rule_says(
     library: Any, script: list[Answer], immediate: bool, policy: str
