@@ -110,9 +110,8 @@ class Parts:
         """What serves the exits of `vcpu`."""
         return Exits(
             vcpu,
-            self.buses["pio"],
-            self.buses["mmio"],
-            self.buses["msr"],
+            self.buses,
+            self.arch.exit_reasons,
             self._end,
             partial(self.arch.registers, vcpu, self.memory),
             self._calls,

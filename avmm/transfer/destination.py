@@ -14,6 +14,7 @@ import trio
 
 from avmm.errors import ConfigError, PeerAbortedError, ProtocolError
 from avmm.memory.pages import unpack
+from avmm.parts import dismantle
 from avmm.parts.saving import load
 from avmm.plain import ANYTHING, Fields
 from avmm.threads import in_thread
@@ -48,10 +49,6 @@ class _Offer(Fields):
 
     description = ANYTHING
     cpus = ANYTHING
-
-
-_ABORT_SECONDS: Final = 0.2
-"""How long an ABORT that has left may be on its way."""
 
 
 class Receiver:
@@ -95,7 +92,7 @@ class Receiver:
         except OSError as error:
             logger.error("what the guest has of this host cannot be let go of: %s", error)
         finally:
-            parts.close()
+            await dismantle(parts)
 
     async def confirm(self) -> None:
         """Tell the source that the guest runs here. That it cannot be told is no failure here: it

@@ -8,7 +8,7 @@ that means for saved state see `avmm.loop`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Final
 
@@ -41,15 +41,16 @@ _SYSTEM_EVENTS: Final = {
 class Exits:
     """Serves the exits of one vCPU: accesses go to the buses, endings to `end`.
 
-    `registers` describes the vCPU's registers and instruction for error messages.
+    `buses` are by the names that `Placement.space` has: one for each space of the architecture.
+    `reasons` are the exits that there are on it (`KVM_EXIT_*`). `registers` describes the vCPU's
+    registers and instruction for error messages.
     """
 
     def __init__(
         self,
         vcpu: Vcpu,
-        pio: Bus,
-        mmio: Bus,
-        msrs: Bus,
+        buses: Mapping[str, Bus],
+        reasons: Collection[int],
         end: Callable[[Outcome], None],
         registers: Callable[[], str],
         calls: CallHandler | None = None,
@@ -59,12 +60,13 @@ class Exits:
         self._coalesced = coalesced
         self._delivers = False
         self._page = vcpu.page
-        self._pio = pio
-        self._mmio = mmio
-        self._msrs = msrs
+        nowhere = Bus("nowhere", 0)  # for spaces that the architecture has not, nor exits for them
+        self._pio = buses.get("pio", nowhere)
+        self._mmio = buses.get("mmio", nowhere)
+        self._msrs = buses.get("msr", nowhere)
         self._end = end
         self._registers = registers
-        self._table: dict[int, Callable[[], Served]] = {
+        table: dict[int, Callable[[], Served]] = {
             constants.KVM_EXIT_IO: self._serve_pio,
             constants.KVM_EXIT_MMIO: self._serve_mmio,
             constants.KVM_EXIT_X86_RDMSR: self._serve_rdmsr,
@@ -74,6 +76,7 @@ class Exits:
             constants.KVM_EXIT_SYSTEM_EVENT: self._serve_system_event,
             constants.KVM_EXIT_INTR: _nothing,
         }
+        self._table = {reason: table[reason] for reason in reasons}
 
     def serve(self, reason: int) -> Served:
         """Serve the exit that `kvm_run` holds. Raises `VcpuError` where it is not servable."""

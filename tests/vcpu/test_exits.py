@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 
+from avmm import arch
 from avmm.bus.space import Bus, mmio, msr, pio
 from avmm.devices.base import Device
 from avmm.errors import DeviceError, MsrFault, VcpuError
@@ -127,9 +128,8 @@ class Board:
         numbers.add(msr(self.msrs, MSR, 2), nullcontext())
         self.exits = Exits(
             self.vcpu,
-            pio=self.ports,
-            mmio=self.addresses,
-            msrs=numbers,
+            {"pio": self.ports, "mmio": self.addresses, "msr": numbers},
+            arch.host().exit_reasons,
             end=self.ends.append,
             registers=lambda: "  rax=7",
             calls=self._call,
