@@ -52,6 +52,7 @@ async def restore(
     it is not of a machine that can be here, `ConfigError` for settings that cannot be or are
     missing, and as `Machine` does. Cancelled meanwhile, it waits until the file is read.
     """
+    demand_hosts(settings)  # not only when the file is read
     await in_thread(import_module, "avmm.snapshot")  # reads files, too
     from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
 

@@ -19,18 +19,18 @@ from avmm.boot import FlatOptions, Protocol
 from avmm.errors import ConfigError
 from avmm.options import IO_PORTS, Bounds, DiskOptions, NetOptions, VsockOptions
 from avmm.settings import (
-    File,
-    Flag,
-    Flat,
-    ListOf,
-    MemorySize,
-    Number,
-    Options,
-    OrNone,
-    Rom,
+    FlagKind,
+    FlatKind,
+    ListKind,
+    NumberKind,
+    OptionalKind,
+    OptionsKind,
+    PathKind,
+    RomKind,
     Setting,
     Side,
-    Text,
+    SizeKind,
+    TextKind,
     declared,
     named,
     one_of,
@@ -89,41 +89,41 @@ class MachineConfig:
 
     kernel: Path | None = setting(
         None,
-        OrNone(File()),
+        OptionalKind(PathKind()),
         Side.BOOT,
         "The image to boot: vmlinux, bzImage, ELF, multiboot or a flat binary; may be compressed. "
         "Without one it is the bundled shell.",
         argument="IMAGE",
     )
     initrd: Path | None = setting(
-        None, OrNone(File()), Side.BOOT, "Initial RAM disk, or the first module."
+        None, OptionalKind(PathKind()), Side.BOOT, "Initial RAM disk, or the first module."
     )
     modules: tuple[Path, ...] = setting(
         (),
-        ListOf(File(), "of paths"),
+        ListKind(PathKind(), "of paths"),
         Side.BOOT,
         "Another module, where the image takes any.",
     )
-    cmdline: str = setting("", Text(), Side.BOOT, "The guest's command line.")
+    cmdline: str = setting("", TextKind(), Side.BOOT, "The guest's command line.")
     flat: FlatOptions | None = setting(
-        None, OrNone(Flat()), Side.BOOT, "Run the image as it is, like real@0x7c00."
+        None, OptionalKind(FlatKind()), Side.BOOT, "Run the image as it is, like real@0x7c00."
     )
     protocol: Protocol = setting(
         Protocol.AUTO, one_of(Protocol), Side.BOOT, "How a Linux kernel is entered."
     )
     roms: tuple[tuple[int, Path], ...] = setting(
         (),
-        ListOf(Rom(), "like ['0xfff00000=bios.bin']"),
+        ListKind(RomKind(), "like ['0xfff00000=bios.bin']"),
         Side.BOOT,
         "A file that the guest finds as read-only memory at ADDRESS.",
     )
     """What was read is in a description of the machine; the files are not needed again."""
-    memory: int = setting(64 << 20, MemorySize(), Side.GUEST, "RAM, like 64M or 2G.")
+    memory: int = setting(64 << 20, SizeKind(), Side.GUEST, "RAM, like 64M or 2G.")
     """In bytes."""
-    cpus: int = setting(1, Number(Bounds(1)), Side.GUEST, "Number of vCPUs.", metavar="N")
+    cpus: int = setting(1, NumberKind(Bounds(1)), Side.GUEST, "Number of vCPUs.", metavar="N")
     console: str = setting(
         "stdio",
-        Text(),
+        TextKind(),
         Side.COMMAND,
         "Where the console goes: stdio, pty, unix:PATH or file:PATH. With virtio, or virtio: "
         "before one of these, it is hvc0.",
@@ -134,7 +134,7 @@ class MachineConfig:
     """Embedders use `Machine.console`."""
     disks: tuple[DiskOptions, ...] = setting(
         (),
-        ListOf(Options(DiskOptions), "like ['root.img,overlay']"),
+        ListKind(OptionsKind(DiskOptions), "like ['root.img,overlay']"),
         Side.LINK,
         "A virtio disk (vda, vdb, ...); ro: read-only, overlay: changes are thrown away.",
         metavar="FILE[,ro][,overlay][,serial=NAME]",
@@ -142,7 +142,7 @@ class MachineConfig:
     )
     net: tuple[NetOptions, ...] = setting(
         (),
-        ListOf(Options(NetOptions), "like ['tap=tap0']"),
+        ListKind(OptionsKind(NetOptions), "like ['tap=tap0']"),
         Side.LINK,
         "A virtio network device; LINK is tap=NAME, unix=PATH or listen=PATH.",
         metavar="LINK[,mac=..][,mtu=..]",
@@ -151,25 +151,25 @@ class MachineConfig:
     )
     vsock: VsockOptions | None = setting(
         None,
-        OrNone(Options(VsockOptions)),
+        OptionalKind(OptionsKind(VsockOptions)),
         Side.LINK,
         "A virtio socket device; the guest's CID is N, and PATH is where unix sockets lead to it.",
         metavar="cid=N[,unix=PATH]",
         help_anew="What the guest's socket device is here.",
     )
     rng: bool = setting(
-        False, Flag(), Side.GUEST, "A virtio source of entropy, fed by the host's kernel."
+        False, FlagKind(), Side.GUEST, "A virtio source of entropy, fed by the host's kernel."
     )
     balloon: bool = setting(
         False,
-        Flag(),
+        FlagKind(),
         Side.GUEST,
         "A virtio memory balloon; the guest's free memory goes back to the host, too.",
     )
     """See `Machine.balloon`."""
     debug_exit: int | None = setting(
         0xF4,
-        OrNone(Number(IO_PORTS), word="none"),
+        OptionalKind(NumberKind(IO_PORTS), word="none"),
         Side.GUEST,
         "Port that ends the run with status (value << 1 | 1), or none.",
         metavar="PORT",
@@ -177,13 +177,13 @@ class MachineConfig:
     """QEMU's isa-debug-exit."""
     acpi: bool = setting(
         True,
-        Flag(),
+        FlagKind(),
         Side.GUEST,
         "Tell the guest of CPUs, devices and the power switch by ACPI tables, too.",
     )
     xen: bool = setting(
         False,
-        Flag(),
+        FlagKind(),
         Side.GUEST,
         "The guest's hypercalls are Xen's, not KVM's, and all answered by `Machine`'s `calls`.",
         no_option="only Python code can answer the hypercalls",
@@ -203,7 +203,7 @@ class MachineConfig:
     )
     completion_capability: int | None = setting(
         None,
-        OrNone(Number(Bounds(1, 0x7FFF_FFFF)), word="none"),
+        OptionalKind(NumberKind(Bounds(1, 0x7FFF_FFFF)), word="none"),
         Side.HOST,
         "KVM_CAP_NEEDS_COMPLETION's number in this host's kernel, if it has one.",
     )

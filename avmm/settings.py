@@ -55,7 +55,7 @@ class Side(Enum):
 # -- the kinds of values -------------------------------------------------------------------
 
 
-class Kind(ABC, Generic[T]):
+class ValueKind(ABC, Generic[T]):
     """What the values of a setting are: `T` to the program."""
 
     metavar: ClassVar[str] = ""
@@ -78,7 +78,7 @@ class Kind(ABC, Generic[T]):
         return str(value)
 
 
-class Text(Kind[str]):
+class TextKind(ValueKind[str]):
     metavar = "TEXT"
 
     def check(self, what: str, value: object) -> str:
@@ -87,7 +87,7 @@ class Text(Kind[str]):
         return value
 
 
-class Flag(Kind[bool]):
+class FlagKind(ValueKind[bool]):
     """Yes or no."""
 
     def check(self, what: str, value: object) -> bool:
@@ -99,7 +99,7 @@ class Flag(Kind[bool]):
         return str(value).lower()
 
 
-class Number(Kind[int]):
+class NumberKind(ValueKind[int]):
     metavar = "NUMBER"
 
     def __init__(self, bounds: Bounds) -> None:
@@ -116,7 +116,7 @@ class Number(Kind[int]):
         return self._bounds.shown(value)
 
 
-class MemorySize(Kind[int]):
+class SizeKind(ValueKind[int]):
     """Bytes of RAM."""
 
     metavar = "SIZE"
@@ -128,7 +128,7 @@ class MemorySize(Kind[int]):
         return format_size(value)
 
 
-class Choice(Kind[T]):
+class ChoiceKind(ValueKind[T]):
     """One of several, by their names."""
 
     def __init__(self, choices: dict[str, T]) -> None:
@@ -144,17 +144,17 @@ class Choice(Kind[T]):
         return next(name for name, choice in self.choices.items() if choice == value)
 
 
-def one_of(kind: type[_Enum]) -> Choice[_Enum]:
+def one_of(kind: type[_Enum]) -> ChoiceKind[_Enum]:
     """A member of `kind`, by its value."""
-    return Choice({member.value: member for member in kind})
+    return ChoiceKind({member.value: member for member in kind})
 
 
-def named(*names: str) -> Choice[str]:
+def named(*names: str) -> ChoiceKind[str]:
     """One of these texts."""
-    return Choice({name: name for name in names})
+    return ChoiceKind({name: name for name in names})
 
 
-class File(Kind[Path]):
+class PathKind(ValueKind[Path]):
     metavar = "PATH"
 
     def check(self, what: str, value: object) -> Path:
@@ -164,7 +164,7 @@ class File(Kind[Path]):
         return folder / value
 
 
-class Rom(Kind[tuple[int, Path]]):
+class RomKind(ValueKind[tuple[int, Path]]):
     """A file and the address at which the guest finds it: a pair, or text."""
 
     metavar = "ADDRESS=FILE"
@@ -184,7 +184,7 @@ class Rom(Kind[tuple[int, Path]]):
         return value[0], folder / value[1]
 
 
-class Flat(Kind[FlatOptions]):
+class FlatKind(ValueKind[FlatOptions]):
     """How a raw binary is entered."""
 
     metavar = "MODE@ADDRESS"
@@ -213,7 +213,7 @@ class _Parsed(Protocol):
 _Options = TypeVar("_Options", bound=_Parsed)
 
 
-class Options(Kind[_Options]):
+class OptionsKind(ValueKind[_Options]):
     """A disk, a network, a socket: text, a table, or what it means."""
 
     def __init__(self, options: type[_Options]) -> None:
@@ -226,10 +226,10 @@ class Options(Kind[_Options]):
         return value.beside(folder)
 
 
-class OrNone(Kind[T | None]):
+class OptionalKind(ValueKind[T | None]):
     """That, or nothing; `word` says so where there is no None: on the command line, in TOML."""
 
-    def __init__(self, kind: Kind[T], *, word: str = "") -> None:
+    def __init__(self, kind: ValueKind[T], *, word: str = "") -> None:
         self.kind: Final = kind
         self._word = word
 
@@ -253,10 +253,10 @@ class OrNone(Kind[T | None]):
         return self._word if value is None else self.kind.shown(value)
 
 
-class ListOf(Kind[tuple[_Each, ...]]):
+class ListKind(ValueKind[tuple[_Each, ...]]):
     """Any number of them, in a list; the command's option is repeated. None is an empty list."""
 
-    def __init__(self, each: Kind[_Each], expected: str) -> None:
+    def __init__(self, each: ValueKind[_Each], expected: str) -> None:
         self.each: Final = each
         self._expected = expected
 
@@ -285,7 +285,7 @@ class Setting(Generic[T]):
     name: str
     """In Python."""
     default: T
-    kind: Kind[T]
+    kind: ValueKind[T]
     side: Side
     help: str
     """What it means, in sentences, as the command's help has it."""
@@ -306,14 +306,14 @@ class Setting(Generic[T]):
     @property
     def option(self) -> str:
         """The command's; that of a list is repeated, and in the singular."""
-        return f"--{self.key.removesuffix('s') if isinstance(self.kind, ListOf) else self.key}"
+        return f"--{self.key.removesuffix('s') if isinstance(self.kind, ListKind) else self.key}"
 
     @property
-    def one(self) -> Kind[Any]:
+    def one(self) -> ValueKind[Any]:
         """The kind of one value: of each in a list, of what is not None."""
-        kind: Kind[Any] = self.kind
-        while isinstance(kind, ListOf | OrNone):
-            kind = kind.each if isinstance(kind, ListOf) else kind.kind
+        kind: ValueKind[Any] = self.kind
+        while isinstance(kind, ListKind | OptionalKind):
+            kind = kind.each if isinstance(kind, ListKind) else kind.kind
         return kind
 
     @property
@@ -324,7 +324,7 @@ class Setting(Generic[T]):
 
 def setting(
     default: T,
-    kind: Kind[T],
+    kind: ValueKind[T],
     side: Side,
     help: str,
     *,

@@ -24,19 +24,19 @@ from avmm.cli.run import command as run
 from avmm.config import SETTINGS, HostSettings, MachineConfig, Settings, demand_hosts, read_toml
 from avmm.errors import ConfigError
 from avmm.machine import Machine
-from avmm.settings import Choice, Flag, ListOf, Setting, Side
+from avmm.settings import ChoiceKind, FlagKind, ListKind, Setting, Side
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "settings.md"
 every = pytest.mark.parametrize("setting", SETTINGS.values(), ids=list(SETTINGS))
 
 SAMPLES: dict[str, Any] = {
-    "Text": "text",
-    "Number": 7,
-    "MemorySize": "3M",
-    "File": "file",
-    "Rom": "0x1000=file",
-    "Flat": "real@0x7c00",
+    "TextKind": "text",
+    "NumberKind": 7,
+    "SizeKind": "3M",
+    "PathKind": "file",
+    "RomKind": "0x1000=file",
+    "FlatKind": "real@0x7c00",
 }
 """Something that a person may write, and that is no default, by the kind of value."""
 OPTIONS = {"disks": "file,ro", "net": "listen=file,mac=52:54:00:00:00:01", "vsock": "cid=9"}
@@ -45,13 +45,13 @@ OPTIONS = {"disks": "file,ro", "net": "listen=file,mac=52:54:00:00:00:01", "vsoc
 def sample(setting: Setting[Any]) -> Any:
     """As Python's and TOML's users may write it."""
     one = setting.one
-    if isinstance(one, Choice):
+    if isinstance(one, ChoiceKind):
         return list(one.choices)[-1]
-    if isinstance(one, Flag):
+    if isinstance(one, FlagKind):
         return not setting.default
     value = OPTIONS.get(setting.name, SAMPLES.get(type(one).__name__))
     assert value is not None, f"no sample of a {type(one).__name__}"
-    return [value] if isinstance(setting.kind, ListOf) else value
+    return [value] if isinstance(setting.kind, ListKind) else value
 
 
 def beside(setting: Setting[Any]) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def test_a_toml_file_may_hold_it(setting: Setting[Any], tmp_path: Path) -> None:
 
 
 def command_line(setting: Setting[Any]) -> list[str]:
-    if isinstance(setting.one, Flag):
+    if isinstance(setting.one, FlagKind):
         return [setting.option if sample(setting) else setting.option.replace("--", "--no-")]
     value = sample(setting)
     texts = [str(one) for one in value] if isinstance(value, list) else [str(value)]
@@ -120,7 +120,7 @@ def test_the_commands_help_tells_it(setting: Setting[Any]) -> None:
     elif not setting.no_option:
         assert f"{setting.option} " in words
         assert setting.help.replace("- ", "-") in words
-        if setting.shown_default and not isinstance(setting.one, Flag):
+        if setting.shown_default and not isinstance(setting.one, FlagKind):
             assert f"default: {setting.shown_default}]" in words
 
 
@@ -250,7 +250,8 @@ async def test_a_setting_that_is_unknown_is_not_one_that_the_guest_has_seen(
         await vm.snapshot(tmp_path / "snap")
         for settings, why in (({"memroy": "8M"}, unknown), ({"memory": "8M"}, seen)):
             with pytest.raises(ConfigError, match=why):
-                avmm.restore(tmp_path / "snap", **settings)  # type: ignore[arg-type]
+                async with avmm.restore(tmp_path / "snap", **settings):  # type: ignore[arg-type]
+                    pass
             with pytest.raises(ConfigError, match=why):
                 async with vm.clone(**settings):  # type: ignore[arg-type]
                     pass
@@ -303,12 +304,12 @@ def option_cell(setting: Setting[Any]) -> str:
         return f"none: {setting.no_option}"
     if setting.argument:
         return f"`{setting.argument}`"
-    if isinstance(setting.one, Flag):
+    if isinstance(setting.one, FlagKind):
         return f"`{setting.option}`, `{setting.option.replace('--', '--no-')}`"
     one = setting.one
-    values = BAR.join(one.choices) if isinstance(one, Choice) else None
+    values = BAR.join(one.choices) if isinstance(one, ChoiceKind) else None
     text = f"`{setting.option} {values or setting.metavar or one.metavar}`"
-    return f"{text}, repeatable" if isinstance(setting.kind, ListOf) else text
+    return f"{text}, repeatable" if isinstance(setting.kind, ListKind) else text
 
 
 def default_cell(setting: Setting[Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from avmm.config import SETTINGS
-from avmm.settings import Choice, File, Flag, ListOf, Setting, Side
+from avmm.settings import ChoiceKind, FlagKind, ListKind, PathKind, Setting, Side
 
 PATH: Final = click.Path(path_type=Path)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -48,22 +48,22 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _option(setting: Setting[Any], text: str, default: str) -> Callable[[_Command], _Command]:
-    one, is_list = setting.one, isinstance(setting.kind, ListOf)
+    one, is_list = setting.one, isinstance(setting.kind, ListKind)
     if setting.argument:
         return click.argument(
             setting.name, metavar=f"[{setting.argument}]", required=False, type=PATH
         )
     notes = ["repeatable"] if is_list else []
-    if isinstance(one, Flag):
+    if isinstance(one, FlagKind):
         shown = {"true": setting.option[2:], "false": ""}.get(default, default)
         notes += [f"default: {shown}"] if shown else []
         names = f"{setting.option}/--no-{setting.option[2:]}"
         return click.option(names, setting.name, default=None, help=_noted(text, notes))
     notes += [f"default: {default}"] if default else []
     kind: click.ParamType[Any] | None = None
-    if isinstance(one, Choice):
+    if isinstance(one, ChoiceKind):
         kind = click.Choice(list(one.choices))
-    elif isinstance(one, File):
+    elif isinstance(one, PathKind):
         kind = PATH
     return click.option(
         setting.option,
