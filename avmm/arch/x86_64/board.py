@@ -17,6 +17,7 @@ from avmm.devices.pc.post import DebugConsole, PostCode
 from avmm.devices.pc.power import SIZE as POWER_PORTS
 from avmm.devices.pc.power import Power
 from avmm.devices.serial import Serial
+from avmm.options import IO_PORTS
 from avmm.outcome import Cause, Outcome
 
 SERIAL_PORT: Final = 0x3F8
@@ -24,7 +25,7 @@ SERIAL_IRQ: Final = 4
 EXIT_STATUS_PORT: Final = 0xF8
 """Where a guest of avmm's own writes the status that the run is to end with."""
 
-_PORTS: Final = 1 << 16
+_PORTS: Final = IO_PORTS.most + 1
 SPACES: Final = {
     "pio": Space("port", _PORTS),
     "mmio": Space("address", layout.GPA_LIMIT),
