@@ -1,5 +1,10 @@
 """avmm: an async, event-driven micro-VMM. Small KVM guests inside a trio program."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from avmm import plain
 from avmm.arrivals import receive, restore
 from avmm.boot import FlatOptions, Mode
@@ -21,7 +26,6 @@ from avmm.devices.virtio.vsock import Vsock, VsockListener
 from avmm.devices.virtio.vsock_stream import VsockStream
 from avmm.disks import DiskOptions, OverlayDisk, RawDisk
 from avmm.disks.base import Disk
-from avmm.ends import Scrollback
 from avmm.errors import (
     AvmmError,
     ConfigError,
@@ -45,10 +49,33 @@ from avmm.options import NetOptions, VsockOptions
 from avmm.outcome import Cause, Outcome
 from avmm.parts.description import Described
 from avmm.parts.placing import Unplaced, virtio
-from avmm.progress import MigrationProgress, Report, SnapshotProgress
-from avmm.transfer.tls import Tls
-from avmm.transfer.transports import Listener, connect, listen
 from avmm.vcpu.calls import Answer, Call, CallHandler
+
+if TYPE_CHECKING:
+    from avmm.ends import Scrollback
+    from avmm.progress import MigrationProgress, Report, SnapshotProgress
+    from avmm.transfer.tls import Tls
+    from avmm.transfer.transports import Listener, connect, listen
+else:  # type checkers would believe that it has an answer to every name
+
+    def __getattr__(name: str) -> object:
+        """Names that many programs never use: their modules are imported when they do."""
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = getattr(importlib.import_module(_LATER[name]), name)
+        return value
+
+
+_LATER = {
+    "Listener": "avmm.transfer.transports",
+    "MigrationProgress": "avmm.progress",
+    "Report": "avmm.progress",
+    "Scrollback": "avmm.ends",
+    "SnapshotProgress": "avmm.progress",
+    "Tls": "avmm.transfer.tls",
+    "connect": "avmm.transfer.transports",
+    "listen": "avmm.transfer.transports",
+}
 
 __all__ = [
     "Answer",
@@ -126,3 +153,7 @@ __all__ = [
     "restore",
     "virtio",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ from contextlib import (
 )
 from os import PathLike
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
 
 import trio
 
@@ -41,8 +41,10 @@ from avmm.migration import Coordinator
 from avmm.outcome import Cause, Outcome
 from avmm.parts import Origin, Parts, build, description, dismantle
 from avmm.parts.placing import Unplaced
-from avmm.progress import MigrationProgress, Report, SnapshotProgress
 from avmm.vcpu.calls import CallHandler
+
+if TYPE_CHECKING:
+    from avmm.progress import MigrationProgress, Report, SnapshotProgress
 
 logger = logging.getLogger(__name__)
 

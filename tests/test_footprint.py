@@ -50,7 +50,14 @@ def test_importing_avmm_imports_nothing_that_only_some_need() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     loaded = done.stdout.decode().split()
     heavy = ("click", "elftools", "tomllib", "cffi", "xxhash", "msgpack")
-    for name in (*heavy, "avmm.cli", "avmm.bench", "avmm.control", "avmm.snapshot"):
+    for name in (
+        *heavy,
+        "avmm.cli",
+        "avmm.bench",
+        "avmm.control",
+        "avmm.snapshot",
+        "avmm.transfer",
+    ):
         assert name not in loaded
 
 
