@@ -25,6 +25,10 @@ PLANTED: Final = {
         "machine.py",
         "import avmm.arch.x86_64.layout",
     ),
+    "What one architecture's KVM has beside the others' is for that architecture": (
+        "bus/interrupts.py",
+        "from avmm.kvm.x86 import X86Vm",
+    ),
     "The border to KVM knows no trio": ("kvm/ring.py", "import trio"),
     "Devices know no KVM and no vCPU": ("devices/serial.py", "from avmm.kvm import Vm"),
     "The protocols of migration and control do no I/O": ("control/protocol.py", "import socket"),
@@ -34,6 +38,8 @@ PLANTED: Final = {
     ),
 }
 """By the contract's name: a file, and the import that breaks it there."""
+COMPILED: Final = {"_kvm": {"kvm"}, "_native": {"native", "memory", "disks"}}
+"""By the compiled module: the rooms that call it. The linter does not see it."""
 THREADS: Final = {
     "loop.py": "vCPUs",
     "disks/pool.py": "requests of disks",
@@ -80,6 +86,25 @@ def test_a_planted_import_breaks_the_contract(copy: Path, contract: str) -> None
     assert source.count(future) == 1
     path.write_text(source.replace(future, f"{future}\n{statement}\n"))
     assert f"{contract} BROKEN" in lint(copy)
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_what_is_compiled_is_called_from_few_rooms(compiled: str) -> None:
+    importing = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+                if compiled in names:
+                    importing.add(path.relative_to(PACKAGE).parts[0])
+    assert importing == COMPILED[compiled]
+
+
+def test_nothing_near_kvm_is_of_any_type() -> None:
+    for room in ("kvm", "vcpu"):
+        for path in (PACKAGE / room).glob("*.py*"):
+            named = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.alias)]
+            assert "Any" not in {name.name for name in named}, path
 
 
 def test_threads_are_started_in_few_places() -> None:

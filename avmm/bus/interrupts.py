@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from avmm.errors import ConfigError
-from avmm.kvm import Vm, eventfd
+from avmm.kvm import eventfd
+from avmm.kvm.vm import Vm
 
 
 @dataclass(frozen=True, slots=True)
