@@ -49,13 +49,15 @@ class SizeRow:
 
 @dataclass(frozen=True)
 class StallRow:
-    """One case: for how many milliseconds trio's thread was taken, as the median over the rounds
-    and at the most; and the 99th percentile of the same while nothing is done, which is not
-    contained in them."""
+    """One case: for how many milliseconds a task waited for its turn, as the median over the
+    rounds and at the most; for how many of them the thread did not just wait for a core (median,
+    None where that is not known); and the 99th percentile while nothing is done, which is not
+    contained in `ms` and `most_ms`."""
 
     case: str
     ms: float
     most_ms: float
+    blocked_ms: float | None
     idle_ms: float
 
 

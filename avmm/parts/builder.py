@@ -123,7 +123,7 @@ async def _build(
     calls: CallHandler | None,
     origin: Origin,
 ) -> Parts:
-    kind = arch.host()
+    kind = await blocking(arch.host)  # which imports it
     # First: what it is opened from is closed with it.
     memory = await blocking(ram.open_memory, stack, kind.ram, config, origin)
     system = await blocking(_open_system, stack, config, calls)

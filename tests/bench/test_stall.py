@@ -23,6 +23,8 @@ async def test_what_keeps_trios_thread_is_seen_and_what_comes_before_is_not() ->
             time.sleep(0.05)  # noqa: ASYNC251
             assert not gc.isenabled()
         assert 0.04 < lateness.seconds < 0.4
+        # It sleeps: that is no waiting for a core.
+        assert lateness.blocked is None or 0.04 < lateness.blocked <= lateness.seconds
         assert gc.isenabled()
         assert 0 < await lateness.idle() < 0.4
         nursery.cancel_scope.cancel()
@@ -35,5 +37,6 @@ def test_each_case_is_told() -> None:
     rows = json.loads(done.stdout)
     assert [row["case"] for row in rows] == list(CASES)
     for row in rows:
-        assert set(row) == {"case", "ms", "most_ms", "idle_ms"}
+        assert set(row) == {"case", "ms", "most_ms", "blocked_ms", "idle_ms"}
         assert row["ms"] == row["most_ms"] >= 0 < row["idle_ms"]
+        assert row["blocked_ms"] is None or row["blocked_ms"] >= 0
