@@ -13,6 +13,7 @@ thread, too, before `build` raises.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,13 +40,15 @@ from avmm.parts.placing import Unplaced, allocate, attach
 from avmm.parts.saving import load
 from avmm.threads import Runner, in_thread, in_thread_shielded
 from avmm.vcpu.calls import CallHandler
-from avmm.vcpu.completion import CompletionMode
+from avmm.vcpu.completion import CompletionMode, CompletionPolicy
 
 if TYPE_CHECKING:
     from avmm.boot.entry import Entry
     from avmm.bus.space import Placement
     from avmm.kvm import Vcpu, Vm
     from avmm.parts.placing import Attached
+
+logger = logging.getLogger(__name__)
 
 _Value = TypeVar("_Value")
 _Args = TypeVarTuple("_Args")
@@ -150,7 +153,7 @@ async def _build(
         attached=attached,
         vm=vm,
         vcpus=vcpus,
-        policy=wiring.completion(vm, config),
+        policy=_policy(vm, config),
         coalesced=_coalesced(attached, vm, vcpus),
         end=end,
         calls=calls,
@@ -223,6 +226,21 @@ def _create_vcpus(stack: ExitStack, vm: Vm, count: int) -> list[Vcpu]:
         stack.callback(vcpu.close)
         vcpus.append(vcpu)
     return vcpus
+
+
+def _policy(vm: Vm, config: MachineConfig) -> CompletionPolicy:
+    """Which exits are completed; see `avmm.vcpu.completion`."""
+    number = config.completion_capability
+    announced = number is not None and vm.announces(number)
+    if number is not None and not announced:
+        logger.warning(
+            "completion: this KVM does not announce capability %d: the documented list decides, "
+            "until the kernel's flag has proved itself",
+            number,
+        )
+    return CompletionPolicy(
+        CompletionMode(config.completion), capability=number, announced=announced
+    )
 
 
 def _coalesced(attached: Attached, vm: Vm, vcpus: list[Vcpu]) -> CoalescedWrites | None:

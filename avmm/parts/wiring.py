@@ -6,19 +6,14 @@ memory slots and doorbells. None of it is called in trio's thread.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 from avmm.arch.contract import Architecture
 from avmm.bus.space import Placement
-from avmm.config import MachineConfig
 from avmm.kvm import System, Vm
 from avmm.memory.ram import GuestMemory
 from avmm.parts.placing import Attached
-from avmm.vcpu.completion import CompletionMode, CompletionPolicy
-
-logger = logging.getLogger(__name__)
 
 
 def create_vm(stack: ExitStack, kind: Architecture, system: System, memory: GuestMemory) -> Vm:
@@ -52,18 +47,3 @@ def wire(
         ]
     )
     kind.enable_exits(vm, devices, xen=xen, has_calls=has_calls)
-
-
-def completion(vm: Vm, config: MachineConfig) -> CompletionPolicy:
-    """Which exits are completed; see `avmm.vcpu.completion`."""
-    number = config.completion_capability
-    announced = number is not None and vm.announces(number)
-    if number is not None and not announced:
-        logger.warning(
-            "completion: this KVM does not announce capability %d: the documented list decides, "
-            "until the kernel's flag has proved itself",
-            number,
-        )
-    return CompletionPolicy(
-        CompletionMode(config.completion), capability=number, announced=announced
-    )
