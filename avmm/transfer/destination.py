@@ -19,7 +19,7 @@ from avmm.parts.saving import load
 from avmm.plain import ANYTHING, Fields
 from avmm.threads import in_thread
 from avmm.transfer.connection import Connection
-from avmm.transfer.frames import Buffer
+from avmm.transfer.frames import Buffer, MessageKind
 from avmm.transfer.protocol import (
     Commit,
     Destination,
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 _COMMIT_SECONDS: Final = 20.0
 """As long may COMMIT take: a source that hears nothing any more wants back what is held here."""
+_LONG: Final = (MessageKind.OFFER, MessageKind.STATE_END)
+"""What is decoded, in a thread. All else is taken at once. To put a MiB of pages into RAM takes
+some tenths of a millisecond; the way to a thread and back, for each frame, would add to that."""
 _ABORT_SECONDS: Final = 0.2
 """How long an ABORT that has left may be on its way."""
 
@@ -102,11 +105,16 @@ class Receiver:
 
     async def _until_commit(self) -> None:
         while True:
-            if not self._side.has_frame:
+            due = self._side.due
+            if due is None:
                 is_ready = self._side.state is DestinationState.READY
                 await self._connection.hear(_COMMIT_SECONDS if is_ready else math.inf)
                 continue
-            event, answer = await in_thread(self._take)
+            if due is MessageKind.PAGES:
+                self._take()
+                await trio.lowlevel.checkpoint()  # more of them may have come
+                continue
+            event, answer = await in_thread(self._take) if due in _LONG else self._take()
             if answer:
                 await self._connection.say(answer)
             if isinstance(event, Offer):
@@ -132,13 +140,14 @@ class Receiver:
             raise
 
     def _take(self) -> tuple[Event | None, list[Buffer]]:
-        """What has come, with its pages put into RAM: the first that is not pages, if any."""
-        while (taken := self._side.next()) is not None:
-            event, answer = taken
-            if not isinstance(event, Pages):
-                return event, answer
+        """What the frame that is due says, and what to answer; pages are put into RAM."""
+        taken = self._side.next()
+        assert taken is not None
+        event, answer = taken
+        if isinstance(event, Pages):
             self._unpack(event)
-        return None, []
+            return None, answer
+        return event, answer
 
     async def _prepared(self, told: object) -> Parts:
         offer = _Offer.read("the offer", told)

@@ -122,30 +122,36 @@ class Decoder:
         return self._start == self._end
 
     @property
-    def is_whole(self) -> bool:
-        """Has all of the next frame come? Raises `ProtocolError` where it can be none."""
-        length = self._length()
-        return length is not None and self._end - self._start >= HEADER_BYTES + length
+    def due(self) -> MessageKind | None:
+        """What `next` will give, where all of it has come. Raises `ProtocolError` where what comes
+        can be no frame."""
+        head = self._head()
+        return None if head is None or not self._has(head[1]) else head[0]
 
     def next(self) -> Message | None:
         """The next frame, if it is there; its payload is good until `feed`.
 
         Raises `ProtocolError` where it is none; nothing can be read after that.
         """
-        if not self.is_whole:
+        next_head = self._head()
+        if next_head is None or not self._has(next_head[1]):
             return None
-        number_kind, _, _, length, number = _HEAD.unpack_from(self._data, self._start)
-        kind = MessageKind(number_kind)
+        kind, length = next_head
         whole = memoryview(self._data)[self._start : self._start + HEADER_BYTES + length]
         head, payload = whole[: _HEAD.size], whole[HEADER_BYTES:].toreadonly()
         if whole[_HEAD.size : HEADER_BYTES] != _checksum(head, [payload]):
-            raise ProtocolError(f"frame {number} ({kind.name}) is damaged: its checksum is wrong")
+            raise ProtocolError(
+                f"frame {self._number} ({kind.name}) is damaged: its checksum is wrong"
+            )
         self._start += HEADER_BYTES + length
         self._number += 1
         return Message(kind, payload)
 
-    def _length(self) -> int | None:
-        """Of the next frame's payload, in bytes; None where that has not come yet."""
+    def _has(self, length: int) -> bool:
+        return self._end - self._start >= HEADER_BYTES + length
+
+    def _head(self) -> tuple[MessageKind, int] | None:
+        """What the next frame is, and its payload's bytes; None where its head has not come."""
         if self._end - self._start < HEADER_BYTES:
             return None
         number_kind, zero, zeros, length, number = _HEAD.unpack_from(self._data, self._start)
@@ -162,7 +168,7 @@ class Decoder:
             raise ProtocolError(
                 f"frame {number} ({kind.name}) came, expected number {self._number}"
             )
-        return int(length)
+        return kind, int(length)
 
 
 def _checksum(head: Buffer, payload: Sequence[Buffer]) -> bytes:

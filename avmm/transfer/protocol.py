@@ -144,9 +144,10 @@ class _Side:
         raise ProtocolError("the line was cut" + ("" if self._decoder.is_empty else " in a frame"))
 
     @property
-    def has_frame(self) -> bool:
-        """Has a frame come whole? Raises `ProtocolError` where what comes can be none."""
-        return self._decoder.is_whole
+    def due(self) -> MessageKind | None:
+        """What `next` will take, if it has come whole. Raises `ProtocolError` where what comes can
+        be no frame."""
+        return self._decoder.due
 
     def _next(self) -> Message | None:
         message = self._decoder.next()

@@ -111,14 +111,16 @@ class Sender:
                     await in_thread(log.collect, left)
                     await self._copy(left, stopped)
                     await self._hand_over()
+                    arrived = trio.current_time()
         except PeerAbortedError:
             raise
         except BaseException as error:
             if self._source.state not in (SourceState.COMMITTED, SourceState.DONE):
                 await self._connection.give_up(_told(error))
             raise
-        now = trio.current_time()
-        return Report(now - stopped, now - begin, self._connection.sent, self._round)
+        return Report(
+            arrived - stopped, trio.current_time() - begin, self._connection.sent, self._round
+        )
 
     async def _agree(self) -> None:
         await self._connection.say(self._source.hello())

@@ -63,7 +63,6 @@ FUNCTIONS: Final = (
     "avmm.snapshot:read",
     "avmm.snapshot:encode",
     "avmm.transfer.source:encode",
-    "avmm.transfer.destination:unpack",
 )
 
 

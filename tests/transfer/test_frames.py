@@ -63,6 +63,35 @@ def test_a_prefix_gives_the_frames_that_are_whole_in_it(said: Said, data: st.Dat
     assert rest < len(each[len(got)]) if len(got) < len(each) else rest == 0
 
 
+@given(SAID.filter(bool), st.data())
+def test_a_frame_is_due_when_all_of_it_has_come(said: Said, data: st.DataObject) -> None:
+    each = frames(said)
+    decoder = Decoder()
+    for (kind, payload), frame in zip(said, each, strict=True):
+        cut = data.draw(st.integers(0, len(frame) - 1))
+        decoder.feed(frame[:cut])
+        assert decoder.due is None
+        assert decoder.next() is None
+        decoder.feed(frame[cut:])
+        assert decoder.due is kind
+        message = decoder.next()
+        assert message is not None
+        assert bytes(message.payload) == payload
+    assert decoder.due is None
+
+
+def test_what_can_be_no_frame_is_not_waited_for() -> None:
+    for header in (
+        head(99, 5),
+        head(MessageKind.COMMIT, 65),
+        head(MessageKind.ROUND, 5, number=1),
+    ):
+        decoder = Decoder()
+        decoder.feed(header)
+        with pytest.raises(ProtocolError):
+            decoder.due  # noqa: B018
+
+
 @settings(max_examples=20, deadline=None)
 @given(SAID.filter(lambda said: said and MessageKind.OFFER not in dict(said)))
 def test_every_flipped_bit_is_found(said: Said) -> None:
