@@ -38,6 +38,7 @@ from avmm.errors import (
     PauseTimeout,
     PeerAbortedError,
     ProtocolError,
+    RunstateError,
     SnapshotError,
     StateError,
     VcpuError,
@@ -49,6 +50,7 @@ from avmm.options import NetOptions, VsockOptions
 from avmm.outcome import Cause, Outcome
 from avmm.parts.description import Described
 from avmm.parts.placing import Unplaced, virtio
+from avmm.runstate import Runstate
 from avmm.vcpu.calls import Answer, Call, CallHandler
 
 if TYPE_CHECKING:
@@ -127,6 +129,8 @@ __all__ = [
     "RawDisk",
     "Report",
     "Rng",
+    "Runstate",
+    "RunstateError",
     "Scrollback",
     "Settings",
     "SnapshotError",

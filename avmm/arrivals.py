@@ -15,13 +15,14 @@ import trio
 from avmm.bus.space import Placement
 from avmm.config import HostSettings, demand_hosts
 from avmm.errors import ConfigError
-from avmm.machine import Machine
+from avmm.machine import Machine, machine_from, machine_of
 from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory
 from avmm.options import parse_size
-from avmm.parts import Origin, description
+from avmm.parts import Origin, Parts, build, description
 from avmm.parts.description import Described
 from avmm.parts.placing import Unplaced
+from avmm.runstate import Life
 from avmm.threads import in_thread
 from avmm.vcpu.calls import CallHandler
 
@@ -30,16 +31,15 @@ logger = logging.getLogger(__name__)
 Devices = Sequence[Placement | Unplaced]
 
 
-@asynccontextmanager
-async def restore(
+def restore(
     path: str | PathLike[str],
     *,
     devices: Devices | Callable[[Described], Devices] = (),
     calls: CallHandler | None = None,
     verify: bool = False,
     **settings: Unpack[HostSettings],
-) -> AsyncIterator[Machine]:
-    """`async with avmm.restore(path) as vm:` the machine of a snapshot goes on inside the block.
+) -> Machine:
+    """The machine of the snapshot at `path`: enter it, and it goes on from there.
 
     `devices` and `calls` are those that the machine was made with; `devices` may be a function of
     what the machine turns out to be. `settings` are those of the host's side: `disks`, `net` and
@@ -48,23 +48,31 @@ async def restore(
     they were unless they are given. Its RAM is mapped from the file, which must not be changed
     while the machine lives. `verify` reads all of the file and compares checksums.
 
-    Entering it raises `SnapshotError` where the file is no snapshot or damaged, `StateError` where
-    it is not of a machine that can be here, `ConfigError` for settings that cannot be or are
-    missing, and as `Machine` does. Cancelled meanwhile, it waits until the file is read.
+    Raises `ConfigError` for settings that cannot be. Nothing is opened before the machine is
+    entered: that reads the file in a thread, with `verify` all of it, and can be cancelled. It
+    raises `SnapshotError` if the file is not a snapshot or is damaged, `StateError` if it is not
+    of a machine that can be here, `ConfigError` for settings that are missing, and as `Machine`
+    does.
     """
     demand_hosts(settings)  # not only when the file is read
-    await in_thread(import_module, "avmm.snapshot")  # reads files, too
-    from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
+    life = Life()
 
-    opened = await in_thread(partial(snapshot.read, path, verify=verify))
-    try:
-        described = description.read(opened.description, settings)
-        origin = Origin(opened.state, opened.open_memory, described)
-        chosen = devices(described) if callable(devices) else devices
-        async with Machine.from_origin(origin, described.config, chosen, calls) as machine:
-            yield machine
-    finally:
-        opened.close()  # which is done already, where its RAM was mapped
+    async def open_and_build() -> Parts:
+        await in_thread(import_module, "avmm.snapshot")  # reads files, too
+        from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
+
+        check_cancelled = trio.from_thread.check_cancelled
+        read = partial(snapshot.read, path, verify=verify, on_chunk=check_cancelled)
+        opened = await in_thread(read)
+        try:
+            described = description.read(opened.description, settings)
+            origin = Origin(opened.state, opened.open_memory, described)
+            chosen = devices(described) if callable(devices) else devices
+            return await build(described.config, chosen, life.end, calls, origin)
+        finally:
+            opened.close()  # which is done already, where its RAM was mapped
+
+    return machine_from(life, open_and_build)
 
 
 @asynccontextmanager
@@ -95,7 +103,9 @@ async def receive(
     most = None if most_memory is None else parse_size(most_memory, "most_memory")
     demand_hosts(settings)  # not only when the guest has come
 
-    def make(told: object, needs: object) -> Machine:
+    life = Life()
+
+    async def make(told: object, needs: object) -> Parts:
         described = description.read(told, settings)
         size = described.config.memory
         if most is not None and size > most:
@@ -103,10 +113,10 @@ async def receive(
         fresh = partial(_fresh_memory, size)
         origin = Origin(None, fresh, described, needs, standby=True)
         chosen = devices(described) if callable(devices) else devices
-        return Machine.from_origin(origin, described.config, chosen, calls)
+        return await build(described.config, chosen, life.end, calls, origin)
 
     receiver = Receiver(stream, stall_seconds, make, on_round)
-    async with await receiver.receive() as machine:
+    async with machine_of(await receiver.receive(), life) as machine:
         try:
             await receiver.confirm()
         except Exception as error:  # whatever a stream raises: the guest is here

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from enum import Enum
+
 
 class AvmmError(Exception):
     """The base of every error that avmm raises on purpose."""
@@ -21,6 +24,26 @@ class GuestMemoryError(AvmmError, IndexError):
 
 class DeviceError(AvmmError):
     """A device model broke its contract: names the device and the access."""
+
+
+class RunstateError(AvmmError):
+    """A machine cannot do this in the state that it is in: says which, and in which it could."""
+
+    def __init__(
+        self, operation: str, actual: Enum, needed: Iterable[Enum], expected: str
+    ) -> None:
+        super().__init__(operation, actual, frozenset(needed), expected)
+        self.operation = operation
+        """What was asked for: "snapshot", "memory", ..."""
+        self.actual = actual
+        """What the machine was at: an `avmm.Runstate`, or for `save` where the machine does not
+        stand still an `avmm.migration.Stand`."""
+        self.needed = frozenset(needed)
+        """Those in which it can be done."""
+        self._expected = expected
+
+    def __str__(self) -> str:
+        return f"{self.operation}: this machine {self.actual.value}; expected {self._expected}"
 
 
 class VcpuError(AvmmError):

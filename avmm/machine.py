@@ -1,21 +1,38 @@
 """Machine: a configuration becomes a running guest.
 
 `avmm.parts` puts together what it consists of; here it runs, in a nursery of its own, until its
-block is left, and is paused, saved, cloned and handed over meanwhile.
+block is left, and is paused, saved, cloned and handed over meanwhile. What it is at, and what may
+be done then, is in `avmm.runstate`.
+
+**Its nursery is not the user's.** What the block raises, the guest's handlers, the devices' `run`
+and `finish`, is kept as it is (`avmm.failures`) and raised when the nursery is gone. Only what
+devices start in their host's nursery travels through that. It comes out in the one group that
+holds our own `_LeftError`, too; a group without that is somebody's own.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import (
     AbstractAsyncContextManager,
     ExitStack,
     asynccontextmanager,
+    contextmanager,
 )
+from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import trio
 
@@ -30,17 +47,17 @@ from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.vsock import Vsock
-from avmm.errors import (
-    AvmmError,
-    ConfigError,
-    MigrationError,
-)
-from avmm.memory.pages import Bitmap
+from avmm.errors import AvmmError, ConfigError, RunstateError
+from avmm.failures import Failures, parted, raise_together
 from avmm.memory.ram import GuestMemory
-from avmm.migration import Coordinator
+from avmm.migration import Coordinator, Stand
 from avmm.outcome import Cause, Outcome
 from avmm.parts import Origin, Parts, build, description, dismantle
 from avmm.parts.placing import Unplaced
+from avmm.parts.saving import saved
+from avmm.runstate import OPERATIONS, Life, Runstate
+from avmm.sides import anywhere, in_trio
+from avmm.threads import in_thread
 from avmm.vcpu.calls import CallHandler
 
 if TYPE_CHECKING:
@@ -53,6 +70,43 @@ _Model = TypeVar("_Model", bound=VirtioDevice)
 
 def _no_progress(progress: object) -> None:
     pass
+
+
+class _LeftError(Exception):
+    """Raised in a machine's nursery when its block is over: the mark of that nursery's group."""
+
+
+@dataclass
+class _Inside:
+    """What there is of a machine while its block is run."""
+
+    parts: Parts
+    coordinator: Coordinator
+    nursery: trio.Nursery
+    _ongoing: set[trio.CancelScope] = field(default_factory=set)
+    _calm: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+
+    @contextmanager
+    def operation(self, name: str, life: Life) -> Iterator[None]:
+        """Around what uses the parts for longer than a moment: leaving the machine cancels it,
+        and waits until it is over. Then it raises `RunstateError`."""
+        with trio.CancelScope() as scope:
+            self._ongoing.add(scope)
+            try:
+                yield
+            finally:
+                self._ongoing.discard(scope)
+                self._calm.unpark_all()
+        if scope.cancelled_caught:
+            needed, expected = OPERATIONS[name]
+            raise RunstateError(name, Runstate.LEFT, needed, expected)
+
+    async def cancel_operations(self) -> None:
+        """Return when none is going on any more."""
+        for scope in self._ongoing:
+            scope.cancel()
+        while self._ongoing:
+            await self._calm.park()
 
 
 class Machine:
@@ -88,66 +142,75 @@ class Machine:
             raise ConfigError(f"config {config!r}: expected a MachineConfig, or settings by name")
         if not isinstance(devices, Iterable) or isinstance(devices, str | Mapping):
             raise ConfigError(f"devices {devices!r}: expected a list, like [avmm.virtio(...)]")
-        self.config = config or MachineConfig.make(**settings)
-        self._devices = tuple(devices)
-        self._calls = calls
-        self._origin = Origin(state)
-        self._outcomes: list[Outcome] = []
-        self._migrating = self._unsettled = self._settling = False
-        self._ended = trio.Event()
-        self._parts: Parts | None = None
-        self._nursery: trio.Nursery | None = None
-        self._coordinator: Coordinator | None = None
-        self._manager: AbstractAsyncContextManager[None] | None = None
+        config = config or MachineConfig.make(**settings)
+        life = Life()
+        build_it = partial(build, config, tuple(devices), life.end, calls, Origin(state))
+        self._set_up(life, build_it, config)
 
-    @classmethod
-    def from_origin(
-        cls,
-        origin: Origin,
-        config: MachineConfig,
-        devices: Sequence[Placement | Unplaced],
-        calls: CallHandler | None,
-    ) -> Self:
-        """For `avmm`'s own: a machine that goes on from `origin`."""
-        machine = cls(config, devices=devices, calls=calls)
-        machine._origin = origin
-        return machine
+    def _set_up(
+        self,
+        life: Life,
+        build_it: Callable[[], Awaitable[Parts]],
+        config: MachineConfig | None,
+    ) -> None:
+        self._life = life
+        self._build = build_it
+        self._config = config
+        """None: nobody has looked at it yet; its parts have it."""
+        self._inside: _Inside
+        """There from when it has been entered."""
+        self._manager: AbstractAsyncContextManager[None]
 
     # -- what its user sees ---------------------------------------------------------------
 
     @property
+    def state(self) -> Runstate:
+        """What it is at; `avmm.runstate` tells what may be done then. Any thread."""
+        return self._life.state
+
+    @property
+    def config(self) -> MachineConfig:
+        """Its settings. Those of a machine out of a file are known when it has been entered;
+        before, `RunstateError`."""
+        if self._config is None:
+            return self._use("config").config
+        return self._config
+
+    # What follows is there while the block is run; before and after, `RunstateError`.
+
+    def _use(self, operation: str) -> Parts:
+        self._life.demand(operation)
+        return self._inside.parts
+
+    @property
     def console(self) -> ConsoleStream:
         """The guest's serial console as a trio stream."""
-        return self._running.serial.stream
+        return self._use("console").serial.stream
 
     @property
     def ports(self) -> dict[str, Port]:
         """The ports of the virtio consoles among the devices, by their names."""
-        return {
-            name: port
-            for device in self._running.devices
-            if isinstance(device, VirtioMmio) and isinstance(device.model, Console)
-            for name, port in device.model.ports.items()
-        }
+        return _ports(self._use("ports"))
 
     @property
     def vsock(self) -> Vsock:
         """The guest's socket device; `AvmmError` where it has none."""
-        return self._only_model(Vsock, "socket device (the setting vsock)")
+        return self._only_model("vsock", Vsock, "socket device (the setting vsock)")
 
     @property
     def balloon(self) -> Balloon:
         """The guest's memory balloon; `AvmmError` where it has none."""
-        return self._only_model(Balloon, "balloon (the setting balloon)")
+        return self._only_model("balloon", Balloon, "balloon (the setting balloon)")
 
     @property
     def nets(self) -> tuple[Net, ...]:
         """The guest's network devices, in the order in which it was given them."""
-        models = (d.model for d in self._running.devices if isinstance(d, VirtioMmio))
+        devices = self._use("nets").devices
+        models = (device.model for device in devices if isinstance(device, VirtioMmio))
         return tuple(model for model in models if isinstance(model, Net))
 
-    def _only_model(self, kind: type[_Model], what: str) -> _Model:
-        for device in self._running.devices:
+    def _only_model(self, operation: str, kind: type[_Model], what: str) -> _Model:
+        for device in self._use(operation).devices:
             if isinstance(device, VirtioMmio) and isinstance(device.model, kind):
                 return device.model
         raise AvmmError(f"this machine has no {what}")
@@ -155,53 +218,72 @@ class Machine:
     @property
     def memory(self) -> GuestMemory:
         """Guest RAM, as the guest has it right now."""
-        return self._running.memory
+        return self._use("memory").memory
 
     @property
     def tsc_khz(self) -> int:
         """The frequency of the guest's time stamp counter, in kHz."""
-        return self._running.clock_khz
+        return self._use("tsc_khz").clock_khz
 
+    @in_trio
     async def wait(self) -> Outcome:
-        """Wait until the guest has ended, and say how. May be called again, and by many."""
-        await self._ended.wait()
-        return self._outcomes[0]
+        """Wait until the guest has ended, and say how. May be called again, and by many, and
+        after the block; before it is entered, `RunstateError`."""
+        self._life.demand("wait")
+        return await self._life.over()
 
+    @anywhere
     def stop(self, status: int = 0) -> None:
-        """End the guest from outside, paused or not; `wait` tells when that is done."""
-        self._end(Outcome(Cause.STOPPED, status))
+        """End the guest from outside, paused or not; `wait` tells when that is done.
+
+        In any state, and any thread. Before the machine is entered it is kept, and the guest
+        ends as soon as it runs; after its end it does nothing. While the guest is being handed
+        over it is kept until that is decided, some seconds: a guest that has moved is not
+        stopped.
+        """
+        self._life.end(Outcome(Cause.STOPPED, status))
 
     @property
     def is_paused(self) -> bool:
         """Does it stand still now?"""
-        return self._coordinator is not None and self._coordinator.is_paused
+        return self._life.is_inside and self._inside.coordinator.is_paused
 
     @property
     def is_unsettled(self) -> bool:
         """Was it handed over without an answer, and waits for `settle`?"""
-        return self._unsettled
+        return self.state in (Runstate.UNSETTLED, Runstate.SETTLING)
 
-    def paused(self, deadline: float | None = None) -> AbstractAsyncContextManager[None]:
+    @asynccontextmanager
+    async def paused(self, deadline: float | None = None) -> AsyncIterator[None]:
         """`async with vm.paused():` the machine stands still inside, drained and quiesced.
 
         Devices raise no interrupts inside. What your own code raises there (`message_interrupt`,
         or a line of a device that has no `quiesce`) changes the interrupt controllers at once:
         it is in a state that is saved later, and not in one that was saved before.
 
-        `deadline` is in seconds; see `avmm.migration.Coordinator.paused`.
+        `deadline` is in seconds; see `avmm.migration.Coordinator.paused`. A guest that has ended
+        stands still as well; entering it before the machine is or after it was left raises
+        `RunstateError`.
         """
-        if self._coordinator is None:
-            raise AvmmError("the machine does not exist yet: pause it inside its `async with`")
-        return self._coordinator.paused(deadline)
+        self._life.demand("paused")
+        async with self._inside.coordinator.paused(deadline):
+            yield
 
     def save(self) -> dict[str, Any]:
-        """The whole state, as plain data; only inside `paused`, else `AvmmError`.
+        """The whole state, as plain data; only inside `paused`, and only of a guest that has not
+        ended, else `RunstateError`.
 
         Raises `DeviceError` where a device cannot be saved. RAM is copied into it.
         """
-        if self._coordinator is None or not self._coordinator.is_paused:
-            raise AvmmError("a running machine cannot be saved: save it inside `vm.paused()`")
-        return self._running.save()
+        parts = self._use("save")
+        if not self.is_paused:
+            raise RunstateError(
+                "save",
+                self._inside.coordinator.stand,
+                {Stand.STILL},
+                "one that stands still: save it inside `vm.paused()`",
+            )
+        return parts.save()
 
     async def snapshot(
         self,
@@ -216,18 +298,22 @@ class Machine:
         The guest runs on, but for a moment at the end; that it must come to a standstill within
         `deadline` seconds. The file replaces one that is there when it is whole, or not at all.
         What disks hold is not in it: where they are written, hold the guest in `paused` and copy
-        them there as well. Raises `SnapshotError` (a full disk, say), `PauseTimeout`, and
-        `DeviceError` where a device cannot be saved. Cancelled, it leaves nothing behind.
+        them there as well. Raises `SnapshotError` (a full disk, say), `PauseTimeout`,
+        `DeviceError` where a device cannot be saved, and `RunstateError` where the guest has
+        ended, be it meanwhile. Cancelled, it leaves nothing behind.
         """
         from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
 
-        parts, coordinator = self._running, self._coordinator
-        assert coordinator is not None
-        if self._unsettled:
-            raise AvmmError("this machine was handed over and waits for settle()")
-        return await snapshot.write(
-            parts, coordinator, path, deadline=deadline, on_progress=on_progress
-        )
+        parts = self._use("snapshot")
+        with self._inside.operation("snapshot", self._life):
+            return await snapshot.write(
+                parts,
+                self._inside.coordinator,
+                path,
+                deadline=deadline,
+                demand=partial(self._life.demand_meanwhile, "snapshot"),
+                on_progress=on_progress,
+            )
 
     async def migrate(
         self,
@@ -249,64 +335,55 @@ class Machine:
         less than 256 KiB, for `stall_seconds`.
 
         Raises `MigrationError`, `PauseTimeout` or `DeviceError` where that fails, or is cancelled,
-        and the guest runs on here as before. Only from the moment of the hand-over itself it
-        cannot be cancelled; where no answer comes within `answer_seconds` it raises
-        `HandOverUnknownError`, the guest stays stopped, and `settle` is for you to call.
+        and the guest runs on here as before; `RunstateError` where it has ended, be it meanwhile.
+        Only from the moment of the hand-over itself it cannot be cancelled; where no answer comes
+        within `answer_seconds` it raises `HandOverUnknownError`, the guest stays stopped, and
+        `settle` is for you to call.
         """
-        from avmm.transfer.source import Options, Sender  # noqa: PLC0415 - xxhash and msgpack
+        from avmm.transfer.protocol import SourceState  # noqa: PLC0415 - xxhash and msgpack
+        from avmm.transfer.source import Options, Sender  # noqa: PLC0415
 
-        parts, coordinator = self._running, self._coordinator
-        assert coordinator is not None
         options = Options(target_downtime, bandwidth, deadline, stall_seconds, answer_seconds)
-        if self._migrating or self._unsettled:
-            raise MigrationError(
-                "this machine was handed over and waits for settle()"
-                if self._unsettled
-                else "this machine is being migrated already"
-            )
-        self._migrating = True
-        assert self._nursery is not None
+        parts, inside, life = self._use("migrate"), self._inside, self._life
         sender = Sender(
-            parts,
-            coordinator,
-            stream,
-            options,
-            self._nursery,
-            lambda: bool(self._outcomes),
-            on_progress,
+            parts, inside.coordinator, stream, options, inside.nursery, life, on_progress
         )
-        try:
-            return await sender.send()
-        finally:
-            self._migrating, self._unsettled = False, sender.is_unsettled
-            if sender.is_done:
-                self._end(Outcome(Cause.MOVED))
+        with inside.operation("migrate", life):
+            life.move(Runstate.MIGRATING)
+            try:
+                return await sender.send()
+            finally:
+                life.move(
+                    {
+                        SourceState.ABORTED: Runstate.RUNNING,
+                        SourceState.DONE: Runstate.MOVED,
+                        SourceState.UNKNOWN: Runstate.UNSETTLED,
+                    }[sender.state]
+                )
 
+    @in_trio
     async def settle(self, *, runs_here: bool) -> None:
         """After a `HandOverUnknownError`: say where the guest runs.
 
         `runs_here=True` lets it run on here: only where it certainly does not run at the
         destination and never will. False ends this machine (`Cause.MOVED`). Raises `ConfigError`
-        where somebody else holds its disks or interfaces, and `AvmmError` where somebody else is
-        settling it; then, or cancelled, it is as before.
+        where somebody else holds its disks or interfaces, and `RunstateError` where there is
+        nothing to settle or somebody else is settling it; then, or cancelled, it is as before.
         """
-        coordinator = self._coordinator
-        if not self._unsettled or coordinator is None:
-            raise AvmmError("there is nothing to settle: no hand-over of this machine is unknown")
-        if self._settling:
-            raise AvmmError("this machine is being settled already")
+        parts, inside, life = self._use("settle"), self._inside, self._life
         if not runs_here:
-            self._unsettled = False
-            coordinator.forsake()
-            self._end(Outcome(Cause.MOVED))
+            inside.coordinator.forsake()
+            life.move(Runstate.MOVED)
             return
-        self._settling = True
-        try:
-            await self._running.acquire()
-            self._unsettled = False
-        finally:
-            self._settling = False
-        await coordinator.relinquish()
+        with inside.operation("settle", life):
+            life.move(Runstate.SETTLING)
+            to = Runstate.UNSETTLED
+            try:
+                await parts.acquire()
+                to = Runstate.RUNNING
+            finally:
+                life.move(to)
+            await inside.coordinator.relinquish()
 
     def clone(
         self,
@@ -330,7 +407,8 @@ class Machine:
         `devices` and `calls` are as for `Machine`. What this machine's consoles have put out that
         nobody has received is received here only, or, with `keep_output`, from both.
 
-        Entering it raises `ConfigError` for settings that cannot be or are missing, and as
+        Entering it raises `ConfigError` for settings that cannot be or are missing,
+        `RunstateError` where the guest has ended, be it on the way to the standstill, and as
         `paused` and `Machine` do.
         """
         return _clone(self, devices, calls, settings, keep_output, deadline)
@@ -338,14 +416,14 @@ class Machine:
     def message_interrupt(self, address: int, data: int) -> InterruptLine:
         """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread, at
         once even where the machine is paused."""
-        return self._running.interrupts.message(address, data)
+        return self._use("message_interrupt").interrupts.message(address, data)
 
     # -- its life -------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        if self._manager is not None:
-            raise AvmmError("a Machine runs once: make a new one")
-        self._manager = self._life()
+        self._life.demand("enter")
+        self._life.move(Runstate.STARTING)
+        self._manager = self._lived()
         await self._manager.__aenter__()
         return self
 
@@ -355,53 +433,75 @@ class Machine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        assert self._manager is not None
-        try:
-            return await self._manager.__aexit__(kind, error, traceback)
-        except BaseExceptionGroup as group:
-            # That there are nurseries in here is our business: one failure is that failure.
-            only = _only(group)
-            if only is None:
-                raise
-            if only is error or isinstance(only, BaseExceptionGroup):
-                return False  # the block's own; trio copies groups on their way
-            raise only from only.__cause__
+        return await self._manager.__aexit__(kind, error, traceback)
 
     @asynccontextmanager
-    async def _life(self) -> AsyncIterator[None]:
-        parts = await self.prepare()
+    async def _lived(self) -> AsyncIterator[None]:
         try:
-            self._coordinator = Coordinator(parts.group, parts.quiescable, parts.deliver_coalesced)
-            if self._outcomes:  # stopped before it was entered
-                self.stop()
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                for device, host in zip(parts.devices, parts.hosts, strict=True):
-                    host.start(nursery)
-                    if type(device).run is not Device.run:
-                        nursery.start_soon(device.run, name=f"{device.name}.run")
-                nursery.start_soon(self._run_vcpus, parts)
-                try:
-                    yield
-                finally:
-                    nursery.cancel_scope.cancel()
+            parts = await self._build()
+        except BaseException:
+            self._life.leave()
+            raise
+        try:
+            async with self._run(parts):
+                yield
         finally:
-            await dismantle(parts)
+            self._life.leave()
+            with trio.CancelScope(shield=True):
+                await dismantle(parts)
 
-    async def prepare(self) -> Parts:
-        """For `avmm`'s own: put the parts together before the machine is entered, or look at them.
+    @asynccontextmanager
+    async def _run(self, parts: Parts) -> AsyncIterator[None]:
+        """Around the block: its guest runs inside. Raises what has failed in here, and what the
+        block raises, as `raise_together` does."""
+        left = _LeftError()
+        own: list[BaseException] = []
+        cancelled: list[BaseException] = []
+        scope = trio.CancelScope()
+        failures = Failures(scope.cancel)
+        try:
+            with scope:
+                try:
+                    async with trio.open_nursery() as nursery:
+                        try:
+                            self._begin(parts, nursery, failures)
+                            yield
+                        except BaseException as error:
+                            for kept, part in zip((cancelled, own), parted(error), strict=True):
+                                kept.extend([] if part is None else [part])
+                        nursery.cancel_scope.cancel()
+                        raise left
+                except BaseException as error:
+                    failures.errors.extend(_strays(error, left))
+                with trio.CancelScope(shield=True):
+                    await self._inside.cancel_operations()
+                if cancelled and not own and not failures.errors:
+                    # Whoever outside has cancelled the block gets this. Where nobody has, a
+                    # device has cancelled the nursery: then it ends here.
+                    scope.cancel()
+                    raise cancelled[0]
+            raise_together([*own, *failures.errors], "a machine and its block have failed")
+        finally:
+            del left
+            for kept in (own, cancelled, failures.errors):
+                kept.clear()
 
-        They are closed when the machine has been left; who prepares one and does not enter it
-        closes them.
-        """
-        if self._parts is None:
-            origin, self._origin = self._origin, Origin()
-            self._parts = await build(self.config, self._devices, self._end, self._calls, origin)
-        return self._parts
+    def _begin(self, parts: Parts, nursery: trio.Nursery, failures: Failures) -> None:
+        coordinator = Coordinator(parts.group, parts.quiescable, parts.deliver_coalesced)
+        self._inside = _Inside(parts, coordinator, nursery)
+        self._life.start(parts.group.stop)
+        for device, host in zip(parts.devices, parts.hosts, strict=True):
+            host.start(nursery)
+            if type(device).run is not Device.run:
+                nursery.start_soon(failures.guard, device.run, name=f"{device.name}.run")
+        run_vcpus = partial(self._run_vcpus, parts, failures)
+        nursery.start_soon(failures.guard, run_vcpus, name="vCPUs")
 
-    async def _run_vcpus(self, parts: Parts) -> None:
+    async def _run_vcpus(self, parts: Parts, failures: Failures) -> None:
+        """Until the guest has ended and the devices know it. What they raise then does not hide
+        why it has ended."""
         cause: BaseException | None = None
-        failures: list[Exception] = []
+        late: list[Exception] = []
         try:
             await parts.group.run()
         except BaseException as error:  # raised below: what comes now may fail as well
@@ -411,36 +511,66 @@ class Machine:
                 try:
                     step()
                 except Exception as error:  # whatever it is, the others hear of the end
-                    failures.append(error)
+                    late.append(error)
         finally:
-            if not self._outcomes:
-                self._outcomes.append(Outcome(Cause.STOPPED, detail="the machine was left"))
-            self._ended.set()
+            with trio.CancelScope(shield=True):
+                await self._life.decided()
+            self._life.finish()
         if isinstance(cause, Exception):
             # Why the guest has ended is what is to be known, and often they say the same again.
-            for failure in failures:
+            for failure in late:
                 logger.error("after the guest had failed:", exc_info=failure)
-                (_only(cause) or cause).add_note(f"and at the guest's end: {failure!r}")
-            raise cause
-        # A cancellation among them goes to where it belongs, as out of any nursery.
-        errors = [*failures] if cause is None else [cause, *failures]
-        if len(errors) > 1:
-            raise BaseExceptionGroup(_NURSERY_GROUP, errors)
-        if errors:
-            raise errors[0]
-        logger.debug("guest ended: %s", self._outcomes[0])
+                cause.add_note(f"and at the guest's end: {failure!r}")
+        else:
+            for failure in late:
+                failures.add(failure)
+        try:
+            if cause is not None:
+                raise cause
+        finally:
+            del cause
+        logger.debug("guest ended: %s", await self._life.over())
 
-    def _end(self, outcome: Outcome) -> None:
-        """Any thread. The first outcome counts; a list's append is atomic."""
-        self._outcomes.append(outcome)
-        if self._parts is not None:
-            self._parts.group.stop()
 
-    @property
-    def _running(self) -> Parts:
-        if self._parts is None:
-            raise AvmmError("the machine does not exist yet: use it inside its `async with`")
-        return self._parts
+def machine_from(
+    life: Life, build_it: Callable[[], Awaitable[Parts]], config: MachineConfig | None = None
+) -> Machine:
+    """For `avmm`'s own: a machine whose parts `build_it` gives when it is entered, with `life.end`
+    for the guest's end. They are dismantled with it."""
+    machine = Machine.__new__(Machine)
+    machine._set_up(life, build_it, config)
+    return machine
+
+
+def machine_of(parts: Parts, life: Life) -> Machine:
+    """For `avmm`'s own: a machine of parts that there are already. Who makes one enters it, or the
+    parts are never dismantled."""
+
+    async def there_already() -> Parts:
+        return parts
+
+    return machine_from(life, there_already, parts.config)
+
+
+def _ports(parts: Parts) -> dict[str, Port]:
+    return {
+        name: port
+        for device in parts.devices
+        if isinstance(device, VirtioMmio) and isinstance(device.model, Console)
+        for name, port in device.model.ports.items()
+    }
+
+
+def _strays(error: BaseException, left: _LeftError) -> list[BaseException]:
+    """What has come out of a machine's nursery, but for its mark and cancellations.
+
+    Where there is nothing but the mark, it may come without a group (trio can be told so).
+    """
+    found: Sequence[BaseException] = [error]
+    if isinstance(error, BaseExceptionGroup) and left in error.exceptions:
+        found = error.exceptions
+    parts = [parted(one)[1] for one in found if one is not left]
+    return [own for own in parts if own is not None]
 
 
 @asynccontextmanager
@@ -452,60 +582,46 @@ async def _clone(
     keep_output: bool,
     deadline: float | None,
 ) -> AsyncIterator[Machine]:
-    parts = machine._running
-    if machine._unsettled or (machine._outcomes and machine._outcomes[0].cause is Cause.MOVED):
-        raise AvmmError("the guest was handed over to another machine: there it can be cloned")
-    described = description.read(parts.describe(), settings, own_addresses=True)
+    life = Life()
+    told = await in_thread(machine._use("clone").describe)
+    described = description.read(told, settings, own_addresses=True)
     with ExitStack() as stack:
-        async with machine.paused(deadline):
-            state = parts.save(with_memory=False)
+        state, memory = await _copied(machine, deadline, stack)
+        origin = Origin(state, lambda layout: memory, described)
+        parts = await build(described.config, devices, life.end, calls, origin)
+        stack.pop_all()  # the memory is the parts' now
+    if not keep_output:
+        for stream in (parts.serial.stream, *_ports(parts).values()):
+            stream.discard_output()
+    async with machine_of(parts, life) as twin:
+        yield twin
+
+
+async def _copied(
+    machine: Machine, deadline: float | None, stack: ExitStack
+) -> tuple[dict[str, Any], GuestMemory]:
+    """The state of `machine`, and a fork of its RAM that `stack` closes."""
+    parts, inside, life = machine._use("clone"), machine._inside, machine._life
+    with inside.operation("clone", life):
+        async with inside.coordinator.paused(deadline):
+            life.demand_meanwhile("clone")
+            state = await saved(parts)
             memory = await _forked(parts.memory)
             stack.callback(memory.close)
-        origin = Origin(state, lambda layout: memory, described)
-        twin = Machine.from_origin(origin, described.config, devices, calls)
-        if not keep_output:
-            await twin.prepare()
-            for stream in (twin.console, *twin.ports.values()):
-                stream.discard_output()
-        async with twin:
-            yield twin
+            life.demand_meanwhile("clone")  # it may have been stopped meanwhile
+        return state, memory
 
 
 async def _forked(memory: GuestMemory) -> GuestMemory:
-    """In a thread, where it is much that the guest has written. An error's frames know views of
-    RAM, so none of them leaves that: trio would keep it in a circle, and RAM mapped."""
+    """A fork of RAM that nothing writes meanwhile."""
 
-    def fork(own: Bitmap | None) -> tuple[GuestMemory | None, str]:
+    def fork() -> GuestMemory:
         try:
-            return memory.fork(own), ""
+            return memory.fork()
         except OSError as error:
-            return None, f"the host has no room for its RAM: {error.strerror or error!r}"
+            why = f"the host has no room for its RAM: {error.strerror or error!r}"
         except ValueError:  # RAM's views are released
-            return None, "it has ended"
-
-    own = memory.own()
-    if own is not None and len(own) <= _COPIED_AT_ONCE:
-        forked, why = fork(own)
-    else:
-        forked, why = await trio.to_thread.run_sync(fork, None)
-    if forked is None:
+            why = "it has ended"
         raise AvmmError(f"the machine cannot be cloned: {why}")
-    return forked
 
-
-def _only(group: BaseException) -> BaseException | None:
-    """The one exception in nurseries' groups, None where there are several.
-
-    A group that somebody raised on purpose is an exception like others.
-    """
-    error = group
-    while isinstance(error, BaseExceptionGroup) and error.message == _NURSERY_GROUP:
-        if len(error.exceptions) != 1:
-            return None
-        error = error.exceptions[0]
-    return error
-
-
-_NURSERY_GROUP: Final = "Exceptions from Trio nursery"
-_COPIED_AT_ONCE: Final = 256
-"""Pages of RAM: a thread costs more than these."""
+    return await in_thread(fork)

@@ -14,6 +14,8 @@ In this order, each step for all before the next begins:
 Whatever ends it, leaving the block or a failure, timeout or cancellation at any point, the
 same is undone in reverse, and the guest runs on as if nothing had been asked.
 
+Where the machine is on that way is one `Stand`; `STANDS` is the table of what follows what.
+
 A device that cannot go on does not keep the guest: devices are resumed side by side, each has
 `RESUME_SECONDS` for it, and then the vCPUs run, whatever has become of them. A guest without one
 of its devices can still be talked to and saved; one that stands still for ever cannot.
@@ -22,8 +24,9 @@ of its devices can still be talked to and saved; one that stands still for ever 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
+from enum import Enum
 from typing import Final, Protocol
 
 import trio
@@ -36,6 +39,26 @@ _THROTTLE_SECONDS: Final = 0.04
 """A period of throttling: as long may a pause have to wait for it."""
 RESUME_SECONDS: Final = 10.0
 """How long the vCPUs wait for devices to resume; then they run on without."""
+
+
+class Stand(Enum):
+    """Where a machine is on its way to a standstill and back."""
+
+    RUNS = "runs"
+    STOPPING = "is on its way to a standstill"
+    STILL = "stands still"
+    RESUMING = "is on its way back from a standstill"
+    FORSAKEN = "stands still for ever"
+
+
+STANDS: Final[Mapping[Stand, Set[Stand]]] = {
+    Stand.RUNS: {Stand.STOPPING},
+    Stand.STOPPING: {Stand.STILL, Stand.RESUMING},
+    Stand.STILL: {Stand.RESUMING, Stand.FORSAKEN},
+    Stand.RESUMING: {Stand.RUNS},
+    Stand.FORSAKEN: set(),
+}
+"""What may follow each."""
 
 
 class PausableVcpus(Protocol):
@@ -69,21 +92,31 @@ class Coordinator:
         self._vcpus = vcpus
         self._deliver_coalesced = deliver_coalesced
         self._devices = devices
+        self._stand = Stand.RUNS
         self._holders = 0
-        self._standstill: Sequence[QuiescableDevice] | None = None
-        """The devices that are to be resumed; None while the machine runs."""
+        self._quiesced: list[QuiescableDevice] = []
+        """The devices that are to be resumed."""
         # Held while the machine is on its way to a standstill or back. Whoever else asks
         # meanwhile waits, within its own deadline; no vCPU and no device ever takes it.
         self._moving = trio.Lock()
-        self._forsaken = False
         self._stage = ""
         """What the way to a standstill or back waits for, other than vCPUs; for a person."""
         self._stage_begun = 0.0
 
     @property
+    def stand(self) -> Stand:
+        """Where the machine is between running and standing still."""
+        return self._stand
+
+    @property
     def is_paused(self) -> bool:
         """Does the machine stand still now?"""
-        return self._standstill is not None
+        return self._stand in (Stand.STILL, Stand.FORSAKEN)
+
+    def _turn(self, to: Stand) -> None:
+        if to not in STANDS[self._stand]:
+            raise RuntimeError(f"a machine that {self._stand.value} cannot be: {to.name}")
+        self._stand = to
 
     @asynccontextmanager
     async def paused(self, deadline: float | None = None) -> AsyncIterator[None]:
@@ -119,8 +152,8 @@ class Coordinator:
                 waited_for.append(f"another pause is under way: {self._describe()}")
                 raise
         try:
-            if self._standstill is None:
-                self._standstill = await self._stand_still(waited_for)
+            if self._stand is Stand.RUNS:
+                await self._stand_still(waited_for)
             self._holders += 1
         finally:
             self._moving.release()
@@ -130,7 +163,7 @@ class Coordinator:
     def forsake(self) -> None:
         """The guest runs elsewhere: this standstill is never left, whoever holds it. While
         paused."""
-        self._forsaken = True
+        self._turn(Stand.FORSAKEN)
 
     def retain(self) -> None:
         """Hold the standstill until `relinquish`, with nobody inside of a block. While paused."""
@@ -150,7 +183,7 @@ class Coordinator:
             if not part:
                 continue
             async with self._moving:
-                if self._standstill is not None:
+                if self._stand is not Stand.RUNS:
                     continue
                 try:
                     self._vcpus.pause()
@@ -172,27 +205,25 @@ class Coordinator:
     async def _release(self) -> None:
         async with self._moving:
             self._holders -= 1
-            if not self._holders and self._standstill is not None and not self._forsaken:
-                quiesced, self._standstill = self._standstill, None
-                await self._run_on(quiesced)
+            if not self._holders and self._stand is Stand.STILL:
+                await self._run_on()
 
-    async def _stand_still(self, waited_for: list[str]) -> Sequence[QuiescableDevice]:
-        """All steps; gives what `_run_on` is to resume, and calls it itself where one fails: then
-        what it had waited for is noted."""
-        quiesced: list[QuiescableDevice] = []
+    async def _stand_still(self, waited_for: list[str]) -> None:
+        """All steps. Where one fails the machine runs on, and what it had waited for is noted."""
+        self._turn(Stand.STOPPING)
         try:
             self._vcpus.pause()
             await self._vcpus.parked()
             self._deliver_coalesced()
             for device in self._devices:
-                quiesced.append(device)
+                self._quiesced.append(device)
                 self._enter(f"{device.name} has not finished what it has in flight")
                 await device.quiesce()
         except BaseException as error:
             waited_for.append(self._describe())
             with trio.CancelScope(shield=True):
                 try:
-                    await self._run_on(quiesced)
+                    await self._run_on()
                 except Exception as failure:
                     # The guest runs on; why it was not paused is what is to be known.
                     logger.exception("a pause was given up, and on the way back:")
@@ -201,10 +232,13 @@ class Coordinator:
             raise
         finally:
             self._stage = ""
-        return quiesced
+        self._turn(Stand.STILL)
 
-    async def _run_on(self, quiesced: Sequence[QuiescableDevice]) -> None:
-        """Resume these devices, and then the vCPUs; to be called shielded. Raises as `paused`."""
+    async def _run_on(self) -> None:
+        """Resume the devices that were quiesced, and then the vCPUs; to be called shielded.
+        Raises as `paused`."""
+        self._turn(Stand.RESUMING)
+        quiesced, self._quiesced = self._quiesced, []
         failures: list[Exception] = []
         try:
             if quiesced:
@@ -212,6 +246,7 @@ class Coordinator:
         finally:
             self._vcpus.resume()  # an interrupted program's, too; does nothing the second time
             self._stage = ""
+            self._turn(Stand.RUNS)
         if len(failures) > 1:
             raise ExceptionGroup("devices could not go on after a pause", failures)
         if failures:

@@ -142,10 +142,15 @@ async def write(
     coordinator: Coordinator,
     path: str | os.PathLike[str],
     *,
-    deadline: float | None = None,
-    on_progress: Callable[[SnapshotProgress], object] = lambda progress: None,
+    deadline: float | None,
+    demand: Callable[[], None],
+    on_progress: Callable[[SnapshotProgress], object],
 ) -> float:
-    """Write a snapshot of a running machine. See `avmm.Machine.snapshot`."""
+    """Write a snapshot of a running machine. See `avmm.Machine.snapshot`.
+
+    `demand` is called at the standstill, when all has been copied, just before the state is read,
+    and raises where the guest has ended. Then no file is written.
+    """
     target = Path(path)
     async with _replacement(target, HEADER_BYTES + parts.memory.size) as fd:
         writer = _Writer(fd, parts.memory, target)
@@ -164,6 +169,7 @@ async def write(
             async with coordinator.paused(deadline):
                 await in_thread(log.collect, left)
                 await writer.copy(left, partial(tell, number + 1))
+                demand()
                 state = await saved(parts)
                 description = await in_thread(parts.describe)
             downtime = trio.current_time() - stopped
@@ -341,10 +347,16 @@ class Snapshot:
     """Closes the file where nobody is to map it."""
 
 
-def read(path: str | os.PathLike[str], *, verify: bool = False) -> Snapshot:
+def read(
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = False,
+    on_chunk: Callable[[], object] = lambda: None,
+) -> Snapshot:
     """Open a snapshot. Raises `SnapshotError` where it cannot be read, or is none, or damaged.
 
-    Blocks: some milliseconds, with `verify` as long as reading all of it takes.
+    Blocks; with `verify` as long as reading all of it takes. `on_chunk` is called meanwhile again
+    and again, and what it raises ends that.
     """
     name = os.fspath(path)
     with ExitStack() as stack:
@@ -355,7 +367,7 @@ def read(path: str | os.PathLike[str], *, verify: bool = False) -> Snapshot:
             header = Header.unpack(os.pread(file.fileno(), HEADER_BYTES, 0), size, name)
             body = _body(file, header, name)
             if verify:
-                _verify(file, header, name)
+                _verify(file, header, name, on_chunk)
         except OSError as error:
             raise SnapshotError(f"snapshot {name}: {error.strerror}") from None
         stack.pop_all()
@@ -385,11 +397,12 @@ def _demand_sum(data: bytes | memoryview, expected: int, name: str) -> None:
         raise SnapshotError(f"snapshot {name}: it is damaged: a checksum does not fit")
 
 
-def _verify(file: BinaryIO, header: Header, name: str) -> None:
+def _verify(file: BinaryIO, header: Header, name: str, on_chunk: Callable[[], object]) -> None:
     sums = os.pread(file.fileno(), header.sums_bytes, header.sums_offset)
     _demand_sum(sums, header.sums_sum, name)
     found = _sums(file.fileno(), header.memory_offset, header.memory_bytes)
     for number, value in enumerate(found):
+        on_chunk()
         if value != int.from_bytes(sums[8 * number : 8 * number + 8], "little"):
             raise SnapshotError(
                 f"snapshot {name}: its RAM is damaged, at {number * CHUNK:#x} to "

@@ -20,8 +20,8 @@ traceback.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Final, Protocol, TypeVar, TypeVarTuple
+from collections.abc import Callable
+from typing import Final, TypeVar, TypeVarTuple
 
 import outcome
 import trio
@@ -36,14 +36,6 @@ MOST: Final = 64
 _limiters: Final[trio.lowlevel.RunVar[trio.CapacityLimiter]] = trio.lowlevel.RunVar(
     "avmm's threads"
 )
-
-
-class Runner(Protocol):
-    """Calls a function that may block: `in_thread`, or another way to do it."""
-
-    def __call__(
-        self, function: Callable[[*_Args], _Result], *args: *_Args
-    ) -> Awaitable[_Result]: ...
 
 
 async def in_thread(function: Callable[[*_Args], _Result], *args: *_Args) -> _Result:

@@ -31,11 +31,12 @@ class Null(Device):
         return None
 
 
-async def test_a_machine_that_has_ended_can_be_paused_and_saved(tmp_path: Path) -> None:
+async def test_a_machine_that_has_ended_can_be_paused_but_not_saved(tmp_path: Path) -> None:
     async with machine(tmp_path, EXIT.format(1), cpus=2) as vm:
         await vm.wait()
         async with vm.paused(deadline=10):
-            assert vm.save()["vcpus"]
+            with pytest.raises(avmm.RunstateError, match=r"^save: this machine has ended; "):
+                vm.save()
 
 
 async def test_waiting_ends_when_the_block_is_left_by_whoever(tmp_path: Path) -> None:
@@ -53,10 +54,16 @@ async def test_waiting_ends_when_the_block_is_left_by_whoever(tmp_path: Path) ->
 
 async def test_stopping_and_pausing_after_the_end_do_no_harm(tmp_path: Path) -> None:
     async with machine(tmp_path, FOREVER) as vm:
-        pass
-    vm.stop()
-    async with vm.paused(deadline=10):
-        pass
+        vm.stop()
+        await vm.wait()
+        vm.stop()
+        async with vm.paused(deadline=10):
+            pass
+    vm.stop(5)
+    with pytest.raises(avmm.RunstateError, match=r"^paused: this machine was left; "):
+        async with vm.paused(deadline=10):
+            pass
+    assert (await vm.wait()).status == 0
 
 
 COUNT_INPUTS = "mov rbx, 0; mov dx, 0x300; 1: in eax, dx; add rbx, rax; add rbx, 1000; jmp 1b"
@@ -83,7 +90,7 @@ async def test_what_is_saved_after_a_stop_is_not_torn(tmp_path: Path) -> None:
         await vm.wait()
         async with vm.paused(deadline=10):
             # The read that it was stopped in has reached its register.
-            assert vm._running.vcpus[0].regs().rax == 7
+            assert vm._inside.parts.vcpus[0].regs().rax == 7
 
 
 async def test_a_vcpu_whose_exit_was_given_up_cannot_be_paused(tmp_path: Path) -> None:

@@ -520,7 +520,7 @@ async def test_the_completion_policy_is_the_configured_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with machine(tmp_path, "1: pause; jmp 1b", **settings) as vm:
-        assert vm._running.policy.describe() == policy
+        assert vm._inside.parts.policy.describe() == policy
         async with vm.paused():
             pass
     warned = "does not announce capability 2147483647" in caplog.text

@@ -292,7 +292,7 @@ async def pauses_among_exits(count: int) -> None:
 
     async def disturb(vm: avmm.Machine) -> None:
         nonlocal left
-        windows = [one for one in vm._running.devices if isinstance(one, torture.Recorder)]
+        windows = [one for one in vm._inside.parts.devices if isinstance(one, torture.Recorder)]
         while left:
             await trio.sleep(moments.random() * 0.001)
             async with vm.paused(deadline=30):

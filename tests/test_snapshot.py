@@ -299,9 +299,11 @@ async def test_what_is_missing_is_asked_for_and_nothing_is_left_open(tmp_path: P
         (settings | {"net": ["tap=x"]}, "0 network devices"),
         (settings | {"cpus": 2}, "cpus: the guest has seen it"),
     ):
+        machine = avmm.restore(snap, **given)
         with pytest.raises(ConfigError, match=why):
-            async with avmm.restore(snap, **given):
+            async with machine:
                 pytest.fail(f"{given} was taken")
+        assert machine.state is avmm.Runstate.FAILED
     await runs(snap, **settings)
 
 

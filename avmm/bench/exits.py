@@ -22,7 +22,7 @@ from avmm.config import MachineConfig
 from avmm.devices.base import Device
 from avmm.errors import AvmmError
 from avmm.machine import Machine
-from avmm.parts import build_at_once
+from avmm.parts import build, dismantle
 
 PORT: Final = 0xE0
 ADDRESS: Final = arch.host().own_window.start
@@ -67,7 +67,7 @@ async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list
             raw: list[float] = []
             ours: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(rounds):
-                raw.append(_raw(_config(kind, ring, count)))
+                raw.append(await _raw(_config(kind, ring, count)))
                 progress()
                 for way, device in WAYS.items():
                     ours[way].append(await _served(_config(kind, ring, count), kind, device()))
@@ -91,12 +91,13 @@ def _config(kind: str, ring: int, count: int) -> MachineConfig:
     return MachineConfig(kernel=guests.path("exits"), cmdline=cmdline, memory=16 << 20)
 
 
-def _raw(config: MachineConfig) -> float:
-    parts = build_at_once(config)
+async def _raw(config: MachineConfig) -> float:
+    parts = await build(config)
     try:
         return _microseconds(parts.vcpus[0].run_raw(), parts.vcpus[0].tsc_khz())
     finally:
-        parts.close()
+        with trio.CancelScope(shield=True):
+            await dismantle(parts)
 
 
 async def _served(config: MachineConfig, kind: str, device: Device) -> float:

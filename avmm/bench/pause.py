@@ -21,7 +21,7 @@ from avmm.bench.row import BenchRow
 from avmm.config import MachineConfig
 from avmm.kvm.kick import install_kick
 from avmm.machine import Machine
-from avmm.parts import build_at_once
+from avmm.parts import build, dismantle
 
 CPUS: Final = (1, 2, 4, 16)
 _FOR_EVER: Final = b"\xf3\x90\xeb\xfc"
@@ -40,7 +40,7 @@ async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list
     for cpus in CPUS:
         raw, ours = [], []
         for _ in range(rounds):
-            raw.append(_raw(count))
+            raw.append(await _raw(count))
             progress()
             ours.append(await _pauses(cpus, count))
             progress()
@@ -59,17 +59,18 @@ def _config(cpus: int) -> MachineConfig:
     return MachineConfig(kernel=kernel, cmdline="kind=spin count=0", memory=16 << 20, cpus=cpus)
 
 
-def _raw(count: int) -> float:
+async def _raw(count: int) -> float:
     install_kick()
     with tempfile.NamedTemporaryFile() as image:
         image.write(_FOR_EVER)
         image.flush()
         config = MachineConfig.make(kernel=image.name, flat="long@0x100000", memory="16M")
-        parts = build_at_once(config)
+        parts = await build(config)
     try:
         return median(parts.vcpus[0].kick_raw(count)) / 1000
     finally:
-        parts.close()
+        with trio.CancelScope(shield=True):
+            await dismantle(parts)
 
 
 async def _pauses(cpus: int, count: int) -> float:

@@ -20,7 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Self
+
+import trio
 
 from avmm import arch
 from avmm.arch.contract import Probe
@@ -32,9 +34,10 @@ from avmm.kvm import Capability, KvmError, System, Vcpu, exit_name
 from avmm.kvm.kick import accept_kicks, install_kick, kick
 from avmm.memory.pages import PAGE
 from avmm.outcome import Outcome
-from avmm.parts import Origin, build_at_once
+from avmm.parts import Origin, Parts, build, dismantle
 from avmm.vcpu.calls import Call
 from avmm.vcpu.completion import NEEDS_COMPLETION, drain
+from avmm.vcpu.exits import Exits
 
 _PORT, _REGISTER = 0xE0, 0x4D56_0000
 _ORIGIN: Final = 0x10_0000
@@ -77,13 +80,20 @@ class _Witness(Stateless):
 
 
 class _Guest:
-    """One shape in one VM; the log goes on over several of them."""
+    """One shape in one VM, made by `made`; the log goes on over several of them."""
 
-    def __init__(
-        self, shape: Probe, log: list[str], state: Mapping[str, Any] | None = None
-    ) -> None:
+    parts: Parts
+    vcpu: Vcpu
+    exits: Exits
+
+    def __init__(self, log: list[str]) -> None:
         self._log = log
         self.ended = False
+
+    @classmethod
+    async def made(cls, shape: Probe, log: list[str], state: Mapping[str, Any] | None) -> Self:
+        """Ready to run; `state` is that of another one of this shape."""
+        guest = cls(log)
         kind = arch.host()
         places: list[Placement] = [
             pio(_Witness("port", log), _PORT, 1),
@@ -103,14 +113,15 @@ class _Guest:
                 unclaimed="ignore",
                 xen=shape.xen,
             )
-            self.parts = build_at_once(config, places, self._end, self._answer, Origin(state))
-        self.vcpu = self.parts.vcpus[0]
-        self.exits = self.parts.exits(self.vcpu)
+            guest.parts = await build(config, places, guest._end, guest._answer, Origin(state))
+        guest.vcpu = guest.parts.vcpus[0]
+        guest.exits = guest.parts.exits(guest.vcpu)
         if state is None:
-            regs = self.vcpu.regs()
+            regs = guest.vcpu.regs()
             for name, value in shape.registers.items():
                 setattr(regs, name, value)
-            self.vcpu.set_regs(regs)
+            guest.vcpu.set_regs(regs)
+        return guest
 
     def _end(self, outcome: Outcome) -> None:
         self._log.append(f"the guest got {outcome.status:#x}")
@@ -174,41 +185,41 @@ def _run(vcpu: Vcpu) -> int:
     return status
 
 
-def examine() -> list[Finding]:
-    """All shapes on this host; needs a running trio loop, blocks it for a second or two.
-
-    Raises `KvmUnavailable`.
-    """
-    return [examine_shape(shape) for shape in shapes()]
+async def examine() -> list[Finding]:
+    """All shapes on this host; blocks the loop for a second or two. Raises `KvmUnavailable`."""
+    return [await examine_shape(shape) for shape in shapes()]
 
 
 def shapes() -> list[Probe]:
-    """The shapes of access that there are on this host's architecture."""
+    """The shapes of access that there are on this host's architecture. Raises
+    `KvmUnavailable`."""
     kind = arch.host()
     return kind.probes(_ORIGIN, _PORT, kind.own_window.start, _REGISTER)
 
 
-def examine_shape(shape: Probe) -> Finding:
+async def examine_shape(shape: Probe) -> Finding:
     finding = Finding(shape.name)
     try:
         expected: list[str] = []
-        _with(shape, expected, None, _Guest.finish)
+        await _with(shape, expected, None, _Guest.finish)
         for how in ("uncompleted", "drained"):
             log: list[str] = []
-            state = _with(shape, log, None, partial(_until_saved, how=how, finding=finding))
-            _with(shape, log, state, _Guest.finish)
+            until_saved = partial(_until_saved, how=how, finding=finding)
+            state = await _with(shape, log, None, until_saved)
+            await _with(shape, log, state, _Guest.finish)
             setattr(finding, how, _difference(expected, log))
     except AvmmError as error:
         finding.error = str(error).splitlines()[0]
     return finding
 
 
-def _with(shape: Probe, log: list[str], state: Any, play: Callable[[_Guest], Any]) -> Any:
-    guest = _Guest(shape, log, state)
+async def _with(shape: Probe, log: list[str], state: Any, play: Callable[[_Guest], Any]) -> Any:
+    guest = await _Guest.made(shape, log, state)
     try:
         return play(guest)
     finally:
-        guest.parts.close()
+        with trio.CancelScope(shield=True):
+            await dismantle(guest.parts)
 
 
 def _until_saved(guest: _Guest, how: str, finding: Finding) -> dict[str, Any]:

@@ -132,11 +132,8 @@ _LOOP_INSTRUCTIONS: Final = 6
 
 
 def _completion(as_json: bool) -> None:
-    async def examine_in_trio() -> list[completion_report.Finding]:
-        return completion_report.examine()
-
     try:
-        findings = trio.run(examine_in_trio)
+        findings = trio.run(completion_report.examine)
     except KvmUnavailable as error:
         if as_json:
             nothing = [

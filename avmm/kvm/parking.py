@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 
 class Spot:
-    """One vCPU's place. `stop` and `is_parked` are for anybody, the rest for its thread."""
+    """One vCPU's place. `stop`, `stopping` and `is_parked` are for anybody, the rest for its
+    thread."""
 
     def __init__(self, lot: ParkingLot, struct: _kvm.AvmmSpotPointer) -> None:
         self._lot = lot
         self._struct = struct
+        self.stopping = False
+        """Is the vCPU to end?"""
         self.run: Callable[[], int] = partial(lib.avmm_spot_run, struct)
         """KVM_RUN without the GIL: the exit reason, else -errno; -EINTR where it is asked to look.
 
@@ -57,6 +60,7 @@ class Spot:
 
     def stop(self) -> None:
         """Have `run` return a negative number, now or as soon as it is called, parked or not."""
+        self.stopping = True
         if (answer := lib.avmm_spot_stop(self._struct)) < 0:
             raise KvmError("tgkill", -answer)
 

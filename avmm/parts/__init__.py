@@ -15,7 +15,7 @@ what the steps before it gave and returns a value:
 `Parts` is the result; `description` tells of a machine to whoever is to make one like it.
 """
 
-from avmm.parts.builder import Origin, build, build_at_once, dismantle
+from avmm.parts.builder import Origin, build, dismantle
 from avmm.parts.parts import Parts
 
-__all__ = ["Origin", "Parts", "build", "build_at_once", "dismantle"]
+__all__ = ["Origin", "Parts", "build", "dismantle"]

@@ -14,10 +14,10 @@ thread, too, before `build` raises.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
 
 from avmm import arch, guests
 from avmm.arch.contract import Architecture, BoardOptions, GuestImage
@@ -38,7 +38,7 @@ from avmm.parts.description import Described
 from avmm.parts.parts import Parts
 from avmm.parts.placing import Unplaced, allocate, attach
 from avmm.parts.saving import load
-from avmm.threads import Runner, in_thread, in_thread_shielded
+from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.calls import CallHandler
 from avmm.vcpu.completion import CompletionMode, CompletionPolicy
 
@@ -76,12 +76,16 @@ class Origin:
         return self.state is None and not self.standby
 
 
+BOOT: Final = Origin()
+"""A machine that boots goes on from nowhere."""
+
+
 async def build(
     config: MachineConfig,
-    devices: Sequence[Placement | Unplaced],
-    end: Callable[[Outcome], None],
-    calls: CallHandler | None,
-    origin: Origin,
+    devices: Sequence[Placement | Unplaced] = (),
+    end: Callable[[Outcome], None] = lambda outcome: None,
+    calls: CallHandler | None = None,
+    origin: Origin = BOOT,
 ) -> Parts:
     """Put a machine together. `end` is called, in a vCPU's thread, when the guest ends the run.
 
@@ -90,25 +94,9 @@ async def build(
     """
     stack = ExitStack()
     try:
-        return await _build(in_thread, stack, config, devices, end, calls, origin)
+        return await _build(stack, config, devices, end, calls, origin)
     except BaseException:
         await in_thread_shielded(stack.close)
-        raise
-
-
-def build_at_once(
-    config: MachineConfig,
-    devices: Sequence[Placement | Unplaced] = (),
-    end: Callable[[Outcome], None] = lambda outcome: None,
-    calls: CallHandler | None = None,
-    origin: Origin = Origin(),
-) -> Parts:
-    """`build` for programs that do nothing else meanwhile: it blocks. Close it with `close`."""
-    stack = ExitStack()
-    try:
-        return _without_waiting(_build(_at_once, stack, config, devices, end, calls, origin))
-    except BaseException:
-        stack.close()
         raise
 
 
@@ -118,7 +106,6 @@ async def dismantle(parts: Parts) -> None:
 
 
 async def _build(
-    blocking: Runner,
     stack: ExitStack,
     config: MachineConfig,
     devices: Sequence[Placement | Unplaced],
@@ -126,23 +113,23 @@ async def _build(
     calls: CallHandler | None,
     origin: Origin,
 ) -> Parts:
-    kind = await blocking(arch.host)  # which imports it
+    kind = await in_thread(arch.host)  # which imports it
     # First: what it is opened from is closed with it.
-    memory = await blocking(ram.open_memory, stack, kind.ram, config, origin)
-    system = await blocking(_open_system, stack, config, calls)
+    memory = await in_thread(ram.open_memory, stack, kind.ram, config, origin)
+    system = await in_thread(_open_system, stack, config, calls)
     board = kind.board(_board_options(config), config.memory, end)
-    own = await blocking(_configured, stack, config, not origin.standby)
+    own = await in_thread(_configured, stack, config, not origin.standby)
     added = allocate([*devices, *own], board.places, kind.virtio)
     places = [*board.places, *added]
     if origin.described is not None:
         origin.described.demand_devices(places)
     entry = None
     if origin.boots:
-        entry = await blocking(kind.load_image, memory, _image(config), places)
-    vm = await blocking(wiring.create_vm, stack, kind, system, memory)
+        entry = await in_thread(kind.load_image, memory, _image(config), places)
+    vm = await in_thread(wiring.create_vm, stack, kind, system, memory)
     attached = attach(stack, kind, config, memory, places)
-    await blocking(wiring.wire, kind, vm, attached, added, config.xen, calls is not None)
-    vcpus = await blocking(_create_vcpus, stack, vm, config.cpus)
+    await in_thread(wiring.wire, kind, vm, attached, added, config.xen, calls is not None)
+    vcpus = await in_thread(_create_vcpus, stack, vm, config.cpus)
     parts = Parts(
         config=config,
         arch=kind,
@@ -159,28 +146,14 @@ async def _build(
         calls=calls,
     )
     if entry is not None:
-        parts.needs = await blocking(_set_up, kind, system, vcpus, entry)
+        parts.needs = await in_thread(_set_up, kind, system, vcpus, entry)
     elif origin.state is not None:
-        await load(parts, origin.state, blocking)
+        await load(parts, origin.state)
     if origin.needs is not None:
-        await blocking(parts.demand, origin.needs)
+        await in_thread(parts.demand, origin.needs)
     parts.group = _loops(stack, parts)
     parts.owns(stack)
     return parts
-
-
-async def _at_once(function: Callable[[*_Args], _Value], *args: *_Args) -> _Value:
-    return function(*args)
-
-
-def _without_waiting(building: Coroutine[Any, Any, Parts]) -> Parts:
-    """The result of `_build` with a runner that never waits, so that it ends in one go."""
-    try:
-        building.send(None)
-    except StopIteration as done:
-        parts: Parts = done.value
-        return parts
-    raise AssertionError("a step of building has waited for something")
 
 
 # -- the steps that are nobody else's -----------------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from avmm.threads import Runner, in_thread
+from avmm.threads import in_thread
 
 if TYPE_CHECKING:
     from avmm.parts.parts import Parts
@@ -31,12 +31,12 @@ async def saved(parts: Parts) -> dict[str, Any]:
     return machine | parts.save_devices(slow)
 
 
-async def load(parts: Parts, state: object, blocking: Runner = in_thread) -> None:
-    """Take over a state, in a machine that does not run yet. Raises as `Parts.load`. What may
-    block is called by `blocking`. Cancelled, it has taken over part of it."""
-    await blocking(parts.load_machine, state)
+async def load(parts: Parts, state: object) -> None:
+    """Take over a state, in a machine that does not run yet. Raises as `Parts.load`.
+    Cancelled, it has taken over part of it."""
+    await in_thread(parts.load_machine, state)
     for device, device_state in parts.device_states(state):
         if device.saves_in_thread:
-            await blocking(device.load, device_state)
+            await in_thread(device.load, device_state)
         else:
             device.load(device_state)

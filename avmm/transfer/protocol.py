@@ -19,15 +19,23 @@ guest, whatever comes: where it gave up before it got COMMIT, its ABORT is an an
 
 Each method that makes a frame may be called in one state only; each frame that comes may come in
 one state only. Everything else raises `ProtocolError`, after which nothing goes on.
+
+**Where the guest is** follows from the states of the two sides, and from nothing else. What each
+side does besides talking is in its table, too (`SOURCE_DOES`, `DESTINATION_DOES`): that the guest
+stands still, that what only one host may hold was released or acquired, that the side gave up. The
+source ends in one of three states: DONE, the guest runs there; ABORTED, it runs on here; UNKNOWN,
+it stays stopped and a person decides. From RELEASED on, giving up leads through TAKING_BACK: a
+guest must not run on without what it has released. The code that moves a guest asks the state
+what is left to do, and keeps no notes of its own.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from avmm.errors import PeerAbortedError, ProtocolError, StateError
 from avmm.memory.pages import RUN_BYTES, Packed
@@ -70,6 +78,18 @@ class _Commit(Fields, error=ProtocolError):
     identity = _IDENTITY
 
 
+class Act(Enum):
+    """What a side does besides saying or hearing a frame."""
+
+    STAND_STILL = "the guest stands still"
+    RELEASE = "what only one host may hold is being released"
+    GIVE_UP = "this side gives up"
+    TAKE_BACK = "what was released is held again"
+    LOSE = "nobody knows where the guest runs, or it cannot run"
+    ACQUIRE = "what only one host may hold is held"
+    LET_GO = "nothing of the guest is left"
+
+
 class SourceState(Enum):
     """What the source has done, and so what may come next."""
 
@@ -77,11 +97,71 @@ class SourceState(Enum):
     GREETED = "waits for HELLO"
     AGREED = "may offer"
     OFFERED = "waits for ACCEPT"
-    COPYING = "may send pages"
+    COPYING = "may send pages of a guest that runs"
+    STANDING = "may send the last pages of a guest that stands still"
+    RELEASED = "may send the state"
     STATED = "waits for READY"
     READY = "may commit"
     COMMITTED = "waits for RUNNING"
     DONE = "the guest runs at the destination"
+    TAKING_BACK = "gave up, and takes back what was released"
+    ABORTED = "gave up: the guest runs on here"
+    UNKNOWN = "keeps the guest stopped until a person decides"
+
+
+_S = SourceState
+
+SOURCE_DOES: Final[Mapping[SourceState, Mapping[MessageKind | Act, SourceState]]] = {
+    _S.NEW: {MessageKind.HELLO: _S.GREETED, Act.GIVE_UP: _S.ABORTED},
+    _S.GREETED: {Act.GIVE_UP: _S.ABORTED},
+    _S.AGREED: {MessageKind.OFFER: _S.OFFERED, Act.GIVE_UP: _S.ABORTED},
+    _S.OFFERED: {Act.GIVE_UP: _S.ABORTED},
+    _S.COPYING: {
+        MessageKind.PAGES: _S.COPYING,
+        MessageKind.ROUND: _S.COPYING,
+        Act.STAND_STILL: _S.STANDING,
+        Act.GIVE_UP: _S.ABORTED,
+    },
+    _S.STANDING: {
+        MessageKind.PAGES: _S.STANDING,
+        MessageKind.ROUND: _S.STANDING,
+        Act.RELEASE: _S.RELEASED,
+        Act.GIVE_UP: _S.ABORTED,
+    },
+    _S.RELEASED: {MessageKind.STATE: _S.STATED, Act.GIVE_UP: _S.TAKING_BACK},
+    _S.STATED: {Act.GIVE_UP: _S.TAKING_BACK},
+    _S.READY: {MessageKind.COMMIT: _S.COMMITTED, Act.GIVE_UP: _S.TAKING_BACK},
+    _S.COMMITTED: {Act.LOSE: _S.UNKNOWN},  # COMMIT may have left: it cannot give up any more
+    _S.TAKING_BACK: {
+        MessageKind.ABORT: _S.TAKING_BACK,
+        Act.TAKE_BACK: _S.ABORTED,
+        Act.LOSE: _S.UNKNOWN,
+    },
+    _S.ABORTED: {MessageKind.ABORT: _S.ABORTED},
+    _S.DONE: {},
+    _S.UNKNOWN: {},
+}
+"""What the source may say or do in each state, and what it is in after that. STATE stands for all
+frames of the state, which are said in one go."""
+
+SOURCE_HEARS: Final[Mapping[SourceState, Mapping[MessageKind, SourceState]]] = {
+    _S.NEW: {MessageKind.ABORT: _S.ABORTED},
+    _S.GREETED: {MessageKind.HELLO: _S.AGREED, MessageKind.ABORT: _S.ABORTED},
+    _S.AGREED: {MessageKind.ABORT: _S.ABORTED},
+    _S.OFFERED: {MessageKind.ACCEPT: _S.COPYING, MessageKind.ABORT: _S.ABORTED},
+    _S.COPYING: {MessageKind.ABORT: _S.ABORTED},
+    _S.STANDING: {MessageKind.ABORT: _S.ABORTED},
+    _S.RELEASED: {MessageKind.ABORT: _S.TAKING_BACK},
+    _S.STATED: {MessageKind.READY: _S.READY, MessageKind.ABORT: _S.TAKING_BACK},
+    _S.READY: {MessageKind.ABORT: _S.TAKING_BACK},
+    _S.COMMITTED: {MessageKind.RUNNING: _S.DONE, MessageKind.ABORT: _S.TAKING_BACK},
+    _S.TAKING_BACK: {},
+    _S.ABORTED: {},
+    _S.DONE: {},
+    _S.UNKNOWN: {},
+}
+"""What may come in each state, and what it is in after that. (An ABORT that comes in another state
+changes nothing any more.)"""
 
 
 class DestinationState(Enum):
@@ -91,10 +171,56 @@ class DestinationState(Enum):
     GREETED = "waits for OFFER"
     OFFERED = "may accept"
     COPYING = "waits for pages or the state"
-    STATED = "may say that it is ready"
+    STATED = "may acquire what the guest needs"
+    ACQUIRED = "may say that it is ready"
     READY = "waits for COMMIT"
     COMMITTED = "may run the guest"
     DONE = "the guest runs here"
+    LETTING_GO = "gave up, and lets go of what it has acquired"
+    ABORTED = "gave up: the guest is not here"
+
+
+_D = DestinationState
+
+DESTINATION_DOES: Final[
+    Mapping[DestinationState, Mapping[MessageKind | Act, DestinationState]]
+] = {
+    _D.NEW: {Act.GIVE_UP: _D.ABORTED},
+    _D.GREETED: {Act.GIVE_UP: _D.ABORTED},
+    _D.OFFERED: {MessageKind.ACCEPT: _D.COPYING, Act.GIVE_UP: _D.ABORTED},
+    _D.COPYING: {Act.GIVE_UP: _D.ABORTED},
+    _D.STATED: {Act.ACQUIRE: _D.ACQUIRED, Act.GIVE_UP: _D.ABORTED},
+    _D.ACQUIRED: {MessageKind.READY: _D.READY, Act.GIVE_UP: _D.LETTING_GO},
+    _D.READY: {Act.GIVE_UP: _D.LETTING_GO},
+    _D.COMMITTED: {
+        MessageKind.RUNNING: _D.DONE
+    },  # the source never runs it: it cannot give up any more
+    _D.DONE: {},
+    _D.LETTING_GO: {Act.LET_GO: _D.ABORTED},
+    _D.ABORTED: {MessageKind.ABORT: _D.ABORTED},
+}
+"""As `SOURCE_DOES`. It says ABORT only when it holds nothing: the source takes that back then."""
+
+DESTINATION_HEARS: Final[Mapping[DestinationState, Mapping[MessageKind, DestinationState]]] = {
+    _D.NEW: {MessageKind.HELLO: _D.GREETED, MessageKind.ABORT: _D.ABORTED},
+    _D.GREETED: {MessageKind.OFFER: _D.OFFERED, MessageKind.ABORT: _D.ABORTED},
+    _D.OFFERED: {MessageKind.ABORT: _D.ABORTED},
+    _D.COPYING: {
+        MessageKind.PAGES: _D.COPYING,
+        MessageKind.ROUND: _D.COPYING,
+        MessageKind.STATE: _D.COPYING,
+        MessageKind.STATE_END: _D.STATED,
+        MessageKind.ABORT: _D.ABORTED,
+    },
+    _D.STATED: {MessageKind.ABORT: _D.ABORTED},
+    _D.ACQUIRED: {MessageKind.ABORT: _D.LETTING_GO},
+    _D.READY: {MessageKind.COMMIT: _D.COMMITTED, MessageKind.ABORT: _D.LETTING_GO},
+    _D.COMMITTED: {},
+    _D.DONE: {},
+    _D.LETTING_GO: {},
+    _D.ABORTED: {},
+}
+"""As `SOURCE_HEARS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +256,23 @@ class Commit:
     """The guest is the destination's."""
 
 
-class _Side:
-    def __init__(self) -> None:
+_State = TypeVar("_State", SourceState, DestinationState)
+
+
+class _Side(Generic[_State]):
+    """One end of the conversation; `state` moves by its two tables."""
+
+    def __init__(
+        self,
+        name: str,
+        state: _State,
+        does: Mapping[_State, Mapping[MessageKind | Act, _State]],
+        hears: Mapping[_State, Mapping[MessageKind, _State]],
+    ) -> None:
+        self.state: _State = state
+        self._name = name
+        self._does: Mapping[_State, Mapping[MessageKind | Act, _State]] = does
+        self._hears: Mapping[_State, Mapping[MessageKind, _State]] = hears
         self._encoder = Encoder()
         self._decoder = Decoder()
 
@@ -149,82 +290,97 @@ class _Side:
         be no frame."""
         return self._decoder.due
 
-    def _next(self) -> Message | None:
-        message = self._decoder.next()
-        if message is not None and message.kind is MessageKind.ABORT:
-            why = _read(_Abort, message).why
-            raise PeerAbortedError(f"the other side gave up: {_printable(why)}")
-        return message
+    def give_up(self) -> None:
+        """This side gives up, unless one of both has done so already or it is too late for it."""
+        if Act.GIVE_UP in self._does[self.state]:
+            self._do(Act.GIVE_UP)
 
     def abort(self, why: str) -> list[Buffer]:
-        """ABORT: this side gives up, for good. Nothing may be said after it."""
-        return self._encoder.frame(
-            MessageKind.ABORT, encode(_Abort.plain(why=_printable(why[:4000])))
-        )
+        """ABORT: this side has given up, for good. Nothing may be said after it."""
+        self._do(MessageKind.ABORT)
+        told = _Abort.plain(why=_printable(why[:4000]))
+        return self._encoder.frame(MessageKind.ABORT, encode(told))
+
+    def _do(self, what: MessageKind | Act) -> None:
+        if what not in self._does[self.state]:
+            where = [state.name for state, row in self._does.items() if what in row]
+            raise ProtocolError(
+                f"the {self._name} is in {self.state.name} ({self.state.value}), expected "
+                f"{' or '.join(where)}"
+            )
+        self.state = self._does[self.state][what]
+
+    def _next(self) -> Message | None:
+        """The next frame, if one is whole and may come now."""
+        message = self._decoder.next()
+        if message is None:
+            return None
+        if message.kind is MessageKind.ABORT:
+            self.state = self._hears[self.state].get(message.kind, self.state)
+            why = _read(_Abort, message).why
+            raise PeerAbortedError(f"the other side gave up: {_printable(why)}")
+        if message.kind not in self._hears[self.state]:
+            raise ProtocolError(
+                f"{message.kind.name} came while the {self._name} {self.state.value}"
+            )
+        return message
+
+    def _heard(self, message: Message) -> None:
+        """What is in it is in order."""
+        self.state = self._hears[self.state][message.kind]
 
 
-class Source(_Side):
+class Source(_Side[SourceState]):
     """The side that the guest leaves."""
 
     def __init__(self, identity: bytes) -> None:
         """`identity`: 16 random bytes that tell this migration from others."""
-        super().__init__()
-        self.state = SourceState.NEW
+        super().__init__("source", SourceState.NEW, SOURCE_DOES, SOURCE_HEARS)
         self._identity = identity
-
-    def _demand(self, *states: SourceState) -> None:
-        if self.state not in states:
-            raise ProtocolError(
-                f"the source is in {self.state.name} ({self.state.value}), expected "
-                f"{' or '.join(state.name for state in states)}"
-            )
 
     def next(self) -> bool:
         """Take what has come, if a message is whole: did one come? `state` has changed then."""
         message = self._next()
         if message is None:
             return False
-        expected = {
-            SourceState.GREETED: (MessageKind.HELLO, SourceState.AGREED),
-            SourceState.OFFERED: (MessageKind.ACCEPT, SourceState.COPYING),
-            SourceState.STATED: (MessageKind.READY, SourceState.READY),
-            SourceState.COMMITTED: (MessageKind.RUNNING, SourceState.DONE),
-        }.get(self.state)
-        if expected is None or message.kind is not expected[0]:
-            raise ProtocolError(f"{message.kind.name} came while the source {self.state.value}")
         if message.kind is MessageKind.HELLO:
             _hello(message)
-        self.state = expected[1]
+        self._heard(message)
         return True
 
     def hello(self) -> list[Buffer]:
         """HELLO."""
-        self._demand(SourceState.NEW)
-        self.state = SourceState.GREETED
+        self._do(MessageKind.HELLO)
         hello = _Hello.plain(versions=list(VERSIONS), identity=self._identity)
         return self._encoder.frame(MessageKind.HELLO, encode(hello))
 
     def offer(self, offer: bytes) -> list[Buffer]:
         """OFFER: what the guest is, as `encode` makes it."""
-        self._demand(SourceState.AGREED)
-        self.state = SourceState.OFFERED
+        self._do(MessageKind.OFFER)
         return self._encoder.frame(MessageKind.OFFER, offer)
 
     def pages(self, packed: Packed) -> list[Buffer]:
         """PAGES; the buffers are those of `packed`."""
-        self._demand(SourceState.COPYING)
+        self._do(MessageKind.PAGES)
         count = _COUNT.pack(len(packed.runs) // RUN_BYTES)
         return self._encoder.frame(MessageKind.PAGES, count, packed.runs, packed.data)
 
     def round(self, number: int) -> list[Buffer]:
         """ROUND: all pages of this round were sent."""
-        self._demand(SourceState.COPYING)
+        self._do(MessageKind.ROUND)
         return self._encoder.frame(MessageKind.ROUND, encode(_Round.plain(number=number)))
+
+    def stand_still(self) -> None:
+        """The guest stands still, and will until this is over."""
+        self._do(Act.STAND_STILL)
+
+    def release(self) -> None:
+        """What only one host may hold is about to be released."""
+        self._do(Act.RELEASE)
 
     def stated(self, state: bytes) -> Iterator[list[Buffer]]:
         """STATE and STATE_END, frame by frame, of a state as `encode` makes it."""
-        self._demand(SourceState.COPYING)
-        self.state = SourceState.STATED
+        self._do(MessageKind.STATE)
         data = memoryview(state)
         if len(data) > MOST_STATE:
             raise ProtocolError(f"the state has {len(data)} bytes, at most {MOST_STATE} can go")
@@ -235,61 +391,58 @@ class Source(_Side):
     def commit(self) -> list[Buffer]:
         """COMMIT. Once the first byte of it may have left, the source never runs the guest, unless
         the destination says ABORT."""
-        self._demand(SourceState.READY)
-        self.state = SourceState.COMMITTED
-        return self._encoder.frame(
-            MessageKind.COMMIT, encode(_Commit.plain(identity=self._identity))
-        )
+        self._do(MessageKind.COMMIT)
+        told = _Commit.plain(identity=self._identity)
+        return self._encoder.frame(MessageKind.COMMIT, encode(told))
+
+    def take_back(self) -> None:
+        """What was released is held again: the guest may run on."""
+        self._do(Act.TAKE_BACK)
+
+    def lose(self) -> None:
+        """No answer came to COMMIT, or what was released is somebody else's."""
+        self._do(Act.LOSE)
 
 
 Event = Offer | Pages | Round | State | Commit
 
 
-class Destination(_Side):
+class Destination(_Side[DestinationState]):
     """The side that the guest comes to."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.state = DestinationState.NEW
+        super().__init__("destination", DestinationState.NEW, DESTINATION_DOES, DESTINATION_HEARS)
         self._identity = b""
         self._collected = bytearray()
-
-    def _demand(self, state: DestinationState) -> None:
-        if self.state is not state:
-            raise ProtocolError(
-                f"the destination is in {self.state.name} ({self.state.value}), expected "
-                f"{state.name}"
-            )
 
     def next(self) -> tuple[Event | None, list[Buffer]] | None:
         """Take what has come, if a message is whole: what it says, and what to answer at once."""
         message = self._next()
         if message is None:
             return None
-        take = {
-            (DestinationState.NEW, MessageKind.HELLO): self._hello,
-            (DestinationState.GREETED, MessageKind.OFFER): self._offer,
-            (DestinationState.COPYING, MessageKind.PAGES): self._pages,
-            (DestinationState.COPYING, MessageKind.ROUND): self._round,
-            (DestinationState.COPYING, MessageKind.STATE): self._piece,
-            (DestinationState.COPYING, MessageKind.STATE_END): self._stated,
-            (DestinationState.READY, MessageKind.COMMIT): self._commit,
-        }.get((self.state, message.kind))
-        if take is None:
-            kind = message.kind.name
-            raise ProtocolError(f"{kind} came while the destination {self.state.value}")
-        return take(message)
+        taken = self._take(message)
+        self._heard(message)
+        return taken
+
+    def _take(self, message: Message) -> tuple[Event | None, list[Buffer]]:
+        take: dict[MessageKind, Callable[[Message], tuple[Event | None, list[Buffer]]]] = {
+            MessageKind.HELLO: self._hello,
+            MessageKind.OFFER: self._offer,
+            MessageKind.PAGES: self._pages,
+            MessageKind.ROUND: self._round,
+            MessageKind.STATE: self._piece,
+            MessageKind.STATE_END: self._stated,
+            MessageKind.COMMIT: self._commit,
+        }
+        return take[message.kind](message)
 
     def _hello(self, message: Message) -> tuple[None, list[Buffer]]:
         self._identity = _hello(message).identity
-        self.state = DestinationState.GREETED
         answer = _Hello.plain(versions=list(VERSIONS), identity=self._identity)
         return None, self._encoder.frame(MessageKind.HELLO, encode(answer))
 
     def _offer(self, message: Message) -> tuple[Event, list[Buffer]]:
-        offer = Offer(_decoded(message))
-        self.state = DestinationState.OFFERED
-        return offer, []
+        return Offer(_decoded(message)), []
 
     def _pages(self, message: Message) -> tuple[Event, list[Buffer]]:
         if self._collected:
@@ -316,32 +469,35 @@ class Destination(_Side):
             raise ProtocolError("the state has not as many bytes as it should")
         state = _decoded(Message(message.kind, memoryview(self._collected)))
         self._collected = bytearray()
-        self.state = DestinationState.STATED
         return State(state), []
 
     def _commit(self, message: Message) -> tuple[Event, list[Buffer]]:
         if _read(_Commit, message).identity != self._identity:
             raise ProtocolError("COMMIT is of another migration")
-        self.state = DestinationState.COMMITTED
         return Commit(), []
 
     def accept(self) -> list[Buffer]:
         """ACCEPT: a guest of that description can be here."""
-        self._demand(DestinationState.OFFERED)
-        self.state = DestinationState.COPYING
+        self._do(MessageKind.ACCEPT)
         return self._encoder.frame(MessageKind.ACCEPT)
 
+    def acquire(self) -> None:
+        """All is loaded, and what only one host may hold is held."""
+        self._do(Act.ACQUIRE)
+
     def ready(self) -> list[Buffer]:
-        """READY: all is loaded, the guest could run here."""
-        self._demand(DestinationState.STATED)
-        self.state = DestinationState.READY
+        """READY: the guest could run here."""
+        self._do(MessageKind.READY)
         return self._encoder.frame(MessageKind.READY)
 
     def running(self) -> list[Buffer]:
         """RUNNING: the guest runs here."""
-        self._demand(DestinationState.COMMITTED)
-        self.state = DestinationState.DONE
+        self._do(MessageKind.RUNNING)
         return self._encoder.frame(MessageKind.RUNNING)
+
+    def let_go(self) -> None:
+        """What was acquired is not held any more."""
+        self._do(Act.LET_GO)
 
 
 def _decoded(message: Message) -> object:

@@ -5,6 +5,9 @@ timeout, a cancellation, at any byte) is undone: the guest runs on as if nothing
 Then nothing can be cancelled, and undone only if the destination says that it has given up: for
 `answer_seconds` RUNNING is waited for. If it does not come the guest stays stopped and somebody
 has to decide: `HandOverUnknownError`.
+
+What is to be undone, and whether it can be, is told by the protocol's `SourceState`, which knows
+of the standstill and of what was released, too.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from avmm.memory.pages import PAGE, Bitmap, Packer
 from avmm.parts.saving import saved
 from avmm.plain import encode
 from avmm.progress import MigrationProgress, Report
+from avmm.sides import in_trio
 from avmm.threads import in_thread
 from avmm.transfer.connection import Connection
 from avmm.transfer.frames import MOST_DATA_PAGES, MOST_RUNS
@@ -33,12 +37,14 @@ if TYPE_CHECKING:
     from avmm.memory.dirty import DirtyLog
     from avmm.migration import Coordinator
     from avmm.parts import Parts
+    from avmm.runstate import Life
 
 logger = logging.getLogger(__name__)
 
 _TAKE_BACK_SECONDS: Final = 5.0
 """As long may a destination that has died take to let go of a disk."""
 _TAKE_BACK_STEP: Final = 0.05
+_GIVEN_UP: Final = (SourceState.ABORTED, SourceState.TAKING_BACK)
 _SAMPLE_SECONDS: Final = 0.1
 """How often progress is told within a round."""
 
@@ -62,8 +68,7 @@ class Options:
 
 
 class Sender:
-    """One migration of one machine. `nursery` is that of the machine, `has_ended` tells whether
-    its guest has."""
+    """One migration of one machine. `nursery` is that of the machine, `life` its state."""
 
     def __init__(
         self,
@@ -72,33 +77,33 @@ class Sender:
         stream: trio.abc.Stream,
         options: Options,
         nursery: trio.Nursery,
-        has_ended: Callable[[], bool],
+        life: Life,
         on_progress: Callable[[MigrationProgress], object],
     ) -> None:
         self._parts = parts
         self._coordinator = coordinator
         self._options = options
         self._nursery = nursery
-        self._has_ended = has_ended
+        self._life = life
         self._on_progress = on_progress
         self._source = Source(secrets.token_bytes(16))
         self._connection = Connection(stream, self._source, options.stall_seconds)
         self._pace = Pace(options.target_downtime, options.bandwidth)
         self._packer = Packer(parts.memory.whole, MOST_DATA_PAGES, MOST_RUNS)
         self._round = 0
-        self.is_unsettled = False
-        """Is the guest held stopped here, and only its operator knows what is to become of it?"""
 
     @property
-    def is_done(self) -> bool:
-        """Does the guest run at the destination, and never again here?"""
-        return self._source.state is SourceState.DONE
+    def state(self) -> SourceState:
+        """Where the guest is; after `send`, however it ends, DONE, ABORTED or UNKNOWN."""
+        return self._source.state
 
+    @in_trio
     async def send(self) -> Report:
         """Hand the guest over: when this returns it runs at the destination and never again here.
 
-        Raises `MigrationError` where it could not be, and the guest runs on;
-        `HandOverUnknownError` where that is not known, and it stays paused.
+        Raises `MigrationError` where it could not be, and the guest runs on, `RunstateError`
+        where the guest ends before; `HandOverUnknownError` where that is not known, and it stays
+        paused.
         """
         begin = trio.current_time()
         try:
@@ -108,15 +113,13 @@ class Sender:
                 await self._copy_live(log, left)
                 stopped = trio.current_time()  # nearly: some vCPUs may stand still from here on
                 async with self._coordinator.paused(self._options.deadline):
+                    self._source.stand_still()
                     await in_thread(log.collect, left)
                     await self._copy(left, stopped)
                     await self._hand_over()
                     arrived = trio.current_time()
-        except PeerAbortedError:
-            raise
         except BaseException as error:
-            if self._source.state not in (SourceState.COMMITTED, SourceState.DONE):
-                await self._connection.give_up(_told(error))
+            await self._give_up(error)
             raise
         return Report(
             arrived - stopped, trio.current_time() - begin, self._connection.sent, self._round
@@ -164,7 +167,7 @@ class Sender:
         self._tell(0, total)
         next_pages = partial(self._packer.next, left, skip_zeros=self._round == 1)
         while (packed := await in_thread(next_pages)) is not None:
-            self._demand_guest()
+            self._life.demand_meanwhile("migrate")
             await self._connection.say(self._source.pages(packed))
             now = trio.current_time()
             if delay := self._pace.delay(self._connection.sent - first, now - start):
@@ -172,12 +175,8 @@ class Sender:
             if now - told > _SAMPLE_SECONDS:
                 told = now
                 self._tell(total - len(left), len(left))
-        self._demand_guest()
+        self._life.demand_meanwhile("migrate")
         await self._connection.say(self._source.round(self._round))
-
-    def _demand_guest(self) -> None:
-        if self._has_ended():
-            raise MigrationError("the guest has ended before it could be handed over")
 
     def _tell(self, sent: int, left: int) -> None:
         pace = self._pace
@@ -197,24 +196,31 @@ class Sender:
     async def _hand_over(self) -> None:
         """From the standstill on."""
         try:
+            self._source.release()
             await self._let_go()
             # Not before: what somebody received of a console after that would come twice.
             state = await saved(self._parts)
             for frame in self._source.stated(await in_thread(encode, state)):
                 await self._connection.say(frame)
             await self._until(SourceState.READY)
-            self._demand_guest()
             await trio.lowlevel.checkpoint_if_cancelled()
+            self._life.hand_over()
         except BaseException as error:
-            # First: a destination that is ready holds what is to be taken back.
-            try:
-                if not isinstance(error, PeerAbortedError):
-                    await self._connection.give_up(_told(error))
-            finally:
-                await self._take_back()
+            await self._give_up(error)
             raise
         with trio.CancelScope(shield=True):
             await self._commit()
+
+    async def _give_up(self, error: BaseException) -> None:
+        """Undo what there is to be undone, if that may still be."""
+        self._source.give_up()
+        # First: a destination that is ready holds what is to be taken back.
+        try:
+            if self.state in _GIVEN_UP and not isinstance(error, PeerAbortedError):
+                await self._connection.give_up(_told(error))
+        finally:
+            if self.state is SourceState.TAKING_BACK:
+                await self._take_back()
 
     async def _let_go(self) -> None:
         try:
@@ -226,18 +232,21 @@ class Sender:
 
     async def _take_back(self) -> None:
         """Without what it has of this host the guest must not run on here."""
-        self.is_unsettled = True
         try:
             with trio.CancelScope(shield=True):
                 await self._acquire_again()
-            self.is_unsettled = False
+            self._source.take_back()
         except (ConfigError, OSError) as error:
             raise HandOverUnknownError(
                 f"the guest was not handed over, but it stays stopped: {error}"
             ) from error
         finally:
-            if self.is_unsettled:
-                self._coordinator.retain()
+            if self.state is SourceState.TAKING_BACK:
+                self._keep_stopped()
+
+    def _keep_stopped(self) -> None:
+        self._source.lose()
+        self._coordinator.retain()
 
     async def _acquire_again(self) -> None:
         give_up = trio.current_time() + _TAKE_BACK_SECONDS
@@ -252,33 +261,32 @@ class Sender:
                 return
 
     async def _commit(self) -> None:
-        why, given_up = f"no answer came for {self._options.answer_seconds} s", None
+        why = f"no answer came for {self._options.answer_seconds} s"
+        given_up: list[PeerAbortedError] = []
         try:
             with trio.move_on_after(self._options.answer_seconds):
                 await self._connection.say(self._source.commit())
                 await self._until(SourceState.DONE)
         except PeerAbortedError as error:  # who says so has not run the guest, and never will
-            given_up = error
+            given_up.append(error)
         except Exception as error:  # whatever a stream raises: COMMIT may have left
             why = str(error) or repr(error)
         finally:  # of an interrupted program, too
-            if self.is_done:
+            if self.state is SourceState.DONE:
                 self._coordinator.forsake()
-            elif given_up is None:
-                self.is_unsettled = True
-                self._coordinator.retain()
-            else:
+            elif self.state is SourceState.TAKING_BACK:
                 await self._take_back()
-        if self.is_done:
-            return
-        if given_up is not None:
-            raise given_up
-        raise HandOverUnknownError(
-            f"COMMIT was sent, then {why}: the guest runs at the destination, or nowhere. It "
-            "stays stopped here. Look whether it runs there; if so, end it here "
-            "(settle(runs_here=False)); only if it certainly does not and never will, let it run "
-            "on here (settle(runs_here=True))"
-        )
+            else:
+                self._keep_stopped()
+        if self.state is SourceState.ABORTED:
+            raise given_up[0]
+        if self.state is SourceState.UNKNOWN:
+            raise HandOverUnknownError(
+                f"COMMIT was sent, then {why}: the guest runs at the destination, or nowhere. It "
+                "stays stopped here. Look whether it runs there; if so, end it here "
+                "(settle(runs_here=False)); only if it certainly does not and never will, let it "
+                "run on here (settle(runs_here=True))"
+            )
 
 
 def _told(error: BaseException) -> str:

@@ -25,7 +25,7 @@ async def test_a_shape_that_never_leaves_kvm_run_is_said_to_be_impossible_in_tim
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(completion_report, "_PATIENCE_SECONDS", 0.5)
-    finding = examine_shape(Probe("1: jmp 1b", b"\xeb\xfe"))
+    finding = await examine_shape(Probe("1: jmp 1b", b"\xeb\xfe"))
     assert finding.error == "KVM_RUN does not return within 0.5 s"
     assert not finding.right
 
@@ -39,8 +39,8 @@ async def test_a_shape_that_this_kvm_does_not_offer_is_said_to_be_impossible(
     monkeypatch.setattr(
         System, "check", lambda system, name: 0 if name in lacking else check(system, name)
     )
-    assert examine_shape(kvms).error == "its KVM lacks KVM_CAP_EXIT_HYPERCALL"
-    assert examine_shape(xens).error == "its KVM lacks KVM_CAP_XEN_HVM"
+    assert (await examine_shape(kvms)).error == "its KVM lacks KVM_CAP_EXIT_HYPERCALL"
+    assert (await examine_shape(xens)).error == "its KVM lacks KVM_CAP_XEN_HVM"
 
 
 HERE = {
@@ -62,7 +62,7 @@ HERE = {
 @pytest.mark.lab
 @pytest.mark.parametrize("name", [n for n in arch.host().probe_names if "hypercall" not in n])
 async def test_what_an_uncompleted_exit_costs_is_as_documented(name: str) -> None:
-    finding = examine_shape(shape_of(name))
+    finding = await examine_shape(shape_of(name))
     assert finding.drained == "right"
     if name == "out imm8, al":
         # KVM's fast path leaves RIP at the instruction; this one interprets it.
@@ -74,7 +74,7 @@ async def test_what_an_uncompleted_exit_costs_is_as_documented(name: str) -> Non
 
 @pytest.mark.lab(only="stock")
 async def test_an_uncompleted_hypercall_is_lost_and_repeated() -> None:
-    finding = examine_shape(shape_of("hypercall"))
+    finding = await examine_shape(shape_of("hypercall"))
     assert (finding.exit, finding.error) == ("KVM_EXIT_HYPERCALL", "")
     assert "lost: the guest got 0x11" in finding.uncompleted
     assert "repeated: hypercall 12" in finding.uncompleted
@@ -83,7 +83,7 @@ async def test_an_uncompleted_hypercall_is_lost_and_repeated() -> None:
 
 @pytest.mark.lab(only="newer")
 async def test_an_uncompleted_hypercall_of_xens_is_lost_and_repeated() -> None:
-    finding = examine_shape(shape_of("Xen hypercall"))
+    finding = await examine_shape(shape_of("Xen hypercall"))
     assert (finding.exit, finding.error) == ("KVM_EXIT_XEN", "")
     assert "lost: the guest got 0x11" in finding.uncompleted
     assert "repeated: Xen hypercall 17" in finding.uncompleted

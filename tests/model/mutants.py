@@ -32,14 +32,17 @@ class Bug:
 
 _LOOK: Final = """\
             page.immediate_exit = 0
-            if self._spot.asked or self._stopping:
-                if self._needs_completion(status):
+            if spot.asked or spot.stopping:
+                self._state = _DRAINING
+                if status < 0 or self._needs_completion(status):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
-                if not self._stopping:
-                    self._spot.park()
-                if self._stopping:
+                if not spot.stopping:
+                    self._state = _PARKED
+                    spot.park()
+                if spot.stopping:
                     return
+                self._state = _RUNNING
 """
 _IS_OUTPUT: Final = """\
     match page.exit():
@@ -50,11 +53,7 @@ _IS_OUTPUT: Final = """\
     return False
 """
 _AWAIT: Final = """\
-            try:
-                await work
-            except BaseException:
-                self.failed = True
-                raise
+            await work  # where it fails, `_wind_up` finds its exit without an answer
 """
 _ANSWER: Final = """\
             mine = self._bridge.answer_and_poll(True)
@@ -62,7 +61,7 @@ _ANSWER: Final = """\
 _UNDO: Final = """\
             with trio.CancelScope(shield=True):
                 try:
-                    await self._run_on(quiesced)
+                    await self._run_on()
                 except Exception as failure:
                     # The guest runs on; why it was not paused is what is to be known.
                     logger.exception("a pause was given up, and on the way back:")
@@ -79,7 +78,7 @@ _DELIVER: Final = """\
 """
 _QUIESCE: Final = """\
             for device in self._devices:
-                quiesced.append(device)
+                self._quiesced.append(device)
                 self._enter(f"{device.name} has not finished what it has in flight")
                 await device.quiesce()
 """
@@ -176,8 +175,8 @@ BUGS: Final = (
         (
             (
                 "loop",
-                "            self._hand_over(pending)\n\n    def _hand_over",
-                "            pending.close()\n\n    def _hand_over",
+                "            self._hand_over(pending)\n\n    @in_thread\n    def _hand_over",
+                "            pending.close()\n\n    @in_thread\n    def _hand_over",
             ),
         ),
         "world",
@@ -229,8 +228,8 @@ BUGS: Final = (
                 "loop",
                 _LOOK,
                 _LOOK.replace("    page.immediate_exit = 0\n                if", "    if").replace(
-                    "                if self._stopping",
-                    "                page.immediate_exit = 0\n                if self._stopping",
+                    "                if spot.stopping",
+                    "                page.immediate_exit = 0\n                if spot.stopping",
                 ),
             ),
         ),
@@ -241,10 +240,11 @@ BUGS: Final = (
         (
             (
                 "loop",
-                "            if self._spot.asked or self._stopping:\n",
-                "            if self._stopping:\n"
+                "            if spot.asked or spot.stopping:\n                self._state",
+                "            if spot.stopping:\n"
                 "                return\n"
-                "            if self._spot.asked:\n",
+                "            if spot.asked:\n"
+                "                self._state",
             ),
         ),
         "world",
@@ -254,8 +254,8 @@ BUGS: Final = (
         (
             (
                 "loop",
-                "                if work is not None:\n                    self.failed = True\n",
-                "                if work is not None:\n",
+                "        self._state = _ABANDONED\n        if work is None:\n",
+                "        if work is None:\n",
             ),
         ),
         "failing world",
@@ -299,7 +299,7 @@ BUGS: Final = (
     ),
     Bug(
         "devices' resume is cut short by a cancellation",
-        (("migration", _UNDO, "            await self._run_on(quiesced)\n            raise\n"),),
+        (("migration", _UNDO, "            await self._run_on()\n            raise\n"),),
         "each checkpoint",
     ),
     Bug(
@@ -324,17 +324,17 @@ BUGS: Final = (
         (
             (
                 "migration",
-                "        try:\n            if self._standstill is None:",
+                "        try:\n            if self._stand is Stand.RUNS:",
                 "        self._holders += 1\n"
                 "        try:\n            self._holders -= 1\n"
-                "            if self._standstill is None:",
+                "            if self._stand is Stand.RUNS:",
             ),
             (
                 "migration",
-                "                self._standstill = await self._stand_still(waited_for)\n"
+                "                await self._stand_still(waited_for)\n"
                 "            self._holders += 1\n",
                 "                self._holders += 1\n"
-                "                self._standstill = await self._stand_still(waited_for)\n"
+                "                await self._stand_still(waited_for)\n"
                 "                self._holders -= 1\n"
                 "            self._holders += 1\n",
             ),

@@ -32,8 +32,8 @@ class ModelSpot:
         """The tests': called when `standing` has changed."""
         self._lot = lot
         self._parked = 0
-        self._stopping = False
-        model.wanted = lambda: lot.asked or self._stopping
+        self.stopping = False
+        model.wanted = lambda: lot.asked or self.stopping
 
     @property
     def asked(self) -> bool:
@@ -58,7 +58,7 @@ class ModelSpot:
         lot = self._lot
         with lot.changed:
             number = lot.round
-            if not lot.asked or self._stopping:
+            if not lot.asked or self.stopping:
                 return
             self._parked = number
             lot.ring_if_complete()
@@ -85,7 +85,7 @@ class ModelSpot:
 
     def stop(self) -> None:
         with self._lot.changed:
-            self._stopping = True
+            self.stopping = True
         if not self.gone:
             self._lot.kick(self)
         with self._lot.changed:
@@ -128,7 +128,7 @@ class ModelLot:
 
     def release(self) -> None:
         for spot in self.spots:
-            spot.model.asked = spot._stopping
+            spot.model.asked = spot.stopping
         with self.changed:
             self.asked = False
             self.round += self.round & 1

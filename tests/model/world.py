@@ -153,6 +153,24 @@ class WatchedBridge(Bridge):
         super().close()
 
 
+def watched(loop: Any, broken: Callable[[str], None], steps: set[tuple[str, str]]) -> type:
+    """The `VcpuLoop` of this module, held against its own table: each step from a state to the
+    next must be in it, and be made by the side that it names. `steps` gets those that were made.
+    """
+
+    class Watched(loop.VcpuLoop):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "_state" and name in vars(self):
+                before, thread = vars(self)[name], threading.current_thread().name
+                side = loop.Side.THREAD if thread == f"avmm vCPU {self.index}" else loop.Side.TASK
+                if loop.TRANSITIONS[before].get(value) is not side:
+                    broken(f"vCPU {self.index}: {side.value} makes {value} of {before}")
+                steps.add((before.name, value.name))
+            super().__setattr__(name, value)
+
+    return Watched
+
+
 @dataclass
 class Snapshot:
     """What was saved at a standstill."""
@@ -198,7 +216,7 @@ class Cpu:
     @property
     def may_have_ended(self) -> bool:
         """Has anybody asked it to?"""
-        return self.loop._stopping or self.scope.cancel_called
+        return self.loop._spot.stopping or self.scope.cancel_called
 
 
 class World:
@@ -227,6 +245,9 @@ class World:
         self.quiesce_gates: list[trio.Event] = []
         self.quiesce_manner: list[str] = []
         self.cpus: list[Cpu] = []
+        self.state_steps: set[tuple[str, str]] = set()
+        """What the vCPUs have gone from, and to (`VcpuState`)."""
+        self._loop = watched(code.loop, self.broken, self.state_steps)
         self._onto = buses()
         decide = policy(code, believes)
         models = [ModelVcpu(index, program, host) for index, program in enumerate(programs)]
@@ -267,7 +288,7 @@ class World:
         real = loop_module.Bridge
         loop_module.Bridge = bridge
         try:
-            loop = loop_module.VcpuLoop(model, exits, decide, spot)
+            loop = self._loop(model, exits, decide, spot)
         finally:
             loop_module.Bridge = real
         cpu = Cpu(model, board, devices, gate, loop, made[0], oracle(program, index), program)
@@ -287,7 +308,7 @@ class World:
             return
         for _ in range(far):
             cpu.gate.settle(or_dying=True)  # it may just have been let go
-            if cpu.loop._stopping or not cpu.gate.let_on():
+            if cpu.loop._spot.stopping or not cpu.gate.let_on():
                 break
         cpu.gate.settle(or_dying=True)
 

@@ -18,12 +18,11 @@ from support.previous import previous_description
 
 import avmm
 from avmm.bus.space import Placement
-from avmm.config import HostSettings
+from avmm.config import HostSettings, MachineConfig
 from avmm.disks import DiskOptions
 from avmm.errors import ConfigError, MigrationError, StateError
-from avmm.machine import Machine
 from avmm.memory.ram import GuestMemory
-from avmm.parts import Origin, description
+from avmm.parts import Origin, build, description, dismantle
 
 pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
 
@@ -56,16 +55,17 @@ def good(kvm: None, tmp_path_factory: pytest.TempPathFactory) -> Good:
     }
 
     async def make() -> Good:
-        parts = await Machine(
+        config = MachineConfig.make(
             memory="4M",
             cpus=2,
             rng=True,
             balloon=True,
             roms=[(0xF000_0000, folder / "rom")],
             **links,
-        ).prepare()
+        )
+        parts = await build(config)
         told = parts.describe()
-        parts.close()
+        await dismantle(parts)
         return Good(told, links, parts.places)
 
     return trio.run(make)
@@ -259,7 +259,7 @@ async def refused_before_memory(spoil: Callable[[dict[str, Any]], None], why: st
     """The guest asks for what this host lacks: it is told of it, and runs on."""
     line = Line(Fault())
     async with line.open(), avmm.Machine(memory="8M", cpus=2) as vm:
-        parts = vm._running
+        parts = vm._inside.parts
         parts.needs = copy.deepcopy(parts.needs)
         spoil(parts.needs[1])
         async with trio.open_nursery() as nursery:
@@ -380,8 +380,7 @@ async def prepared(told: Any, links: HostSettings) -> None:
     described = description.read(told, links)
     size = described.config.memory
     origin = Origin(None, lambda layout: GuestMemory(size, layout=layout), described, standby=True)
-    parts = await Machine.from_origin(origin, described.config, (), None).prepare()
-    parts.close()
+    await dismantle(await build(described.config, origin=origin))
 
 
 async def test_a_good_one_makes_a_machine(good: Good) -> None:

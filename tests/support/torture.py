@@ -181,7 +181,7 @@ async def run_until(options: argparse.Namespace, stop: int) -> Any:
                     states.append(vm.save())
 
             nursery.start_soon(pause)
-            while not vm._parts.group._lot.asked:
+            while not vm._inside.parts.group._lot.asked:
                 await trio.lowlevel.checkpoint()
             shared.asked.set()
     judge(options, vm)
@@ -203,7 +203,7 @@ async def wanted(shared: Accesses, vm: avmm.Machine) -> None:
 
 def judge(options: argparse.Namespace, vm: Any) -> None:
     """With `--capability`, the kernel's flag has decided until the end."""
-    policy = vm._parts.policy
+    policy = vm._inside.parts.policy
     if options.capability is not None and not policy.by_flag:
         raise RuntimeError(f"the flag does not decide, but {policy.describe()}")
 

@@ -138,7 +138,7 @@ def stream_of(end: socket.socket) -> trio.SocketStream:
 
 
 async def answer_at_pause(vm: avmm.Machine, windows: Windows) -> None:
-    while not vm._parts.group._lot.asked:
+    while not vm._inside.parts.group._lot.asked:
         await trio.lowlevel.checkpoint()
     windows.shared.asked.set()
 

@@ -45,17 +45,17 @@ def _tell_threads() -> None:
 
 
 def _tell_machine(vm: Any) -> None:
-    parts = vm._parts
-    if parts is None or parts.group is None:
-        print("a machine without parts", file=sys.stderr)
+    inside = getattr(vm, "_inside", None)
+    if inside is None:
+        print(f"a machine: {vm.state}", file=sys.stderr)
         return
-    asked = parts.group._lot.asked
-    print(f"a machine: asked to park: {asked}, outcomes {vm._outcomes}", file=sys.stderr)
+    asked = inside.parts.group._lot.asked
+    print(f"a machine: {vm.state}, asked to park: {asked}", file=sys.stderr)
     threads = {thread.name: thread for thread in threading.enumerate()}
-    for loop in parts.group.loops:
+    for loop in inside.parts.group.loops:
         page = loop._vcpu.page
         print(
-            f"vCPU {loop.index}: parked {loop._spot.is_parked}, immediate_exit "
+            f"vCPU {loop.index}: {loop.state}, parked {loop.is_parked}, immediate_exit "
             f"{page.immediate_exit}, exit_reason {page.exit_reason}, flags {page.flags:#x}, "
             f"work {loop._work!r}",
             file=sys.stderr,

@@ -190,7 +190,7 @@ async def test_output_at_the_standstill_is_read_on_one_side_alone() -> None:
         trio.open_nursery() as nursery,
     ):
         await said(vm, b"avmm> ")
-        last_word.serial = vm._running.serial
+        last_word.serial = vm._inside.parts.serial
 
         async def read() -> None:
             got.extend([bytes(data) async for data in vm.console])

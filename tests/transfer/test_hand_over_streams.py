@@ -105,12 +105,12 @@ async def test_a_released_console_moves_nothing_until_it_is_taken_back(
             heard.append(await read_until(stream, b"\ntwo\r\n"))
 
         async with vm.paused(deadline=10):
-            await vm._running.release()
+            await vm._inside.parts.release()
             nursery.start_soon(listen)
             nursery.start_soon(stream.send_all, b"echo two\r")
             await wait_all_tasks_blocked(0.2)
             assert stream.accepted == 0 and not heard
-            await vm._running.acquire()
+            await vm._inside.parts.acquire()
     assert b"\none\r\n" in heard[0]
 
 
@@ -130,12 +130,11 @@ async def test_a_console_that_is_released_when_the_guest_goes_has_ended(
             assert stream.accepted == 0
 
         async with vm.paused(deadline=10):
-            await vm._running.release()
+            await vm._inside.parts.release()
             nursery.start_soon(listen)
             nursery.start_soon(send)
             await wait_all_tasks_blocked(0.2)
-            assert vm._coordinator is not None
-            vm._coordinator.forsake()  # as when it runs elsewhere
+            vm._inside.coordinator.forsake()  # as when it runs elsewhere
             vm.stop()
 
 

@@ -18,7 +18,7 @@ from support.faults import KINDS, Fault, Line, Message, MessageKind, Way
 
 import avmm
 from avmm.disks import RawDisk
-from avmm.errors import ConfigError, HandOverUnknownError, MigrationError
+from avmm.errors import ConfigError, HandOverUnknownError, MigrationError, RunstateError
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -126,9 +126,9 @@ class Trial:
             await ended.wait()
             assert not self.arrived, "it runs on both sides"
             return
-        assert vm._coordinator is not None
-        assert vm._coordinator.is_paused
-        with pytest.raises(MigrationError, match="settle"):
+        assert vm.is_paused
+        assert vm.state is avmm.Runstate.UNSETTLED
+        with pytest.raises(RunstateError, match=r"^migrate: this machine .* waits for settle\(\)"):
             await vm.migrate(trio.testing.memory_stream_pair()[0])
         async with trio.open_nursery() as nursery:
 

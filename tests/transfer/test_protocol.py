@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,6 +15,11 @@ from avmm.memory.pages import PAGE, Packed
 from avmm.plain import encode
 from avmm.transfer.frames import Buffer, Encoder, MessageKind
 from avmm.transfer.protocol import (
+    DESTINATION_DOES,
+    DESTINATION_HEARS,
+    SOURCE_DOES,
+    SOURCE_HEARS,
+    Act,
     Commit,
     Destination,
     DestinationState,
@@ -34,6 +40,18 @@ def joined(buffers: list[Buffer]) -> bytes:
     return b"".join(bytes(buffer) for buffer in buffers)
 
 
+HAS_COMMITTED = {SourceState.COMMITTED, SourceState.DONE, SourceState.UNKNOWN}
+STOPPED_HERE = HAS_COMMITTED | {SourceState.TAKING_BACK}
+HELD_THERE = {
+    DestinationState.ACQUIRED,
+    DestinationState.READY,
+    DestinationState.COMMITTED,
+    DestinationState.DONE,
+}
+NOT_HEARD_HERE = {SourceState.TAKING_BACK, SourceState.ABORTED, SourceState.UNKNOWN}
+NOT_HEARD_THERE = {DestinationState.ABORTED, DestinationState.LETTING_GO}
+
+
 class Conversation(RuleBasedStateMachine):
     """Both sides do what they may at any time, and the line delivers whichever prefix it likes."""
 
@@ -44,65 +62,117 @@ class Conversation(RuleBasedStateMachine):
         self.pages = 0
         self.may_run_there = False
 
-    # The source may run the guest for as long as it has not said COMMIT.
-
     @invariant()
     def at_most_one_may_run(self) -> None:
-        here = self.source.state not in (SourceState.COMMITTED, SourceState.DONE)
-        assert not (here and self.may_run_there)
+        assert not (self.source.state not in STOPPED_HERE and self.may_run_there)
 
     @invariant()
     def the_destination_knows_no_more_than_the_source_has_said(self) -> None:
         if self.destination.state in (DestinationState.COMMITTED, DestinationState.DONE):
-            assert self.source.state in (SourceState.COMMITTED, SourceState.DONE)
+            assert self.source.state in HAS_COMMITTED
         if self.source.state is SourceState.DONE:
             assert self.destination.state is DestinationState.DONE
 
-    @rule(choice=st.sampled_from(["hello", "offer", "pages", "round", "stated", "commit"]))
+    @invariant()
+    def what_is_held_there_was_released_here(self) -> None:
+        if self.destination.state in HELD_THERE:
+            assert self.source.state in {
+                SourceState.STATED,
+                SourceState.READY,
+                SourceState.TAKING_BACK,
+                *HAS_COMMITTED,
+            }
+
+    @rule()
+    def the_source_gives_up(self) -> None:
+        before = self.source.state
+        self.source.give_up()
+        assert (self.source.state is before) == (Act.GIVE_UP not in SOURCE_DOES[before])
+        if self.source.state is not before:
+            self.there += joined(self.source.abort("no"))
+
+    @rule()
+    def the_destination_gives_up(self) -> None:
+        before = self.destination.state
+        self.destination.give_up()
+        is_too_late = before in (DestinationState.COMMITTED, DestinationState.DONE)
+        is_over = before in (DestinationState.ABORTED, DestinationState.LETTING_GO)
+        assert (self.destination.state is before) == (is_too_late or is_over)
+        if not is_too_late and not is_over:
+            if before in HELD_THERE:
+                with pytest.raises(ProtocolError, match="the destination is in LETTING_GO"):
+                    self.destination.abort("no")
+                self.destination.let_go()
+            self.back += joined(self.destination.abort("no"))
+
+    @precondition(lambda self: self.source.state is SourceState.TAKING_BACK)
+    @rule()
+    def the_source_takes_back(self) -> None:
+        if self.destination.state in HELD_THERE:
+            self.source.lose()
+        else:
+            self.source.take_back()
+
+    @precondition(lambda self: self.source.state is SourceState.COMMITTED)
+    @rule()
+    def no_answer_comes(self) -> None:
+        self.source.lose()
+
+    @rule(
+        choice=st.sampled_from(
+            ["hello", "offer", "pages", "round", "stand still", "release", "stated", "commit"]
+        )
+    )
     def source_says(self, choice: str) -> None:
         allowed = {
-            "hello": SourceState.NEW,
-            "offer": SourceState.AGREED,
-            "commit": SourceState.READY,
-        }.get(choice, SourceState.COPYING)
+            "hello": [SourceState.NEW],
+            "offer": [SourceState.AGREED],
+            "stand still": [SourceState.COPYING],
+            "release": [SourceState.STANDING],
+            "stated": [SourceState.RELEASED],
+            "commit": [SourceState.READY],
+        }.get(choice, [SourceState.COPYING, SourceState.STANDING])
         source = self.source
         say: dict[str, Any] = {
             "hello": source.hello,
             "offer": lambda: source.offer(encode({"a": 1})),
             "pages": lambda: source.pages(PACKED),
             "round": lambda: source.round(3),
-            "stated": lambda: [part for frame in source.stated(STATE) for part in frame],
+            "stand still": lambda: source.stand_still() or [],
+            "release": lambda: source.release() or [],
+            "stated": lambda: [part for frame in source.stated({"s": b"x" * 9}) for part in frame],
             "commit": source.commit,
         }
         before = source.state
-        if before is allowed:
+        if before in allowed:
             self.there += joined(say[choice]())
         else:
             with pytest.raises(ProtocolError, match="the source is in"):
                 say[choice]()
             assert source.state is before
 
-    @rule(choice=st.sampled_from(["accept", "ready", "running"]))
+    @rule(choice=st.sampled_from(["accept", "acquire", "ready", "running"]))
     def destination_says(self, choice: str) -> None:
         allowed = {
             "accept": DestinationState.OFFERED,
-            "ready": DestinationState.STATED,
+            "acquire": DestinationState.STATED,
+            "ready": DestinationState.ACQUIRED,
             "running": DestinationState.COMMITTED,
         }[choice]
         before = self.destination.state
         if before is allowed:
-            self.back += joined(getattr(self.destination, choice)())
+            self.back += joined(getattr(self.destination, choice)() or [])
         else:
             with pytest.raises(ProtocolError, match="the destination is in"):
                 getattr(self.destination, choice)()
             assert self.destination.state is before
 
-    @precondition(lambda self: self.there)
+    @precondition(lambda self: self.there and self.destination.state not in NOT_HEARD_THERE)
     @rule(length=st.integers(1, 200) | st.just(1 << 20))
     def deliver_there(self, length: int) -> None:
         self.destination.feed(self.there[:length])
         self.there = self.there[length:]
-        while (taken := self.destination.next()) is not None:
+        while (taken := self._there()) is not None:
             event, answer = taken
             self.back += joined(answer)
             if isinstance(event, Commit):
@@ -112,13 +182,23 @@ class Conversation(RuleBasedStateMachine):
             elif isinstance(event, Offer | State):
                 assert event in (Offer({"a": 1}), State({"s": b"x" * 9}))
 
-    @precondition(lambda self: self.back)
+    def _there(self) -> Any:
+        try:
+            return self.destination.next()
+        except PeerAbortedError:
+            if self.destination.state is DestinationState.LETTING_GO:
+                self.destination.let_go()
+            assert self.destination.state is DestinationState.ABORTED
+            return None
+
+    @precondition(lambda self: self.back and self.source.state not in NOT_HEARD_HERE)
     @rule(length=st.integers(1, 200))
     def deliver_back(self, length: int) -> None:
         self.source.feed(self.back[:length])
         self.back = self.back[length:]
-        while self.source.next():
-            pass
+        with suppress(PeerAbortedError):
+            while self.source.next():
+                pass
 
 
 TestConversation = Conversation.TestCase
@@ -157,19 +237,29 @@ class Peer:
 def source_in(state: SourceState) -> tuple[Source, Peer]:
     source = Source(IDENTITY)
     peer = Peer(source)
+    after = {
+        SourceState.TAKING_BACK: (SourceState.READY, [source.give_up]),
+        SourceState.ABORTED: (SourceState.NEW, [source.give_up]),
+        SourceState.UNKNOWN: (SourceState.COMMITTED, [source.lose]),
+    }
+    first, more = after.get(state, (state, []))
     steps: list[Any] = [
         source.hello,
         lambda: peer.say(MessageKind.HELLO),
-        lambda: source.offer(encode({})),
+        lambda: source.offer({}),
         lambda: peer.say(MessageKind.ACCEPT),
-        lambda: list(source.stated(encode({}))),
+        source.stand_still,
+        source.release,
+        lambda: list(source.stated({})),
         lambda: peer.say(MessageKind.READY),
         source.commit,
         lambda: peer.say(MessageKind.RUNNING),
     ]
     for step in steps:
-        if source.state is state:
+        if source.state is first:
             break
+        step()
+    for step in more:
         step()
     assert source.state is state
     return source, peer
@@ -178,18 +268,26 @@ def source_in(state: SourceState) -> tuple[Source, Peer]:
 def destination_in(state: DestinationState) -> tuple[Destination, Peer]:
     destination = Destination()
     peer = Peer(destination)
+    after = {
+        DestinationState.LETTING_GO: (DestinationState.READY, [destination.give_up]),
+        DestinationState.ABORTED: (DestinationState.NEW, [destination.give_up]),
+    }
+    first, more = after.get(state, (state, []))
     steps: list[Any] = [
         lambda: peer.say(MessageKind.HELLO),
         lambda: peer.say(MessageKind.OFFER),
         destination.accept,
         lambda: (peer.say(MessageKind.STATE), peer.say(MessageKind.STATE_END)),
+        destination.acquire,
         destination.ready,
         lambda: peer.say(MessageKind.COMMIT),
         destination.running,
     ]
     for step in steps:
-        if destination.state is state:
+        if destination.state is first:
             break
+        step()
+    for step in more:
         step()
     assert destination.state is state
     return destination, peer
@@ -220,6 +318,24 @@ def test_each_frame_comes_in_its_state_only(state: SourceState | DestinationStat
         side, peer = source_in(state) if isinstance(state, SourceState) else destination_in(state)
         with pytest.raises(PeerAbortedError, match="gave up: no room"):
             peer.say(MessageKind.ABORT, encode({"why": "no room"}))
+        hears = SOURCE_HEARS if isinstance(state, SourceState) else DESTINATION_HEARS
+        assert side.state is hears[state].get(MessageKind.ABORT, state)
+
+
+@pytest.mark.parametrize(
+    ("does", "hears"),
+    [(SOURCE_DOES, SOURCE_HEARS), (DESTINATION_DOES, DESTINATION_HEARS)],
+    ids=["source", "destination"],
+)
+def test_the_tables_are_whole_and_lead_everywhere(does: Any, hears: Any) -> None:
+    states = set(type(next(iter(does))))
+    assert set(does) == set(hears) == states
+    reached, new = set(), {next(iter(does))}
+    while new:
+        reached |= new
+        new = {after for one in new for after in (*does[one].values(), *hears[one].values())}
+        new -= reached
+    assert reached == states
 
 
 def test_a_reason_has_no_commands_for_a_terminal() -> None:
@@ -231,7 +347,10 @@ def test_a_reason_has_no_commands_for_a_terminal() -> None:
 
 def test_a_reason_may_hold_what_is_no_text() -> None:
     source, peer = source_in(SourceState.OFFERED)
-    peer.side.feed(joined(Destination().abort("disk /a\udcffb: in use")))
+    gone = Destination()
+    gone.give_up()
+    peer.side.feed(joined(gone.abort("disk /a\udcffb: in use")))
+    source.give_up()
     told = joined(source.abort("x" * 100_000))
     assert len(told) < 5000
 
@@ -354,7 +473,7 @@ def test_a_state_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     peer.say(MessageKind.STATE, bytes(60))
     with pytest.raises(ProtocolError, match="more than 100 bytes"):
         peer.say(MessageKind.STATE, bytes(60))
-    source, _ = source_in(SourceState.COPYING)
+    source, _ = source_in(SourceState.RELEASED)
     with pytest.raises(ProtocolError, match="at most 100 can go"):
         list(source.stated(encode({"a": bytes(200)})))
 

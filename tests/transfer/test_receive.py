@@ -339,6 +339,8 @@ class Forgetful:
                     side.feed(line.recv(1 << 20))
                     continue
                 event, answer = taken
+                if isinstance(event, State):
+                    side.acquire()
                 say: dict[type, Any] = {Offer: side.accept, State: side.ready}
                 if type(event) in say:
                     answer = say[type(event)]()

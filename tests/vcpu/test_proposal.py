@@ -16,6 +16,7 @@ from support.guest import EXIT, machine
 import avmm
 from avmm import Call, Device
 from avmm.kvm import System, Vcpu, constants
+from avmm.machine import machine_of
 from avmm.memory.ram import GuestMemory
 from avmm.parts import Parts
 from avmm.vcpu.completion import NEEDS_COMPLETION, CompletionPolicy
@@ -72,7 +73,7 @@ async def test_a_kernel_that_lies_is_caught_and_named(
     echo = Echo()
     config = {"devices": [avmm.pio(echo, 0x300, 4)], "completion_capability": OTHER}
     async with machine(tmp_path, ECHO, **config) as vm:
-        policy = vm._running.policy
+        policy = vm._inside.parts.policy
         assert policy.describe() == f"the kernel's flag (capability {OTHER})"
         await pauses(vm, echo, lambda: policy.lie)
         assert policy.describe().startswith("the documented list (KVM_RUN_NEEDS_COMPLETION")
@@ -85,14 +86,14 @@ async def test_a_kernel_that_lies_is_caught_and_named(
 async def test_the_number_alone_is_not_believed(tmp_path: Path) -> None:
     assert announces(PROPOSED)
     async with machine(tmp_path, "1: pause; jmp 1b") as vm:
-        assert vm._running.policy.describe() == "the documented list"
+        assert vm._inside.parts.policy.describe() == "the documented list"
 
 
 @proposing
 async def test_the_kernel_proves_itself(tmp_path: Path) -> None:
     echo = Echo()
     async with machine(tmp_path, ECHO, devices=[avmm.pio(echo, 0x300, 4)]) as vm:
-        policy = vm._running.policy
+        policy = vm._inside.parts.policy
         await pauses(vm, echo, lambda: policy.by_flag)
         assert policy.describe() == "the kernel's flag (proved)"
     assert echo.seen == list(range(len(echo.seen)))
@@ -120,7 +121,7 @@ class Gated(Device):
 
 
 class Entries:
-    """How often a machine's only vCPU was entered, by its loop or to complete an exit."""
+    """How often the only vCPU of these parts was entered, by its loop or to complete an exit."""
 
     def __init__(self, parts: Parts) -> None:
         self.count = 0
@@ -147,7 +148,7 @@ class Entries:
                     device.close()
 
             nursery.start_soon(pause)
-            while not vm._running.group._lot.asked:
+            while not vm._inside.parts.group._lot.asked:
                 await trio.lowlevel.checkpoint()
             device.open.set()
         return entries[0]
@@ -176,8 +177,9 @@ async def test_an_output_that_the_kernel_is_through_with_is_not_entered_for_agai
         jmp 2b
     """
     vm = machine(tmp_path, code, devices=[avmm.pio(device, 0x300, 1)], **config)
-    entries = Entries(await vm.prepare())
-    async with vm:
+    parts = await vm._build()
+    entries = Entries(parts)  # before its vCPU's thread begins
+    async with machine_of(parts, vm._life) as vm:
         for _ in range(3):
             assert await entries.until_parked(vm, device) == 2
             for _ in range(3):
@@ -268,7 +270,7 @@ async def test_a_hypercall_that_a_pause_catches_is_neither_lost_nor_repeated(
                     states.append(vm.save())
 
             nursery.start_soon(pause)
-            while not vm._running.group._lot.asked:
+            while not vm._inside.parts.group._lot.asked:
                 await trio.lowlevel.checkpoint()
             go_on.set()
     async with machine(tmp_path, code, state=states[0], **config) as vm:

@@ -103,7 +103,7 @@ async def test_a_xen_hypercall_that_a_pause_catches_is_neither_lost_nor_repeated
                     states.append(vm.save())
 
             nursery.start_soon(pause)
-            while not vm._running.group._lot.asked:
+            while not vm._inside.parts.group._lot.asked:
                 await trio.lowlevel.checkpoint()
             go_on.set()
     async with machine(tmp_path, code, state=states[0], **config) as vm:

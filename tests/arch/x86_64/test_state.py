@@ -405,7 +405,7 @@ async def test_tscs_keep_their_distance(tmp_path: Path) -> None:
     ahead = 1000 * state["vcpus"][1]["tsc_khz"]
     state["vcpus"][1]["tsc_offset"] = (offsets[1] + ahead) % (1 << 64)
     async with machine(tmp_path, COUNT_CYCLES, cpus=3, state=state) as vm:
-        loaded = [vcpu.tsc_offset() for vcpu in vm._running.vcpus]
+        loaded = [vcpu.tsc_offset() for vcpu in vm._inside.parts.vcpus]
     if not any(loaded):
         pytest.skip("this KVM gives guests the host's TSC")
     saved = [vcpu["tsc_offset"] for vcpu in state["vcpus"]]
