@@ -34,8 +34,6 @@ GIVEN = (avmm.Listener, avmm.VsockListener)
 """Those of them that users do not make."""
 EXPORTED = {name: getattr(avmm, name) for name in avmm.__all__}
 FUNCTIONS = [value for value in EXPORTED.values() if inspect.isfunction(value)]
-OWN = {"Machine.from_origin", "Machine.prepare"}
-"""Entries of avmm's own that are about to leave their class."""
 
 
 def methods(kind: type) -> Iterator[Callable[..., Any]]:
@@ -44,7 +42,7 @@ def methods(kind: type) -> Iterator[Callable[..., Any]]:
             continue
         found = member.fget if isinstance(member, property) else member
         found = getattr(found, "__func__", found)
-        if inspect.isfunction(found) and found.__qualname__ not in OWN:
+        if inspect.isfunction(found):
             yield found
 
 

@@ -23,7 +23,7 @@ from avmm.cli.restore import command as restore
 from avmm.cli.run import command as run
 from avmm.config import SETTINGS, HostSettings, MachineConfig, Settings, demand_hosts, read_toml
 from avmm.errors import ConfigError
-from avmm.machine import Machine
+from avmm.parts import build
 from avmm.settings import ChoiceKind, FlagKind, ListKind, Setting, Side
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +146,7 @@ def test_who_takes_a_guest_over_chooses_what_is_the_hosts(
 
 @pytest.mark.usefixtures("kvm")
 async def test_a_description_tells_what_the_guest_has_seen_and_what_the_host_has_chosen() -> None:
-    parts = await Machine(unclaimed="error", debug_exit=None).prepare()
+    parts = await build(MachineConfig.make(unclaimed="error", debug_exit=None))
     try:
         told = parts.describe()
     finally:

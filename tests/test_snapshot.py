@@ -266,7 +266,8 @@ async def test_one_of_the_previous_version_is_refused_before_anything_is_opened(
     rewrite(snap, {"description": previous_description(opened.description), "state": state})
     disk.unlink()
     with pytest.raises(StateError, match=r"^the machine's description has version 1, expected 2$"):
-        avmm.restore(snap, **devices)
+        async with avmm.restore(snap, **devices):
+            pytest.fail("it was taken")
     disk.write_bytes(bytes(4096))
     rewrite(snap, {"description": opened.description, "state": state})
     with pytest.raises(StateError, match=r"^the machine's state has version 1, expected 2$"):
@@ -297,13 +298,14 @@ async def test_what_is_missing_is_asked_for_and_nothing_is_left_open(tmp_path: P
         ({"disks": [f"{disk},ro"], "vsock": "cid=3"}, "as writable"),
         ({"disks": [f"{disk},overlay"], "vsock": "cid=3"}, "is no overlay"),
         (settings | {"net": ["tap=x"]}, "0 network devices"),
-        (settings | {"cpus": 2}, "cpus: the guest has seen it"),
     ):
         machine = avmm.restore(snap, **given)
         with pytest.raises(ConfigError, match=why):
             async with machine:
                 pytest.fail(f"{given} was taken")
         assert machine.state is avmm.Runstate.FAILED
+    with pytest.raises(ConfigError, match="cpus: the guest has seen it"):
+        avmm.restore(snap, **settings | {"cpus": 2})
     await runs(snap, **settings)
 
 

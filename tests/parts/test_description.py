@@ -283,7 +283,7 @@ async def test_a_guest_of_the_previous_version_is_refused_before_any_memory(
 ) -> None:
     line = Line(Fault())
     async with line.open(), avmm.Machine(memory="8M") as vm:
-        parts = vm._running
+        parts = vm._inside.parts
         told = previous_description(parts.describe())
         monkeypatch.setattr(parts, "describe", lambda: told)
         why = "the machine's description has version 1, expected 2"

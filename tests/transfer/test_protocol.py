@@ -140,7 +140,7 @@ class Conversation(RuleBasedStateMachine):
             "round": lambda: source.round(3),
             "stand still": lambda: source.stand_still() or [],
             "release": lambda: source.release() or [],
-            "stated": lambda: [part for frame in source.stated({"s": b"x" * 9}) for part in frame],
+            "stated": lambda: [part for frame in source.stated(STATE) for part in frame],
             "commit": source.commit,
         }
         before = source.state
@@ -246,11 +246,11 @@ def source_in(state: SourceState) -> tuple[Source, Peer]:
     steps: list[Any] = [
         source.hello,
         lambda: peer.say(MessageKind.HELLO),
-        lambda: source.offer({}),
+        lambda: source.offer(encode({})),
         lambda: peer.say(MessageKind.ACCEPT),
         source.stand_still,
         source.release,
-        lambda: list(source.stated({})),
+        lambda: list(source.stated(encode({}))),
         lambda: peer.say(MessageKind.READY),
         source.commit,
         lambda: peer.say(MessageKind.RUNNING),
