@@ -632,7 +632,7 @@ async def test_no_snapshot_takes_a_migrations_pages(pair: Pair, tmp_path: Path) 
             there = Destination(nursery, pair[1])
 
             async def copy(progress: object) -> None:
-                with pytest.raises(AvmmError, match="copied already"):
+                with pytest.raises(AvmmError, match="already being copied"):
                     await vm.snapshot(tmp_path / "snap")
                 with pytest.raises(MigrationError, match="migrated already"):
                     await vm.migrate(pair[0])
