@@ -26,21 +26,21 @@ class EventDoorbell:
     `avmm.devices.base.Doorbell`."""
 
     def __init__(self, watches: list[Watch]) -> None:
-        """`watches`: the writes that KVM is to take, once there is a VM (`connect`)."""
+        """`watches` are the writes that KVM should handle once there is a VM (`connect`)."""
         self._fd = eventfd()
         self._watches = watches
 
     def connect(self, vm: Vm) -> None:
-        """Let KVM ring it, where this KVM can; elsewhere such writes reach the device."""
+        """Have KVM ring it, if this KVM can. Otherwise such writes reach the device."""
         for watch in self._watches:
             vm.ioeventfd(self._fd, watch.address, watch.size, watch.value, port=watch.is_port)
 
     def ring(self) -> None:
-        """Any thread."""
+        """Ring it. Any thread may call this."""
         os.eventfd_write(self._fd, 1)
 
     async def wait(self) -> None:
-        """Return once it was rung since the last return."""
+        """Return once it has been rung since the last return."""
         while True:
             await trio.lowlevel.wait_readable(self._fd)
             try:
@@ -50,7 +50,7 @@ class EventDoorbell:
             return
 
     def close(self) -> None:
-        """After all vCPUs and tasks have ended; idempotent."""
+        """Close the eventfd. Call it after all vCPUs and tasks have ended; idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,4 +1,4 @@
-"""What one device gets from the machine that it is part of: `avmm.devices.base.Host`, in fact."""
+"""The implementation of `avmm.devices.base.Host`: what one device gets from its machine."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class DeviceHost:
         self.lock: AbstractContextManager[Any] = device_lock()
         self.posted: PostedWrites | None = None
         self.has_tasks = False
-        """Has the device taken its nursery? Then it may have started tasks."""
+        """Has the device used its nursery? If so, it may have started tasks."""
         self._nursery: trio.Nursery | None = None
 
     @property
     def nursery(self) -> trio.Nursery:
-        """The machine's; `AvmmError` before it runs."""
+        """The machine's nursery. Raises `AvmmError` before the machine runs."""
         if self._nursery is None:
             raise AvmmError("the machine does not run yet: it has no nursery")
         self.has_tasks = True
         return self._nursery
 
     def start(self, nursery: trio.Nursery) -> None:
-        """The machine runs, in this nursery."""
+        """Say that the machine runs, in this nursery."""
         self._nursery = nursery
 
     def wakeup(self) -> TaskWakeup:

@@ -1,15 +1,15 @@
 """Interrupts as a device sees them: a line to an interrupt controller, or a message (MSI).
 
-A line is an eventfd that the kernel listens to (irqfd), so raising it is a write of eight bytes
-from whichever thread: no vCPU, no lock and no exit is involved. A line is an edge interrupt: the
-guest is interrupted when it goes from low to high.
+A line is an eventfd that the kernel listens to (irqfd), so to raise it, any thread writes eight
+bytes. No vCPU, no lock and no exit is involved. A line is an edge interrupt: the guest is
+interrupted when it goes from low to high.
 
-A message is one ioctl (KVM_SIGNAL_MSI), which needs no route of its own. A route for an irqfd
-would make each message as cheap as a line, but setting one replaces KVM's whole table and waits
-for the kernel's grace period, which is many times what an ioctl costs.
+A message is one ioctl (KVM_SIGNAL_MSI), which needs no route of its own. With a route for an
+irqfd, a message would be as cheap as a line. But setting a route replaces KVM's whole table and
+waits for a grace period of the kernel, which takes many times as long as an ioctl.
 
-Interrupt numbers are KVM's GSIs. Which of them are input pins that a device can drive is the
-architecture's matter (`Pins`).
+Interrupt numbers are KVM's GSIs. The architecture says which of them are input pins that a device
+can drive (`Pins`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Pins:
 
     count: int
     reserved: Mapping[int, str] = field(default_factory=dict)
-    """Pins that no device may drive, with whom they belong to."""
+    """Pins that no device may drive, each with its owner."""
 
     def demand(self, gsi: int, owner: str) -> None:
-        """Raise `ConfigError`, naming `owner`, where a device cannot have this pin."""
+        """Raise `ConfigError`, which names `owner`, if a device cannot have this pin."""
         if 0 <= gsi < self.count and gsi not in self.reserved:
             return
         why = f"belongs to {self.reserved[gsi]}" if gsi in self.reserved else "does not exist"
@@ -58,8 +58,8 @@ class IrqLine:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._asserted = False
-        # Any thread may drive it, while another closes the machine: a number must not be
-        # written to once it may be another file's.
+        # One thread may drive the line while another closes the machine. After the close, the
+        # descriptor's number may belong to another file and must not be written to.
         self._closing = threading.Lock()
 
     def set(self, asserted: bool) -> None:
@@ -75,7 +75,8 @@ class IrqLine:
                 os.eventfd_write(self._fd, 1)
 
     def connect(self, vm: Vm, gsi: int) -> None:
-        """Let `vm` listen; what was raised before reaches it now. Raises `KvmError`."""
+        """Connect the line to `vm`. An interrupt that was raised before arrives now. Raises
+        `KvmError`."""
         vm.irqfd(self._fd, gsi)
 
     def close(self) -> None:
@@ -117,8 +118,8 @@ class MessageInterrupt:
 class Interrupts:
     """The interrupt inputs of one machine and who drives them; owns their eventfds.
 
-    Lines are given out while the machine is put together, before there is a VM or in parallel to
-    it, and `connect` tells KVM of all of them.
+    Lines are handed out while the machine is assembled, possibly before there is a VM. `connect`
+    then tells KVM about all of them.
     """
 
     def __init__(self, pins: Pins) -> None:
@@ -131,11 +132,11 @@ class Interrupts:
     def line(self, gsi: int, owner: str) -> IrqLine:
         """The input pin `gsi` for the device named `owner`.
 
-        Raises `ConfigError` where there is no such pin or somebody drives it already.
+        Raises `ConfigError` if there is no such pin, or if another device already drives it.
         """
         self._pins.demand(gsi, owner)
         if gsi in self._owners:
-            raise ConfigError(f"{owner}: interrupt {gsi} is driven by {self._owners[gsi]} already")
+            raise ConfigError(f"{owner}: interrupt {gsi} is already driven by {self._owners[gsi]}")
         line = IrqLine(eventfd())
         self._lines[gsi], self._owners[gsi] = line, owner
         return line
@@ -148,14 +149,14 @@ class Interrupts:
 
     def message(self, address: int, data: int) -> MessageInterrupt:
         """A message-signalled interrupt: each `pulse` sends `data` to `address` (Intel SDM 3A,
-        11.11). After `connect`."""
+        11.11). Call it after `connect`."""
         assert self._vm is not None
         message = MessageInterrupt(self._vm, address, data)
         self._messages.append(message)
         return message
 
     def close(self) -> None:
-        """Close the eventfds, when no vCPU runs any more; idempotent."""
+        """Close the eventfds. Call it after all vCPUs have ended; idempotent."""
         for line in self._lines.values():
             line.close()
         for message in self._messages:

@@ -21,11 +21,11 @@ _QUEUE_STEP: Final = 0.02
 def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
     """A socket that listens at `path`, and that only its user may connect to.
 
-    It takes the place of a socket that nobody serves any more. Raises `ConfigError`, which names
-    `what` and `path`, if there can be no such socket. The caller closes it, and unlinks `path`.
-    Does not block.
+    If there is a socket at `path` that nobody serves, this one replaces it. Raises `ConfigError`,
+    which names `what` and `path`, if the socket cannot be made. The caller closes it, and unlinks
+    `path`. Does not block.
     """
-    with suppress(OSError):  # what is in the way shows when it is bound
+    with suppress(OSError):  # if something else is in the way, `bind` says so
         if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
             Path(path).unlink()
     listener = socket.socket(socket.AF_UNIX)

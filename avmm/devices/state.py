@@ -1,4 +1,5 @@
-"""A device's saved state: fields with a version of their own, hostile until they were read."""
+"""A device's saved state: fields with a version of their own, which are hostile until `load` has
+checked them."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from avmm.plain import Fields, Kind
 
 
 class DeviceState(Fields, error=DeviceError):
-    """What a device's `save` gives and its `load` gets. Declare it beside the device:
+    """What a device's `save` returns and its `load` gets. Declare it in the device's class:
 
         class Thermometer(avmm.Device):
             class State(avmm.DeviceState, version=1):
@@ -23,9 +24,9 @@ class DeviceState(Fields, error=DeviceError):
             def load(self, state):
                 self.celsius = self.State.load(self.name, state).celsius
 
-    The version stands in the saved mapping. Raise it whenever the fields change, or what they
-    mean: a state with another version is refused by name, and never taken for what it is not.
-    `avmm.plain` has the kinds of fields that there are.
+    The version stands in the saved mapping. Raise it whenever the fields or their meanings change:
+    a state with another version is refused with a message that names the device, and is never
+    misread. `avmm.plain` has all kinds of fields.
     """
 
     def __init_subclass__(cls, *, version: int) -> None:
@@ -35,15 +36,15 @@ class DeviceState(Fields, error=DeviceError):
     def load(cls, device: str, state: object, /, **narrower: Kind[object]) -> Self:
         """The fields of a saved `state` of the device that messages call `device`.
 
-        Raises `DeviceError` where it is none of this version, these keys and these kinds of
-        values: "Serial's state has version 2, expected 1". `narrower` is as in `Fields.read`. So
-        that a state which is refused changes nothing, look at all of it before taking over any.
+        Raises `DeviceError` if it has another version, other keys or other kinds of values:
+        "Serial's state has version 2, expected 1". `narrower` is as in `Fields.read`. Check the
+        whole state before you take over any of it, so that a refused state changes nothing.
         """
         return cls.read(f"{device}'s state", state, **narrower)
 
 
 class Stateless(Device):
-    """A device that has nothing to save, and says so rather than leave it out in silence."""
+    """A device with nothing to save. It says so explicitly."""
 
     class State(DeviceState, version=1):
         """Nothing but the version."""

@@ -1,9 +1,9 @@
-"""A disk whose changes are thrown away: they go to a temporary file, the base is only read.
+"""A disk whose changes are thrown away: they go to a temporary file, and the base is only read.
 
-The file is sparse, has no name, and holds each changed sector at its own offset. Which sectors
-those are is a map of one byte each, in memory that takes room only where something was changed.
-As every request is whole sectors, nothing is ever copied up, and a sector is of the one file or
-of the other: writers need no lock among themselves.
+The file is sparse, has no name, and holds each changed sector at its own offset. A map with one
+byte for each sector says which sectors were changed; this map takes memory only where something
+was changed. Every request consists of whole sectors, so nothing is ever copied up, and a sector
+belongs to one file or to the other. So writers need no lock between them.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class _State(Fields, version=1, error=DeviceError):
 
 
 class OverlayDisk(Disk):
-    """What is at `path` (a file or block device, opened read-only: many may share it), and over
-    it what the guest has changed, until `close`.
+    """The contents of `path` (a file or block device, opened read-only, so that many may share
+    it), overlaid with what the guest has changed until `close`.
 
-    Changes take room in `folder`: by default $TMPDIR, or /var/tmp, which is rarely memory. Raises
-    `ConfigError` where the base cannot be opened, or no such file can be there. Saved with a
-    machine, the changes are part of its state.
+    Changes are stored in `folder`. The default is $TMPDIR, or else /var/tmp, which is rarely in
+    memory. Raises `ConfigError` if the base cannot be opened, or if the file for the changes
+    cannot be made. When a machine is saved, the changes are part of its state.
     """
 
     can_discard = True
@@ -79,7 +79,7 @@ class OverlayDisk(Disk):
         self.close()
 
     def close(self) -> None:
-        """Throw the changes away; idempotent. Not while a machine uses it."""
+        """Throw the changes away; idempotent. Do not call it while a machine uses the disk."""
         if not self._closed:
             self._closed = True
             self._pool.close()
@@ -136,7 +136,7 @@ class OverlayDisk(Disk):
         self._mark(offset, sum(map(len, buffers)))
 
     async def flush(self) -> None:
-        """Does nothing: what is thrown away with the process needs no safe place."""
+        """Does nothing, because the changes are thrown away with the process anyway."""
 
     async def discard(self, offset: int, length: int) -> None:
         await self._pool.run(self._zero, offset, length)
@@ -150,8 +150,8 @@ class OverlayDisk(Disk):
         self._mark(offset, length)
 
     def save(self) -> Mapping[str, Any]:
-        """The changes in pieces, each with its runs before it: a guest may write here and there,
-        and a run a piece would be more pieces than a state may have."""
+        """The changes in pieces, each with a list of its runs. One piece per run could be more
+        pieces than a state may have, because a guest may write in many places."""
         changes: list[list[bytes]] = []
         runs, data = bytearray(), bytearray()
         for own, start, length in self._runs(0, self.size):

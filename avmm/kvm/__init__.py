@@ -1,7 +1,8 @@
-"""The border to the kernel: nothing above this package sees an ioctl, a number or a struct.
+"""The border to the kernel. No code above this package sees an ioctl, one of KVM's numbers or a
+struct.
 
-`System`, `Vm` and `Vcpu` are those of this host's architecture, whose KVM knows more than what
-`avmm.kvm.system`, `vm` and `vcpu` have.
+`System`, `Vm` and `Vcpu` are the classes for this host's architecture. They extend those in
+`avmm.kvm.system`, `vm` and `vcpu`.
 """
 
 from avmm.kvm._kvm import lib as constants

@@ -1,6 +1,6 @@
 """What a vCPU exits with: the parts of `struct kvm_run`'s union, as values.
 
-`RunPage.exit` gives them. They are copies: the answer to an exit goes through `RunPage`.
+`RunPage.exit` returns them. They are copies: the answer to an exit goes through `RunPage`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _NAMES: Final[dict[int, str]] = {
 
 
 def exit_name(reason: int) -> str:
-    """`"KVM_EXIT_MMIO"` for its number; `"exit reason 99"` where it is unknown."""
+    """`"KVM_EXIT_MMIO"` for its number; `"exit reason 99"` if the number is unknown."""
     return _NAMES.get(reason, f"exit reason {reason}")
 
 
 class PioExit(NamedTuple):
-    """KVM_EXIT_IO: so many accesses (`times`) of `size` bytes each, all to one port."""
+    """KVM_EXIT_IO: `times` accesses of `size` bytes each, all to the same port."""
 
     is_output: bool
     size: int
@@ -32,7 +32,7 @@ class PioExit(NamedTuple):
 
 
 class MmioExit(NamedTuple):
-    """KVM_EXIT_MMIO: an access of `length` bytes, 1 to 8, to an address that is no memory."""
+    """KVM_EXIT_MMIO: an access of `length` bytes, 1 to 8, to an address that is not memory."""
 
     address: int
     length: int
@@ -55,8 +55,8 @@ class HypercallExit(NamedTuple):
 
 
 class XenExit(NamedTuple):
-    """KVM_EXIT_XEN: all but `kind` is a hypercall's, KVM_EXIT_XEN_HCALL. `cpl` is the ring of the
-    guest that makes it."""
+    """KVM_EXIT_XEN. All fields but `kind` are for a hypercall (KVM_EXIT_XEN_HCALL). `cpl` is the
+    ring in which the guest makes it."""
 
     kind: int
     number: int
@@ -87,7 +87,8 @@ class SystemEventExit(NamedTuple):
 class InternalErrorExit(NamedTuple):
     """KVM_EXIT_INTERNAL_ERROR: `data` are the words that KVM gives with it.
 
-    `instruction` is the one that KVM could not emulate: empty where it was none, or is not told.
+    `instruction` is the instruction that KVM could not emulate. It is empty if that was not the
+    problem, or if KVM does not report it.
     """
 
     suberror: int
@@ -108,7 +109,7 @@ class UnknownExit(NamedTuple):
 
 
 class PlainExit(NamedTuple):
-    """Any other: there is nothing to it but its reason."""
+    """Any other exit. It has nothing but its reason."""
 
     reason: int
 

@@ -1,11 +1,11 @@
-"""What the handles of the system, of a VM and of a vCPU have in common.
+"""The common base of the handles for the system, a VM and a vCPU.
 
-Each owns a file descriptor, is closed explicitly and only once, and turns every failed ioctl
-into a `KvmError`. Structures are cffi's own objects with the fields of <linux/kvm.h>, typed by
+Each owns a file descriptor, must be closed explicitly, and raises a `KvmError` for every ioctl
+that fails. Structures are cffi's own objects with the fields of <linux/kvm.h>, typed by
 `_kvm.pyi`. Source throughout: Documentation/virt/kvm/api.rst.
 
-What every architecture's KVM has is in system.py, vm.py and vcpu.py; what one architecture's KVM
-has besides is in a module of its own (x86.py), in subclasses of those.
+system.py, vm.py and vcpu.py hold what KVM has on every architecture. What it has only on one is in
+a module of its own (x86.py), in subclasses of those classes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def capabilities() -> tuple[Capability, ...]:
 
 
 class Part(NamedTuple):
-    """A part of the state that is one structure: its ioctls, and a new one of these structures."""
+    """A part of the state that is one structure: its two ioctls, and a function that makes an
+    empty structure."""
 
     get: _kvm.Constant
     set: _kvm.Constant
@@ -40,10 +41,10 @@ class Part(NamedTuple):
 
 
 class Handle:
-    """A descriptor of KVM's."""
+    """A file descriptor of KVM."""
 
     PARTS: ClassVar[Mapping[str, Part]] = {}
-    """What `state` and `set_state` know, by name."""
+    """The parts that `state` and `set_state` know, by name."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -61,28 +62,29 @@ class Handle:
         return answer
 
     def _get(self, name: _kvm.Constant, struct: _Struct) -> _Struct:
-        """The structure, which KVM has filled."""
+        """The structure, filled in by KVM."""
         self._ioctl(name, struct)
         return struct
 
     def state(self, part: str) -> bytes:
-        """A part of the state (one of `PARTS`), as the kernel's structure has it."""
+        """A part of the state (one of `PARTS`), as the bytes of the kernel's structure."""
         get, _, make = self.PARTS[part]
         return bytes(ffi.buffer(self._get(get, make())))
 
     def set_state(self, part: str, data: bytes) -> None:
-        """Set what `state` gave. Raises `ValueError` where the structure has another size."""
+        """Set a part of the state, as `state` returned it. Raises `ValueError` if the structure
+        has another size."""
         _, set_, make = self.PARTS[part]
         struct = make()
         fill(struct, part, data)
         self._ioctl(set_, struct)
 
     def check(self, capability: Capability) -> int:
-        """KVM_CHECK_EXTENSION: 0 where the capability is missing, else 1 or its value."""
+        """KVM_CHECK_EXTENSION: 0 if the capability is missing, else 1 or its value."""
         return self._ioctl_value("KVM_CHECK_EXTENSION", getattr(lib, capability))
 
     def announces(self, number: int) -> bool:
-        """Does KVM_CHECK_EXTENSION answer for the capability with this number, known or not?"""
+        """Does KVM announce the capability with this number, even if avmm does not know it?"""
         return lib.avmm_ioctl_value(self.fd, lib.KVM_CHECK_EXTENSION, number) > 0
 
     def close(self) -> None:
@@ -93,7 +95,8 @@ class Handle:
 
 
 def fill(struct: _kvm.Address, what: str, data: bytes) -> None:
-    """Copy `data` over all of the structure. Raises `ValueError` for another size, naming what."""
+    """Copy `data` over all of the structure. Raises `ValueError`, which names `what`, if the sizes
+    differ."""
     buffer = ffi.buffer(struct)
     if len(data) != len(buffer):
         raise ValueError(f"{what}: {len(data)} bytes, expected {len(buffer)}")

@@ -13,10 +13,11 @@ Write = tuple[bool, int, int, int]
 
 
 class WriteRing:
-    """The ring of a VM, which all of its vCPUs' mappings show; taken from by one at a time."""
+    """The ring of a VM, which is visible in the mappings of all its vCPUs. Only one thread at a
+    time may take from it."""
 
     def __init__(self, vm: Vm, vcpu: Vcpu) -> None:
-        """Any vCPU of `vm`; valid as long as that is open."""
+        """`vcpu` is any vCPU of `vm`. The ring is valid as long as that vCPU is open."""
         self._ring = vcpu.page.write_ring(vm.check("KVM_CAP_COALESCED_MMIO"))
         self._write = ffi.new("struct kvm_coalesced_mmio *")
         self._value = ffi.cast("uint64_t *", self._write.data)
@@ -27,7 +28,8 @@ class WriteRing:
         return self._ring.first == self._ring.last
 
     def __iter__(self) -> Iterator[Write]:
-        """Take out what is there, oldest first; each leaves the ring only with the next step."""
+        """Take out the writes, oldest first. A write leaves the ring only when the next one is
+        asked for."""
         write = self._write
         while lib.avmm_ring_peek(self._ring, write):
             size = min(write.len, 8)

@@ -1,11 +1,11 @@
 """`struct kvm_run`: the page that a vCPU shares with the kernel, as typed values.
 
-Port and memory accesses are read once an exit: `io` and `mmio` unpack all of one in a single call
-that costs what a single field of a cffi structure does, and give plain tuples for it. All else may
-cost more, and is an `Exit` with names.
+Port and memory accesses are read once per exit: `io` and `mmio` unpack a whole access in a single
+call, which costs as much as reading one field of a cffi structure, and return plain tuples. All
+other exits may cost more, and are an `Exit` with names.
 
-`exit_reason` can only be read here: whoever completes an exit leaves it alone, because on arm64
-and RISC-V KVM decides by that very field whether there is something to complete.
+`exit_reason` can only be read here. It must not change before an exit is completed, because on
+arm64 and RISC-V KVM decides by that very field whether there is something to complete.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _CODES: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 def _layout(union_part: str, type_: _kvm.CType, *names: str) -> tuple[struct.Struct, int]:
-    """Unpacks these fields of a part of `kvm_run`'s union, where the compiler put them; and where
-    that part begins."""
+    """A struct format that unpacks these fields of a part of `kvm_run`'s union, at the compiler's
+    offsets, and the offset at which that part begins."""
     fields = dict(type_.fields)
     pattern, end = "=", 0
     for name in names:
@@ -71,11 +71,11 @@ class RunPage:
     vCPU, except `immediate_exit`."""
 
     def __init__(self, mapping: mmap.mmap) -> None:
-        """`mapping` is the page's from now on."""
+        """The page owns `mapping` from now on."""
         self._mapping = mapping
         self._buffer = ffi.from_buffer(mapping, require_writable=True)
         self.struct = ffi.cast("struct kvm_run *", self._buffer)
-        """For the rest of `avmm.kvm`."""
+        """For use in the other modules of `avmm.kvm`."""
         self._mmio_data = ffi.cast("uint64_t *", self.struct.mmio.data)
         self.io: Callable[[], PortAccess] = partial(_IO.unpack_from, mapping, _IO_AT)
         """The port access that the vCPU has exited with."""
@@ -84,7 +84,7 @@ class RunPage:
 
     @property
     def immediate_exit(self) -> int:
-        """1: KVM_RUN is to finish what is pending and return -EINTR, without entering the
+        """If it is 1, KVM_RUN finishes what is pending and returns -EINTR without entering the
         guest."""
         return self.struct.immediate_exit
 
@@ -111,53 +111,54 @@ class RunPage:
     # -- answers -------------------------------------------------------------------------
 
     def answer_mmio(self, value: int) -> None:
-        """What the guest's MMIO read gets."""
+        """Set the value that the guest's MMIO read gets."""
         self._mmio_data[0] = value
 
     def io_load(self, offset: int, length: int) -> bytes:
-        """The bytes of an output; `offset` tells `io`."""
+        """The bytes that the guest's OUT writes; `io` returns the `offset`."""
         return self._mapping[offset : offset + length]
 
     def io_store(self, offset: int, data: bytes | bytearray) -> None:
-        """What the guest's input gets."""
+        """Set the bytes that the guest's IN gets."""
         self._mapping[offset : offset + len(data)] = data
 
     def answer_msr(self, value: int | None = None) -> None:
-        """The guest's RDMSR gets this value, or (None) its WRMSR is done."""
+        """Let the guest's RDMSR return this value. With None, its WRMSR is done."""
         msr = self.struct.msr
         msr.error = 0
         if value is not None:
             msr.data = value
 
     def refuse_msr(self) -> None:
-        """The guest's RDMSR or WRMSR is a fault, #GP."""
+        """Let the guest's RDMSR or WRMSR raise a #GP."""
         self.struct.msr.error = 1
 
     def answer_hypercall(self, value: int) -> None:
-        """KVM's hypercall gives this."""
+        """Set the result of KVM's hypercall."""
         self.struct.hypercall.ret = value
 
     def answer_xen(self, value: int) -> None:
-        """Xen's hypercall gives this."""
+        """Set the result of Xen's hypercall."""
         self.struct.xen.u.hcall.result = value
 
     def answer_papr(self, value: int, args: Sequence[int] = ()) -> None:
-        """PAPR's hypercall gives this, and `args` in place of its own from the first on."""
+        """Set the result of PAPR's hypercall. `args` replace its arguments, starting with the
+        first."""
         call = self.struct.papr_hcall
         for at, arg in enumerate(args):
             call.args[at] = arg
         call.ret = value
 
     def answer_osi(self, value: int, gprs: Sequence[int] = ()) -> None:
-        """The OSI call gives this in register 3, and `gprs` in place of the others from register 0
-        on."""
+        """Set the result of the OSI call, which goes to register 3. `gprs` replace the other
+        registers, starting with register 0."""
         registers = self.struct.osi.gprs
         for at, register in enumerate(gprs):
             registers[at] = register
         registers[3] = value
 
     def answer_epr(self, value: int) -> None:
-        """PowerPC's external proxy gives this interrupt vector, 32 bits."""
+        """Set the interrupt vector (32 bits) that PowerPC's external proxy returns."""
         self.struct.epr.epr = value
 
     # -- exits with names ----------------------------------------------------------------
@@ -193,7 +194,7 @@ class RunPage:
         return MmioExit(address, length, bool(is_write))
 
     def system_event(self) -> SystemEventExit:
-        """The guest's own word of its end that the vCPU has exited with."""
+        """The system event that the vCPU has exited with: the guest's own report of its end."""
         return SystemEventExit(self.struct.system_event.type)
 
     def _internal_error(self) -> InternalErrorExit:
@@ -217,8 +218,8 @@ class RunPage:
     # -- the mapping ---------------------------------------------------------------------
 
     def write_ring(self, page: int) -> _kvm.KvmCoalescedMmioRingPointer:
-        """The VM's ring of coalesced writes: each vCPU's mapping shows it, at the page number
-        (of the host's pages) that is the value of KVM_CAP_COALESCED_MMIO."""
+        """The VM's ring of coalesced writes. It is visible in each vCPU's mapping, at the page (of
+        the host's size) whose number is the value of KVM_CAP_COALESCED_MMIO."""
         if not 0 < page < len(self._mapping) // mmap.PAGESIZE:
             raise KvmError("KVM_CAP_COALESCED_MMIO", errno.ENOSYS, f"no ring at page {page}")
         return ffi.cast("struct kvm_coalesced_mmio_ring *", self._buffer + page * mmap.PAGESIZE)

@@ -15,7 +15,7 @@ from avmm.kvm.vm import Vm
 
 
 class System(Handle, ABC):
-    """/dev/kvm. Raises `KvmUnavailable` where it cannot be used, saying why."""
+    """/dev/kvm. Raises `KvmUnavailable`, which says why, if it cannot be used."""
 
     REQUIRED: ClassVar[Mapping[Capability, str]] = {
         "KVM_CAP_USER_MEMORY": "2.6.25",
@@ -26,7 +26,7 @@ class System(Handle, ABC):
         "KVM_CAP_MP_STATE": "2.6.26",
         "KVM_CAP_IMMEDIATE_EXIT": "4.13",
     }
-    """What avmm cannot do without, and the Linux that brought it."""
+    """The capabilities that avmm needs, each with the version of Linux that introduced it."""
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         try:

@@ -16,7 +16,7 @@ from avmm.kvm.handle import Handle
 from avmm.kvm.run import RunPage
 
 _MOST_OUTPUT: Final = 4096
-"""Bytes that a guest of `run_raw` may say."""
+"""The most bytes that a guest of `run_raw` may print."""
 
 
 class Vcpu(Handle, ABC):
@@ -32,16 +32,16 @@ class Vcpu(Handle, ABC):
             self.close()
             raise KvmError("mmap of kvm_run", error.errno or errno.ENOMEM) from None
         self.run: Callable[[], int] = partial(lib.avmm_run, fd, self.page.struct)
-        """KVM_RUN without the GIL: the exit reason, else -errno; -EINTR after a kick, or where it
-        was entered with `immediate_exit`."""
+        """KVM_RUN without the GIL. Returns the exit reason, or -errno: -EINTR after a kick, or if
+        it was entered with `immediate_exit`."""
 
     @abstractmethod
     def pc(self) -> int:
         """Where the guest's next instruction is."""
 
     def run_raw(self) -> bytes:
-        """KVM_RUN in a C loop until the guest writes to its exit-status port (shim.c): the
-        baseline that avmm measures itself against. Gives the guest's serial output."""
+        """Call KVM_RUN in a C loop until the guest writes to its exit-status port (shim.c): the
+        baseline that avmm measures itself against. Returns the guest's serial output."""
         output = ffi.new("char[]", _MOST_OUTPUT)
         length = lib.avmm_run_raw(self.fd, self.page.struct, output, len(output))
         if length < 0:
@@ -49,8 +49,8 @@ class Vcpu(Handle, ABC):
         return bytes(ffi.buffer(output, length))
 
     def kick_raw(self, rounds: int) -> list[int]:
-        """Nanoseconds from a kick to `KVM_RUN`'s return, in C alone (shim.c): the baseline that
-        pauses are measured against. The guest must be one that never exits by itself."""
+        """The nanoseconds from a kick to the return of `KVM_RUN`, measured in C (shim.c). Pauses
+        are compared with this. The guest must never exit by itself."""
         times = ffi.new("int64_t[]", rounds)
         if (answer := lib.avmm_kick_raw(self.fd, self.page.struct, rounds, times)) < 0:
             raise KvmError("KVM_RUN", -answer)

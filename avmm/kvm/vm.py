@@ -1,4 +1,4 @@
-"""A VM: its memory slots, its interrupts, and the writes that wake somebody."""
+"""A VM: its memory slots, its interrupts, and the writes that ring a doorbell."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class Vm(Handle, ABC):
         self._ioctl("KVM_GET_DIRTY_LOG", log)
 
     def irqfd(self, fd: int, gsi: int, *, assign: bool = True) -> None:
-        """Let a write to eventfd `fd` raise the interrupt `gsi` (an edge), or stop it."""
+        """Let a write to eventfd `fd` raise the interrupt `gsi` (an edge). With `assign` False,
+        stop that."""
         flags = 0 if assign else lib.KVM_IRQFD_FLAG_DEASSIGN
         self._ioctl(
             "KVM_IRQFD", ffi.new("struct kvm_irqfd *", {"fd": fd, "gsi": gsi, "flags": flags})
@@ -74,7 +75,7 @@ class Vm(Handle, ABC):
         assign: bool = True,
     ) -> bool:
         """KVM_IOEVENTFD: let a write of `value` (`size` bytes) at `address` raise eventfd `fd`,
-        without an exit, or stop it. False where this KVM cannot do that."""
+        without an exit. With `assign` False, stop that. Returns False if this KVM cannot do it."""
         if not self.check("KVM_CAP_IOEVENTFD"):
             return False
         flags = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
@@ -99,7 +100,7 @@ class Vm(Handle, ABC):
     def coalesce(self, address: int, size: int, *, port: bool) -> bool:
         """KVM_REGISTER_COALESCED_MMIO: collect writes there in the ring (`avmm.kvm.ring`).
 
-        False where this KVM has no ring for them.
+        Returns False if this KVM has no ring for them.
         """
         if not self.check("KVM_CAP_COALESCED_PIO" if port else "KVM_CAP_COALESCED_MMIO"):
             return False
@@ -110,7 +111,7 @@ class Vm(Handle, ABC):
         return True
 
     def signal_msi(self, address: int, data: int) -> int:
-        """Deliver a message-signalled interrupt; 0 where no CPU of the guest takes it."""
+        """Deliver a message-signalled interrupt. Returns 0 if no CPU of the guest accepts it."""
         message = ffi.new("struct kvm_msi *")
         message.address_lo, message.address_hi = address & 0xFFFF_FFFF, address >> 32
         message.data = data

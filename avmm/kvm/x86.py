@@ -1,4 +1,4 @@
-"""What x86's KVM has beside what every KVM has: registers, MSRs, CPUID, the PC's chips, Xen."""
+"""What KVM has only on x86: registers, MSRs, CPUID, the PC's chips, Xen."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ class X86Vm(Vm):
         return X86Vcpu(self._ioctl_value("KVM_CREATE_VCPU", index), index, self._run_size)
 
     def create_irqchip(self, identity_map: int, tss: int) -> None:
-        """PIC, IOAPIC and a LAPIC for each vCPU, in the kernel; before any vCPU.
+        """Create PIC, IOAPIC and a LAPIC for each vCPU, in the kernel. Call it before any vCPU is
+        created.
 
         `identity_map` (one page) and `tss` (three pages) are guest-physical addresses that
         Intel hosts without unrestricted-guest need for themselves.
@@ -106,7 +107,7 @@ class X86Vm(Vm):
         self._ioctl_value("KVM_CREATE_IRQCHIP")
 
     def create_pit(self) -> None:
-        """The 8254 timer in the kernel, with port 0x61 as guests use it to calibrate."""
+        """Create the 8254 timer in the kernel, with port 0x61 as guests use it to calibrate."""
         config = ffi.new("struct kvm_pit_config *", {"flags": lib.KVM_PIT_SPEAKER_DUMMY})
         self._ioctl("KVM_CREATE_PIT2", config)
 
@@ -116,7 +117,7 @@ class X86Vm(Vm):
         return bytes(ffi.buffer(self._get("KVM_GET_IRQCHIP", state)))
 
     def set_irqchip(self, data: bytes) -> None:
-        """KVM_SET_IRQCHIP; which chip it is stands in the data. `ValueError` for a wrong size."""
+        """KVM_SET_IRQCHIP. The data say which chip it is. Raises `ValueError` for a wrong size."""
         state = ffi.new("struct kvm_irqchip *")
         fill(state, "irqchip", data)
         self._ioctl("KVM_SET_IRQCHIP", state)
@@ -126,12 +127,13 @@ class X86Vm(Vm):
         return self._get("KVM_GET_CLOCK", ffi.new("struct kvm_clock_data *")).clock
 
     def set_clock(self, value: int) -> None:
-        """KVM_SET_CLOCK: let the guest's kvmclock go on from there."""
+        """KVM_SET_CLOCK: let the guest's kvmclock go on from `value`, in ns."""
         self._ioctl("KVM_SET_CLOCK", ffi.new("struct kvm_clock_data *", {"clock": value}))
 
     def intercept_xen(self, msr: int) -> bool:
-        """KVM_XEN_HVM_CONFIG: hypercalls are Xen's from now on, and leave the guest; a write of a
-        GPA to `msr` puts a page there by which to make them. False where this KVM cannot."""
+        """KVM_XEN_HVM_CONFIG: from now on hypercalls are Xen's and cause exits. When the guest
+        writes a GPA to `msr`, KVM fills the page at that address with code for making hypercalls.
+        Returns False if this KVM cannot do that."""
         if not self.check("KVM_CAP_XEN_HVM") & lib.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL:
             return False
         config: _kvm.KvmXenHvmConfigInit = {
@@ -142,8 +144,8 @@ class X86Vm(Vm):
         return True
 
     def filter_msrs(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """KVM_X86_SET_MSR_FILTER: accesses to these (first, count) leave the guest, all other
-        MSRs stay KVM's. At most `KVM_MSR_FILTER_MAX_RANGES` ranges."""
+        """KVM_X86_SET_MSR_FILTER: accesses to the MSRs in these ranges (first, count) cause exits.
+        KVM handles all other MSRs. At most `KVM_MSR_FILTER_MAX_RANGES` ranges."""
         if len(ranges) > lib.KVM_MSR_FILTER_MAX_RANGES:
             raise KvmError("KVM_X86_SET_MSR_FILTER", errno.E2BIG, f"{len(ranges)} ranges of MSRs")
         filter_ = ffi.new("struct kvm_msr_filter *", {"flags": lib.KVM_MSR_FILTER_DEFAULT_ALLOW})
@@ -205,7 +207,7 @@ class X86Vcpu(Vcpu):
         self._ioctl("KVM_SET_FPU", ffi.new("struct kvm_fpu *", {"fcw": fcw, "mxcsr": mxcsr}))
 
     def set_cpuid(self, cpuid: Cpuid) -> None:
-        """KVM_SET_CPUID2; before the first run."""
+        """KVM_SET_CPUID2. Call it before the first run."""
         self._ioctl("KVM_SET_CPUID2", cpuid)
 
     def lapic(self) -> Lapic:
@@ -217,7 +219,8 @@ class X86Vcpu(Vcpu):
         self._ioctl("KVM_SET_LAPIC", lapic)
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
-        """KVM_SET_MSRS, all or an error that names the MSR at which KVM stopped."""
+        """KVM_SET_MSRS. Sets all of them, or raises a `KvmError` that names the MSR at which KVM
+        stopped."""
         count = len(values)
         msrs = ffi.new("struct kvm_msrs *", {"nmsrs": count, "entries": count})
         for entry, (index, value) in zip(msrs.entries, values.items(), strict=False):
@@ -227,7 +230,8 @@ class X86Vcpu(Vcpu):
             raise KvmError("KVM_SET_MSRS", errno.EINVAL, f"MSR {list(values)[done]:#x} refused")
 
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:
-        """KVM_GET_MSRS, all or an error that names the MSR at which KVM stopped."""
+        """KVM_GET_MSRS. Returns all of them, or raises a `KvmError` that names the MSR at which
+        KVM stopped."""
         indices = list(indices)
         count = len(indices)
         msrs = ffi.new("struct kvm_msrs *", {"nmsrs": count, "entries": count})
@@ -239,14 +243,14 @@ class X86Vcpu(Vcpu):
         return {msrs.entries[at].index: msrs.entries[at].data for at in range(count)}
 
     def xsave(self, size: int) -> bytes:
-        """The FPU and vector registers: KVM_GET_XSAVE2, `size` by KVM_CAP_XSAVE2, or
-        KVM_GET_XSAVE where that is 0."""
+        """The FPU and vector registers. `size` is the value of KVM_CAP_XSAVE2. If it is 0,
+        KVM_GET_XSAVE is used instead of KVM_GET_XSAVE2."""
         area = ffi.new("uint8_t[]", size or ffi.sizeof("struct kvm_xsave"))
         self._ioctl("KVM_GET_XSAVE2" if size else "KVM_GET_XSAVE", area)
         return bytes(ffi.buffer(area))
 
     def set_xsave(self, data: bytes) -> None:
-        """KVM_SET_XSAVE; `data` must be as long as this host's KVM has it."""
+        """KVM_SET_XSAVE. `data` must be as long as what `xsave` returns on this host."""
         self._ioctl("KVM_SET_XSAVE", ffi.from_buffer("uint8_t[]", data))
 
     def cpuid(self) -> list[Leaf]:
@@ -256,7 +260,7 @@ class X86Vcpu(Vcpu):
         return [(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in entries]
 
     def set_cpuid_leaves(self, leaves: Sequence[Leaf]) -> None:
-        """KVM_SET_CPUID2 with what `cpuid` gave; before the first run."""
+        """KVM_SET_CPUID2 with the leaves that `cpuid` returned. Call it before the first run."""
         cpuid = _room_for_leaves(len(leaves))
         for at, leaf in enumerate(leaves):
             entry = cpuid.entries[at]
@@ -265,7 +269,7 @@ class X86Vcpu(Vcpu):
         self._ioctl("KVM_SET_CPUID2", cpuid)
 
     def clock_paused(self) -> bool:
-        """KVM_KVMCLOCK_CTRL: tell the guest's watchdogs that it stood still; False where the
+        """KVM_KVMCLOCK_CTRL: tell the guest's watchdogs that it stood still. Returns False if the
         guest has no kvmclock."""
         try:
             self._ioctl_value("KVM_KVMCLOCK_CTRL")
@@ -285,7 +289,7 @@ class X86Vcpu(Vcpu):
 
     def tsc_offset(self) -> int | None:
         """KVM_VCPU_TSC_OFFSET: by how much the guest's TSC is ahead of the host's, modulo 2**64;
-        None where this KVM does not tell (Linux before 5.16)."""
+        None if this KVM does not tell (Linux before 5.16)."""
         value = ffi.new("uint64_t *")
         try:
             self._tsc_offset("KVM_HAS_DEVICE_ATTR", value)
@@ -295,7 +299,7 @@ class X86Vcpu(Vcpu):
         return value[0]
 
     def set_tsc_offset(self, offset: int) -> None:
-        """KVM_VCPU_TSC_OFFSET; where `tsc_offset` gives one."""
+        """Set KVM_VCPU_TSC_OFFSET. Call it only if `tsc_offset` does not return None."""
         self._tsc_offset("KVM_SET_DEVICE_ATTR", ffi.new("uint64_t *", offset))
 
     def _tsc_offset(self, ioctl: _kvm.Constant, value: _kvm.Uint64Pointer) -> None:
@@ -307,7 +311,7 @@ class X86Vcpu(Vcpu):
         self._ioctl(ioctl, ffi.new("struct kvm_device_attr *", where))
 
     def translate(self, linear: int) -> int | None:
-        """KVM_TRANSLATE: the guest-physical address of `linear`, None where it is unmapped."""
+        """KVM_TRANSLATE: the guest-physical address of `linear`, or None if it is unmapped."""
         translation = ffi.new("struct kvm_translation *", {"linear_address": linear})
         self._ioctl("KVM_TRANSLATE", translation)
         return translation.physical_address if translation.valid else None

@@ -17,7 +17,7 @@ class Number(CData):
     def __int__(self) -> int: ...
 
 class Address(CData):
-    """A pointer, or an array, which C takes for one."""
+    """A pointer, or an array, which C converts to one."""
 
     def __bool__(self) -> bool: ...
 

@@ -2,9 +2,9 @@
 
     python avmm/native/stubs.py          # after a change of a cdef.h
 
-Used by people and by a test, not at run time. What is read are the declarations as cffi has
-parsed them for the build, so the types cannot differ from what is compiled. Each C type gets a
-class of its own, so that a `uint32_t *` is not taken where a `uint64_t *` is needed:
+Used by people and by a test, not at run time. It reads the declarations as cffi has parsed them
+for the build, so the types cannot differ from the compiled code. Each C type gets a class of its
+own, so that a `uint32_t *` is not accepted where a `uint64_t *` is needed:
 
 - a structure `struct a_b` becomes `AB` with its fields, a pointer to it `ABPointer`, which has
   the fields, too (cffi looks through a pointer), and what `ffi.new` takes to fill it `ABInit`;
@@ -31,15 +31,16 @@ _PACKAGE: Final = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class StubModule:
-    """A compiled module: where its types go, and which constants' names get a type."""
+    """A compiled module: where its types go, and which groups of constants get a type for their
+    names."""
 
     path: Path
     names: Mapping[str, str] = field(default_factory=dict)
-    """Type's name → the prefix of those constants, whose names it allows."""
+    """The name of a type → the prefix of the constants whose names it allows."""
 
     @property
     def name(self) -> str:
-        """As Python imports it."""
+        """The name under which Python imports it."""
         return ".".join(self.path.relative_to(_PACKAGE.parent).with_suffix("").parts)
 
 
@@ -68,7 +69,7 @@ class Number(CData):
     def __int__(self) -> int: ...
 
 class Address(CData):
-    """A pointer, or an array, which C takes for one."""
+    """A pointer, or an array, which C converts to one."""
 
     def __bool__(self) -> bool: ...
 
@@ -111,10 +112,11 @@ def write() -> None:
 
 
 def text(module: StubModule) -> str:
-    """The types of one module, as they are to be in its .pyi file."""
-    # By its path: while the types do not fit the rest of avmm, that may not be importable.
+    """The text of one module's .pyi file."""
+    # Imported by its path, because avmm may not be importable while the types do not fit.
     builder: FFI = runpy.run_path(str(module.path.with_name("build.py")))["ffibuilder"]
-    # cffi keeps to itself what it has parsed; only a compiled module tells, of its own platform.
+    # cffi has no public access to the declarations that it has parsed. Only a compiled module
+    # shows them, and only for its own platform.
     declared: Mapping[str, tuple[Any, int]] = vars(vars(builder)["_parser"])["_declarations"]
     return "".join(line + "\n" for line in _Stub(module, declared).lines())
 
@@ -129,7 +131,7 @@ class _Stub:
         self._structs: dict[str, model.StructOrUnion] = {}
         self._numbers = {"char"}
         self._arrays: set[str] = set()
-        """The C names of those structures of which several lie side by side."""
+        """The C names of the structures that occur in arrays."""
         for key, (what, _) in declared.items():
             kind, name = key.split(" ", 1)
             if kind == "macro":
@@ -154,7 +156,7 @@ class _Stub:
             self._numbers.add(inner.name)
 
     def lines(self) -> Iterator[str]:
-        """All of the file."""
+        """All lines of the file."""
         yield from _HEAD.format(name=self._module.name).splitlines()
         yield ""
         classes = [*self._number_classes()]
@@ -162,7 +164,7 @@ class _Stub:
             classes += self._struct_classes(c_name, struct)
         for before, lines in itertools.pairwise([[], *classes]):
             if len(before) > 1 or (before and len(lines) > 1):
-                yield ""  # as `ruff format` has it
+                yield ""  # as `ruff format` does
             yield from lines
         yield ""
         yield from _literal("_TypeName", [*sorted(self._numbers), *self._structs])
@@ -195,7 +197,7 @@ class _Stub:
 
     @staticmethod
     def _field(type_: model.BaseTypeByIdentity) -> str:
-        """What reading the field gives."""
+        """The type that reading the field gives."""
         if isinstance(type_, model.ArrayType):
             return f"{class_name(_c_name(type_.item))}Array"
         if isinstance(type_, model.PointerType):
@@ -203,18 +205,18 @@ class _Stub:
         return _value(type_)
 
     def _init(self, type_: model.BaseTypeByIdentity) -> str:
-        """What the field may be given in `ffi.new`."""
+        """The types that the field may be given in `ffi.new`."""
         if isinstance(type_, model.ArrayType):
             item = _value(type_.item)
             init = f"{item}Init" if isinstance(type_.item, model.StructOrUnion) else item
-            # One of no length of its own may be told it.
+            # For an array without a length, `ffi.new` may also be given the length.
             return f"int | Sequence[{init}]" if type_.length is None else f"Sequence[{init}]"
         if isinstance(type_, model.StructOrUnion):
             return f"{_value(type_)}Init"
         return self._argument(type_)
 
     def _argument(self, type_: model.BaseTypeByIdentity) -> str:
-        """What may be given where C has this type."""
+        """The Python types that may be passed where C has this type."""
         if not isinstance(type_, model.PointerType):
             return _value(type_)
         pointer, inner = _pointer(type_), type_.totype
@@ -274,7 +276,7 @@ class _Stub:
 
 
 def _inner(type_: model.BaseTypeByIdentity) -> model.BaseTypeByIdentity:
-    """What a pointer points to, or what an array is of; else the type itself."""
+    """The type that a pointer points to or that an array consists of; else the type itself."""
     if isinstance(type_, model.PointerType):
         return type_.totype
     if isinstance(type_, model.ArrayType):
@@ -284,7 +286,7 @@ def _inner(type_: model.BaseTypeByIdentity) -> model.BaseTypeByIdentity:
 
 
 def _c_name(type_: model.BaseTypeByIdentity) -> str:
-    """As C writes it, without `const`: "struct kvm_regs", "avmm_exit_io", "uint64_t"."""
+    """The type as C writes it, without `const`: "struct kvm_regs", "avmm_exit_io", "uint64_t"."""
     if isinstance(type_, model.StructOrUnion | model.PrimitiveType):
         return type_.get_c_name()
     raise ValueError(f"no types are known for {type_.get_c_name()}")
@@ -333,7 +335,8 @@ def _literal(name: str, values: Iterable[str]) -> Iterator[str]:
 def _overloads(
     name: str, cases: Iterable[tuple[str, str, str, str]], last: str = ""
 ) -> Iterator[str]:
-    """A case each for (text of the C type, parameter, ending of the class's name, C name)."""
+    """One overload for each (text of the C type, parameter, ending of the class's name, C
+    name)."""
     for c_type, parameter, ending, c_name in cases:
         parameters = [f'c_type: Literal["{c_type}"]', parameter, "/", *([last] if last else [])]
         yield "    @overload"

@@ -1,16 +1,17 @@
-"""Calls of a guest to whoever runs it: KVM, Xen, PAPR and OSI hypercalls, and PowerPC's EPR.
+"""A guest's calls to the program that runs it: KVM, Xen, PAPR and OSI hypercalls, and PowerPC's
+EPR.
 
-They differ in where the number, the arguments and the result lie; a machine's one handler of
-calls sees them all as a `Call` and answers a number. PAPR and OSI hypercalls may give the guest
-more than that, in the registers that held the arguments: then it answers an `Answer`. Sources:
-api.rst, "5. The kvm_run structure"; the numbers of KVM's own are in
+They differ in where the number, the arguments and the result are. A machine has one handler for
+all of them, which gets a `Call` and answers with a number. PAPR and OSI hypercalls may return
+more, in the registers that held the arguments; for that the handler answers with an `Answer`.
+Sources: api.rst, "5. The kvm_run structure"; the numbers of KVM's own hypercalls are in
 Documentation/virt/kvm/x86/hypercalls.rst.
 
-**Xen's** are made by the same instruction as KVM's, so a machine has either: with the setting
-`xen` all that its guest's kernel makes are Xen's and come to the handler. The guest may have KVM
-fill a page with them by `XEN_MSR`, as on Xen. It is not told by CPUID that it runs on Xen: Linux,
-told so, expects event channels and a XenStore, too. That is for guests which know by themselves
-that somebody answers.
+**Xen's** hypercalls use the same instruction as KVM's, so a machine supports one or the other.
+With the setting `xen`, all hypercalls of the guest's kernel are Xen's and go to the handler. As on
+Xen, the guest may use `XEN_MSR` to have KVM fill a page with code for them. CPUID does not say
+that the guest runs on Xen, because Linux would then also expect event channels and a XenStore. So
+the setting is for guests that know by themselves that their hypercalls are answered.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from avmm.errors import DeviceError
 from avmm.kvm import RunPage, constants
 
 XEN_MSR: Final = 0x4000_0200
-"""The MSR of Xen's hypercall page: where Xen itself has it beside Hyper-V's MSRs. Its usual place,
-0x40000000, is one of those: KVM counts it to a vCPU's state, and loading that writes a page."""
+"""The MSR of Xen's hypercall page, at the number that Xen itself uses when the guest also has
+Hyper-V's MSRs. Its usual number, 0x40000000, is one of those: KVM treats that MSR as part of a
+vCPU's state, and loading the state would write a page."""
 _U64: Final = (1 << 64) - 1
 _KVM_ENOSYS: Final = 1000
 _H_FUNCTION: Final = -2
@@ -43,11 +45,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a call gives the guest: the result, and what stands in place of its arguments.
+    """What a call returns to the guest: the result, and values that replace its arguments.
 
-    `args` are those of the `Call` from the first on, up to all of them; the rest stay as they
-    were. Of PAPR's they are R4 to R12, of OSI's all GPRs, where the result goes to number 3
-    whatever `args` has there. The other kinds have none.
+    `args` replace the arguments of the `Call`, starting with the first. Arguments beyond them keep
+    their values. For PAPR, the arguments are R4 to R12. For OSI, they are all GPRs, and the result
+    goes to number 3 whatever `args` has there. For the other kinds `args` must be empty.
     """
 
     value: int
@@ -58,7 +60,7 @@ Answered: TypeAlias = int | Answer
 
 
 class CallHandler(Protocol):
-    """Answers the calls of a machine's guest: `Machine`'s `calls`, any function like this."""
+    """The type of `Machine`'s `calls`: any function like this answers the guest's calls."""
 
     def __call__(self, call: Call, /) -> Answered | Awaitable[Answered]:
         """The answer, or an awaitable of it. To the guest, a negative number is an error.
@@ -75,7 +77,7 @@ class CallKind:
     answer: Callable[[RunPage, Answer], None]
     refusal: int
     args: bool = False
-    """Can the guest be given more than the result, in place of `Call.args`?"""
+    """Can the answer also replace the arguments (`Call.args`)?"""
 
 
 def _read_kvm(page: RunPage) -> Call:
@@ -131,7 +133,7 @@ KINDS: Final = {
     constants.KVM_EXIT_OSI: CallKind(_read_osi, _answer_osi, -1, args=True),
     constants.KVM_EXIT_EPR: CallKind(_read_epr, _answer_epr, 0),
 }
-"""By exit reason."""
+"""The kinds of calls, by exit reason."""
 
 
 def serve_call(page: RunPage, reason: int, handler: CallHandler | None) -> Awaitable[None] | None:
@@ -139,7 +141,8 @@ def serve_call(page: RunPage, reason: int, handler: CallHandler | None) -> Await
     kind = KINDS[reason]
     call = kind.read(page)
     if reason == constants.KVM_EXIT_XEN and page.xen().cpl:
-        # KVM refuses its own from user space and leaves Xen's to us; Xen refuses them, too.
+        # KVM refuses its own hypercalls from user space, but leaves Xen's to us. Xen refuses them
+        # too, so we do.
         page.answer_xen(-errno.EPERM & _U64)
         return None
     answer = kind.refusal if handler is None else handler(call)
@@ -154,10 +157,11 @@ async def _later(page: RunPage, kind: CallKind, call: Call, answer: Awaitable[An
 
 
 def _put(page: RunPage, kind: CallKind, call: Call, given: Answered) -> None:
-    """Write what the handler has given into `kvm_run`, all of it or, where it errs, nothing."""
+    """Write the handler's answer into `kvm_run`. If the answer is invalid, write nothing and raise
+    `DeviceError`."""
     answer = Answer(given) if isinstance(given, int) else given
     if not isinstance(answer, Answer) or not isinstance(answer.value, int):
-        raise _mistake(call, given, "an int or an Answer of one")
+        raise _mistake(call, given, "an int or an Answer that holds one")
     most = len(call.args) if kind.args else 0
     if not isinstance(answer.args, tuple) or len(answer.args) > most:
         raise _mistake(call, given, f"a tuple of at most {most} args")
@@ -169,4 +173,4 @@ def _put(page: RunPage, kind: CallKind, call: Call, given: Answered) -> None:
 
 
 def _mistake(call: Call, given: object, expected: str) -> DeviceError:
-    return DeviceError(f"the handler of calls answered {call} with {given!r}: expected {expected}")
+    return DeviceError(f"the handler `calls` answered {call} with {given!r}: expected {expected}")

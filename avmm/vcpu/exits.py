@@ -1,8 +1,8 @@
-"""What each exit asks for, and where its answer goes.
+"""What each kind of exit asks for, and where the answer goes.
 
-`Exits.serve` is called in the vCPU's thread after `KVM_RUN` has returned with an exit. It
-either has written the answer into `kvm_run` when it returns None, or returns an awaitable that
-will have written it when it is done. The answer takes effect at the next `KVM_RUN`; for what
+`Exits.serve` is called in the vCPU's thread after `KVM_RUN` has returned with an exit. If it
+returns None, it has written the answer into `kvm_run`. Otherwise it returns an awaitable, which
+has written the answer when it is done. The answer takes effect at the next `KVM_RUN`; for what
 that means for saved state see `avmm.loop`.
 """
 
@@ -41,9 +41,9 @@ _SYSTEM_EVENTS: Final = {
 class Exits:
     """Serves the exits of one vCPU: accesses go to the buses, endings to `end`.
 
-    `buses` are by the names that `Placement.space` has: one for each space of the architecture.
-    `reasons` are the exits that there are on it (`KVM_EXIT_*`). `registers` describes the vCPU's
-    registers and instruction for error messages.
+    `buses` maps the name of each space of the architecture, as in `Placement.space`, to its bus.
+    `reasons` are the exits that the architecture has (`KVM_EXIT_*`). `registers` describes the
+    vCPU's registers and instruction for error messages.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class Exits:
         self._coalesced = coalesced
         self._delivers = False
         self._page = vcpu.page
-        nowhere = Bus("nowhere", 0)  # for spaces that the architecture has not, nor exits for them
+        # For spaces that the architecture lacks; it has no exits for them either.
+        nowhere = Bus("nowhere", 0)
         self._pio = buses.get("pio", nowhere)
         self._mmio = buses.get("mmio", nowhere)
         self._msrs = buses.get("msr", nowhere)
@@ -79,10 +80,10 @@ class Exits:
         self._table = {reason: table[reason] for reason in reasons}
 
     def serve(self, reason: int) -> Served:
-        """Serve the exit that `kvm_run` holds. Raises `VcpuError` where it is not servable."""
+        """Serve the exit in `kvm_run`. Raises `VcpuError` if it cannot be served."""
         if self._coalesced is not None:
             self._delivers = True
-            self._coalesced.deliver()  # what the guest did before
+            self._coalesced.deliver()  # the writes that the guest made before
             self._delivers = False
         serve = self._table.get(reason)
         if serve is None:
@@ -213,8 +214,8 @@ class Exits:
         return text
 
     def owner(self) -> str:
-        """The access that `kvm_run` holds and the device that is to answer it, in words; or the
-        device that is to have a coalesced write before."""
+        """In words: the access in `kvm_run` and the device that has to answer it, or the device
+        that must first get a coalesced write."""
         if self._delivers and self._coalesced is not None and (late := self._coalesced.late()):
             return f"{late}, before {self.describe()}"
         match self._page.exit():
@@ -225,7 +226,7 @@ class Exits:
             case MsrExit(number=number):
                 owner = self._msrs.owner(8 * number)
             case _:
-                owner = "the handler of calls"
+                owner = "the handler `calls`"
         return f"{owner} at {self.describe()}"
 
     def describe(self) -> str:
@@ -251,9 +252,10 @@ class Exits:
 
 
 _REFUSED: Final = (
-    "  KVM runs this instruction in an emulator of its own, which does not know it. An ordinary\n"
-    "  KVM emulates what accesses devices; one that interprets ring 0 (see `avmm doctor`), all\n"
-    "  that a kernel does: there, the guest needs a kernel built without this instruction."
+    "  KVM's emulator does not support this instruction. An ordinary KVM emulates only\n"
+    "  instructions that access devices. A KVM that interprets ring 0 (see `avmm doctor`)\n"
+    "  emulates all that a kernel does: there, the guest needs a kernel that was built without\n"
+    "  this instruction."
 )
 
 

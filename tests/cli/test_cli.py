@@ -324,7 +324,7 @@ def test_an_instruction_that_is_refused_is_named_and_what_that_means(tmp_path: P
     assert "KVM cannot emulate the instruction f0 48 0f c7 0b" in done.stderr
     assert "instruction: lock cmpxchg16b xmmword ptr [rbx]" in done.stderr
     assert "rip=0000000000100" in done.stderr
-    assert "one that interprets ring 0 (see `avmm doctor`)" in done.stderr
+    assert "A KVM that interprets ring 0 (see `avmm doctor`)" in done.stderr
 
 
 def test_a_guest_that_resets_is_reported(tmp_path: Path) -> None:

@@ -734,5 +734,5 @@ def test_a_line_that_cannot_be_had_is_refused_by_name(
 def test_a_line_has_one_driver(interrupts: tuple[Guest, Interrupts]) -> None:
     interrupts[1].line(5, "Foo")
     interrupts[1].line(23, "Foo")
-    with pytest.raises(ConfigError, match="Bar: interrupt 5 is driven by Foo already"):
+    with pytest.raises(ConfigError, match="Bar: interrupt 5 is already driven by Foo"):
         interrupts[1].line(5, "Bar")

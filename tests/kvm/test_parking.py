@@ -92,8 +92,8 @@ BUGS: Final = {
     ),
     "does not say that it runs": ("    atomic_store(&s->runs, 1);\n", ""),
     "clears immediate_exit after its last look": (
-        "has set it again. */\n            set_immediate_exit(run, 0);\n        }\n",
-        "has set it again. */\n        }\n        pause_perhaps();\n"
+        "a second time. */\n            set_immediate_exit(run, 0);\n        }\n",
+        "a second time. */\n        }\n        pause_perhaps();\n"
         "        set_immediate_exit(run, 0);\n",
     ),
     "a vCPU that is to end stays parked": (

@@ -310,7 +310,7 @@ def test_readonly_regions_may_touch(memory: GuestMemory) -> None:
 def test_a_readonly_region_is_aligned_and_filled(
     memory: GuestMemory, gpa: int, data: bytes
 ) -> None:
-    with pytest.raises(ConfigError, match="expected a page-aligned, filled one"):
+    with pytest.raises(ConfigError, match="expected a page-aligned address and some data"):
         memory.add_readonly(gpa, data)
     assert memory.regions == memory.ram
 

@@ -393,12 +393,15 @@ async def test_a_good_one_makes_a_machine(good: Good) -> None:
         ([[1 << 52, b"x"]], "expected one below 0x10000000000000"),
         ([[(1 << 64) - 4096, b"x"]], "expected one below 0x10000000000000"),
         ([[(1 << 52) - 4096, bytes(4097)]], "expected one below 0x10000000000000"),
-        ([[0xF000_0001, b"x"]], "expected a page-aligned, filled one"),
-        ([[0xF000_0000, b""]], "expected a page-aligned, filled one"),
+        ([[0xF000_0001, b"x"]], "expected a page-aligned address and some data"),
+        ([[0xF000_0000, b""]], "expected a page-aligned address and some data"),
         ([[0xF000_0000, b"x"]] * 2, "overlaps memory"),
         ([[0x1000, b"x"]], "overlaps memory"),
         # Each would be held against each other one, while nothing else of the program runs.
-        ([[(1 << 32) + (page << 12), b"x"] for page in range(65_536)], "256, which is the most"),
+        (
+            [[(1 << 32) + (page << 12), b"x"] for page in range(65_536)],
+            "already 256, which is the most",
+        ),
     ],
     ids=range(8),
 )

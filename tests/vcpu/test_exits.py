@@ -447,9 +447,9 @@ async def test_an_osi_call_may_change_all_registers(board: Board, count: int, la
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (None, "an int or an Answer of one"),
-        ("42", "an int or an Answer of one"),
-        (Answer("42"), "an int or an Answer of one"),  # type: ignore[arg-type]
+        (None, "an int or an Answer that holds one"),
+        ("42", "an int or an Answer that holds one"),
+        (Answer("42"), "an int or an Answer that holds one"),  # type: ignore[arg-type]
         (Answer(0, [1]), "a tuple of at most 9 args"),  # type: ignore[arg-type]
         (Answer(0, (1,) * 10), "a tuple of at most 9 args"),
         (Answer(0, (1, "2")), "args of 64 bits each"),  # type: ignore[arg-type]
@@ -462,7 +462,7 @@ async def test_an_answer_that_cannot_be_is_named_and_nothing_of_it_written(
 ) -> None:
     board.answer, board.answers_late = answer, late
     with pytest.raises(
-        DeviceError, match=f"handler of calls answered Call.*: expected {expected}"
+        DeviceError, match=f"the handler `calls` answered Call.*: expected {expected}"
     ):
         await finish(board.papr())
     assert board.page.papr_hcall.ret == 0xEEEE

@@ -1,8 +1,8 @@
-"""Ports that only tell something: POST codes at 0x80 and Bochs' debug console at 0xe9.
+"""Ports that only carry messages: POST codes at 0x80 and Bochs' debug console at 0xe9.
 
-Both go to `logging`, from the vCPU's thread: they are for debugging, and their order relative
-to what else the guest does is the point. A guest decides what it writes, so what is kept and
-what reaches a log is bounded and free of control characters.
+Both go to `logging`, from the vCPU's thread: they are for debugging, so their order among the
+guest's other actions matters. The guest decides what it writes. So what is kept and logged is
+bounded, and control characters are escaped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _NEWLINE: Final = 0x0A
 
 
 class PostCode(Device):
-    """The port where firmware says how far it got, and Linux writes to lose a microsecond."""
+    """The port at which firmware reports its progress. Linux writes to it to pass a
+    microsecond."""
 
     class State(DeviceState, version=1):
         code = U8
@@ -37,11 +38,12 @@ class PostCode(Device):
         """The code written last."""
 
     def read(self, offset: int, size: int) -> int:
-        """The code: the port is a latch (on a PC an unused page register of the DMA)."""
+        """The code written last, because the port is a latch (on a PC, an unused page register of
+        the DMA controller)."""
         return self.code
 
     def write(self, offset: int, size: int, value: int) -> None:
-        # Repeats are delays, not progress: Linux's io_delay writes the same code for ever.
+        # Repeats are delays, not progress: Linux's io_delay writes the same code again and again.
         if value != self.code:
             self.code = value
             _post_logger.debug("POST code %#04x", value)
@@ -56,7 +58,7 @@ class PostCode(Device):
 class DebugConsole(Device):
     """Bochs' and QEMU's debugcon: bytes written become lines of the logger `avmm.debugcon`.
 
-    It reads 0xe9, by which a guest knows that it is there (Bochs, iodev/unmapped.cc).
+    It reads as 0xe9; guests recognise it by that (Bochs, iodev/unmapped.cc).
     """
 
     class State(DeviceState, version=1):

@@ -1,8 +1,8 @@
 """The console device with its ports (VIRTIO 1.2, 5.3).
 
-A driver that does not know F_MULTIPORT sees the first port alone. To others ports are announced
-by control messages (5.3.6.2). Those that wait for the driver are kept one of a kind for each port,
-the latest, so that a driver which asks and never reads costs no memory.
+A driver that does not know F_MULTIPORT sees only the first port. To other drivers, control
+messages announce the ports (5.3.6.2). While messages wait for the driver, only the latest of each
+kind is kept for each port. So a driver that asks and never reads costs no memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PORT_NAME: Final = 7
 _CONTROL: Final = struct.Struct("<IHH")
 _CONTROL_IN, _CONTROL_OUT = 2, 3
 _MOST_PORTS: Final = 31
-"""As many as Linux's early versions took; and each is two queues."""
+"""As many as early versions of Linux accepted. Each port has two queues."""
 _CHUNK: Final = 64 * 1024
 _AT_ONCE: Final = 256 * 1024
 """How many bytes go straight to a sink while other tasks of the program wait."""
@@ -44,11 +44,11 @@ _LONGEST: Final = 8 + 255
 
 
 class Console(VirtioDevice):
-    """A console: give it its ports, the first of which is the driver's console (hvc0).
+    """A console with these ports. The first port is the driver's console (hvc0).
 
-    Without ports it has the one, a console by the name of "hvc0". `columns` and `rows` are the
-    size that the guest is told, `queue_size` the entries of each queue. `rows_first` is for
-    Linux before 6.15, which reads a new size the wrong way round (its commit 5326ab737a47).
+    Without ports it gets one, a console named "hvc0". `columns` and `rows` are the size that the
+    guest is told; `queue_size` is the number of entries of each queue. `rows_first` is for Linux
+    before 6.15, which swaps rows and columns when it reads a new size (its commit 5326ab737a47).
     """
 
     class State(DeviceState, version=1):
@@ -76,7 +76,7 @@ class Console(VirtioDevice):
         if len(ports) > _MOST_PORTS:
             raise ConfigError(f"a console of {len(ports)} ports: expected at most {_MOST_PORTS}")
         self.ports = {port.name: port for port in ports}
-        """By their names; in the order of their numbers."""
+        """The ports by name, in the order of their numbers."""
         if len(self.ports) != len(ports):
             raise ConfigError("two ports of a console have the same name")
         self._ports = ports
@@ -84,7 +84,7 @@ class Console(VirtioDevice):
         self._size = _checked_size(columns, rows)
         self._rows_first = rows_first
         self._messages: dict[tuple[int, int], bytes] = {}
-        """What the driver is to be told: (event, port) → message; the oldest first."""
+        """The messages that wait for the driver: (event, port) → message, the oldest first."""
         self._told = Waiters()
         for number, port in enumerate(ports):
             port.on_close = partial(self._host_closed, number)
@@ -98,7 +98,7 @@ class Console(VirtioDevice):
         return struct.pack("<HHII", *self._size, len(self._ports), 0)
 
     def resize(self, columns: int, rows: int) -> None:
-        """Tell the guest that its terminal has this size now. From trio."""
+        """Tell the guest that its terminal has this size now. Call it in trio."""
         self._size = _checked_size(columns, rows)
         for number, port in enumerate(self._ports):
             if port.is_console and port.ready:
@@ -124,17 +124,19 @@ class Console(VirtioDevice):
                 nursery.start_soon(self._listen, queues[_CONTROL_OUT])
 
     async def _receive(self, queue: GuestQueue, port: Port) -> None:
-        """Input of the host's, to the guest."""
+        """Move input from the host to the guest."""
         while True:
             await port.some_input()
             chain = await queue.next()
-            data = await port.some_input()  # closed meanwhile, the chain waits for the next
+            # If the port was closed meanwhile, the chain is kept for its next input.
+            data = await port.some_input()
             written = chain.put(data[: chain.writable_bytes])
             port.took(written)
             queue.push(chain, written)
 
     async def _transmit(self, queue: GuestQueue, port: Port) -> None:
-        """Output of the guest's; how much of a chain was taken is noted as it is taken."""
+        """Move output from the guest to the host. `chain.done` counts the bytes as they are
+        taken."""
         while True:
             await queue.let_others_run()
             sink = port.sink

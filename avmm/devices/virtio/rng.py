@@ -1,4 +1,5 @@
-"""The entropy device (VIRTIO 1.2, 5.4): one queue, whose buffers come back full of noise."""
+"""The entropy device (VIRTIO 1.2, 5.4): it fills the buffers of its one queue with random
+bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ MOST: Final = 4096
 
 
 async def _kernel(count: int) -> bytes:
-    """The kernel's; does not wait, once the host has booted."""
+    """Random bytes from the host's kernel. Does not wait once the host has booted."""
     return os.getrandom(count)
 
 
@@ -23,12 +24,12 @@ class Rng(VirtioDevice):
     """Gives the guest random bytes: the kernel's, or those of `source`.
 
     `source` is called in trio, with a number of bytes; what it returns (1 byte up to that many)
-    goes to the guest. While it waits the guest's requests wait. It is cancelled at a reset or
-    pause, and then asked anew.
+    goes to the guest. While it waits, the guest's requests wait. It is cancelled at a reset or a
+    pause; after a pause it is called again.
     """
 
     class State(DeviceState, version=1):
-        """Nothing but the version: noise has no past."""
+        """Nothing but the version, because random bytes need no state."""
 
     device_id: ClassVar[int] = 4
     queue_sizes = (16,)

@@ -1,13 +1,12 @@
-"""A guest's sockets as unix sockets of the host, as Firecracker and cloud-hypervisor have them.
+"""A guest's sockets as unix sockets of the host, as with Firecracker and cloud-hypervisor.
 
-- A program on the host connects to PATH and sends "CONNECT <port>\\n". When somebody in the guest
-  listens at that port, it gets "OK <host port>\\n", and from there on it is the connection. Else
-  it is closed.
-- A program in the guest that connects to port P of the host's reaches the unix socket PATH_P.
-  Where nobody listens there it is refused, as it is where the program on the host does not
-  accept.
+- A program on the host connects to PATH and sends "CONNECT <port>\\n". If somebody in the guest
+  listens at that port, the program gets "OK <host port>\\n", and from then on its socket is the
+  connection. Otherwise its socket is closed.
+- A program in the guest that connects to port P on the host reaches the unix socket PATH_P. It is
+  refused if nobody listens there, or if the program on the host does not accept it.
 
-The end of one direction (a half-close) is passed on in both.
+If one side ends its direction (a half-close), the other side is told.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ _CONNECT: Final = re.compile(rb"CONNECT (\d{1,10})\r?\n")
 _LONGEST_LINE: Final = 32
 _LINE_SECONDS: Final = 10.0
 _CLIENTS: Final = 256
-"""Programs that are served at once, in either direction; others wait or are refused."""
+"""The most programs that are served at the same time, in each direction. Others wait or are
+refused."""
 _BROKEN: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 _LONGEST_PATH: Final = 107 - len("_4294967295")
 
@@ -47,7 +47,7 @@ class GuestSockets(Protocol):
 
 
 def listen(path: str | PathLike[str]) -> socket.socket:
-    """Listen at PATH, until `close`. Raises `ConfigError` where that cannot be."""
+    """Listen at PATH, until `close`. Raises `ConfigError` if that is not possible."""
     path = fspath(path)
     if len(path.encode()) > _LONGEST_PATH:
         raise ConfigError(f"vsock socket {path}: expected a path of at most {_LONGEST_PATH} bytes")
@@ -55,7 +55,7 @@ def listen(path: str | PathLike[str]) -> socket.socket:
 
 
 def close(listener: socket.socket, path: str | PathLike[str]) -> None:
-    """End `listen`."""
+    """Close the socket that `listen` returned, and remove PATH."""
     listener.close()
     with suppress(FileNotFoundError):
         Path(path).unlink()
@@ -93,7 +93,8 @@ async def _serve_client(
 
 
 async def _read_line(client: trio.SocketStream) -> tuple[int | None, bytes]:
-    """The port that is asked for, and what came after the line; None for no proper request."""
+    """The port that was asked for, and the bytes that came after the line. None if the request is
+    malformed."""
     data = b""
     with trio.move_on_after(_LINE_SECONDS):
         while b"\n" not in data:
@@ -134,7 +135,7 @@ async def _serve_request(path: str, stream: VsockStream, free: trio.Semaphore) -
 
 
 async def _join(host: trio.SocketStream, guest: VsockStream) -> None:
-    """Until both have ended, or one of them is broken."""
+    """Copy in both directions, until both have ended or one of them is broken."""
     async with trio.open_nursery() as nursery:
 
         async def copy(source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream) -> None:
