@@ -266,7 +266,8 @@ async def test_one_of_the_previous_version_is_refused_before_anything_is_opened(
     rewrite(snap, {"description": previous_description(opened.description), "state": state})
     disk.unlink()
     with pytest.raises(StateError, match=r"^the machine's description has version 1, expected 2$"):
-        avmm.restore(snap, **devices)
+        async with avmm.restore(snap, **devices):
+            pytest.fail("it was taken")
     disk.write_bytes(bytes(4096))
     rewrite(snap, {"description": opened.description, "state": state})
     with pytest.raises(StateError, match=r"^the machine's state has version 1, expected 2$"):
