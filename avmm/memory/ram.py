@@ -282,25 +282,16 @@ class GuestMemory:
 
     # -- copies -------------------------------------------------------------------------------
 
-    def own(self) -> Bitmap | None:
-        """The pages that a `fork` would copy; None while another one is at it."""
-        if self._forking.locked():
-            return None
-        found = Bitmap(self.size // PAGE)
-        if self.is_private:
-            own_pages(self.whole, found)
-        return found
-
-    def fork(self, own: Bitmap | None = None) -> GuestMemory:
+    def fork(self) -> GuestMemory:
         """RAM that holds what this holds now, and from now on goes its own way, copy-on-write.
 
         Only while nothing writes this; any thread, several one after the other. Read-only regions
-        are not taken over. Costs what it takes to copy what was written since the last `fork`; who
-        has asked for its `own` pages a moment ago saves looking for them again. Raises `OSError`
-        or `KvmError` where the host has no room.
+        are not taken over. Blocks: it takes as long as to look through its pages, and to copy what
+        was written since the last `fork`. Raises `OSError` or `KvmError` where the host has no
+        room.
         """
         with self._forking:
-            left = self._settle(own)
+            left = self._settle()
             with ExitStack() as stack:
                 layers = stack.enter_context(self._layers.copy())
                 copy = GuestMemory(
@@ -311,15 +302,14 @@ class GuestMemory:
                 copy.whole[start * PAGE : end * PAGE] = self.whole[start * PAGE : end * PAGE]
         return copy
 
-    def _settle(self, own: Bitmap | None) -> list[tuple[int, int]]:
+    def _settle(self) -> list[tuple[int, int]]:
         """Put pages where a fork finds them; gives the runs that it does not find."""
         if not self.is_private:
             remap_private(self.whole, self.fd, self._base)
             self.is_private = True
             return []
-        if own is None:
-            own = Bitmap(self.size // PAGE)
-            own_pages(self.whole, own)
+        own = Bitmap(self.size // PAGE)
+        own_pages(self.whole, own)
         left = self._layers.add(self.whole, own)
         scattered = sum(end - start for start, end in left)
         if scattered > _FEW and scattered * _SCATTERED > len(self._populated()):
