@@ -83,7 +83,7 @@ class VcpuState(Enum):
     ENDED = "has ended in good order, or never had a thread"
 
 
-class Side(Enum):
+class Writer(Enum):
     """Who writes a state."""
 
     THREAD = "the vCPU's thread"
@@ -99,35 +99,35 @@ _FAILED: Final = VcpuState.FAILED
 _ENDED: Final = VcpuState.ENDED
 # Bound once: in each exit, looking a member up in its class would be paid for twice.
 
-TRANSITIONS: Final[Mapping[VcpuState, Mapping[VcpuState, Side]]] = {
+TRANSITIONS: Final[Mapping[VcpuState, Mapping[VcpuState, Writer]]] = {
     VcpuState.NEW: {
-        _RUNNING: Side.THREAD,
-        _ENDED: Side.TASK,  # there is no thread to be had
+        _RUNNING: Writer.THREAD,
+        _ENDED: Writer.TASK,  # there is no thread to be had
     },
     _RUNNING: {
-        _SERVED: Side.THREAD,
-        _DRAINING: Side.THREAD,
-        _FAILED: Side.THREAD,
-        _ENDED: Side.THREAD,  # stopped where it had parked in C
+        _SERVED: Writer.THREAD,
+        _DRAINING: Writer.THREAD,
+        _FAILED: Writer.THREAD,
+        _ENDED: Writer.THREAD,  # stopped where it had parked in C
     },
     _DRAINING: {
-        _SERVED: Side.THREAD,
-        _PARKED: Side.THREAD,
-        _FAILED: Side.THREAD,
-        _ENDED: Side.THREAD,
+        _SERVED: Writer.THREAD,
+        _PARKED: Writer.THREAD,
+        _FAILED: Writer.THREAD,
+        _ENDED: Writer.THREAD,
     },
     _PARKED: {
-        _RUNNING: Side.THREAD,
-        _ENDED: Side.THREAD,
+        _RUNNING: Writer.THREAD,
+        _ENDED: Writer.THREAD,
     },
     _SERVED: {
-        _RUNNING: Side.THREAD,  # as it was before
-        _DRAINING: Side.THREAD,
-        _ABANDONED: Side.TASK,
+        _RUNNING: Writer.THREAD,  # as it was before
+        _DRAINING: Writer.THREAD,
+        _ABANDONED: Writer.TASK,
     },
     _ABANDONED: {
-        _SERVED: Side.TASK,  # it was answered although it was cancelled
-        _FAILED: Side.THREAD,
+        _SERVED: Writer.TASK,  # it was answered although it was cancelled
+        _FAILED: Writer.THREAD,
     },
     _FAILED: {},
     _ENDED: {},

@@ -24,12 +24,13 @@ from collections.abc import (
 )
 from contextlib import (
     AbstractAsyncContextManager,
-    ExitStack,
+    AsyncExitStack,
     asynccontextmanager,
     contextmanager,
 )
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -57,7 +58,7 @@ from avmm.parts.placing import Unplaced
 from avmm.parts.saving import saved
 from avmm.runstate import OPERATIONS, Life, Runstate
 from avmm.sides import anywhere, in_trio
-from avmm.threads import in_thread
+from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.calls import CallHandler
 
 if TYPE_CHECKING:
@@ -302,6 +303,7 @@ class Machine:
         `DeviceError` where a device cannot be saved, and `RunstateError` where the guest has
         ended, be it meanwhile. Cancelled, it leaves nothing behind.
         """
+        await in_thread(import_module, "avmm.snapshot")  # from files
         from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
 
         parts = self._use("snapshot")
@@ -340,6 +342,7 @@ class Machine:
         within `answer_seconds` it raises `HandOverUnknownError`, the guest stays stopped, and
         `settle` is for you to call.
         """
+        await in_thread(import_module, "avmm.transfer.source")  # from files
         from avmm.transfer.protocol import SourceState  # noqa: PLC0415 - xxhash and msgpack
         from avmm.transfer.source import Options, Sender  # noqa: PLC0415
 
@@ -585,7 +588,7 @@ async def _clone(
     life = Life()
     told = await in_thread(machine._use("clone").describe)
     described = description.read(told, settings, own_addresses=True)
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
         state, memory = await _copied(machine, deadline, stack)
         origin = Origin(state, lambda layout: memory, described)
         parts = await build(described.config, devices, life.end, calls, origin)
@@ -598,7 +601,7 @@ async def _clone(
 
 
 async def _copied(
-    machine: Machine, deadline: float | None, stack: ExitStack
+    machine: Machine, deadline: float | None, stack: AsyncExitStack
 ) -> tuple[dict[str, Any], GuestMemory]:
     """The state of `machine`, and a fork of its RAM that `stack` closes."""
     parts, inside, life = machine._use("clone"), machine._inside, machine._life
@@ -607,7 +610,7 @@ async def _copied(
             life.demand_meanwhile("clone")
             state = await saved(parts)
             memory = await _forked(parts.memory)
-            stack.callback(memory.close)
+            stack.push_async_callback(in_thread_shielded, memory.close)
             life.demand_meanwhile("clone")  # it may have been stopped meanwhile
         return state, memory
 

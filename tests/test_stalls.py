@@ -15,8 +15,6 @@ import trio
 from support.offloaded import nothing_blocks
 
 import avmm
-import avmm.snapshot
-import avmm.transfer.source
 from avmm.errors import ConfigError, PeerAbortedError
 from avmm.threads import in_thread
 
@@ -119,6 +117,21 @@ async def test_a_snapshot_and_its_restore(tmp_path: Path, settings: dict[str, An
         await answers(vm)
 
 
+async def test_a_clone_and_a_clone_of_what_was_written_since(settings: dict[str, Any]) -> None:
+    overlays = [settings["disks"][0]] * 2
+    second = {
+        "disks": overlays,
+        "net": [net.replace("/net,", "/second,") for net in settings["net"]],
+        "vsock": settings["vsock"] + "2",
+    }
+    async with avmm.Machine(**settings | {"disks": overlays}) as vm:
+        await answers(vm)
+        for _ in range(2):
+            await answers(vm, b"burn 4000 1")
+            async with quiet(), vm.clone(**second) as twin:
+                await answers(twin)
+
+
 async def test_a_migration(settings: dict[str, Any]) -> None:
     async with pair() as (near, far), avmm.Machine(**settings) as vm:
         await answers(vm)
@@ -150,13 +163,14 @@ async def test_a_migration_after_which_the_source_takes_everything_back(
 
 FIRST = """
 import sys, trio
-import avmm, avmm.transfer.source
+import avmm
 from support.offloaded import nothing_blocks
 
 async def main():
     near, far = trio.testing.memory_stream_pair()
     with nothing_blocks() as found:
         async with avmm.restore(sys.argv[1]) as vm, trio.open_nursery() as nursery:
+            await vm.snapshot(sys.argv[1])
             nursery.start_soon(vm.migrate, near)
             async with avmm.receive(far):
                 pass

@@ -288,25 +288,16 @@ class GuestMemory:
 
     # -- copies -------------------------------------------------------------------------------
 
-    def own(self) -> Bitmap | None:
-        """The pages that a `fork` would copy. None while another thread is forking."""
-        if self._forking.locked():
-            return None
-        found = Bitmap(self.size // PAGE)
-        if self.is_private:
-            own_pages(self.whole, found)
-        return found
-
-    def fork(self, own: Bitmap | None = None) -> GuestMemory:
+    def fork(self) -> GuestMemory:
         """A copy-on-write copy of this RAM as it is now. From now on the two change independently.
 
         Call it only while nothing writes to this RAM, from any thread; concurrent calls run one
-        after the other. Read-only regions are not copied. It takes as long as copying what was
-        written since the last `fork`. Passing the pages that `own` has just returned saves looking
-        for them again. Raises `OSError` or `KvmError` if the host has no room.
+        after the other. Read-only regions are not copied. Blocks while it looks through the pages
+        and copies what was written since the last `fork`. Raises `OSError` or `KvmError` if the
+        host has no room.
         """
         with self._forking:
-            left = self._settle(own)
+            left = self._settle()
             with ExitStack() as stack:
                 layers = stack.enter_context(self._layers.copy())
                 copy = GuestMemory(
@@ -317,15 +308,14 @@ class GuestMemory:
                 copy.whole[start * PAGE : end * PAGE] = self.whole[start * PAGE : end * PAGE]
         return copy
 
-    def _settle(self, own: Bitmap | None) -> list[tuple[int, int]]:
+    def _settle(self) -> list[tuple[int, int]]:
         """Put pages where a fork finds them. Returns the runs that the fork has to copy itself."""
         if not self.is_private:
             remap_private(self.whole, self.fd, self._base)
             self.is_private = True
             return []
-        if own is None:
-            own = Bitmap(self.size // PAGE)
-            own_pages(self.whole, own)
+        own = Bitmap(self.size // PAGE)
+        own_pages(self.whole, own)
         left = self._layers.add(self.whole, own)
         scattered = sum(end - start for start, end in left)
         if scattered > _FEW and scattered * _SCATTERED > len(self._populated()):

@@ -87,6 +87,7 @@ class PythonSpot:
     """A place whose vCPU never parks by itself, so that all goes by completion.py."""
 
     asked = True
+    stopping = False
 
     def __init__(self, vcpu: Scripted) -> None:
         self._vcpu = vcpu
@@ -100,6 +101,7 @@ class CSpot:
     """A place of parking.h's."""
 
     asked = True
+    stopping = False
 
     def __init__(self, library: Any, vcpu: Scripted, always: bool) -> None:
         self._library = library

@@ -60,7 +60,7 @@ _CPUID: Final = ListOf(Row(*[U32] * 7))
 _KHZ: Final = Int(1, (1 << 32) - 1)
 
 
-class VcpuState(Fields, version=1):
+class SavedVcpu(Fields, version=1):
     """What `save_vcpu` gives."""
 
     mp_state = _STRUCTURE
@@ -87,7 +87,7 @@ class Needs(Fields, version=1):
     tsc_khz = _KHZ
 
 
-class VmState(Fields, version=1):
+class SavedVm(Fields, version=1):
     """What `save_vm` gives."""
 
     irqchips = ListOf(_STRUCTURE, least=len(_CHIPS), most=len(_CHIPS))
@@ -112,7 +112,7 @@ def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
         msrs[_TSC_DEADLINE] = msrs[tsc.MSR]
     parts["msrs"] = [[index, value] for index, value in msrs.items()]
     parts["events"] = vcpu.state("events")
-    return VcpuState.plain(lapic=lapic, **parts)
+    return SavedVcpu.plain(lapic=lapic, **parts)
 
 
 def needs(system: System, vcpu: Vcpu) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
 
     Raises `StateError` where it is no such state, or where this host lacks what it needs.
     """
-    saved = VcpuState.read(f"vCPU {vcpu.index}'s state", state)
+    saved = SavedVcpu.read(f"vCPU {vcpu.index}'s state", state)
     features.demand(saved.cpuid, _offered(system, vcpu))
     msrs = dict(saved.msrs)
     if lost := [f"{index:#x}" for index in _ALWAYS if index not in msrs]:
@@ -226,7 +226,7 @@ def load_time(vcpus: Sequence[Vcpu], states: Sequence[Mapping[str, Any]]) -> Non
 
 def save_vm(vm: Vm) -> dict[str, Any]:
     """PICs, IOAPIC, PIT and kvmclock, with all vCPUs parked and devices quiesced."""
-    return VmState.plain(
+    return SavedVm.plain(
         irqchips=[vm.irqchip(chip) for chip in _CHIPS], pit=vm.state("pit"), clock=vm.clock()
     )
 
@@ -236,7 +236,7 @@ def load_vm(vm: Vm, state: object) -> None:
 
     Raises `StateError` as `load_vcpu` does.
     """
-    saved = VmState.read("the VM's state", state)
+    saved = SavedVm.read("the VM's state", state)
     if [int.from_bytes(chip[:4], "little") for chip in saved.irqchips] != list(_CHIPS):
         raise saved.refusal("irqchips: expected two PICs and an IOAPIC, in this order")
     try:
