@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib import import_module
 from os import PathLike
-from typing import Any
+from typing import Unpack
 
 import trio
 
 from avmm.bus.space import Placement
-from avmm.disks import DiskOptions
+from avmm.config import HostSettings, demand_hosts
 from avmm.errors import ConfigError
 from avmm.machine import Machine, machine_from, machine_of
-from avmm.memory.ram import GuestMemory, parse_size
-from avmm.options import NetOptions, VsockOptions
-from avmm.parts import description
-from avmm.parts.building import Origin, build
-from avmm.parts.description import Described, Links
-from avmm.parts.machine_parts import Parts
+from avmm.memory.layout import RamLayout
+from avmm.memory.ram import GuestMemory
+from avmm.options import parse_size
+from avmm.parts import Origin, Parts, build, description
+from avmm.parts.description import Described
 from avmm.parts.placing import Unplaced
 from avmm.runstate import Life
+from avmm.threads import in_thread
 from avmm.vcpu.calls import CallHandler
 
 logger = logging.getLogger(__name__)
@@ -35,42 +36,41 @@ def restore(
     *,
     devices: Devices | Callable[[Described], Devices] = (),
     calls: CallHandler | None = None,
-    disks: Sequence[str | DiskOptions] | None = None,
-    net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None,
-    vsock: VsockOptions | str | Mapping[str, Any] | None = None,
     verify: bool = False,
-    **settings: Any,
+    **settings: Unpack[HostSettings],
 ) -> Machine:
     """The machine of the snapshot at `path`: enter it, and it goes on from there.
 
     `devices` and `calls` are those that the machine was made with; `devices` may be a function of
-    what the machine turns out to be. Its disks, networks and sockets are named anew, as many as it
-    has (`avmm.parts.description` says why); disks must hold what they did. Its RAM is mapped from
-    the file, which must not be changed while the machine lives. `settings` may be `unclaimed`,
-    `completion` and `completion_capability`. `verify` reads all of the file and compares
-    checksums.
+    what the machine turns out to be. `settings` are those of the host's side: `disks`, `net` and
+    `vsock` name what the machine has anew, as many as it has (`avmm.parts.description` says why);
+    disks must hold what they did. `unclaimed`, `completion` and `completion_capability` stay as
+    they were unless they are given. Its RAM is mapped from the file, which must not be changed
+    while the machine lives. `verify` reads all of the file and compares checksums.
 
-    Nothing is opened before the machine is entered. That reads the file in a thread, with `verify`
-    all of it, and can be cancelled. It raises `SnapshotError` where the file is no snapshot or
-    damaged, `StateError` where it is not of a machine that can be here, and `ConfigError` for what
-    is missing.
+    Raises `ConfigError` for settings that cannot be. Nothing is opened before the machine is
+    entered: that reads the file in a thread, with `verify` all of it, and can be cancelled. It
+    raises `SnapshotError` if the file is not a snapshot or is damaged, `StateError` if it is not
+    of a machine that can be here, `ConfigError` for settings that are missing, and as `Machine`
+    does.
     """
-    links = Links(disks, net, vsock)
+    demand_hosts(settings)  # not only when the file is read
     life = Life()
 
     async def open_and_build() -> Parts:
+        await in_thread(import_module, "avmm.snapshot")  # reads files, too
         from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
 
         check_cancelled = trio.from_thread.check_cancelled
         read = partial(snapshot.read, path, verify=verify, on_chunk=check_cancelled)
-        opened = await trio.to_thread.run_sync(read)
+        opened = await in_thread(read)
         try:
-            described = description.read(opened.description, links, **settings)
+            described = description.read(opened.description, settings)
             origin = Origin(opened.state, opened.open_memory, described)
             chosen = devices(described) if callable(devices) else devices
             return await build(described.config, chosen, life.end, calls, origin)
         finally:
-            opened.close()
+            opened.close()  # which is done already, where its RAM was mapped
 
     return machine_from(life, open_and_build)
 
@@ -81,39 +81,37 @@ async def receive(
     *,
     devices: Devices | Callable[[Described], Devices] = (),
     calls: CallHandler | None = None,
-    disks: Sequence[str | DiskOptions] | None = None,
-    net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None,
-    vsock: VsockOptions | str | Mapping[str, Any] | None = None,
     most_memory: int | str | None = None,
     stall_seconds: float = 60.0,
     on_round: Callable[[int], object] = lambda number: None,
-    **settings: Any,
+    **settings: Unpack[HostSettings],
 ) -> AsyncIterator[Machine]:
     """`async with avmm.receive(stream) as vm:` the guest that comes over `stream` runs inside.
 
     The other side is `Machine.migrate`. `devices` and `calls` are those that its machine was made
-    with; `devices` may be a function of what the guest turns out to be. Its disks, networks and
-    sockets are named here, as many as it has; `settings` are as for `avmm.restore`. A guest with
-    more than `most_memory` bytes is refused. `on_round` gets the number of each round of copying
-    that has come.
+    with; `devices` may be a function of what the guest turns out to be. `settings` are those of
+    the host's side, as for `avmm.restore`. A guest with more than `most_memory` bytes is refused.
+    `on_round` gets the number of each round of copying that has come.
 
     Raises `MigrationError` where the guest does not come, `StateError` or `ConfigError` where it
     cannot be here; the source is told why, and the guest runs on there. Cancelling it before the
     guest has come does the same. `stream` is the caller's to close.
     """
+    await in_thread(import_module, "avmm.transfer.destination")  # reads files
     from avmm.transfer.destination import Receiver  # noqa: PLC0415 - xxhash and msgpack
 
-    most = None if most_memory is None else parse_size(most_memory)
-    links = Links(disks, net, vsock)
+    most = None if most_memory is None else parse_size(most_memory, "most_memory")
+    demand_hosts(settings)  # not only when the guest has come
 
     life = Life()
 
-    async def make(told: Any, needs: Any) -> Parts:
-        described = description.read(told, links, **settings)
+    async def make(told: object, needs: object) -> Parts:
+        described = description.read(told, settings)
         size = described.config.memory
         if most is not None and size > most:
             raise ConfigError(f"the guest has {size} bytes of RAM, {most} are allowed")
-        origin = Origin(None, partial(GuestMemory, size), described, needs, standby=True)
+        fresh = partial(_fresh_memory, size)
+        origin = Origin(None, fresh, described, needs, standby=True)
         chosen = devices(described) if callable(devices) else devices
         return await build(described.config, chosen, life.end, calls, origin)
 
@@ -124,3 +122,7 @@ async def receive(
         except Exception as error:  # whatever a stream raises: the guest is here
             logger.warning("the guest runs here, but its source could not be told: %s", error)
         yield machine
+
+
+def _fresh_memory(size: int, layout: RamLayout) -> GuestMemory:
+    return GuestMemory(size, layout=layout)

@@ -56,14 +56,14 @@ from avmm.errors import VcpuError
 from avmm.failures import Failures, raise_together
 from avmm.kvm import KvmError, constants
 from avmm.kvm.bridge import Bridge
-from avmm.sides import anywhere, in_thread, in_trio
+from avmm.sides import anywhere, in_trio, in_vcpu_thread
 from avmm.vcpu.completion import CompletionPolicy, drain, is_output
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
-    from avmm.kvm import Vcpu
     from avmm.kvm.parking import ParkingLot, Spot
+    from avmm.kvm.vcpu import Vcpu
     from avmm.vcpu.exits import Exits
 
 _YIELD_SECONDS: Final = 0.001
@@ -83,7 +83,7 @@ class VcpuState(Enum):
     ENDED = "has ended in good order, or never had a thread"
 
 
-class Side(Enum):
+class Writer(Enum):
     """Who writes a state."""
 
     THREAD = "the vCPU's thread"
@@ -99,35 +99,35 @@ _FAILED: Final = VcpuState.FAILED
 _ENDED: Final = VcpuState.ENDED
 # Bound once: in each exit, looking a member up in its class would be paid for twice.
 
-TRANSITIONS: Final[Mapping[VcpuState, Mapping[VcpuState, Side]]] = {
+TRANSITIONS: Final[Mapping[VcpuState, Mapping[VcpuState, Writer]]] = {
     VcpuState.NEW: {
-        _RUNNING: Side.THREAD,
-        _ENDED: Side.TASK,  # there is no thread to be had
+        _RUNNING: Writer.THREAD,
+        _ENDED: Writer.TASK,  # there is no thread to be had
     },
     _RUNNING: {
-        _SERVED: Side.THREAD,
-        _DRAINING: Side.THREAD,
-        _FAILED: Side.THREAD,
-        _ENDED: Side.THREAD,  # stopped where it had parked in C
+        _SERVED: Writer.THREAD,
+        _DRAINING: Writer.THREAD,
+        _FAILED: Writer.THREAD,
+        _ENDED: Writer.THREAD,  # stopped where it had parked in C
     },
     _DRAINING: {
-        _SERVED: Side.THREAD,
-        _PARKED: Side.THREAD,
-        _FAILED: Side.THREAD,
-        _ENDED: Side.THREAD,
+        _SERVED: Writer.THREAD,
+        _PARKED: Writer.THREAD,
+        _FAILED: Writer.THREAD,
+        _ENDED: Writer.THREAD,
     },
     _PARKED: {
-        _RUNNING: Side.THREAD,
-        _ENDED: Side.THREAD,
+        _RUNNING: Writer.THREAD,
+        _ENDED: Writer.THREAD,
     },
     _SERVED: {
-        _RUNNING: Side.THREAD,  # as it was before
-        _DRAINING: Side.THREAD,
-        _ABANDONED: Side.TASK,
+        _RUNNING: Writer.THREAD,  # as it was before
+        _DRAINING: Writer.THREAD,
+        _ABANDONED: Writer.TASK,
     },
     _ABANDONED: {
-        _SERVED: Side.TASK,  # it was answered although it was cancelled
-        _FAILED: Side.THREAD,
+        _SERVED: Writer.TASK,  # it was answered although it was cancelled
+        _FAILED: Writer.THREAD,
     },
     _FAILED: {},
     _ENDED: {},
@@ -213,7 +213,7 @@ class VcpuLoop:
 
     # -- the thread ----------------------------------------------------------------------
 
-    @in_thread
+    @in_vcpu_thread
     def _main(self) -> None:
         self._state, end = _RUNNING, _FAILED
         try:
@@ -229,7 +229,7 @@ class VcpuLoop:
             self._spot.leave()
             self._bridge.leave()
 
-    @in_thread
+    @in_vcpu_thread
     def _run(self) -> None:
         spot, run, serve, page = self._spot, self._spot.run, self._exits.serve, self._vcpu.page
         while True:
@@ -257,18 +257,20 @@ class VcpuLoop:
                     return
                 self._state = _RUNNING
 
-    @in_thread
+    @in_vcpu_thread
     def _needs_completion(self, status: int) -> bool:
         page = self._vcpu.page
-        return self._policy.needs(status, page.flags, is_output=is_output(page))
+        if status == -errno.EINTR:
+            return not self._policy.settles(page.exit_reason, page.flags)
+        return status < 0 or self._policy.needs(status, page.flags, is_output=is_output(page))
 
-    @in_thread
+    @in_vcpu_thread
     def _serve_draining(self, reason: int) -> None:
         pending = self._exits.serve(reason)
         if pending is not None:
             self._hand_over(pending)
 
-    @in_thread
+    @in_vcpu_thread
     def _hand_over(self, work: Awaitable[None]) -> None:
         """Give the turn to the task, and wait for it to come back with an answer."""
         before = self._state

@@ -13,25 +13,33 @@ holds our own `_LeftError`, too; a group without that is somebody's own.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import (
     AbstractAsyncContextManager,
-    ExitStack,
+    AsyncExitStack,
     asynccontextmanager,
     contextmanager,
 )
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import trio
 
-from avmm.bus.interrupts import Line
 from avmm.bus.space import Placement
-from avmm.config import MachineConfig, Settings
-from avmm.devices.base import Device
+from avmm.config import HostSettings, MachineConfig, Settings
+from avmm.devices.base import Device, InterruptLine
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.console import Console
@@ -40,27 +48,21 @@ from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.vsock import Vsock
-from avmm.disks import DiskOptions
 from avmm.errors import AvmmError, ConfigError, RunstateError
 from avmm.failures import Failures, parted, raise_together
-from avmm.memory.pages import Bitmap
 from avmm.memory.ram import GuestMemory
 from avmm.migration import Coordinator, Stand
-from avmm.options import NetOptions, VsockOptions
 from avmm.outcome import Cause, Outcome
-from avmm.parts import description
-from avmm.parts.building import Origin, build, dismantle
-from avmm.parts.description import Links
-from avmm.parts.machine_parts import Parts
+from avmm.parts import Origin, Parts, build, description, dismantle
 from avmm.parts.placing import Unplaced
+from avmm.parts.saving import saved
 from avmm.runstate import OPERATIONS, Life, Runstate
 from avmm.sides import anywhere, in_trio
+from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.calls import CallHandler
 
 if TYPE_CHECKING:
-    from avmm.snapshot import Progress
-    from avmm.transfer.pace import Progress as MigrationProgress
-    from avmm.transfer.source import Report
+    from avmm.progress import MigrationProgress, Report, SnapshotProgress
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,10 @@ class Machine:
     ) -> None:
         if config is not None and settings:
             raise ConfigError("expected either a MachineConfig or settings, not both")
+        if config is not None and not isinstance(config, MachineConfig):
+            raise ConfigError(f"config {config!r}: expected a MachineConfig, or settings by name")
+        if not isinstance(devices, Iterable) or isinstance(devices, str | Mapping):
+            raise ConfigError(f"devices {devices!r}: expected a list, like [avmm.virtio(...)]")
         config = config or MachineConfig.make(**settings)
         life = Life()
         build_it = partial(build, config, tuple(devices), life.end, calls, Origin(state))
@@ -221,7 +227,7 @@ class Machine:
     @property
     def tsc_khz(self) -> int:
         """The frequency of the guest's time stamp counter, in kHz."""
-        return int(self._use("tsc_khz").needs[0]["tsc_khz"])
+        return self._use("tsc_khz").clock_khz
 
     @in_trio
     async def wait(self) -> Outcome:
@@ -288,7 +294,7 @@ class Machine:
         path: str | PathLike[str],
         *,
         deadline: float | None = None,
-        on_progress: Callable[[Progress], object] = _no_progress,
+        on_progress: Callable[[SnapshotProgress], object] = _no_progress,
     ) -> float:
         """Write the whole machine to a file at `path`, from which `avmm.restore` makes one like
         it. Returns how long the guest has stood still for it, in seconds.
@@ -300,6 +306,7 @@ class Machine:
         `DeviceError` where a device cannot be saved, and `RunstateError` where the guest has
         ended, be it meanwhile. Cancelled, it leaves nothing behind.
         """
+        await in_thread(import_module, "avmm.snapshot")  # from files
         from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
 
         parts = self._use("snapshot")
@@ -338,6 +345,7 @@ class Machine:
         within `answer_seconds` it raises `HandOverUnknownError`, the guest stays stopped, and
         `settle` is for you to call.
         """
+        await in_thread(import_module, "avmm.transfer.source")  # from files
         from avmm.transfer.protocol import SourceState  # noqa: PLC0415 - xxhash and msgpack
         from avmm.transfer.source import Options, Sender  # noqa: PLC0415
 
@@ -388,11 +396,9 @@ class Machine:
         *,
         devices: Sequence[Placement | Unplaced] = (),
         calls: CallHandler | None = None,
-        disks: Sequence[str | DiskOptions] | None = None,
-        net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None,
-        vsock: VsockOptions | str | Mapping[str, Any] | None = None,
         keep_output: bool = False,
         deadline: float | None = None,
+        **settings: Unpack[HostSettings],
     ) -> AbstractAsyncContextManager[Machine]:
         """`async with vm.clone() as twin:` a second machine, which goes on from where this one is.
 
@@ -400,19 +406,20 @@ class Machine:
         guest has written since it was cloned before, or restored, is copied once, in a thread: a
         clone takes as long as that, and some milliseconds.
 
-        What cannot be shared is the caller's choice, and is asked for where it is missing:
-        `disks`, `net` and `vsock` say what the twin's are, as many as the guest has, with a CID
-        and MAC addresses (the same ones, to keep them; of others its driver knows when it looks).
+        `settings` are those of the host's side. What cannot be shared is the caller's choice, and
+        is asked for where it is missing: `disks`, `net` and `vsock` say what the twin's are, as
+        many as the guest has, with a CID and MAC addresses (the same ones, to keep them; of others
+        its driver knows when it looks). Others are this machine's unless they are given.
         `devices` and `calls` are as for `Machine`. What this machine's consoles have put out that
         nobody has received is received here only, or, with `keep_output`, from both.
 
-        Entering it raises `ConfigError` for what is missing, `RunstateError` where the guest has
-        ended, be it on the way to the standstill, and as `paused` and `Machine` do.
+        Entering it raises `ConfigError` for settings that cannot be or are missing,
+        `RunstateError` where the guest has ended, be it on the way to the standstill, and as
+        `paused` and `Machine` do.
         """
-        links = Links(disks, net, vsock)
-        return _clone(self, devices, calls, links, keep_output, deadline)
+        return _clone(self, devices, calls, settings, keep_output, deadline)
 
-    def message_interrupt(self, address: int, data: int) -> Line:
+    def message_interrupt(self, address: int, data: int) -> InterruptLine:
         """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread, at
         once even where the machine is paused."""
         return self._use("message_interrupt").interrupts.message(address, data)
@@ -487,7 +494,7 @@ class Machine:
                 kept.clear()
 
     def _begin(self, parts: Parts, nursery: trio.Nursery, failures: Failures) -> None:
-        coordinator = Coordinator(parts.group, self._quiescable(parts), parts.deliver_coalesced)
+        coordinator = Coordinator(parts.group, parts.quiescable, parts.deliver_coalesced)
         self._inside = _Inside(parts, coordinator, nursery)
         self._life.start(parts.group.stop)
         for device, host in zip(parts.devices, parts.hosts, strict=True):
@@ -496,23 +503,6 @@ class Machine:
                 nursery.start_soon(failures.guard, device.run, name=f"{device.name}.run")
         run_vcpus = partial(self._run_vcpus, parts, failures)
         nursery.start_soon(failures.guard, run_vcpus, name="vCPUs")
-
-    @staticmethod
-    def _quiescable(parts: Parts) -> list[Device]:
-        """Who is to be asked at a pause; grows as devices begin tasks."""
-        devices = []
-        for device, host in zip(parts.devices, parts.hosts, strict=True):
-            # A device without a task of its own has nothing that goes on by itself.
-            if (type(device).run, type(device).quiesce) != (Device.run, Device.quiesce):
-                devices.append(device)
-                continue
-
-            def has_tasks(device: Device = device) -> None:
-                device.has_tasks = True
-                devices.append(device)
-
-            host.on_nursery = has_tasks
-        return devices
 
     async def _run_vcpus(self, parts: Parts, failures: Failures) -> None:
         """Until the guest has ended and the devices know it. What they raise then does not hide
@@ -595,15 +585,16 @@ async def _clone(
     machine: Machine,
     devices: Sequence[Placement | Unplaced],
     calls: CallHandler | None,
-    links: Links,
+    settings: HostSettings,
     keep_output: bool,
     deadline: float | None,
 ) -> AsyncIterator[Machine]:
     life = Life()
-    described = description.read(machine._use("clone").describe(), links, own_addresses=True)
-    with ExitStack() as stack:
+    told = await in_thread(machine._use("clone").describe)
+    described = description.read(told, settings, own_addresses=True)
+    async with AsyncExitStack() as stack:
         state, memory = await _copied(machine, deadline, stack)
-        origin = Origin(state, lambda: memory, described)
+        origin = Origin(state, lambda layout: memory, described)
         parts = await build(described.config, devices, life.end, calls, origin)
         stack.pop_all()  # the memory is the parts' now
     if not keep_output:
@@ -614,41 +605,30 @@ async def _clone(
 
 
 async def _copied(
-    machine: Machine, deadline: float | None, stack: ExitStack
+    machine: Machine, deadline: float | None, stack: AsyncExitStack
 ) -> tuple[dict[str, Any], GuestMemory]:
     """The state of `machine`, and a fork of its RAM that `stack` closes."""
     parts, inside, life = machine._use("clone"), machine._inside, machine._life
     with inside.operation("clone", life):
         async with inside.coordinator.paused(deadline):
             life.demand_meanwhile("clone")
-            state = parts.save(with_memory=False)
+            state = await saved(parts)
             memory = await _forked(parts.memory)
-            stack.callback(memory.close)
+            stack.push_async_callback(in_thread_shielded, memory.close)
             life.demand_meanwhile("clone")  # it may have been stopped meanwhile
         return state, memory
 
 
 async def _forked(memory: GuestMemory) -> GuestMemory:
-    """In a thread, where it is much that the guest has written. An error's frames know views of
-    RAM, so none of them leaves that: trio would keep it in a circle, and RAM mapped."""
+    """A fork of RAM that nothing writes meanwhile."""
 
-    def fork(own: Bitmap | None) -> tuple[GuestMemory | None, str]:
+    def fork() -> GuestMemory:
         try:
-            return memory.fork(own), ""
+            return memory.fork()
         except OSError as error:
-            return None, f"the host has no room for its RAM: {error.strerror or error!r}"
+            why = f"the host has no room for its RAM: {error.strerror or error!r}"
         except ValueError:  # RAM's views are released
-            return None, "it has ended"
-
-    own = memory.own()
-    if own is not None and len(own) <= _COPIED_AT_ONCE:
-        forked, why = fork(own)
-    else:
-        forked, why = await trio.to_thread.run_sync(fork, None)
-    if forked is None:
+            why = "it has ended"
         raise AvmmError(f"the machine cannot be cloned: {why}")
-    return forked
 
-
-_COPIED_AT_ONCE: Final = 256
-"""Pages of RAM: a thread costs more than these."""
+    return await in_thread(fork)

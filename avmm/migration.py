@@ -24,7 +24,7 @@ of its devices can still be talked to and saved; one that stands still for ever 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import Final, Protocol
@@ -80,12 +80,13 @@ class QuiescableDevice(Protocol):
 
 
 class Coordinator:
-    """Pauses one machine for whoever asks, from trio; pauses count."""
+    """Pauses one machine for whoever asks, from trio; pauses count. `devices` is gone through at
+    each standstill, and may give others then than before."""
 
     def __init__(
         self,
         vcpus: PausableVcpus,
-        devices: Collection[QuiescableDevice],
+        devices: Iterable[QuiescableDevice],
         deliver_coalesced: Callable[[], None] = lambda: None,
     ) -> None:
         self._vcpus = vcpus

@@ -1,116 +1,143 @@
-"""What the settings `vsock` and `net` say: how the guest is linked to the host.
+"""What people write for sizes, disks, networks and sockets: pure data, checked here once.
 
-They are text as the command takes it, "cid=3,unix=PATH", or the same as a table (in TOML) or a
-mapping. A path with a comma in it needs the latter.
+Disks, networks and sockets are text as the command takes it ("cid=3,unix=PATH"), or the same as a
+table (in TOML) or a mapping. A path with a comma in it needs the latter. `avmm.parts.configured`
+makes devices out of them; the devices take their bounds from here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
-from avmm.devices.virtio.frame import Backend
-from avmm.devices.virtio.net import Net, parse_mac, parse_mtu
-from avmm.devices.virtio.vsock import HOST_CID, Vsock
 from avmm.errors import ConfigError
-from avmm.net.tap import Tap
-from avmm.net.unix import UnixStream
 
-_MOST_CID: Final = 0xFFFF_FFFE
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE: Final = re.compile(r"\s*(\d{1,20})\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE | re.ASCII)
+_MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", re.IGNORECASE | re.ASCII)
 _BACKENDS: Final = ("tap", "unix", "listen")
-_EXPECTED: Final = "expected one of tap=NAME, unix=PATH and listen=PATH, then mac=ADDRESS, mtu=N"
+_TOO_LITTLE: Final = 64 << 10
+"""Bytes of memory. Somebody who asks for less has forgotten the unit."""
 
 
-@dataclass(frozen=True)
-class VsockOptions:
-    """A socket device: the guest's number, and where it is found as unix sockets."""
+# -- numbers -------------------------------------------------------------------------------
 
-    cid: int = 3
-    unix: Path | None = None
+NO_END: Final = (1 << 63) - 1
+"""As the most that a number may be: more than anybody means."""
 
-    @classmethod
-    def parse(cls, value: object, *, demand_cid: bool = False) -> VsockOptions:
-        """Raises `ConfigError`; with `demand_cid` also where no CID is said."""
-        if isinstance(value, cls):
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The whole numbers that something may be: from `least` to `most`, both included."""
+
+    least: int
+    most: int = NO_END
+    noun: str = "whole number"
+    in_hex: bool = False
+    """Is it shown in hexadecimal?"""
+
+    def __contains__(self, number: int) -> bool:
+        return self.least <= number <= self.most
+
+    def __str__(self) -> str:
+        if self.most == NO_END:
+            return f"a {self.noun}, {self.shown(self.least)} or more"
+        return f"a {self.noun} from {self.shown(self.least)} to {self.shown(self.most)}"
+
+    def shown(self, number: int) -> str:
+        return f"{number:#x}" if self.in_hex and number else str(number)
+
+    def check(self, what: str, value: object) -> int:
+        """`value`, where it is a number within them. Raises `ConfigError` that begins with
+        `what`."""
+        if isinstance(value, int) and not isinstance(value, bool) and value in self:
             return value
-        expected = "expected cid=NUMBER or cid=NUMBER,unix=PATH"
-        fields = _fields("vsock", value, ("cid", "unix"), expected)
-        if demand_cid and "cid" not in fields:
-            raise ConfigError(f"vsock {value!r}: {expected}")
-        cid = _number("vsock cid", fields.get("cid", 3))
-        if not HOST_CID < cid <= _MOST_CID:
-            raise ConfigError(f"vsock cid {cid}: expected a number from 3 to {_MOST_CID}")
-        return cls(cid, _path("vsock unix", fields["unix"]) if "unix" in fields else None)
-
-    def beside(self, folder: Path) -> VsockOptions:
-        """The same, with its path taken as relative to `folder`."""
-        return replace(self, unix=folder / self.unix) if self.unix is not None else self
-
-    def open(self, *, held: bool = True) -> Vsock:
-        """The device; without `held` it is found at no unix socket before `acquire`."""
-        return Vsock(self.cid, unix=self.unix, held=held)
+        raise ConfigError(f"{what} {value!r}: expected {self}")
 
 
-@dataclass(frozen=True)
-class NetOptions:
-    """A network device: one of `tap` (an interface's name), `unix` (a socket to connect to) and
-    `listen` (a socket to wait at for one peer), and the guest's address and MTU."""
+CIDS: Final = Bounds(3, 0xFFFF_FFFE)
+"""Of guests; those below belong to the hypervisor, to loopback and to the host (VIRTIO 1.2,
+5.10.4), and all ones means any."""
+MTUS: Final = Bounds(68, 65535)
+"""In bytes: what IPv4 demands, and what the device's configuration can hold."""
+DEFAULT_MTU: Final = 1500
+IO_PORTS: Final = Bounds(0, 0xFFFF, "port", in_hex=True)
 
-    tap: str | None = None
-    unix: Path | None = None
-    listen: Path | None = None
-    mac: str | None = None
-    mtu: int = 1500
 
-    @classmethod
-    def parse(cls, value: object) -> NetOptions:
-        """Raises `ConfigError`."""
-        if isinstance(value, cls):
-            return value
-        fields = _fields("net", value, (*_BACKENDS, "mac", "mtu"), _EXPECTED)
-        return cls(
-            fields.get("tap"),
-            _path("net unix", fields["unix"]) if "unix" in fields else None,
-            _path("net listen", fields["listen"]) if "listen" in fields else None,
-            fields.get("mac"),
-            _number("net mtu", fields.get("mtu", 1500)),
+def number_of(text: str) -> int | None:
+    """The number that this text is, as Python or C writes numbers (`12`, `0xf4`)."""
+    try:
+        return int(text, 0)
+    except ValueError:
+        return None
+
+
+def _number(what: str, value: object, bounds: Bounds) -> int:
+    number = number_of(value) if isinstance(value, str) else value
+    return bounds.check(what, value if number is None else number)
+
+
+# -- sizes ---------------------------------------------------------------------------------
+
+
+def parse_size(size: int | str, what: str = "") -> int:
+    """Bytes meant by a size as people write it: `67108864`, `"64M"`, `"64MiB"`, `"1g"`.
+
+    Units are powers of 1024; text without one means bytes. Raises `ConfigError` naming the text
+    that is no size, and `what` it is of.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        return size
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is None:
+        raise ConfigError(
+            f"{what} {size!r} is no size: expected a number with K, M, G or T, like '64M'".lstrip()
         )
+    return int(match[1]) * _UNITS[match[2].upper()]
 
-    def __post_init__(self) -> None:
-        if sum(getattr(self, name) is not None for name in _BACKENDS) != 1:
-            raise ConfigError(f"net {self}: {_EXPECTED}")
-        if self.tap is not None and (not isinstance(self.tap, str) or not self.tap):
-            raise ConfigError(f"net tap {self.tap!r}: expected the name of an interface")
-        if self.mac is not None:
-            parse_mac(self.mac)
-        parse_mtu(self.mtu)
 
-    def beside(self, folder: Path) -> NetOptions:
-        """The same, with its paths taken as relative to `folder`."""
-        unix = folder / self.unix if self.unix is not None else None
-        listen = folder / self.listen if self.listen is not None else None
-        return replace(self, unix=unix, listen=listen)
+def format_size(size: int) -> str:
+    """The shortest text from which `parse_size` makes `size` again: "64M"."""
+    unit = max((u for u in _UNITS if size % _UNITS[u] == 0), key=_UNITS.__getitem__)
+    return f"{size // _UNITS[unit]}{unit}" if size else "0"
 
-    def open(self, *, held: bool = True) -> Net:
-        """The device; its `backend` is the caller's to close. Raises `ConfigError`.
 
-        Without `held` the backend takes nothing of the host's before `acquire`.
-        """
-        return Net(self._backend(held), mac=self.mac, mtu=self.mtu)
+def meant_by(size: int, multiple: int = 1) -> str:
+    """What somebody meant who asked for `size` bytes of memory, where these are fewer than anybody
+    means, or not the `multiple` that they must be. The end of a message, empty without a guess."""
+    if 0 < size < _TOO_LITTLE:
+        return f"; did you mean '{size}M'?"  # the unit was forgotten
+    if size > 0 and size % multiple:
+        return f"; did you mean '{format_size(-(-size // multiple) * multiple)}'?"
+    return ""
 
-    def _backend(self, held: bool) -> Backend:
-        if self.tap is not None:
-            return Tap(self.tap, held=held)
-        if self.listen is not None:
-            return UnixStream.listen(self.listen, held=held)
-        assert self.unix is not None
-        return UnixStream.connect(self.unix, held=held)
+
+# -- paths, addresses and tables -----------------------------------------------------------
+
+
+def check_path(what: str, value: object) -> Path:
+    """`value` as a path. Raises `ConfigError` that begins with `what`."""
+    if not isinstance(value, str | PathLike) or not str(value):
+        raise ConfigError(f"{what} {value!r}: expected a path")
+    return Path(value)
+
+
+def parse_mac(text: object) -> bytes:
+    """The 6 bytes of an address like "52:54:00:12:34:56"; raises `ConfigError`."""
+    if not isinstance(text, str) or not _MAC.fullmatch(text):
+        raise ConfigError(f"mac {text!r}: expected six bytes like 52:54:00:12:34:56")
+    mac = bytes.fromhex(text.replace(":", ""))
+    if mac[0] & 1 or not any(mac):
+        raise ConfigError(f"mac {text!r}: expected the address of one station")
+    return mac
 
 
 def _fields(what: str, value: object, known: tuple[str, ...], expected: str) -> dict[str, Any]:
+    """The fields of a table, or of text like "cid=3,unix=PATH"."""
     if isinstance(value, str):
         pairs = [part.partition("=") for part in value.split(",")]
         fields = {name.strip().lower(): text for name, equals, text in pairs if equals and text}
@@ -126,16 +153,141 @@ def _fields(what: str, value: object, known: tuple[str, ...], expected: str) -> 
     return fields
 
 
-def _number(what: str, value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    try:
-        return int(value, 0) if isinstance(value, str) else int("")
-    except ValueError:
-        raise ConfigError(f"{what} {value!r}: expected a number") from None
+# -- disks ---------------------------------------------------------------------------------
+
+_DISK_WORDS: Final = "ro, overlay or serial=NAME"
+_DISK: Final = f"expected FILE, and after commas {_DISK_WORDS}, like 'root.img,overlay'"
 
 
-def _path(what: str, value: object) -> Path:
-    if not isinstance(value, str | PathLike) or not str(value):
-        raise ConfigError(f"{what} {value!r}: expected a path")
-    return Path(value)
+@dataclass(frozen=True, slots=True)
+class DiskOptions:
+    """A file or block device that the guest gets as a disk."""
+
+    file: Path
+    read_only: bool = False
+    overlay: bool = False
+    """Throw away what the guest changes; the file is only read."""
+    serial: str = ""
+    """Empty: "disk0", "disk1" and so on, by its place."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", check_path("disk file", self.file))
+        for name, flag in (("ro", self.read_only), ("overlay", self.overlay)):
+            if not isinstance(flag, bool):
+                raise ConfigError(f"disk {self.file}: {name} {flag!r}: expected true or false")
+        if not isinstance(self.serial, str):
+            raise ConfigError(f"disk {self.file}: serial {self.serial!r}: expected text")
+        if self.read_only and self.overlay:
+            raise ConfigError(f"disk {self.file}: expected ro or overlay, not both")
+
+    @classmethod
+    def parse(cls, value: object) -> DiskOptions:
+        """From text "FILE[,ro][,overlay][,serial=NAME]", or a table with these as keys (`file`,
+        `ro`, `overlay`, `serial`). Raises `ConfigError`."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            fields = _fields("disk", value, ("file", "ro", "overlay", "serial"), _DISK)
+            if "file" not in fields:
+                raise ConfigError(f"disk {value!r}: {_DISK}")
+            names = {"ro": "read_only"}
+            return cls(**{names.get(name, name): field for name, field in fields.items()})
+        file, *words = value.split(",") if isinstance(value, str) else ("",)
+        if not file:
+            raise ConfigError(f"disk {value!r}: {_DISK}")
+        serial = ""
+        for word in words:
+            if word.startswith("serial=") and word != "serial=":
+                serial = word.removeprefix("serial=")
+            elif word not in ("ro", "overlay"):
+                raise ConfigError(f"disk {file}: unknown option {word!r}; expected {_DISK_WORDS}")
+        return cls(Path(file), "ro" in words, "overlay" in words, serial)
+
+    def beside(self, folder: Path) -> DiskOptions:
+        """The same, with its path taken as relative to `folder`."""
+        return replace(self, file=folder / self.file)
+
+
+# -- sockets -------------------------------------------------------------------------------
+
+_VSOCK: Final = "expected cid=NUMBER or cid=NUMBER,unix=PATH"
+
+
+@dataclass(frozen=True)
+class VsockOptions:
+    """A socket device: the guest's number, and where it is found as unix sockets."""
+
+    cid: int = CIDS.least
+    unix: Path | None = None
+
+    def __post_init__(self) -> None:
+        CIDS.check("vsock cid", self.cid)
+        if self.unix is not None:
+            object.__setattr__(self, "unix", check_path("vsock unix", self.unix))
+
+    @classmethod
+    def parse(cls, value: object, *, demand_cid: bool = False) -> VsockOptions:
+        """From text or a table. Raises `ConfigError`; with `demand_cid` also where no CID is
+        said."""
+        if isinstance(value, cls):
+            return value
+        fields = _fields("vsock", value, ("cid", "unix"), _VSOCK)
+        if demand_cid and "cid" not in fields:
+            raise ConfigError(f"vsock {value!r}: {_VSOCK}")
+        cid = _number("vsock cid", fields.get("cid", cls.cid), CIDS)
+        return cls(cid, fields.get("unix"))
+
+    def beside(self, folder: Path) -> VsockOptions:
+        """The same, with its path taken as relative to `folder`."""
+        return replace(self, unix=folder / self.unix) if self.unix is not None else self
+
+
+# -- networks ------------------------------------------------------------------------------
+
+_NET: Final = "expected one of tap=NAME, unix=PATH and listen=PATH, then mac=ADDRESS, mtu=N"
+
+
+@dataclass(frozen=True)
+class NetOptions:
+    """A network device: one of `tap` (an interface's name), `unix` (a socket to connect to) and
+    `listen` (a socket to wait at for one peer), and the guest's address and MTU in bytes."""
+
+    tap: str | None = None
+    unix: Path | None = None
+    listen: Path | None = None
+    mac: str | None = None
+    mtu: int = DEFAULT_MTU
+
+    def __post_init__(self) -> None:
+        if sum(getattr(self, name) is not None for name in _BACKENDS) != 1:
+            raise ConfigError(f"net {str(self)!r}: {_NET}")
+        if self.tap is not None and (not isinstance(self.tap, str) or not self.tap):
+            raise ConfigError(f"net tap {self.tap!r}: expected the name of an interface")
+        for name in ("unix", "listen"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_path(f"net {name}", path))
+        if self.mac is not None:
+            parse_mac(self.mac)
+        MTUS.check("net mtu", self.mtu)
+
+    def __str__(self) -> str:
+        """As the command has it."""
+        fields = [(name, getattr(self, name)) for name in (*_BACKENDS, "mac")]
+        fields += [("mtu", self.mtu)] if self.mtu != DEFAULT_MTU else []
+        return ",".join(f"{name}={value}" for name, value in fields if value is not None)
+
+    @classmethod
+    def parse(cls, value: object) -> NetOptions:
+        """From text or a table. Raises `ConfigError`."""
+        if isinstance(value, cls):
+            return value
+        fields = _fields("net", value, (*_BACKENDS, "mac", "mtu"), _NET)
+        if "mtu" in fields:
+            fields["mtu"] = _number("net mtu", fields["mtu"], MTUS)
+        return cls(**fields)
+
+    def beside(self, folder: Path) -> NetOptions:
+        """The same, with its paths taken as relative to `folder`."""
+        unix = folder / self.unix if self.unix is not None else None
+        listen = folder / self.listen if self.listen is not None else None
+        return replace(self, unix=unix, listen=listen)

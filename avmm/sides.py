@@ -8,7 +8,7 @@ from typing import TypeVar
 _Method = TypeVar("_Method", bound=Callable[..., object])
 
 
-def in_thread(method: _Method) -> _Method:
+def in_vcpu_thread(method: _Method) -> _Method:
     """It runs in a vCPU's own thread, and calls nothing of trio's."""
     return method
 

@@ -28,25 +28,32 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar, TypeVarTuple
 
 import trio
 import xxhash
 
 from avmm.disks import files
 from avmm.errors import SnapshotError, StateError
+from avmm.memory.layout import RamLayout
 from avmm.memory.pages import PAGE, Bitmap, Packer
 from avmm.memory.ram import GuestMemory
-from avmm.plain import decode, encode
+from avmm.parts.saving import saved
+from avmm.plain import ANYTHING, MAPPING, Fields, decode, encode
+from avmm.progress import SnapshotProgress
+from avmm.threads import in_thread, in_thread_shielded
 
 if TYPE_CHECKING:
     from avmm.migration import Coordinator
-    from avmm.parts.machine_parts import Parts
+    from avmm.parts import Parts
+
+_Result = TypeVar("_Result")
+_Args = TypeVarTuple("_Args")
 
 MAGIC: Final = b"AVMMSNAP"
 VERSION: Final = 1
@@ -60,6 +67,13 @@ _FEW_PAGES: Final = 2048
 """So little is left for the standstill as soon as it can be."""
 _HEADER: Final = struct.Struct("<8sII 9Q Q")
 _MOST_BODY: Final = 4 << 30
+
+
+class _Body(Fields, error=SnapshotError):
+    """All that is not RAM; read by `avmm.parts`."""
+
+    description = ANYTHING
+    state = MAPPING
 
 
 @dataclass(frozen=True)
@@ -123,14 +137,6 @@ class Header:
 # -- writing -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a snapshot is: the round of copying, and what of it is left, in pages."""
-
-    round: int
-    pages_left: int
-
-
 async def write(
     parts: Parts,
     coordinator: Coordinator,
@@ -138,7 +144,7 @@ async def write(
     *,
     deadline: float | None,
     demand: Callable[[], None],
-    on_progress: Callable[[Progress], object],
+    on_progress: Callable[[SnapshotProgress], object],
 ) -> float:
     """Write a snapshot of a running machine. See `avmm.Machine.snapshot`.
 
@@ -146,41 +152,39 @@ async def write(
     and raises where the guest has ended. Then no file is written.
     """
     target = Path(path)
-    with _replacement(target) as fd:
+    async with _replacement(target, HEADER_BYTES + parts.memory.size) as fd:
         writer = _Writer(fd, parts.memory, target)
-        with closing(parts.dirty_log()) as log:
-            left = parts.memory.populated()
+        async with parts.dirty_log() as log:
+            left = await in_thread(parts.memory.populated)
 
             def tell(number: int) -> None:
-                on_progress(Progress(number, len(left)))
+                on_progress(SnapshotProgress(number, len(left)))
 
             for number in range(1, ROUNDS):
                 await writer.copy(left, partial(tell, number), skip_zeros=number == 1)
-                log.collect(left)
+                await in_thread(log.collect, left)
                 if len(left) <= _FEW_PAGES:
                     break
             stopped = trio.current_time()
             async with coordinator.paused(deadline):
-                log.collect(left)
+                await in_thread(log.collect, left)
                 await writer.copy(left, partial(tell, number + 1))
                 demand()
-                state = parts.save(with_memory=False)
-                description = parts.describe()
+                state = await saved(parts)
+                description = await in_thread(parts.describe)
             downtime = trio.current_time() - stopped
-        await writer.finish(encode({"description": description, "state": state}))
+        await writer.finish(_Body.plain(description=description, state=state))
     return downtime
 
 
 class _Writer:
-    """Fills the file; what blocks runs in threads, one at a time. Raises `SnapshotError`."""
+    """Fills the file, in threads, one at a time. Raises `SnapshotError`."""
 
     def __init__(self, fd: int, memory: GuestMemory, target: Path) -> None:
         self._fd = fd
         self._ram = memory.whole
         self._packer = Packer(memory.whole, copies=False)
         self._target = target
-        with _errors_named(target):
-            os.ftruncate(fd, HEADER_BYTES + memory.size)
 
     async def copy(
         self, left: Bitmap, tell: Callable[[], object], *, skip_zeros: bool = False
@@ -192,24 +196,13 @@ class _Writer:
         while await self._in_thread(self._copy_some, left, skip_zeros):
             tell()
 
-    async def finish(self, body: bytes) -> None:
+    async def finish(self, content: object) -> None:
         """Add all that is not RAM, and put the whole where no loss of power takes it away."""
-        await self._in_thread(self._finish, body)
+        await self._in_thread(self._finish, await in_thread(encode, content))
 
-    async def _in_thread(self, function: Callable[..., Any], *args: object) -> Any:
-        """Errors end in the thread. Their frames know views of guest memory, and trio keeps an
-        error that leaves a thread in a circle: the memory would stay mapped."""
-
-        def work() -> tuple[Any, str | None]:
-            try:
-                return function(*args), None
-            except OSError as error:
-                return None, error.strerror or repr(error)
-
-        result, why = await trio.to_thread.run_sync(work)
-        if why is not None:
-            raise SnapshotError(f"snapshot {self._target}: {why}")
-        return result
+    async def _in_thread(self, function: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
+        with _errors_named(self._target):
+            return await in_thread(function, *args)
 
     def _copy_some(self, left: Bitmap, skip_zeros: bool) -> bool:
         packed = self._packer.next(left, skip_zeros=skip_zeros)
@@ -291,32 +284,52 @@ def _errors_named(target: Path) -> Iterator[None]:
         raise SnapshotError(f"snapshot {target}: {error.strerror or error}") from error
 
 
-@contextmanager
-def _replacement(target: Path) -> Iterator[int]:
-    """A new file, to be written in the block, which takes `target`'s place after it."""
+@asynccontextmanager
+async def _replacement(target: Path, size: int) -> AsyncIterator[int]:
+    """A new file of that size, to be written in the block, which takes `target`'s place after it.
+
+    Cancelled, it leaves what was there before, and once the new one is to take its place, that.
+    """
     if not target.name:
         raise SnapshotError(f"snapshot {target}: expected the name of a file")
-    with _errors_named(target), suppress(FileNotFoundError):
-        mode = target.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder, renaming refuses
-            raise SnapshotError(f"snapshot {target}: expected no device, pipe or socket there")
     partial_path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     with _errors_named(target):
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        fd = os.open(partial_path, flags, 0o600)  # it holds all that the guest knows
+        fd = await in_thread(_create, target, partial_path, size)
     try:
         yield fd
         with _errors_named(target):
-            partial_path.replace(target)
-            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            await in_thread(_put, partial_path, target)
     finally:
-        os.close(fd)
-        with suppress(FileNotFoundError):
-            partial_path.unlink()
+        await in_thread_shielded(_forget, fd, partial_path)
+
+
+def _create(target: Path, partial_path: Path, size: int) -> int:
+    with suppress(FileNotFoundError):
+        mode = target.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder, renaming refuses
+            raise SnapshotError(f"snapshot {target}: expected no device, pipe or socket there")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(partial_path, flags, 0o600)  # it holds all that the guest knows
+    try:
+        os.ftruncate(fd, size)
+    except BaseException:
+        _forget(fd, partial_path)
+        raise
+    return fd
+
+
+def _put(partial_path: Path, target: Path) -> None:
+    partial_path.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _forget(fd: int, partial_path: Path) -> None:
+    os.close(fd)
+    partial_path.unlink(missing_ok=True)
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -326,9 +339,9 @@ def _replacement(target: Path) -> Iterator[int]:
 class Snapshot:
     """A snapshot that was opened and checked."""
 
-    description: Any
-    state: Any
-    open_memory: Callable[[], GuestMemory]
+    description: object
+    state: Mapping[str, object]
+    open_memory: Callable[[RamLayout], GuestMemory]
     """Maps its RAM, once, and closes the file."""
     close: Callable[[], None]
     """Closes the file where nobody is to map it."""
@@ -352,23 +365,17 @@ def read(
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             size = os.fstat(file.fileno()).st_size
             header = Header.unpack(os.pread(file.fileno(), HEADER_BYTES, 0), size, name)
-            content = _body(file, header, name)
+            body = _body(file, header, name)
             if verify:
                 _verify(file, header, name, on_chunk)
         except OSError as error:
             raise SnapshotError(f"snapshot {name}: {error.strerror}") from None
-        if (
-            type(content) is not dict
-            or set(content) != {"description", "state"}
-            or type(content["state"]) is not dict  # None would be a machine that boots
-        ):
-            raise SnapshotError(f"snapshot {name}: expected a description and a state in it")
         stack.pop_all()
     open_memory = partial(_map, file, header, name)
-    return Snapshot(content["description"], content["state"], open_memory, file.close)
+    return Snapshot(body.description, body.state, open_memory, file.close)
 
 
-def _body(file: BinaryIO, header: Header, name: str) -> Any:
+def _body(file: BinaryIO, header: Header, name: str) -> _Body:
     """What is in it. It is not copied: a file of holes may be long and hold nothing."""
     start = header.body_offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     end = header.body_offset + header.body_bytes
@@ -379,9 +386,10 @@ def _body(file: BinaryIO, header: Header, name: str) -> Any:
     ):
         _demand_sum(body, header.body_sum, name)
         try:
-            return decode(body, f"snapshot {name}: its state")
+            content = decode(body, f"snapshot {name}: its state")
         except StateError as error:
             raise SnapshotError(str(error)) from None
+        return _Body.read(f"snapshot {name}: its body", content)
 
 
 def _demand_sum(data: bytes | memoryview, expected: int, name: str) -> None:
@@ -402,9 +410,10 @@ def _verify(file: BinaryIO, header: Header, name: str, on_chunk: Callable[[], ob
             )
 
 
-def _map(file: BinaryIO, header: Header, name: str) -> GuestMemory:
+def _map(file: BinaryIO, header: Header, name: str, layout: RamLayout) -> GuestMemory:
     with file:
         try:
-            return GuestMemory(header.memory_bytes, base=(file.fileno(), header.memory_offset))
+            base = (file.fileno(), header.memory_offset)
+            return GuestMemory(header.memory_bytes, base=base, layout=layout)
         except OSError as error:
             raise SnapshotError(f"snapshot {name}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Embed a guest: talk to it over its console, wait for its end."""
+"""Embed a guest: talk to it over its console, and wait until it ends."""
 
 import trio
 

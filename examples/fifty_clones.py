@@ -1,4 +1,4 @@
-"""A guest is warmed up once, and fifty clones go on from there, all alive at the same time."""
+"""Warm up a guest once, then make fifty clones that go on from there, all at the same time."""
 
 from contextlib import AsyncExitStack
 
@@ -10,7 +10,7 @@ CLONES = 50
 
 
 async def said(vm: avmm.Machine, end: bytes) -> bytes:
-    """What the guest says, up to this."""
+    """What the guest prints, up to and including `end`."""
     text = b""
     while not text.endswith(end):
         text += await vm.console.receive_some()
@@ -18,7 +18,7 @@ async def said(vm: avmm.Machine, end: bytes) -> bytes:
 
 
 async def finish_line(vm: avmm.Machine, number: int) -> None:
-    """The line was begun before there were clones; each ends it in its own way."""
+    """Finish the line that was begun before there were clones, with the clone's own number."""
     await vm.console.send_all(b"%d\r" % number)
     print((await said(vm, b"avmm> ")).decode().splitlines()[-2])
 

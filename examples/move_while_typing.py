@@ -1,4 +1,4 @@
-"""A guest moves to another process while somebody types: no key is lost, and none comes twice."""
+"""Move a guest to another process while somebody types: no key is lost, and none comes twice."""
 
 import os
 import socket
@@ -14,14 +14,14 @@ LINES = [b"echo line %d\r" % number for number in range(1, 21)]
 
 
 async def type_text(vm: avmm.Machine, other: trio.Process) -> None:
-    """Type, a key at a time, where the guest is; and end it when it has moved."""
+    """Type one key at a time, to wherever the guest is. End the guest when it has moved."""
     assert other.stdin is not None
     keyboard: trio.abc.SendStream = vm.console
     for key in b"".join(LINES):
         await trio.sleep(0.005)
         try:
             await keyboard.send_all(bytes([key]))
-        except trio.BrokenResourceError:  # the guest has gone, without this key
+        except trio.BrokenResourceError:  # the guest has moved without this key
             keyboard = other.stdin
             await keyboard.send_all(bytes([key]))
     await vm.wait()
@@ -33,7 +33,7 @@ async def show(screen: trio.abc.ReceiveStream) -> None:
         print(output.decode(), end="", flush=True)
 
 
-async def move(vm: avmm.Machine, line: trio.SocketStream) -> None:
+async def move(vm: avmm.Machine, line: trio.abc.Stream) -> None:
     await trio.sleep(0.5)
     report = await vm.migrate(line)
     print(f" <- here it moved, and stood still for {1000 * report.downtime:.0f} ms -> ", end="")
@@ -43,7 +43,7 @@ async def main() -> None:
     ours, theirs = socket.socketpair()
     command = [sys.executable, __file__, str(theirs.fileno())]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "pass_fds": [theirs.fileno()]}
-    line = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+    line = await avmm.connect(f"fd:{ours.detach()}")
     async with trio.open_nursery() as nursery:
         other = await nursery.start(partial(trio.run_process, command, **pipes))
         theirs.close()
@@ -55,9 +55,9 @@ async def main() -> None:
 
 
 async def other_process(descriptor: int) -> None:
-    """Take the guest in; standard input is its keyboard, standard output its screen."""
-    line = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=descriptor)))
-    async with avmm.receive(line) as vm, trio.open_nursery() as nursery:
+    """Receive the guest. Standard input is its keyboard, and standard output its screen."""
+    line = await avmm.connect(f"fd:{descriptor}")
+    async with line, avmm.receive(line) as vm, trio.open_nursery() as nursery:
 
         async def keys() -> None:
             async for data in trio.lowlevel.FdStream(os.dup(0)):

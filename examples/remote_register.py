@@ -1,4 +1,4 @@
-"""A device whose register lives on a TCP server: the guest's read waits, nothing else does."""
+"""A device whose register lives on a TCP server: only the vCPU that reads it waits."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ REGISTER = 0xD000_0000
 
 
 class RemoteRegister(avmm.Device):
-    """A read of this register asks the server and awaits its answer."""
+    """Reading this register asks the server, and awaits its answer."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -21,7 +21,7 @@ class RemoteRegister(avmm.Device):
 
 
 async def answer(client: trio.SocketStream) -> None:
-    """The far side: thinks for a moment, then gives the temperature."""
+    """The server: take half a second, then send the temperature."""
     async with client:
         await trio.sleep(0.5)
         await client.send_all((21).to_bytes(4, "little"))

@@ -1,6 +1,7 @@
-"""A device awaits a slow server while its guest is migrated: it is asked once, nothing is lost.
+"""A device awaits a slow server while its guest moves. The server is asked once, and its answer
+reaches the guest.
 
-The guest moves within this program, over a pair of sockets: any trio stream will do.
+The guest moves within this program, over a pair of sockets. Any trio stream would do.
 """
 
 import socket
@@ -16,24 +17,30 @@ REGISTER = 0xD000_0000
 
 
 class RemoteRegister(avmm.Device):
-    """A read of this register asks the server and awaits its answer."""
+    """A read of this register asks the server and awaits its answer. It counts its reads."""
+
+    class State(avmm.DeviceState, version=1):
+        reads = avmm.plain.U64
 
     def __init__(self, port: int) -> None:
         self.port = port
+        self.reads = 0
 
     async def read(self, offset: int, size: int) -> int:
+        self.reads += 1
         async with await trio.open_tcp_stream("127.0.0.1", self.port) as server:
             return int.from_bytes(await server.receive_some(4), "little")
 
     def save(self) -> Mapping[str, Any]:
-        return {}  # a read that is under way is finished before anything is saved
+        # A read that is under way is finished before anything is saved.
+        return self.State.plain(reads=self.reads)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        pass
+        self.reads = self.State.load(self.name, state).reads
 
 
 class Server:
-    """The far side: thinks for a second, then gives the temperature."""
+    """The server: take a second, then send the temperature."""
 
     def __init__(self) -> None:
         self.questions = 0
@@ -61,18 +68,17 @@ async def main() -> None:
         )
         port = listener.socket.getsockname()[1]
 
-        def devices() -> list[avmm.Placement]:
-            return [avmm.mmio(RemoteRegister(port), REGISTER, 4)]
-
-        async with avmm.Machine(devices=devices()) as vm:
+        here, there = RemoteRegister(port), RemoteRegister(port)
+        async with avmm.Machine(devices=[avmm.mmio(here, REGISTER, 4)]) as vm:
             await vm.console.send_all(f"peek.l {REGISTER:#x}\rexit\r".encode())
             await server.is_asked.wait()
             nursery.start_soon(leave, vm, lines[0])
-            async with avmm.receive(lines[1], devices=devices()) as moved:
+            devices = [avmm.mmio(there, REGISTER, 4)]
+            async with avmm.receive(lines[1], devices=devices) as moved:
                 said = b"".join([data async for data in vm.console])
                 said += b"".join([data async for data in moved.console])
         print(said.decode())
-        print(f"questions: {server.questions}")
+        print(f"questions: {server.questions}, reads: {there.reads}")
         nursery.cancel_scope.cancel()
 
 

@@ -1,4 +1,4 @@
-"""Ten guests in one nursery, each passing on to the next what the one before it said."""
+"""Ten guests in one nursery. Each passes on to the next what it heard from the one before."""
 
 import trio
 
@@ -9,7 +9,7 @@ GUESTS = 10
 
 
 async def ask(vm: avmm.Machine, command: str) -> str:
-    """Type a command at the guest's prompt; the line that it prints."""
+    """Type a command at the guest's prompt, and return the line that it prints."""
     await vm.console.send_all(command.encode() + b"\r")
     said = b""
     while not said.endswith(PROMPT):
@@ -20,7 +20,7 @@ async def ask(vm: avmm.Machine, command: str) -> str:
 async def guest(
     number: int, hear: trio.MemoryReceiveChannel[str], tell: trio.MemorySendChannel[str]
 ) -> None:
-    """A guest that adds its number to each story it hears, and tells it to the next one."""
+    """A guest that adds its number to each story it hears, and tells that to the next guest."""
     async with avmm.Machine(memory="16M") as vm, tell:
         said = b""
         while not said.endswith(PROMPT):

@@ -24,6 +24,7 @@ STUBS = {
     "pip": "",
     "ruff": "",
     "mypy": "",
+    "lint-imports": "",
     "apt-get": "",
     "id": 'echo "$USER_ID"',
     "avmm": "echo hi; exit 3",
@@ -44,7 +45,7 @@ LAB = [
     "prepare newer",
     "pytest --lab stock",
     "pytest --lab proposing",
-    "pytest --lab newer tests/test_xen.py tests/test_completion_report.py",
+    "pytest --lab newer tests/vcpu/test_xen.py tests/cli/test_completion_report.py",
 ]
 
 

@@ -18,7 +18,7 @@ SAYS = {
         "in the other process: exit, status 3",
     ],
     "remote_register": ["0x00000015"],
-    "slow_answer_while_moving": ["0x00000015", "questions: 1"],
+    "slow_answer_while_moving": ["0x00000015", "questions: 1, reads: 1"],
     "ten_guests": [
         "once upon a time 0 1 2 3 4 5 6 7 8 9",
         "in a nursery 0 1 2 3 4 5 6 7 8 9",

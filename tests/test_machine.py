@@ -202,7 +202,7 @@ async def test_nothing_is_left_when_a_machine_cannot_be_made(tmp_path: Path) -> 
         (avmm.pio(Constant(), 0x3F8, 1), "overlaps Serial"),
         (avmm.pio(Constant(), 0xFFFF, 2), "expected a range within 0-0xffff"),
         (avmm.mmio(Constant(), 0x1000, 4), "overlaps guest memory"),
-        (avmm.mmio(Constant(), ADDRESS, 4, irq=4), "driven by Serial already"),
+        (avmm.mmio(Constant(), ADDRESS, 4, irq=4), "already driven by Serial"),
         (avmm.mmio(Constant(), ADDRESS, 4, irq=2), "belongs to the second PIC"),
         (avmm.mmio(Constant(), ADDRESS, 4, irq=24), "does not exist"),
     ],

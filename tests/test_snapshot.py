@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import trio
 import xxhash
+from support.previous import previous_description, previous_state
 
 import avmm
 from avmm import snapshot
-from avmm.errors import ConfigError, SnapshotError, StateError
+from avmm.errors import ConfigError, DeviceError, SnapshotError, StateError
 from avmm.memory.pages import PAGE
 from avmm.plain import encode
 from avmm.snapshot import CHUNK, HEADER_BYTES, Header
@@ -206,20 +207,27 @@ def rewrite(path: Path, content: object) -> None:
 async def test_bodies_that_hold_something_else(snap: Path) -> None:
     opened = snapshot.read(snap)
     opened.close()
-    for content in (
-        [],
-        {},
-        {"state": 1},
-        {"description": {}, "state": {}, "more": 1},
-        {"description": opened.description, "state": None},
+    content: object
+    for content, why in (
+        ([], "its body is a list of 0, expected a mapping"),
+        ({}, "its body lacks description, state, expected the keys description, state"),
+        ({"state": 1}, "its body lacks description, expected the keys description, state"),
+        (
+            {"description": {}, "state": {}, "more": 1},
+            "its body has 'more', expected the keys description, state",
+        ),
+        (
+            {"description": opened.description, "state": None},
+            "its body: state is None, expected a mapping",
+        ),
     ):
         rewrite(snap, content)
-        refused(snap, "expected a description and a state")
+        refused(snap, why)
     told = opened.description
     for description in (
         None,
         {},
-        told | {"version": 2},
+        told | {"version": 3},
         told | {"more": 1},
         told | {"disks": [{"name": "/etc/passwd"}]},
         told | {"settings": told["settings"] | {"memory": -1}},
@@ -235,13 +243,47 @@ async def test_bodies_that_hold_something_else(snap: Path) -> None:
         with pytest.raises((StateError, ConfigError)):
             async with avmm.restore(snap):
                 pytest.fail(f"{description} was taken")
-    for state in ({}, opened.state | {"version": 2}, opened.state | {"vcpus": []}):
+    for state in ({}, opened.state | {"version": 3}, opened.state | {"vcpus": []}):
         rewrite(snap, {"description": told, "state": state})
         with pytest.raises(StateError):
             async with avmm.restore(snap):
                 pytest.fail(f"{state} was taken")
     rewrite(snap, {"description": told, "state": opened.state})
     await runs(snap)
+
+
+async def test_one_of_the_previous_version_is_refused_before_anything_is_opened(
+    tmp_path: Path,
+) -> None:
+    disk, snap = tmp_path / "disk", tmp_path / "snap"
+    disk.write_bytes(bytes(4096))
+    devices: dict[str, Any] = {"disks": [f"{disk},overlay"], "vsock": "cid=3"}
+    async with avmm.Machine(memory="8M", rng=True, **devices) as vm:
+        await vm.snapshot(snap)
+    opened = snapshot.read(snap)
+    opened.close()
+    state = previous_state(opened.state)
+    rewrite(snap, {"description": previous_description(opened.description), "state": state})
+    disk.unlink()
+    with pytest.raises(StateError, match=r"^the machine's description has version 1, expected 2$"):
+        async with avmm.restore(snap, **devices):
+            pytest.fail("it was taken")
+    disk.write_bytes(bytes(4096))
+    rewrite(snap, {"description": opened.description, "state": state})
+    with pytest.raises(StateError, match=r"^the machine's state has version 1, expected 2$"):
+        async with avmm.restore(snap, **devices):
+            pytest.fail("it was taken")
+    for number, (name, device) in enumerate(state["devices"]):
+        if device != opened.state["devices"][number][1]:
+            devices_of_old = list(opened.state["devices"])
+            devices_of_old[number] = [name, device]
+            body = opened.state | {"devices": devices_of_old}
+            rewrite(snap, {"description": opened.description, "state": body})
+            with pytest.raises(DeviceError, match=r"'s state has no version, expected 1$"):
+                async with avmm.restore(snap, **devices):
+                    pytest.fail(f"{name}'s was taken")
+    rewrite(snap, {"description": opened.description, "state": opened.state})
+    await runs(snap, **devices)
 
 
 async def test_what_is_missing_is_asked_for_and_nothing_is_left_open(tmp_path: Path) -> None:
@@ -256,13 +298,14 @@ async def test_what_is_missing_is_asked_for_and_nothing_is_left_open(tmp_path: P
         ({"disks": [f"{disk},ro"], "vsock": "cid=3"}, "as writable"),
         ({"disks": [f"{disk},overlay"], "vsock": "cid=3"}, "is no overlay"),
         (settings | {"net": ["tap=x"]}, "0 network devices"),
-        (settings | {"cpus": 2}, "cpus: the guest has seen it"),
     ):
         machine = avmm.restore(snap, **given)
         with pytest.raises(ConfigError, match=why):
             async with machine:
                 pytest.fail(f"{given} was taken")
         assert machine.state is avmm.Runstate.FAILED
+    with pytest.raises(ConfigError, match="cpus: the guest has seen it"):
+        avmm.restore(snap, **settings | {"cpus": 2})
     await runs(snap, **settings)
 
 

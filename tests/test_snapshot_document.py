@@ -15,6 +15,7 @@ import xxhash
 
 import avmm
 from avmm import snapshot
+from avmm.memory.layout import RamLayout
 
 pytestmark = [pytest.mark.usefixtures("kvm", "nothing_left"), pytest.mark.timeout(60)]
 
@@ -84,7 +85,8 @@ async def test_a_snapshot_is_as_its_format_says(tmp_path: Path) -> None:
     assert len(file.ram) == 5 << 20
     assert file.ram[MARK : MARK + 10] == b"here it is"
     description, state = file.body["description"], file.body["state"]
-    assert (description["version"], state["version"]) == (1, 1)
+    assert (description["version"], description["state"], state["version"]) == (2, 2, 2)
+    assert all(type(device["version"]) is int for _, device in state["devices"])
     assert description["settings"]["memory"] == state["memory_size"] == 5 << 20
     names = [entry[0] for entry in description["devices"]]
     assert [name for name, _ in state["devices"]] == list(dict.fromkeys(names))
@@ -101,7 +103,7 @@ async def test_holes_may_be_made_and_filled(tmp_path: Path) -> None:
     await trio.run_process(["fallocate", "--dig-holes", str(sparse)])
     assert filled.stat().st_blocks > path.stat().st_blocks
     for copy in (filled, sparse):
-        snapshot.read(copy, verify=True).open_memory().close()
+        snapshot.read(copy, verify=True).open_memory(RamLayout()).close()
         async with avmm.restore(copy, verify=True) as vm:
             await vm.console.send_all(b"exit 3\r")
             assert (await vm.wait()).status == 3
@@ -116,7 +118,7 @@ async def test_zeros_that_were_written_may_become_a_hole(
     await taken(path)
     monkeypatch.undo()
     File(path)
-    snapshot.read(path, verify=True).open_memory().close()
+    snapshot.read(path, verify=True).open_memory(RamLayout()).close()
 
 
 @pytest.mark.parametrize("size", [4 << 20, 6 << 20, 1 << 40])

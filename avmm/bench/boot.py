@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from avmm.bench.qemu import MICROVM, QEMU
-from avmm.bench.row import Row
+from avmm.bench.row import BenchRow
 from avmm.errors import AvmmError, ConfigError
 
 
@@ -28,7 +28,7 @@ def measure(
     memory: str,
     rounds: int,
     progress: Callable[[], None],
-) -> list[Row]:
+) -> list[BenchRow]:
     """One row: medians over `rounds`, and the median of the rounds' own ratios.
 
     `progress` is called at each of `steps(rounds)` steps. Raises `ConfigError` where there is no
@@ -52,7 +52,7 @@ def measure(
             progress()
     ratio = median(us / base for us, base in pairs)
     return [
-        Row(
+        BenchRow(
             f"{kernel.name} to its end",
             median(us for us, _ in pairs) * 1e6,
             median(base for _, base in pairs) * 1e6,

@@ -15,18 +15,17 @@ from typing import Final
 
 import trio
 
-from avmm import guests
-from avmm.arch.x86_64 import layout
-from avmm.bench.row import Row
+from avmm import arch, guests
+from avmm.bench.row import BenchRow
 from avmm.bus.space import Placement, mmio, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device
 from avmm.errors import AvmmError
 from avmm.machine import Machine
-from avmm.parts.building import build, dismantle
+from avmm.parts import build, dismantle
 
 PORT: Final = 0xE0
-ADDRESS: Final = layout.MMIO
+ADDRESS: Final = arch.host().own_window.start
 
 
 class AtOnce(Device):
@@ -57,7 +56,7 @@ WAYS: Final[dict[str, Callable[[], Device]]] = {
 }
 
 
-async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list[Row]:
+async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list[BenchRow]:
     """All cases, `count` exits in each of `rounds` rounds; `progress` is called at each step.
 
     Cancelling it ends the guest that runs. The C loop's rounds block the program.
@@ -75,7 +74,9 @@ async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list
                     progress()
             for way, times in ours.items():
                 ratio = median(us / base for us, base in zip(times, raw, strict=True))
-                rows.append(Row(f"{kind} ring{ring} {way}", median(times), median(raw), ratio))
+                rows.append(
+                    BenchRow(f"{kind} ring{ring} {way}", median(times), median(raw), ratio)
+                )
     return rows
 
 

@@ -26,9 +26,10 @@ from avmm import guests
 from avmm.bench import shell
 from avmm.bench.qemu import QEMU
 from avmm.bench.qmp import Qemu
-from avmm.bench.row import Row, SpeedRow, medians
+from avmm.bench.row import BenchRow, SpeedRow, medians
 from avmm.errors import AvmmError
 from avmm.machine import Machine
+from avmm.transfer.transports import connect
 
 RATES: Final = (0, 200)
 """MiB of pages a second that the guest writes to meanwhile."""
@@ -41,7 +42,9 @@ _Measured = tuple[float, float, float]
 """Total and downtime, in microseconds, and how fast the guest has written, in MiB a second."""
 
 
-async def measure(memory: int, rounds: int, progress: Callable[[], None]) -> list[Row | SpeedRow]:
+async def measure(
+    memory: int, rounds: int, progress: Callable[[], None]
+) -> list[BenchRow | SpeedRow]:
     """Two rows a rate: medians over the rounds, and the median of the rounds' own ratios. And how
     fast the guest has written, from before its migration to after it.
 
@@ -49,7 +52,7 @@ async def measure(memory: int, rounds: int, progress: Callable[[], None]) -> lis
     not go on after its migration.
     """
     has_qemu = shutil.which(QEMU) is not None
-    rows: list[Row | SpeedRow] = []
+    rows: list[BenchRow | SpeedRow] = []
     for rate in RATES:
         pairs: list[tuple[_Measured, _Measured | None]] = []
         for _ in range(rounds):
@@ -58,8 +61,8 @@ async def measure(memory: int, rounds: int, progress: Callable[[], None]) -> lis
             pairs.append((await _ours(memory, rate), base))
             progress()
         name = f"{rate} MiB/s" if rate else "idle"
-        rows.append(Row(f"{name}, total", *_medians(pairs, 0)))
-        rows.append(Row(f"{name}, downtime", *_medians(pairs, 1)))
+        rows.append(BenchRow(f"{name}, total", *_medians(pairs, 0)))
+        rows.append(BenchRow(f"{name}, downtime", *_medians(pairs, 1)))
         if rate:
             rows.append(SpeedRow("written, MiB/s", *_medians(pairs, 2)))
     return rows
@@ -86,8 +89,10 @@ async def _ours(memory: int, rate: int) -> _Measured:
             stdout=subprocess.PIPE,
         )
     try:
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(here))
-        async with stream, Machine(memory=memory, acpi=False) as vm:
+        async with (
+            await connect(f"fd:{here.detach()}") as stream,
+            Machine(memory=memory, acpi=False) as vm,
+        ):
             await _prepare(vm.console, memory, rate)
             report = await vm.migrate(stream, target_downtime=TARGET_DOWNTIME)
         said, _ = await trio.to_thread.run_sync(receiver.communicate)

@@ -17,11 +17,11 @@ from typing import Final
 import trio
 
 from avmm import guests
-from avmm.bench.row import Row
+from avmm.bench.row import BenchRow
 from avmm.config import MachineConfig
 from avmm.kvm.kick import install_kick
 from avmm.machine import Machine
-from avmm.parts.building import build, dismantle
+from avmm.parts import build, dismantle
 
 CPUS: Final = (1, 2, 4, 16)
 _FOR_EVER: Final = b"\xf3\x90\xeb\xfc"
@@ -31,7 +31,7 @@ _GUEST_SECONDS: Final = 0.0005
 for a core; of sixteen on two cores some have not come back from the last pause."""
 
 
-async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list[Row]:
+async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list[BenchRow]:
     """All cases, `count` pauses in each of `rounds` rounds; `progress` is called at each step.
 
     The C kicks block the program; cancelling takes effect between them.
@@ -45,7 +45,7 @@ async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list
             ours.append(await _pauses(cpus, count))
             progress()
         ratio = median(us / base for us, base in zip(ours, raw, strict=True))
-        rows.append(Row(f"{cpus} vCPU" + "s" * (cpus > 1), median(ours), median(raw), ratio))
+        rows.append(BenchRow(f"{cpus} vCPU" + "s" * (cpus > 1), median(ours), median(raw), ratio))
     return rows
 
 

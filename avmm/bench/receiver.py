@@ -8,19 +8,18 @@ typed, the answer goes to standard output, and that is the end.
 
 from __future__ import annotations
 
-import socket
 import sys
 
 import trio
 
 from avmm.arrivals import receive
 from avmm.bench.shell import ask
+from avmm.transfer.transports import connect
 
 
 async def main(fd: int) -> None:
     """Take the guest that comes over the socket `fd`."""
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
-    async with stream, receive(stream) as vm:
+    async with await connect(f"fd:{fd}") as stream, receive(stream) as vm:
         print(await ask(vm.console, b"\r"), flush=True)
 
 

@@ -8,7 +8,7 @@ from statistics import median
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One case: microseconds by avmm and by its baseline, and the ratio of the two; None where
     the baseline is QEMU, and there is none."""
 
@@ -19,8 +19,9 @@ class Row:
 
 
 @dataclass(frozen=True)
-class RateRow(Row):
-    """`Row` of a request, `raw_us` is QEMU's; and how many, and megabytes, avmm does a second."""
+class RateRow(BenchRow):
+    """A row of a request: `raw_us` is QEMU's. And how many of them, and how many megabytes, avmm
+    does in a second."""
 
     per_second: float
     mb_per_second: float
@@ -44,6 +45,20 @@ class SizeRow:
     kib: float
     raw_kib: float
     ratio: float
+
+
+@dataclass(frozen=True)
+class StallRow:
+    """One case: for how many milliseconds a task waited for its turn, as the median over the
+    rounds and at the most; for how many of them the thread did not just wait for a core (median,
+    None where that is not known); and the 99th percentile while nothing is done, which is not
+    contained in `ms` and `most_ms`."""
+
+    case: str
+    ms: float
+    most_ms: float
+    blocked_ms: float | None
+    idle_ms: float
 
 
 def medians(

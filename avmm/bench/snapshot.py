@@ -30,7 +30,7 @@ from avmm.arrivals import restore
 from avmm.bench import shell
 from avmm.bench.qemu import QEMU
 from avmm.bench.qmp import Qemu
-from avmm.bench.row import Row, SizeRow
+from avmm.bench.row import BenchRow, SizeRow
 from avmm.config import MachineConfig
 from avmm.machine import Machine
 
@@ -44,14 +44,14 @@ _LARGE: Final = 8
 
 async def measure(
     memory: int, rounds: int, clones: int, progress: Callable[[], None]
-) -> list[Row | SizeRow]:
+) -> list[BenchRow | SizeRow]:
     """All rows: medians over the rounds, and the median of the rounds' own ratios.
 
     `progress` is called at each of `steps(rounds, clones)` steps.
     """
     with tempfile.TemporaryDirectory(prefix="avmm-bench-") as name:
         folder = Path(name)
-        rows: list[Row | SizeRow] = []
+        rows: list[BenchRow | SizeRow] = []
         if shutil.which(QEMU) is not None:
             rows += await _writing(folder, memory, rounds, progress)
         rows += await _going_on(folder, memory, rounds, progress)
@@ -69,7 +69,7 @@ def steps(rounds: int, clones: int) -> int:
 
 async def _writing(
     folder: Path, memory: int, rounds: int, progress: Callable[[], None]
-) -> list[Row]:
+) -> list[BenchRow]:
     pairs = []
     for _ in range(rounds):
         base = await _theirs(folder, memory)
@@ -120,7 +120,7 @@ def _make_room(file: Path, size: int) -> None:
 
 async def _going_on(
     folder: Path, memory: int, rounds: int, progress: Callable[[], None]
-) -> list[Row]:
+) -> list[BenchRow]:
     boots, restores, large, clones = [], [], [], []
     for size, name in ((memory, "small"), (_LARGE * memory, "large")):
         async with Machine(_spinning(size)) as vm:
@@ -187,8 +187,8 @@ def _rss() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024
 
 
-def _row(case: str, pairs: list[tuple[float, float]]) -> Row:
-    return Row(
+def _row(case: str, pairs: list[tuple[float, float]]) -> BenchRow:
+    return BenchRow(
         case,
         median(ours for ours, _ in pairs) * 1e6,
         median(base for _, base in pairs) * 1e6,

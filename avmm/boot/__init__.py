@@ -1,7 +1,9 @@
-"""From an image file to guest memory that is ready to run: one small file a format.
+"""From an image file to guest memory that is ready to run.
 
-`avmm.boot.formats.load` picks the format and loads. It is not imported here, so that a program
-pays for the formats when it starts its first guest and not when it imports avmm.
+What every architecture needs is here: opening and unpacking image files, ELF headers, the book of
+who lies where in memory, and the words for how a guest is entered. The formats of an
+architecture's guests are with the architecture (`avmm.arch.x86_64.boot`), one small file each.
+They are imported when a program starts its first guest, and not when it imports avmm.
 """
 
 from avmm.boot.entry import Entry, FlatOptions, Mode, Protocol

@@ -15,10 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from avmm.arch.x86_64 import layout
 from avmm.errors import ImageError
+from avmm.memory.layout import Region
 from avmm.memory.pages import PAGE
-from avmm.memory.ram import Region
 
 
 class MapKind(IntEnum):
@@ -54,13 +53,19 @@ class _Claim:
 
 _Span = tuple[int, int]
 
-_ALWAYS_RESERVED: tuple[_Span, ...] = (
-    (layout.EBDA, layout.EBDA_END),
-    (layout.BIOS, layout.BIOS_END),
-    (layout.KVM_IDENTITY_MAP, layout.KVM_PAGES_END),
-)
-_NEVER_RAM: _Span = (layout.BASE_MEMORY_END, layout.HIMEM)
-"""RAM backs this too, but on a PC it is not RAM, and some guests know that by heart."""
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What holds for all guests of a board; spans are (first GPA, first GPA after)."""
+
+    reserved: tuple[_Span, ...] = ()
+    """Told as reserved, whether anybody claims something there or not."""
+    never_ram: _Span = (0, 0)
+    """Never told as RAM, though RAM may back it."""
+    lowest: int = 0
+    """Nothing is placed below it (`Claims.place`)."""
+    limit: int = 1 << 52
+    """What is placed ends at or below it, unless its caller says a lower limit."""
 
 
 def _merged(spans: Iterable[_Span]) -> list[_Span]:
@@ -92,7 +97,8 @@ def _without(span: _Span, holes: Iterable[_Span]) -> list[_Span]:
 class Claims:
     """The ranges of `ram` that are taken, each with the name of what lies there."""
 
-    def __init__(self, ram: Sequence[Region]) -> None:
+    def __init__(self, ram: Sequence[Region], rules: Rules) -> None:
+        self._rules = rules
         self._ram: list[_Span] = [(region.gpa, region.end) for region in ram]
         self._claims: list[_Claim] = []  # by address; no two overlap
 
@@ -114,13 +120,13 @@ class Claims:
                 raise ImageError(f"{claim} overlaps {other}")
         self._claims.insert(at, claim)
 
-    def place(self, size: int, what: str, *, limit: int = layout.INITRD_LIMIT) -> int:
+    def place(self, size: int, what: str, *, limit: int | None = None) -> int:
         """Claim the highest page-aligned room for `size` bytes below `limit`; return its GPA.
 
-        Only memory from 1 MiB on is considered. Raises `ImageError` where no room is big
-        enough, telling the biggest there is.
+        Raises `ImageError` where no room is big enough, telling the biggest there is.
         """
-        taken = [(0, layout.HIMEM), *((claim.gpa, claim.end) for claim in self._claims)]
+        limit = self._rules.limit if limit is None else min(limit, self._rules.limit)
+        taken = [(0, self._rules.lowest), *((claim.gpa, claim.end) for claim in self._claims)]
         biggest = 0
         for lo, hi in reversed(self._ram):
             for start, end in reversed(_without((lo, min(hi, limit)), _merged(taken))):
@@ -138,9 +144,9 @@ class Claims:
     def memory_map(self) -> list[MapEntry]:
         """RAM and reserved ranges, by address, none overlapping, as few as can be."""
         reserved = _merged(
-            [*_ALWAYS_RESERVED, *((c.gpa, c.end) for c in self._claims if c.reserved)]
+            [*self._rules.reserved, *((c.gpa, c.end) for c in self._claims if c.reserved)]
         )
-        holes = _merged([*reserved, _NEVER_RAM])
+        holes = _merged([*reserved, self._rules.never_ram])
         spans = [(span, MapKind.RESERVED) for span in reserved]
         spans += [(left, MapKind.RAM) for ram in self._ram for left in _without(ram, holes)]
         return [MapEntry(lo, hi - lo, kind) for (lo, hi), kind in sorted(spans)]

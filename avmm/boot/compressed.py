@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
-if TYPE_CHECKING:
-    from avmm.boot.image import Image
+from avmm.errors import ImageError
 
 MAGIC_SIZE: Final = 6
 """The longest magic."""
@@ -34,7 +33,7 @@ class CutOff(Exception):
     """The data end before the format does."""
 
 
-class Source(Protocol):
+class CompressedBytes(Protocol):
     """Compressed bytes, read once from their beginning to their end."""
 
     left: int
@@ -43,10 +42,17 @@ class Source(Protocol):
         """The next `size` bytes, fewer at the end."""
 
 
+class ImageFile(Protocol):
+    """A file that compressed data are in; `avmm.boot.image.Image` is one."""
+
+    def read(self, offset: int, size: int, what: str) -> bytes: ...
+    def error(self, text: str) -> ImageError: ...
+
+
 class _Run:
     """A run of an image's bytes."""
 
-    def __init__(self, image: Image, offset: int, size: int) -> None:
+    def __init__(self, image: ImageFile, offset: int, size: int) -> None:
         self._image = image
         self._at = offset
         self.left = size
@@ -65,7 +71,7 @@ class Codec:
 
     name: str
     magics: tuple[bytes, ...]
-    decode: Callable[[Source], Iterator[bytes]]
+    decode: Callable[[CompressedBytes], Iterator[bytes]]
     """Gives pieces, empty ones, too; raises `Damaged` and `CutOff`."""
 
 
@@ -80,7 +86,7 @@ def named(name: str) -> Codec:
 
 
 def decompress(
-    image: Image, codec: Codec, offset: int, size: int, limit: int, trailer: int = 0
+    image: ImageFile, codec: Codec, offset: int, size: int, limit: int, trailer: int = 0
 ) -> tuple[int, int]:
     """The run of `image` decompressed into a memfd: (its descriptor, its size).
 
@@ -119,7 +125,7 @@ def decompress(
     return fd, total
 
 
-def _write_all(image: Image, fd: int, data: bytes) -> None:
+def _write_all(image: ImageFile, fd: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         try:
@@ -128,7 +134,7 @@ def _write_all(image: Image, fd: int, data: bytes) -> None:
             raise image.error(f"cannot be decompressed: {error.strerror}") from error
 
 
-def _stream(source: Source, decoder: Any, failure: type[Exception]) -> Iterator[bytes]:
+def _stream(source: CompressedBytes, decoder: Any, failure: type[Exception]) -> Iterator[bytes]:
     """The decoders of bz2, lzma and lz4.frame have one face."""
     while not decoder.eof:
         data = b""
@@ -148,7 +154,7 @@ def _check_unused(data: bytes) -> None:
         raise Damaged("more data after the end of it")
 
 
-def _gzip(source: Source) -> Iterator[bytes]:
+def _gzip(source: CompressedBytes) -> Iterator[bytes]:
     import zlib  # noqa: PLC0415 - each library only where it is needed
 
     inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
@@ -164,33 +170,33 @@ def _gzip(source: Source) -> Iterator[bytes]:
     _check_unused(inflate.unused_data)
 
 
-def _bzip2(source: Source) -> Iterator[bytes]:
+def _bzip2(source: CompressedBytes) -> Iterator[bytes]:
     import bz2  # noqa: PLC0415
 
     return _stream(source, bz2.BZ2Decompressor(), OSError)
 
 
-def _xz(source: Source) -> Iterator[bytes]:
+def _xz(source: CompressedBytes) -> Iterator[bytes]:
     import lzma  # noqa: PLC0415
 
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_DECODER_MEMORY)
     return _stream(source, decoder, lzma.LZMAError)
 
 
-def _lzma(source: Source) -> Iterator[bytes]:
+def _lzma(source: CompressedBytes) -> Iterator[bytes]:
     import lzma  # noqa: PLC0415
 
     decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_DECODER_MEMORY)
     return _stream(source, decoder, lzma.LZMAError)
 
 
-def _lz4(source: Source) -> Iterator[bytes]:
+def _lz4(source: CompressedBytes) -> Iterator[bytes]:
     import lz4.frame  # noqa: PLC0415
 
     return _stream(source, lz4.frame.LZ4FrameDecompressor(), RuntimeError)
 
 
-def _lz4_legacy(source: Source) -> Iterator[bytes]:
+def _lz4_legacy(source: CompressedBytes) -> Iterator[bytes]:
     """lz4's doc/lz4_Frame_format.md, "Legacy frame": blocks, each after its size, to the end."""
     import lz4.block  # noqa: PLC0415
 
@@ -207,7 +213,7 @@ def _lz4_legacy(source: Source) -> Iterator[bytes]:
             raise Damaged(str(error)) from error
 
 
-def _zstd(source: Source) -> Iterator[bytes]:
+def _zstd(source: CompressedBytes) -> Iterator[bytes]:
     import zstandard  # noqa: PLC0415
 
     decoder = zstandard.ZstdDecompressor(max_window_size=_DECODER_MEMORY).decompressobj()

@@ -42,7 +42,7 @@ class Protocol(Enum):
     """How a Linux kernel is to be entered, where its image leaves the choice."""
 
     AUTO = "auto"
-    """As the image's format has it: `avmm.boot.formats`."""
+    """As the image's format has it: `avmm.arch.x86_64.boot.load`."""
     PVH = "pvh"
     """By its PVH note, in 32-bit protected mode."""
     LINUX64 = "linux64"

@@ -1,4 +1,4 @@
-"""How a guest's accesses reach devices, and devices the guest.
+"""How a guest's accesses reach devices, and how devices reach the guest.
 
 Address spaces and who answers where (`space`), writes that KVM collects (`coalesced`), interrupts,
 doorbells and wake-ups.

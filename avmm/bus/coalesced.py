@@ -1,18 +1,18 @@
-"""Coalesced writes: out of the kernel's ring, to their devices, in order.
+"""Coalesced writes: taken out of the kernel's ring and delivered to their devices, in order.
 
-A write to a coalesced region does not leave the guest: KVM appends it to one ring for the whole
-VM and lets the vCPU run on (Documentation/virt/kvm/api.rst, KVM_REGISTER_COALESCED_MMIO). So
-whatever exits next may come after such writes, of any vCPU, and they must reach their devices
-first. And no exit tells of the last ones: a pause has to look for them.
+A write to a coalesced region does not leave the guest: KVM appends it to one ring for the whole VM
+and lets the vCPU run on (Documentation/virt/kvm/api.rst, KVM_REGISTER_COALESCED_MMIO). So when any
+vCPU exits, it or another vCPU may have made such writes before, and these must reach their devices
+first. The last writes may be followed by no exit, so a pause has to look for them.
 
-Two steps keep that order without a lock that devices share. Whoever finds writes in the ring moves
-them to queues, one for each device (`avmm.bus.space.PostedWrites`), under a lock of the ring's
-own, in which no handler runs. A write leaves the ring only when it is in its queue, and its queue
-only when the device has had it, so that where both are empty all have had theirs. A device's queue
-is emptied under the device's lock: by the same thread as its next step, or by any access to the
-device that comes before. Where a device raises, what is left in its queue stays there for whoever
-comes next, and the other devices get theirs all the same: writes are missing from no state because
-of another device.
+Two steps keep that order without a lock that all devices share. Whoever finds writes in the ring
+moves them to queues, one for each device (`avmm.bus.space.PostedWrites`), under a lock of the
+ring's own, in which no handler runs. A write leaves the ring only after it is in its queue, and
+leaves its queue only after the device has had it. So when both are empty, every device has had all
+its writes. A device's queue is emptied under the device's lock. The same thread does that as its
+second step, unless an access to the device does it before. If a device raises, the rest of its
+queue stays there for the next thread that looks, and the other devices still get their writes. So
+one device's error never makes another device's state incomplete.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from avmm.kvm.ring import WriteRing
 
 
 class CoalescedWrites:
-    """The ring of one VM and where its writes go. Any thread."""
+    """The ring of one VM and where its writes go. Any thread may use it."""
 
     def __init__(
         self, ring: WriteRing, buses: Mapping[bool, Bus], posted: Sequence[PostedWrites]
     ) -> None:
-        """`buses`: for port I/O (True) and for memory (False)."""
+        """`buses` holds the bus for port I/O (True) and the one for memory (False)."""
         self._ring = ring
         self._buses = buses
         self._posted = posted
@@ -38,16 +38,16 @@ class CoalescedWrites:
         self._moving = threading.Lock()
 
     def late(self) -> str:
-        """Which device has not had what it was to, in words; empty where there is none."""
+        """Which device has not had its writes yet, in words. Empty if every device has."""
         return next(filter(None, (posted.late() for posted in self._posted)), "")
 
     def deliver(self) -> None:
-        """Let the devices have all writes that the guest has made until now.
+        """Deliver all writes that the guest has made until now.
 
-        Raises what the first of the devices to raise does, after all have had theirs; and
-        `DeviceError` where one answers with an awaitable.
+        If devices raise, this raises the first error, after all devices have had their writes.
+        Raises `DeviceError` if a device answers with an awaitable.
         """
-        # In this order: what leaves the ring is in its queue by then.
+        # The ring is looked at first: a write that has left it is in its queue by then.
         if self._ring.is_empty and not any(self._queues):
             return
         with self._moving:
@@ -57,7 +57,7 @@ class CoalescedWrites:
         for posted in self._posted:
             try:
                 posted.deliver()
-            except Exception as error:  # whatever it is, the others get theirs
+            except Exception as error:  # of any kind, so that other devices get their writes
                 if first is None:
                     first = error
                 else:

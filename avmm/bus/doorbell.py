@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import trio
 
-from avmm.kvm import Vm, eventfd
+from avmm.kvm import eventfd
+from avmm.kvm.vm import Vm
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """The write that rings a doorbell: `value`, of `size` bytes, at an address or port."""
+
+    address: int
+    size: int
+    value: int
+    is_port: bool
 
 
 class EventDoorbell:
     """An eventfd that KVM, a device's `write`, or both write to; see
     `avmm.devices.base.Doorbell`."""
 
-    def __init__(self) -> None:
+    def __init__(self, watches: list[Watch]) -> None:
+        """`watches` are the writes that KVM should handle once there is a VM (`connect`)."""
         self._fd = eventfd()
+        self._watches = watches
 
-    def listen(self, vm: Vm, address: int, size: int, value: int, *, port: bool) -> bool:
-        """Let KVM ring it; False where this KVM cannot."""
-        return vm.ioeventfd(self._fd, address, size, value, port=port)
+    def connect(self, vm: Vm) -> None:
+        """Have KVM ring it, if this KVM can. Otherwise such writes reach the device."""
+        for watch in self._watches:
+            vm.ioeventfd(self._fd, watch.address, watch.size, watch.value, port=watch.is_port)
 
     def ring(self) -> None:
-        """Any thread."""
+        """Ring it. Any thread may call this."""
         os.eventfd_write(self._fd, 1)
 
     async def wait(self) -> None:
-        """Return once it was rung since the last return."""
+        """Return once it has been rung since the last return."""
         while True:
             await trio.lowlevel.wait_readable(self._fd)
             try:
@@ -35,7 +50,7 @@ class EventDoorbell:
             return
 
     def close(self) -> None:
-        """After all vCPUs and tasks have ended; idempotent."""
+        """Close the eventfd. Call it after all vCPUs and tasks have ended; idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,36 +1,65 @@
-"""Interrupts as a device sees them: a line to the PIC and IOAPIC, or a message (MSI).
+"""Interrupts as a device sees them: a line to an interrupt controller, or a message (MSI).
 
-Both are an eventfd that the kernel listens to (irqfd), so raising one is a write of eight
-bytes from whichever thread: no vCPU, no lock and no exit is involved. A line is an edge
-interrupt: the guest is interrupted when it goes from low to high.
+A line is an eventfd that the kernel listens to (irqfd), so to raise it, any thread writes eight
+bytes. No vCPU, no lock and no exit is involved. A line is an edge interrupt: the guest is
+interrupted when it goes from low to high.
 
-Interrupt numbers are KVM's GSIs. The first 24 are the pins of the IOAPIC (and the first 16 of
-them those of the two PICs as well), as KVM lays them out by itself; messages get the GSIs after
-them. Setting a route replaces KVM's whole table, so `Interrupts` keeps all of it.
+A message is one ioctl (KVM_SIGNAL_MSI), which needs no route of its own. With a route for an
+irqfd, a message would be as cheap as a line. But setting a route replaces KVM's whole table and
+waits for a grace period of the kernel, which takes many times as long as an ioctl.
+
+Interrupt numbers are KVM's GSIs. The architecture says which of them are input pins that a device
+can drive (`Pins`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from avmm.errors import ConfigError
-from avmm.kvm import Vm, constants, eventfd
-
-PINS: Final = 24
-"""Input pins of the IOAPIC."""
-_RESERVED: Final = {0: "the timer", 2: "the second PIC"}
+from avmm.kvm import eventfd
+from avmm.kvm.vm import Vm
 
 
-class Line:
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """The input pins of a board's interrupt controller: GSIs from 0 on."""
+
+    count: int
+    reserved: Mapping[int, str] = field(default_factory=dict)
+    """Pins that no device may drive, each with its owner."""
+
+    def demand(self, gsi: int, owner: str) -> None:
+        """Raise `ConfigError`, which names `owner`, if a device cannot have this pin."""
+        if 0 <= gsi < self.count and gsi not in self.reserved:
+            return
+        why = f"belongs to {self.reserved[gsi]}" if gsi in self.reserved else "does not exist"
+        raise ConfigError(f"{owner}: interrupt {gsi} {why}; expected {self._spans()}")
+
+    def _spans(self) -> str:
+        """The free pins in words: "1 or 3 to 23"."""
+        free = [gsi for gsi in range(self.count) if gsi not in self.reserved]
+        spans: list[list[int]] = []
+        for gsi in free:
+            if spans and spans[-1][-1] == gsi - 1:
+                spans[-1].append(gsi)
+            else:
+                spans.append([gsi])
+        words = [f"{s[0]}" if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in spans]
+        return " or ".join(words)
+
+
+class IrqLine:
     """One interrupt input, driven by one device. See `avmm.devices.base.InterruptLine`."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._asserted = False
-        # Any thread may drive it, while another closes the machine: a number must not be
-        # written to once it may be another file's.
+        # One thread may drive the line while another closes the machine. After the close, the
+        # descriptor's number may belong to another file and must not be written to.
         self._closing = threading.Lock()
 
     def set(self, asserted: bool) -> None:
@@ -45,6 +74,11 @@ class Line:
             if self._fd >= 0:
                 os.eventfd_write(self._fd, 1)
 
+    def connect(self, vm: Vm, gsi: int) -> None:
+        """Connect the line to `vm`. An interrupt that was raised before arrives now. Raises
+        `KvmError`."""
+        vm.irqfd(self._fd, gsi)
+
     def close(self) -> None:
         """Close the eventfd; idempotent."""
         with self._closing:
@@ -53,55 +87,77 @@ class Line:
                 self._fd = -1
 
 
-class Interrupts:
-    """The interrupt inputs of one VM and who drives them; owns their eventfds."""
+class MessageInterrupt:
+    """A message-signalled interrupt of a running machine. Any thread."""
 
-    def __init__(self, vm: Vm) -> None:
-        self._vm = vm
-        self._lines: dict[int, str] = {}
-        self._messages: dict[int, tuple[int, int]] = {}
-        self._open: list[Line] = []
+    def __init__(self, vm: Vm, address: int, data: int) -> None:
+        self._vm: Vm | None = vm
+        self._address = address
+        self._data = data
+        self._asserted = False
+        self._closing = threading.Lock()
 
-    def line(self, gsi: int, owner: str) -> Line:
-        """The input pin `gsi` for the device named `owner`.
+    def set(self, asserted: bool) -> None:
+        """Send the message at each change from false to true."""
+        if asserted and not self._asserted:
+            self.pulse()
+        self._asserted = asserted
 
-        Raises `ConfigError` where there is no such pin or somebody drives it already.
-        """
-        if not 0 <= gsi < PINS or gsi in _RESERVED:
-            why = f"belongs to {_RESERVED[gsi]}" if gsi in _RESERVED else "does not exist"
-            raise ConfigError(f"{owner}: interrupt {gsi} {why}; expected 1 or 3 to {PINS - 1}")
-        if gsi in self._lines:
-            raise ConfigError(f"{owner}: interrupt {gsi} is driven by {self._lines[gsi]} already")
-        line = self._irqfd(gsi)
-        self._lines[gsi] = owner
-        return line
-
-    def message(self, address: int, data: int) -> Line:
-        """A message-signalled interrupt: each `pulse` sends `data` to `address` (Intel SDM 3A,
-        11.11), without an ioctl. Raises `KvmError` where KVM refuses the route."""
-        gsi = PINS + len(self._messages)
-        messages = {**self._messages, gsi: (address, data)}
-        self._vm.set_routing(_default_pins(), messages)
-        self._messages = messages
-        return self._irqfd(gsi)
-
-    def _irqfd(self, gsi: int) -> Line:
-        fd = eventfd()
-        line = Line(fd)
-        self._open.append(line)
-        self._vm.irqfd(fd, gsi)
-        return line
+    def pulse(self) -> None:
+        """Send the message once; does nothing once the machine is closed."""
+        with self._closing:
+            if self._vm is not None:
+                self._vm.signal_msi(self._address, self._data)
 
     def close(self) -> None:
-        """Close the eventfds, when no vCPU runs any more; idempotent."""
-        while self._open:
-            self._open.pop().close()
+        """Send nothing from now on; idempotent."""
+        with self._closing:
+            self._vm = None
 
 
-def _default_pins() -> list[tuple[int, int, int]]:
-    """KVM's own table (arch/x86/kvm/irq_comm.c, `default_routing`)."""
-    pins = [(gsi, constants.KVM_IRQCHIP_IOAPIC, gsi) for gsi in range(PINS)]
-    for gsi in range(16):
-        chip = constants.KVM_IRQCHIP_PIC_MASTER if gsi < 8 else constants.KVM_IRQCHIP_PIC_SLAVE
-        pins.append((gsi, chip, gsi % 8))
-    return pins
+class Interrupts:
+    """The interrupt inputs of one machine and who drives them; owns their eventfds.
+
+    Lines are handed out while the machine is assembled, possibly before there is a VM. `connect`
+    then tells KVM about all of them.
+    """
+
+    def __init__(self, pins: Pins) -> None:
+        self._pins = pins
+        self._owners: dict[int, str] = {}
+        self._lines: dict[int, IrqLine] = {}
+        self._messages: list[MessageInterrupt] = []
+        self._vm: Vm | None = None
+
+    def line(self, gsi: int, owner: str) -> IrqLine:
+        """The input pin `gsi` for the device named `owner`.
+
+        Raises `ConfigError` if there is no such pin, or if another device already drives it.
+        """
+        self._pins.demand(gsi, owner)
+        if gsi in self._owners:
+            raise ConfigError(f"{owner}: interrupt {gsi} is already driven by {self._owners[gsi]}")
+        line = IrqLine(eventfd())
+        self._lines[gsi], self._owners[gsi] = line, owner
+        return line
+
+    def connect(self, vm: Vm) -> None:
+        """Let `vm` listen to all lines. Raises `KvmError`."""
+        self._vm = vm
+        for gsi, line in self._lines.items():
+            line.connect(vm, gsi)
+
+    def message(self, address: int, data: int) -> MessageInterrupt:
+        """A message-signalled interrupt: each `pulse` sends `data` to `address` (Intel SDM 3A,
+        11.11). Call it after `connect`."""
+        assert self._vm is not None
+        message = MessageInterrupt(self._vm, address, data)
+        self._messages.append(message)
+        return message
+
+    def close(self) -> None:
+        """Close the eventfds. Call it after all vCPUs have ended; idempotent."""
+        for line in self._lines.values():
+            line.close()
+        for message in self._messages:
+            message.close()

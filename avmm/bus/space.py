@@ -1,11 +1,11 @@
 """An address space: which device answers at a port or an MMIO address.
 
-A guest's access need not fit a device: it may be wider than the device decodes, cross its
-edge into a neighbour or into nothing, or have an odd length (a page-crossing access of eight
-bytes leaves the guest as 3 + 5). Where it fits, it is one call of the device's handler;
-otherwise it is split into naturally aligned accesses of 1, 2, 4 or 8 bytes in ascending order,
-as a PC's bus does. What nobody claims reads all ones and swallows writes, and is reported once
-an address.
+A guest's access need not fit a device: it may be wider than the device decodes, cross its edge
+into a neighbour or into nothing, or have an odd length (a page-crossing access of eight bytes
+leaves the guest as 3 + 5). An access that fits is one call of the device's handler. Any other is
+split into naturally aligned accesses of 1, 2, 4 or 8 bytes, in ascending order, as on a PC's bus.
+Addresses that no device claims read as all ones and ignore writes. Each such address is reported
+once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MASKS: Final = tuple((1 << 8 * size) - 1 for size in range(9))
-"""All ones in so many bytes: index is the number of bytes."""
+"""`MASKS[n]` is all ones in n bytes."""
 _REPORTED_AT_MOST: Final = 256
 _MSR_RANGE_MAX: Final = 0x600 * 8
 """KVM_MSR_FILTER_MAX_BITMAP_SIZE in bits (arch/x86/include/asm/kvm_host.h)."""
@@ -56,13 +56,14 @@ def pio(
 ) -> Placement:
     """Place `device` at `size` I/O ports from `base` on, with ISA interrupt `irq` or none.
 
-    The device sees offsets from `offset` on, which tells its several regions apart.
+    The device sees offsets that begin at `offset`. By these it can tell its regions apart if it
+    has several.
 
-    `coalesced`: writes do not leave the guest. KVM collects them in a ring, from which the
-    device gets them, in order, at the next exit of whichever vCPU, before any other access to
-    it, at a pause and when the guest has ended. For registers whose writes can wait and come in
-    numbers; the device must answer them at once, without an awaitable. Where KVM has no such
-    ring, they are writes like others.
+    With `coalesced`, writes cause no exit. KVM collects them in a ring, and the device gets them
+    later, in order: at the next exit of any vCPU, before any other access to the device, at a
+    pause, and when the guest has ended. Use it for registers that are written often and whose
+    writes can wait. The device must answer these writes at once, without an awaitable. If KVM has
+    no such ring, they are ordinary writes.
     """
     return Placement(device, "pio", base, size, irq, offset, coalesced)
 
@@ -84,11 +85,11 @@ def mmio(
 
 
 def msr(device: Device, first: int, count: int = 1) -> Placement:
-    """Let `device` stand for `count` MSRs from number `first` on.
+    """Let `device` answer accesses to `count` MSRs, starting at number `first`.
 
-    Each has 8 bytes of the device's offsets, so MSR `first + n` is read as `read(8 * n, 8)`.
-    A handler that raises `avmm.MsrFault` gives the guest a #GP. KVM keeps to itself those that
-    it must (x2APIC's, 0x800-0x8ff), and takes at most 16 ranges.
+    Each has 8 bytes of the device's offsets, so MSR `first + n` is read as `read(8 * n, 8)`. A
+    handler that raises `avmm.MsrFault` gives the guest a #GP. KVM does not hand over x2APIC's MSRs
+    (0x800-0x8ff), and takes at most 16 ranges.
     """
     if count > _MSR_RANGE_MAX:
         raise ConfigError(f"{device.name}: {count} MSRs, KVM filters at most {_MSR_RANGE_MAX}")
@@ -96,10 +97,10 @@ def msr(device: Device, first: int, count: int = 1) -> Placement:
 
 
 class PostedWrites:
-    """The coalesced writes that a device is to get before anything else.
+    """The coalesced writes that a device must get before anything else.
 
-    It stands before the device in all of its regions; all but `post` with the device's lock
-    held. A deque's ends are safe to use from different threads.
+    It stands in front of the device in all of its regions. `read` and `write` are called with the
+    device's lock held. A deque's ends are safe to use from different threads.
     """
 
     def __init__(self, device: Device, lock: AbstractContextManager[Any]) -> None:
@@ -109,11 +110,13 @@ class PostedWrites:
 
     @property
     def queue(self) -> Sized:
-        """What the device has been posted and has not had; to be looked at only. Any thread."""
+        """The writes that were posted and that the device has not had yet. Do not change it. Any
+        thread."""
         return self._writes
 
     def late(self) -> str:
-        """The first that it has not had, in words; empty where there is none. Any thread."""
+        """The first write that the device has not had, in words; empty if there is none. Any
+        thread."""
         try:
             offset, size, _ = self._writes[0]
         except IndexError:
@@ -121,7 +124,7 @@ class PostedWrites:
         return f"{self._device.name} (a coalesced write of {size} bytes at offset {offset:#x})"
 
     def post(self, offset: int, size: int, value: int) -> None:
-        """A write that has left the ring."""
+        """Queue a write that leaves the ring."""
         self._writes.append((offset, size, value))
 
     def deliver(self) -> None:
@@ -131,18 +134,19 @@ class PostedWrites:
                 self._deliver()
 
     def read(self, offset: int, size: int) -> ReadAnswer:
-        """The device's `read`, after what came before it."""
+        """The device's `read`, after the writes that came before it."""
         self._deliver()
         return self._device.read(offset, size)
 
     def write(self, offset: int, size: int, value: int) -> WriteAnswer:
-        """The device's `write`, after what came before it."""
+        """The device's `write`, after the writes that came before it."""
         self._deliver()
         return self._device.write(offset, size, value)
 
     def _deliver(self) -> None:
         while self._writes:
-            # It stays until the device has had it: whoever finds nothing may go on.
+            # The write stays in the queue until the device has had it, because whoever finds the
+            # queue empty goes on.
             offset, size, value = self._writes[0]
             try:
                 answer = self._device.write(offset, size, value)
@@ -158,7 +162,7 @@ class PostedWrites:
 
 
 class _Range:
-    """One device's claim, with what the hot path needs at hand."""
+    """One device's claim, with everything that the hot path needs."""
 
     __slots__ = ("base", "device", "end", "lock", "posted", "read", "shift", "width", "write")
 
@@ -181,7 +185,8 @@ class _Range:
 
 
 class Bus:
-    """One address space of `limit` addresses. `unclaimed` is a level of `logging`, 0: silent.
+    """One address space of `limit` addresses. `unclaimed` is the `logging` level at which accesses
+    that no device claims are reported; 0 means never.
 
     An address holds `unit` bytes; `read` and `write` count in bytes.
     """
@@ -203,9 +208,10 @@ class Bus:
         lock: AbstractContextManager[Any],
         posted: PostedWrites | None = None,
     ) -> None:
-        """Let the device answer there, after `posted` where some region of it is coalesced.
+        """Let the device answer there. If a region of it is coalesced, `posted` stands in front of
+        it.
 
-        Raises `ConfigError` where another one answers already.
+        Raises `ConfigError` if another device already answers there.
         """
         end = place.base + place.size
         where = f"{place.device.name} at {self.name} {place.base:#x}-{end - 1:#x}"
@@ -236,7 +242,8 @@ class Bus:
         return self._read_parts(address, size)
 
     def write(self, address: int, size: int, value: int) -> WriteAnswer:
-        """Hand the guest's write to its device; an awaitable is not done until awaited."""
+        """Hand the guest's write to its device. If this returns an awaitable, the write is done
+        when that has been awaited."""
         index = bisect_right(self._bases, address) - 1
         if index >= 0:
             there = self._ranges[index]
@@ -250,7 +257,7 @@ class Bus:
         return self._write_parts(address, size, value)
 
     def post(self, address: int, size: int, value: int) -> None:
-        """Note a coalesced write, in the parts in which its device is to get it."""
+        """Queue a coalesced write, split into the parts that its device will get."""
         for part, length, claimed in self._split(address, size):
             there = self._ranges[bisect_right(self._bases, part) - 1]
             if claimed and there.posted is not None:
@@ -258,7 +265,7 @@ class Bus:
                 there.posted.post(part - there.shift, length, piece)
 
     def owner(self, address: int, size: int = 1) -> str:
-        """The names of the devices that answer so many bytes there, for messages."""
+        """The names of the devices that answer these `size` bytes, for messages."""
         first = max(0, bisect_right(self._bases, address) - 1)
         names = [
             each.device.name
@@ -324,7 +331,8 @@ class Bus:
         return parts
 
     def _report(self, address: int) -> None:
-        """Say once that nobody answers here; bounded, because the guest picks the addresses."""
+        """Log once that no device answers here. The number of addresses is bounded, because the
+        guest chooses them."""
         if not self._unclaimed or address in self._reported:
             return
         if len(self._reported) < _REPORTED_AT_MOST:
@@ -335,7 +343,8 @@ class Bus:
 
 
 def _other_answer(there: _Range, address: int, size: int, answer: object) -> ReadAnswer:
-    """An answer that is not plainly an `int`: an awaitable, a bool or IntEnum, a mistake."""
+    """Handle an answer whose class is not exactly `int`: an awaitable, a bool, an IntEnum, or a
+    mistake."""
     if isinstance(answer, int):
         return int(answer) & MASKS[size]
     if not isinstance(answer, Awaitable):

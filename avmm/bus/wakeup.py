@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 import trio
 
 
-class Wakeup:
+class TaskWakeup:
     """Lets a handler, in whichever thread, wake a task; see `avmm.devices.base.Wakeup`.
 
-    Both sides first announce and then look: `set` sets the flag and then looks for a waiter,
-    `wait` names itself the waiter and then looks at the flag. Under the GIL one of them sees
-    the other. Only where there is a waiter does `set` pay for a call into trio's loop.
+    Both sides announce first and look second: `set` sets the flag and then looks for a waiter;
+    `wait` announces a waiter and then looks at the flag. Under the GIL one of them sees the other.
+    `set` calls into trio's loop only if there is a waiter.
     """
 
     def __init__(self, token: trio.lowlevel.TrioToken | None = None) -> None:
@@ -34,7 +34,8 @@ class Wakeup:
             self._waiter.set()
 
     async def wait(self) -> None:
-        """Return once `set` was called since the last return. Cancelling loses no wake-up."""
+        """Return as soon as `set` has been called since the last return. Cancelling loses no
+        wake-up."""
         if self._waiter is not None:
             raise trio.BusyResourceError("another task waits for this wake-up already")
         self._waiter = trio.Event()

@@ -10,17 +10,22 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import click
 import trio
 
 from avmm.cli import console
-from avmm.control import holds
-from avmm.control import server as control
+from avmm.control import holds, server
+from avmm.control.verbs import Control
 from avmm.devices.virtio.console import Console
 from avmm.errors import ConfigError
 from avmm.machine import Machine
@@ -30,7 +35,6 @@ from avmm.parts.placing import Unplaced, virtio
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LAST_OUTPUT_SECONDS: Final = 1.0
 _MOST_SHOWN: Final = 400
-PATH: Final = click.Path(path_type=Path)
 
 
 def control_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,50 +48,13 @@ def control_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return option(command)
 
 
-def link_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that a guest comes to: what it is linked to on this host."""
-    for option in (
-        control_option,
-        click.option(
-            "--net",
-            metavar="LINK[,mac=..]",
-            multiple=True,
-            help="What a network device of the guest's is linked to here, as in `avmm run`; one "
-            "for each.",
-        ),
-        click.option(
-            "--vsock",
-            metavar="cid=N[,unix=PATH]",
-            help="What the guest's socket device is here.",
-        ),
-        click.option(
-            "--disk",
-            "disks",
-            metavar="FILE[,ro][,overlay]",
-            multiple=True,
-            help="What a disk of the guest's is here, as in `avmm run`; one for each.",
-        ),
-        click.option(
-            "--console",
-            "console_target",
-            metavar="TARGET",
-            default="stdio",
-            show_default=True,
-            help="stdio, pty, unix:PATH or file:PATH: where the guest's console goes, be it the "
-            "serial port or hvc0.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 class Ends:
     """The host's ends of one guest. Made by `opened`."""
 
     def __init__(
         self,
-        target: console.Target,
-        end: console.End,
+        target: console.ConsoleTarget,
+        end: console.ConsoleEnd,
         listener: trio.socket.SocketType | None,
     ) -> None:
         self._target = target
@@ -113,17 +80,19 @@ class Ends:
         One that has moved has where to as its outcome's detail.
         """
         async with holds.opened(vm) as held:
-            controller = control.Control(vm, held)
+            control = Control(vm, held)
             async with trio.open_nursery() as nursery:
                 await nursery.start(_stop_on_signal, vm, nursery.cancel_scope)
-                async with control.served(self._listener, controller):
+                async with AsyncExitStack() as stack:
+                    if self._listener is not None:
+                        await stack.enter_async_context(server.served(self._listener, control))
                     # Returns by itself when the guest has ended and the last of its output is
                     # out.
                     await self._end.connect(vm, self._virtio, held)
                 nursery.cancel_scope.cancel()
         outcome = await vm.wait()
         if outcome.cause is Cause.MOVED:
-            return replace(outcome, detail=controller.moved_to)
+            return replace(outcome, detail=control.moved_to)
         return outcome
 
     @property
@@ -133,13 +102,21 @@ class Ends:
 
 
 @contextmanager
-def opened(target: console.Target, control_target: str | None) -> Iterator[Ends]:
+def opened(target: console.ConsoleTarget, control_target: str | None) -> Iterator[Ends]:
     """The host's ends inside the block. Raises `ConfigError` where they cannot be."""
-    with (
-        control.listening(control_target) as listener,
-        console.opened(target) as end,
-    ):
+    with _control_socket(control_target) as listener, console.opened(target) as end:
         yield Ends(target, end, listener)
+
+
+def _control_socket(
+    target: str | None,
+) -> AbstractContextManager[trio.socket.SocketType | None]:
+    if target is None:
+        return nullcontext()
+    kind, _, path = target.partition(":")
+    if kind != "unix" or not path:
+        raise ConfigError(f"control {target!r}: expected unix:PATH")
+    return server.listening(path)
 
 
 async def _stop_on_signal(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from avmm.bench import exits as bench_exits
 from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
 from avmm.bench import snapshot as bench_snapshot
+from avmm.bench import stall as bench_stall
 from avmm.bench import virtio as bench_virtio
-from avmm.bench.row import Row, SizeRow, SpeedRow
-from avmm.memory.ram import parse_size
+from avmm.bench.row import BenchRow, SizeRow, SpeedRow, StallRow
+from avmm.options import parse_size
 
-Measure = Callable[[Callable[[], None]], Sequence[Row | SizeRow | SpeedRow]]
+Measure = Callable[[Callable[[], None]], Sequence[BenchRow | SizeRow | SpeedRow]]
 
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="A list of objects: case, us, raw_us, ratio."
@@ -73,7 +75,7 @@ def boot(
 ) -> None:
     """From start to the end of a guest that ends by itself, as a ratio to QEMU's microvm."""
 
-    def measure(progress: Callable[[], None]) -> list[Row]:
+    def measure(progress: Callable[[], None]) -> list[BenchRow]:
         return bench_boot.measure(kernel, initrd, cmdline, memory, rounds, progress)
 
     _run(measure, bench_boot.steps(rounds), as_json)
@@ -100,7 +102,7 @@ def virtio(as_json: bool, count: int, rounds: int) -> None:
 @MEMORY
 def migration(as_json: bool, rounds: int, memory: str) -> None:
     """Live migration over a unix socket, as a ratio to QEMU's with the same guest."""
-    size = parse_size(memory)
+    size = parse_size(memory, "--memory")
     _run(
         lambda progress: trio.run(bench_migration.measure, size, rounds, progress),
         bench_migration.steps(rounds),
@@ -115,7 +117,7 @@ def migration(as_json: bool, rounds: int, memory: str) -> None:
 @click.option("--clones", type=click.IntRange(1), default=50, show_default=True)
 def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
     """Snapshots written, as a ratio to QEMU's; restores and clones, as a ratio to a boot."""
-    size = parse_size(memory)
+    size = parse_size(memory, "--memory")
     _run(
         lambda progress: trio.run(bench_snapshot.measure, size, rounds, clones, progress),
         bench_snapshot.steps(rounds, clones),
@@ -123,12 +125,55 @@ def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
     )
 
 
-def _run(measure: Measure, steps: int, as_json: bool) -> None:
-    # The bar goes to standard error, and only to a terminal: the result can be piped.
-    with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
-        rows = measure(lambda: bar.update(1))
+@command.command()
+@click.option(
+    "--kernel",
+    type=click.Path(path_type=Path),
+    help="A compressed one to boot, such as Debian's; else the bundled guest, compressed.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Objects: case, ms, most_ms, blocked_ms, idle_ms."
+)
+@ROUNDS
+@MEMORY
+def stall(kernel: Path | None, as_json: bool, rounds: int, memory: str) -> None:
+    """How long other tasks of the program have to wait while avmm makes, moves or leaves a guest.
+
+    The guests that are cloned, saved and moved have written to all of their memory. Each figure is
+    the longest that a task which sleeps a millisecond was late, as the median over the rounds, and
+    at the most; what 99 of 100 such sleeps are late where nothing is done is taken off. "blocked"
+    is the median without the time in which the thread only waited for a core of a busy host.
+    """
+    size = parse_size(memory, "--memory")
+    with _progress(bench_stall.steps(rounds)) as progress:
+        rows = trio.run(bench_stall.measure, kernel, size, rounds, progress)
     if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        _print_json(rows)
+        return
+    click.echo(f"{'case':24} {'ms':>8} {'most ms':>8} {'blocked':>8} {'idle ms':>8}")
+    for row in rows:
+        blocked = "-" if row.blocked_ms is None else f"{row.blocked_ms:.1f}"
+        click.echo(
+            f"{row.case:24} {row.ms:8.1f} {row.most_ms:8.1f} {blocked:>8} {row.idle_ms:8.1f}"
+        )
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[], None]]:
+    """A bar, which goes to standard error, and only to a terminal: the result can be piped."""
+    with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
+        yield lambda: bar.update(1)
+
+
+def _print_json(rows: Sequence[BenchRow | SizeRow | SpeedRow | StallRow]) -> None:
+    click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+
+
+def _run(measure: Measure, steps: int, as_json: bool) -> None:
+    with _progress(steps) as progress:
+        rows = measure(progress)
+    if as_json:
+        _print_json(rows)
         return
     click.echo(f"{'case':24} {'µs':>8} {'raw µs':>8} {'× raw':>7}")
     for row in rows:
@@ -138,7 +183,7 @@ def _run(measure: Measure, steps: int, as_json: bool) -> None:
         click.echo(f"{row.case:24} {ours:8.1f} {compared}")
 
 
-def _values(row: Row | SizeRow | SpeedRow) -> tuple[float, float | None]:
+def _values(row: BenchRow | SizeRow | SpeedRow) -> tuple[float, float | None]:
     if isinstance(row, SizeRow):
         return row.kib, row.raw_kib
     if isinstance(row, SpeedRow):

@@ -18,96 +18,32 @@ import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Self
 
 import trio
 
-from avmm.arch.x86_64 import layout
+from avmm import arch
+from avmm.arch.contract import Probe
 from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.config import MachineConfig
-from avmm.devices.base import Device
-from avmm.errors import AvmmError, DeviceError
-from avmm.kvm import KvmError, System, Vcpu, constants, exit_name
+from avmm.devices.state import Stateless
+from avmm.errors import AvmmError
+from avmm.kvm import Capability, KvmError, System, Vcpu, exit_name
 from avmm.kvm.kick import accept_kicks, install_kick, kick
+from avmm.memory.pages import PAGE
 from avmm.outcome import Outcome
-from avmm.parts.building import Origin, build, dismantle
-from avmm.parts.machine_parts import Parts
+from avmm.parts import Origin, Parts, build, dismantle
 from avmm.vcpu.calls import Call
 from avmm.vcpu.completion import NEEDS_COMPLETION, drain
 from avmm.vcpu.exits import Exits
 
-_PORT, _MSR, _WINDOW = 0xE0, 0x4D56_0000, layout.MMIO
+_PORT, _REGISTER = 0xE0, 0x4D56_0000
 _ORIGIN: Final = 0x10_0000
-_BORDER: Final = _WINDOW + 0x1000
-_FINISH: Final = bytes.fromhex("66baf800 ef f4")
-"""`mov dx, 0xf8; out dx, eax; hlt`: the guest says what it got and ends."""
+_WINDOW_SIZE: Final = 2 * PAGE
 _PATIENCE_SECONDS: Final = 3.0
 """The most that one `KVM_RUN` may take; any of these exits takes microseconds."""
-_INTEL: Final = int.from_bytes(b"Genu", "little")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One instruction, its machine code, and the registers that it starts with."""
-
-    name: str
-    code: bytes
-    registers: Mapping[str, int] = field(default_factory=dict)
-    capability: str = ""
-    """What KVM must offer for it."""
-    xen: bool = False
-    """Are hypercalls Xen's?"""
-
-
-def _shape(name: str, code: str, **registers: int) -> Shape:
-    return Shape(name, bytes.fromhex(code), registers)
-
-
-SHAPES: Final = (
-    _shape("in al, imm8", f"e4 {_PORT:02x}"),
-    _shape("out imm8, al", f"e6 {_PORT:02x}", rax=0x51),
-    _shape("rep insb, 4 times", "f3 6c", rdi=0x20_0000, rcx=4, rdx=_PORT),
-    _shape("rep outsb, 4 times", "f3 6e", rsi=_ORIGIN, rcx=4, rdx=_PORT),
-    _shape("rep outsb from MMIO", "f3 6e", rsi=_WINDOW, rcx=3, rdx=_PORT),
-    _shape("MMIO read", "8b 03", rbx=_WINDOW),
-    _shape("MMIO write", "89 03", rbx=_WINDOW, rax=0x51525354),
-    _shape("MMIO read across a page", "48 8b 03", rbx=_BORDER - 3),
-    _shape("MMIO write across a page", "48 89 03", rbx=_BORDER - 3, rax=0x5152535455565758),
-    _shape("inc dword [mmio]", "ff 03", rbx=_WINDOW),
-    _shape("rdmsr", "0f 32", rcx=_MSR),
-    _shape("wrmsr", "0f 30", rcx=_MSR, rax=0x51, rdx=0),
-)
-
-
-_HYPERCALL, _XEN_HYPERCALL = "hypercall", "Xen hypercall"
-_XEN_NUMBER: Final = 17
-"""Any number does: it is the witness who answers."""
-NAMES: Final = (*(shape.name for shape in SHAPES), _HYPERCALL, _XEN_HYPERCALL)
-"""Of all shapes."""
-
-
-def hypercalls() -> tuple[Shape, Shape]:
-    """KVM_HC_MAP_GPA_RANGE, and one of Xen's, by the instruction that this host's CPU has.
-
-    Raises `KvmUnavailable`.
-    """
-    system = System()
-    try:
-        leaves = system.supported_cpuid()
-    finally:
-        system.close()
-    by_intel = any(
-        leaf.function == 0 and leaf.ebx == _INTEL for leaf in leaves.entries[0 : leaves.nent]
-    )
-    code = bytes.fromhex("0f01c1" if by_intel else "0f01d9")  # vmcall, vmmcall
-    page = {"rax": constants.KVM_HC_MAP_GPA_RANGE, "rbx": 0x20_0000, "rcx": 1, "rdx": 0}
-    xen = {"rax": _XEN_NUMBER, "rdi": 1, "rsi": 2}
-    return (
-        Shape(_HYPERCALL, code, page, "KVM_CAP_EXIT_HYPERCALL"),
-        Shape(_XEN_HYPERCALL, code, xen, "KVM_CAP_XEN_HVM", xen=True),
-    )
 
 
 @dataclass
@@ -128,7 +64,7 @@ class Finding:
         return self.drained == "right"
 
 
-class _Witness(Device):
+class _Witness(Stateless):
     """Logs accesses; each read gives something else, so that a repeated one shows."""
 
     def __init__(self, kind: str, log: list[str]) -> None:
@@ -141,13 +77,6 @@ class _Witness(Device):
 
     def write(self, offset: int, size: int, value: int) -> None:
         self._log.append(f"{self._kind} write of {value:#x} ({size}) at {offset:#x}")
-
-    def save(self) -> Mapping[str, Any]:
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise DeviceError("a witness has no state")
 
 
 class _Guest:
@@ -162,19 +91,20 @@ class _Guest:
         self.ended = False
 
     @classmethod
-    async def made(cls, shape: Shape, log: list[str], state: Mapping[str, Any] | None) -> Self:
+    async def made(cls, shape: Probe, log: list[str], state: Mapping[str, Any] | None) -> Self:
         """Ready to run; `state` is that of another one of this shape."""
         guest = cls(log)
+        kind = arch.host()
         places: list[Placement] = [
             pio(_Witness("port", log), _PORT, 1),
-            mmio(_Witness("MMIO", log), _WINDOW, 0x2000),
+            mmio(_Witness("MMIO", log), kind.own_window.start, _WINDOW_SIZE),
         ]
-        if shape.capability:
+        if shape.capability is not None:
             _demand(shape.capability)
         if "msr" in shape.name:
-            places.append(msr(_Witness("MSR", log), _MSR))
+            places.append(msr(_Witness("MSR", log), _REGISTER))
         with tempfile.NamedTemporaryFile() as image:
-            image.write(shape.code + _FINISH)
+            image.write(shape.code + kind.probe_end)
             image.flush()
             config = MachineConfig.make(
                 kernel=image.name,
@@ -219,7 +149,7 @@ class _Guest:
             self.step()
 
 
-def _demand(capability: str) -> None:
+def _demand(capability: Capability) -> None:
     system = System()
     try:
         if not system.check(capability):
@@ -257,10 +187,17 @@ def _run(vcpu: Vcpu) -> int:
 
 async def examine() -> list[Finding]:
     """All shapes on this host; blocks the loop for a second or two. Raises `KvmUnavailable`."""
-    return [await examine_shape(shape) for shape in (*SHAPES, *hypercalls())]
+    return [await examine_shape(shape) for shape in shapes()]
 
 
-async def examine_shape(shape: Shape) -> Finding:
+def shapes() -> list[Probe]:
+    """The shapes of access that there are on this host's architecture. Raises
+    `KvmUnavailable`."""
+    kind = arch.host()
+    return kind.probes(_ORIGIN, _PORT, kind.own_window.start, _REGISTER)
+
+
+async def examine_shape(shape: Probe) -> Finding:
     finding = Finding(shape.name)
     try:
         expected: list[str] = []
@@ -276,7 +213,7 @@ async def examine_shape(shape: Shape) -> Finding:
     return finding
 
 
-async def _with(shape: Shape, log: list[str], state: Any, play: Callable[[_Guest], Any]) -> Any:
+async def _with(shape: Probe, log: list[str], state: Any, play: Callable[[_Guest], Any]) -> Any:
     guest = await _Guest.made(shape, log, state)
     try:
         return play(guest)

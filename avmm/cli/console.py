@@ -44,7 +44,7 @@ END_OF_INPUT: Final = b"\x04"
 
 
 @dataclass(frozen=True)
-class Target:
+class ConsoleTarget:
     """A parsed `--console`."""
 
     kind: str
@@ -53,16 +53,16 @@ class Target:
     """Whether it is the virtio console rather than the serial one."""
 
 
-def parse(text: str) -> Target:
+def parse(text: str) -> ConsoleTarget:
     """Raises `ConfigError` for what is no console target."""
     device, colon, rest = text.partition(":")
     virtio = device == "virtio"
     target = (rest if colon else "stdio") if virtio else text
     kind, colon, path = target.partition(":")
     if target in ("stdio", "pty"):
-        return Target(kind, virtio=virtio)
+        return ConsoleTarget(kind, virtio=virtio)
     if kind in ("unix", "file") and colon and path:
-        return Target(kind, path, virtio)
+        return ConsoleTarget(kind, path, virtio)
     raise ConfigError(
         f"console {text!r}: expected stdio, pty, unix:PATH or file:PATH, or virtio, virtio:pty, "
         "virtio:unix:PATH or virtio:file:PATH"
@@ -104,16 +104,16 @@ Connect: TypeAlias = Callable[[Machine, ConsoleStream, Input, Holds], Awaitable[
 
 
 @contextmanager
-def opened(target: Target) -> Iterator[End]:
+def opened(target: ConsoleTarget) -> Iterator[ConsoleEnd]:
     """The host's end of a console inside the block. Raises `ConfigError` where it cannot be."""
     with _KINDS[target.kind](target) as connected:
-        yield End(target, connected)
+        yield ConsoleEnd(target, connected)
 
 
-class End:
+class ConsoleEnd:
     """The host's end of a console, open."""
 
-    def __init__(self, target: Target, connected: Connect) -> None:
+    def __init__(self, target: ConsoleTarget, connected: Connect) -> None:
         self._target = target
         self._connected = connected
         self.undelivered = b""
@@ -149,7 +149,7 @@ async def _follow_size(virtio: Console) -> None:
 
 
 @contextmanager
-def _stdio(target: Target) -> Iterator[Connect]:
+def _stdio(target: ConsoleTarget) -> Iterator[Connect]:
     with (
         closing(HostFd(0, os.O_RDONLY)) as source,
         closing(HostFd(1, os.O_WRONLY)) as sink,
@@ -254,7 +254,7 @@ async def _toggle(holds: Holds) -> str:
 
 
 @contextmanager
-def _pty(target: Target) -> Iterator[Connect]:
+def _pty(target: ConsoleTarget) -> Iterator[Connect]:
     # Our own descriptor of the far end stays open: without it, the near end would give an
     # error whenever nobody is connected.
     near, far = os.openpty()
@@ -274,7 +274,7 @@ async def _connect_pty(
 
 
 @contextmanager
-def _file(target: Target) -> Iterator[Connect]:
+def _file(target: ConsoleTarget) -> Iterator[Connect]:
     try:
         fd = os.open(target.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -302,7 +302,7 @@ async def _connect_file(
 
 
 @contextmanager
-def _unix(target: Target) -> Iterator[Connect]:
+def _unix(target: ConsoleTarget) -> Iterator[Connect]:
     with closing(listen(target.path)) as listener:
         try:
             yield partial(_connect_unix, listener)
@@ -358,7 +358,7 @@ async def _serve(client: trio.abc.Stream, stream: ConsoleStream, typed: Input) -
         nursery.cancel_scope.cancel()
 
 
-_KINDS: Final[dict[str, Callable[[Target], AbstractContextManager[Connect]]]] = {
+_KINDS: Final[dict[str, Callable[[ConsoleTarget], AbstractContextManager[Connect]]]] = {
     "stdio": _stdio,
     "pty": _pty,
     "unix": _unix,

@@ -1,4 +1,4 @@
-"""`avmm ctl`: steers a running guest through its control socket (`avmm.control.server`).
+"""`avmm ctl`: steers a running guest through its control socket (`avmm.control`).
 
 Exit statuses: 2 for input that cannot be; `UNKNOWN` where nobody knows which side runs a guest
 that was handed over; 130 where Ctrl-C gave it up, and the guest stays; 125 for other failures.
@@ -9,98 +9,77 @@ from __future__ import annotations
 import json
 import math
 import signal
-import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeVar
 
 import click
+import trio
 
-from avmm.cli.attend import PATH
-from avmm.errors import AvmmError, ConfigError
-from avmm.memory.ram import parse_size
-from avmm.transfer import targets
+from avmm.cli import tls
+from avmm.cli.options import PATH
+from avmm.control import client, verbs
+from avmm.control.client import Client
+from avmm.control.protocol import GivenUp
+from avmm.control.verbs import Moved, Pauses, Progress, SnapshotTaken, Status
+from avmm.errors import AvmmError, HandOverUnknownError
+from avmm.options import parse_size
 from avmm.transfer.targets import Target
 
 UNKNOWN: Final = 3
-_MOST_LINE: Final = 1 << 20
-_VERSION: Final = 1
-Answer = dict[str, Any]
+_INTERRUPTED: Final = 128 + signal.SIGINT
+
+_Answer = TypeVar("_Answer")
 
 
-def _ignore(event: Answer) -> None:
-    pass
+def _asked(
+    path: Path, ask: Callable[[Client], Awaitable[_Answer]], given_up: str = "given up"
+) -> _Answer:
+    """The answer to what `ask` asks of the guest at `path`."""
+    with _statuses(path, given_up):
+        return trio.run(_ask, path, ask)
 
 
-class Client:
-    """A connection to a control socket."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            self._socket.connect(str(path))
-        except OSError as error:
-            self._socket.close()
-            raise ConfigError(f"control socket {path}: {error.strerror or error}") from None
-        self._lines = self._socket.makefile("rb")
-        versions = self._next().get("control")
-        if type(versions) is not list or _VERSION not in versions:
-            raise AvmmError(f"{path} does not speak version {_VERSION} of the control protocol")
-
-    def _next(self) -> Answer:
-        """The next line of the other side's."""
-        try:
-            line = self._lines.readline(_MOST_LINE)
-            answer = json.loads(line) if line.endswith(b"\n") else None
-        except (OSError, ValueError) as error:
-            raise AvmmError(f"{self._path}: no control socket of avmm's: {error}") from None
-        if not line:
-            raise AvmmError(f"{self._path}: it has gone before it answered")
-        if type(answer) is not dict:
-            raise AvmmError(f"{self._path}: no control socket of avmm's")
-        return answer
-
-    def ask(
-        self, command: str, on_event: Callable[[Answer], object] = _ignore, **arguments: Any
-    ) -> Answer:
-        """The answer to `command`, result or error; arguments that are None are left out.
-
-        Ctrl-C has it given up, and the answer then says what has become of it.
-        """
-        given = {name: value for name, value in arguments.items() if value is not None}
-        request = json.dumps({"command": command, **given}).encode() + b"\n"
-        try:
-            self._socket.sendall(request)
-            return self._answer(on_event)
-        except KeyboardInterrupt:
-            self._socket.shutdown(socket.SHUT_WR)
-            return self._answer(_ignore)
-        except OSError as error:
-            raise AvmmError(f"{self._path}: {error.strerror}") from None
-
-    def _answer(self, on_event: Callable[[Answer], object]) -> Answer:
-        while True:
-            answer = self._next()
-            if "event" not in answer:
-                return answer
-            on_event(answer)
-
-
-def result(answer: Answer, path: Path, given_up: str = "given up") -> Answer:
-    """Of an answer; ends the command, and says why, where there is none."""
-    if "error" not in answer:
-        return dict(answer["result"])
-    kind, text = answer.get("kind"), answer["error"]
-    if kind == "Cancelled":
+@contextmanager
+def _statuses(path: Path, given_up: str) -> Iterator[None]:
+    """Ends the command if a failure inside the block has a status of its own."""
+    try:
+        yield
+    except GivenUp:
         click.echo(f"avmm: {given_up}", err=True)
-        sys.exit(128 + signal.SIGINT)
-    if kind == "HandOverUnknownError":
-        click.echo(f"avmm: {text}", err=True)
+        sys.exit(_INTERRUPTED)
+    except HandOverUnknownError as error:
+        click.echo(f"avmm: {error}", err=True)
         click.echo(f"avmm: to decide: avmm ctl {path} settle here, or there", err=True)
         sys.exit(UNKNOWN)
-    raise (ConfigError if kind in ("ConfigError", "RequestError") else AvmmError)(text)
+
+
+async def _ask(path: Path, ask: Callable[[Client], Awaitable[_Answer]]) -> _Answer:
+    """Ctrl-C gives up what was asked, and the answer then says what has become of it. A second
+    Ctrl-C ends the wait for that answer."""
+    answer: _Answer | AvmmError = AvmmError("what has become of it is not known")
+    async with await client.connect(path) as connection, trio.open_nursery() as nursery:
+
+        async def mind_interrupts(task_status: trio.TaskStatus[None]) -> None:
+            with trio.open_signal_receiver(signal.SIGINT) as signals:
+                task_status.started()
+                await anext(signals)
+                with suppress(AvmmError):  # cut: whoever waits for the answer notices
+                    await connection.give_up()
+                await anext(signals)
+            nursery.cancel_scope.cancel()
+
+        await nursery.start(mind_interrupts)
+        try:
+            answer = await ask(connection)
+        except AvmmError as error:  # raised after the nursery, which would put it in a group
+            answer = error
+        nursery.cancel_scope.cancel()
+    if isinstance(answer, AvmmError):
+        raise answer
+    return answer
 
 
 def _seconds(
@@ -117,7 +96,7 @@ DEADLINE = click.option(
     type=float,
     callback=_seconds,
     metavar="SECONDS",
-    help="Give up where the guest does not come to a standstill by then.",
+    help=verbs.Pause.help("deadline"),
 )
 
 
@@ -129,26 +108,24 @@ def command(context: click.Context, path: Path) -> None:
     context.obj = Path(str(path).removeprefix("unix:"))
 
 
-@command.command("status")
+@command.command("status", help=verbs.GetStatus.help())
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
 def status(path: Path, as_json: bool) -> None:
-    """Tell what the guest is and does."""
-    told = result(Client(path).ask("status"), path)
+    told = _asked(path, Client.status)
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return
     click.echo(f"{told['state']}: {_state(told)}")
 
 
-def _state(told: Answer) -> str:
+def _state(told: Status) -> str:
     from avmm.cli.progress import size  # noqa: PLC0415
 
     parts = [f"{told['cpus']} vCPU{'s' * (told['cpus'] > 1)}", f"{size(told['memory'])} of RAM"]
     parts.append(f"process {told['pid']}")
-    holders = [f"{who} ({n})" for who, n in told["pauses"].items() if n]
-    if holders:
-        parts.append(f"paused by {' and '.join(holders)}")
+    if holders := _holders(told["pauses"]):
+        parts.append(f"paused by {holders}")
     if told["migration"]:
         moving = told["migration"]
         parts.append(f"on its way to {moving['target']}, round {moving.get('round', 0)}")
@@ -157,7 +134,11 @@ def _state(told: Answer) -> str:
     return ", ".join(parts)
 
 
-@command.command("pause")
+def _holders(pauses: Mapping[str, int]) -> str:
+    return " and ".join(f"{who} ({count})" for who, count in pauses.items() if count)
+
+
+@command.command("pause", short_help=verbs.Pause.help())
 @DEADLINE
 @click.pass_obj
 def pause(path: Path, deadline: float | None) -> None:
@@ -165,23 +146,27 @@ def pause(path: Path, deadline: float | None) -> None:
 
     Pauses count: it runs on when each is undone, and that of Ctrl-A p, too.
     """
-    answer = Client(path).ask("pause", deadline=deadline)
-    _say_pauses(result(answer, path, "the pause was given up, the guest runs on"))
+    _say_pauses(
+        _asked(
+            path,
+            lambda guest: guest.pause(deadline),
+            "the pause was given up, the guest runs on",
+        )
+    )
 
 
-@command.command("resume")
+@command.command("resume", help=verbs.Resume.help())
 @click.pass_obj
 def resume(path: Path) -> None:
-    """Undo one `pause`."""
-    _say_pauses(result(Client(path).ask("resume"), path))
+    _say_pauses(_asked(path, Client.resume))
 
 
-def _say_pauses(told: Answer) -> None:
-    holders = [f"{who} ({n})" for who, n in told["pauses"].items() if n]
-    click.echo(f"paused by {' and '.join(holders)}" if holders else "running")
+def _say_pauses(told: Pauses) -> None:
+    holders = _holders(told["pauses"])
+    click.echo(f"paused by {holders}" if holders else "running")
 
 
-@command.command("snapshot")
+@command.command("snapshot", short_help=verbs.TakeSnapshot.help())
 @click.argument("file", type=PATH)
 @DEADLINE
 @click.pass_obj
@@ -193,31 +178,37 @@ def snapshot(path: Path, file: Path, deadline: float | None) -> None:
     """
     from avmm.cli.progress import seconds, shown, size  # noqa: PLC0415 - tqdm
 
-    client, totals = Client(path), dict[int, int]()
-    with shown() as progress:
+    totals = dict[int, int]()
+    with shown() as bar:
 
-        def on_event(event: Answer) -> None:
-            total = totals.setdefault(event["round"], event["pages_left"])
-            progress.show({**event, "pages_sent": total - event["pages_left"]})
+        def on_progress(told: Progress) -> None:
+            total = totals.setdefault(told["round"], told["pages_left"])
+            bar.show({**told, "pages_sent": total - told["pages_left"]})
 
-        answer = client.ask("snapshot", on_event, file=str(file.absolute()), deadline=deadline)
-    told = result(answer, path, f"given up: {file} is as it was, and the guest runs on")
+        async def ask(guest: Client) -> SnapshotTaken:
+            return await guest.snapshot(file, deadline=deadline, on_progress=on_progress)
+
+        told = _asked(path, ask, f"given up: {file} is as it was, and the guest runs on")
     on_disk = file.stat().st_blocks * 512
     click.echo(f"{file}: {size(on_disk)} on disk, in {seconds(told['seconds'])}")
 
 
-@command.command("migrate", short_help="Hand the guest over to an `avmm receive`.")
+@command.command("migrate", short_help=verbs.Migrate.help())
 @click.argument("target", metavar="unix:PATH|tcp:HOST:PORT")
-@click.option("--bandwidth", metavar="SIZE", help="At most so many bytes a second, like 100M.")
+@click.option(
+    "--bandwidth",
+    metavar="SIZE",
+    help=verbs.Migrate.help("bandwidth").replace(".", ", like 100M."),
+)
 @click.option(
     "--downtime",
     type=float,
     callback=_seconds,
     metavar="SECONDS",
-    help="How long the guest may stand still.  [default: 0.1]",
+    help=f"{verbs.Migrate.help('downtime')}  [default: {verbs.Migrate.downtime}]",
 )
 @DEADLINE
-@targets.tls_options
+@tls.options
 @click.option("--report", type=PATH, metavar="FILE.png", help="Draw a picture of it.")
 @click.pass_obj
 def migrate(
@@ -239,34 +230,42 @@ def migrate(
     from avmm.cli.progress import seconds, shown, size  # noqa: PLC0415 - tqdm
     from avmm.cli.timeline import Timeline, demand  # noqa: PLC0415
 
-    to = Target.parse(target)
-    if to.kind == "unix":
-        to = Target("unix", path=str(Path(to.path).absolute()))
-    tls = targets.tls(to, tls_cert, tls_key, tls_ca)
-    if tls is not None:
-        tls.context(server=False)  # what is wrong with the files is said by who was given them
-    rate = None if bandwidth is None else parse_size(bandwidth)
+    to = Target.parse(target, fd=False)
+    proof = tls.chosen(to, tls_cert, tls_key, tls_ca)
+    if proof is not None:
+        proof.context(server=False)  # what is wrong with the files is said by who was given them
+    rate = None if bandwidth is None else parse_size(bandwidth, "--bandwidth")
     if report is not None:
         demand(report)
-    client, timeline = Client(path), Timeline(str(to))
-    with shown() as progress:
+    timeline = Timeline(target)
 
-        def on_event(event: Answer) -> None:
-            progress.show(event)
-            timeline.add(event)
+    def draw(moved: Moved | None, why: str = "") -> None:
+        if report is not None:
+            timeline.draw(report, moved, why)
 
-        answer = client.ask(
-            "migrate",
-            on_event,
-            target=str(to),
-            bandwidth=rate,
-            downtime=downtime,
-            deadline=deadline,
-            tls=tls and {n: str(p.absolute()) for n, p in vars(tls).items()},
-        )
-    if report is not None:
-        timeline.draw(report, answer.get("result"), answer.get("error", ""))
-    told = result(answer, path, "the migration was given up, the guest stays")
+    with _statuses(path, "the migration was given up, the guest stays"):
+        try:
+            with shown() as bar:
+
+                def on_progress(told: Progress) -> None:
+                    bar.show(told)
+                    timeline.add(told)
+
+                async def ask(guest: Client) -> Moved:
+                    return await guest.migrate(
+                        target,
+                        tls=proof,
+                        bandwidth=rate,
+                        downtime=downtime,
+                        deadline=deadline,
+                        on_progress=on_progress,
+                    )
+
+                told = trio.run(_ask, path, ask)
+        except AvmmError as error:
+            draw(None, str(error))
+            raise
+    draw(told)
     click.echo(
         f"the guest has moved to {told['target']}: {size(told['bytes_sent'])} in "
         f"{seconds(told['total'])}, {told['rounds']} rounds, downtime "
@@ -274,7 +273,7 @@ def migrate(
     )
 
 
-@command.command("settle", short_help="Say where a guest runs that nobody has heard of.")
+@command.command("settle", short_help=verbs.Settle.help())
 @click.argument("where", type=click.Choice(["here", "there"]))
 @click.pass_obj
 def settle(path: Path, where: str) -> None:
@@ -283,13 +282,12 @@ def settle(path: Path, where: str) -> None:
     there: it runs at the destination; it is ended here. here: it certainly does not run there and
     never will; it runs on here. A guest that runs on both sides destroys its disks.
     """
-    result(Client(path).ask("settle", runs=where), path)
+    _asked(path, lambda guest: guest.settle(runs_here=where == "here"))
     click.echo("the guest runs on here" if where == "here" else "the guest is ended here")
 
 
-@command.command("stop")
+@command.command("stop", help=verbs.Stop.help())
 @click.pass_obj
 def stop(path: Path) -> None:
-    """End the guest, as if its power had gone."""
-    result(Client(path).ask("stop"), path)
+    _asked(path, Client.stop)
     click.echo("the guest has ended")

@@ -13,11 +13,10 @@ from typing import Final
 import click
 import trio
 
-from avmm import guests
+from avmm import arch, guests
 from avmm.cli import completion_report
 from avmm.errors import AvmmError
 from avmm.kvm import KvmUnavailable, System, capabilities
-from avmm.kvm.handles import REQUIRED
 from avmm.machine import Machine
 from avmm.outcome import Cause
 
@@ -41,7 +40,7 @@ _DEADLINE_SECONDS: Final = 20
 
 
 @dataclass
-class Report:
+class HostReport:
     """What was found; `problems` is empty where avmm works here."""
 
     kernel: str
@@ -80,9 +79,9 @@ def command(as_json: bool, completion: bool) -> None:
     sys.exit(1 if report.problems else 0)
 
 
-def examine() -> Report:
+def examine() -> HostReport:
     """Look at KVM, then run a small guest on it."""
-    report = Report(kernel=platform.release(), modules=_modules())
+    report = HostReport(kernel=platform.release(), modules=_modules())
     try:
         system = System()
     except KvmUnavailable as error:
@@ -107,7 +106,7 @@ def examine() -> Report:
     return report
 
 
-async def _try_guest(report: Report) -> None:
+async def _try_guest(report: HostReport) -> None:
     """Count in a ring-0 loop of the bundled guest `exits`."""
     cmdline = "kind=spin count=100000"
     output = b""
@@ -138,7 +137,7 @@ def _completion(as_json: bool) -> None:
     except KvmUnavailable as error:
         if as_json:
             nothing = [
-                completion_report.Finding(n, error=str(error)) for n in completion_report.NAMES
+                completion_report.Finding(n, error=str(error)) for n in arch.host().probe_names
             ]
             click.echo(json.dumps([asdict(finding) for finding in nothing], indent=2))
         else:
@@ -157,7 +156,7 @@ def _modules() -> list[str]:
     return sorted(path.name for path in Path("/sys/module").glob("kvm*"))
 
 
-def _print(report: Report) -> None:
+def _print(report: HostReport) -> None:
     click.echo(
         f"kernel         {report.kernel}, modules {', '.join(report.modules) or 'built in'}"
     )
@@ -165,7 +164,7 @@ def _print(report: Report) -> None:
         click.echo(f"/dev/kvm       works; up to {report.max_vcpus} vCPUs, {report.msrs} MSRs")
         click.echo("capabilities")
         for name, value in report.capabilities.items():
-            need = "needed" if name in REQUIRED else "used" if name in _USES else ""
+            need = "needed" if name in System.REQUIRED else "used" if name in _USES else ""
             mark = click.style("yes", fg="green") if value else click.style("no ", fg="yellow")
             amount = f"({value})" if value > 1 else ""
             line = f"  {mark} {name:38} {need:7}{_USES.get(name, '')} {amount}"

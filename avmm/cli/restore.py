@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import trio
 
 from avmm.arrivals import restore
-from avmm.cli import attend, console
+from avmm.cli import attend, console, options
+from avmm.config import HostSettings
 from avmm.outcome import Outcome
 
 
 @click.command()
-@click.argument("file", type=attend.PATH)
-@attend.link_options
+@click.argument("file", type=options.PATH)
+@options.arriving
+@attend.control_option
 @click.option("--verify", is_flag=True, help="Read all of FILE first, and compare its checksums.")
-def command(
-    file: Path,
-    console_target: str,
-    control_target: str | None,
-    disks: tuple[str, ...],
-    net: tuple[str, ...],
-    **options: Any,
-) -> None:
+def command(file: Path, control_target: str | None, verify: bool, **settings: Any) -> None:
     """Run the guest of the snapshot FILE from where it was.
 
     Its disks, networks and sockets are named here, as many as it has; disks must hold what they
     did then. FILE must not be changed while the guest runs. The command ends with the status that
     the guest ends with.
     """
-    links = {"disks": disks, "net": net, **options}
-    attend.end(*trio.run(_run, file, console.parse(console_target), control_target, links))
+    target = console.parse(options.console_target(settings))
+    chosen = options.given(settings)
+    attend.end(*trio.run(_run, file, target, control_target, verify, chosen))
 
 
 async def _run(
     file: Path,
-    console_target: console.Target,
+    target: console.ConsoleTarget,
     control_target: str | None,
-    links: dict[str, Any],
+    verify: bool,
+    settings: dict[str, Any],
 ) -> tuple[Outcome, bytes]:
-    with attend.opened(console_target, control_target) as ends:
-        machine = restore(file, devices=lambda told: ends.devices(told.has_hvc), **links)
+    with attend.opened(target, control_target) as ends:
+        machine = restore(
+            file,
+            devices=lambda told: ends.devices(told.has_hvc),
+            verify=verify,
+            **cast("HostSettings", settings),
+        )
         async with machine as vm:
             return await ends.attend(vm), ends.undelivered

@@ -42,7 +42,7 @@ def demand(path: Path) -> None:
 
 
 @dataclass
-class Round:
+class CopyRound:
     """One round of copying, in seconds since the migration began."""
 
     number: int
@@ -58,7 +58,7 @@ class Timeline:
 
     def __init__(self, target: str) -> None:
         self._target = target
-        self._rounds: list[Round] = []
+        self._rounds: list[CopyRound] = []
         self._dirty: list[tuple[float, float]] = []
         """The guest's rate of writing in the round that ended then."""
 
@@ -70,11 +70,11 @@ class Timeline:
                 self._note(rounds[-1], event)
                 self._dirty.append((now, event["dirty_rate"]))
             pages = event["pages_sent"] + event["pages_left"]
-            rounds.append(Round(event["round"], now, pages))
+            rounds.append(CopyRound(event["round"], now, pages))
         self._note(rounds[-1], event)
 
     @staticmethod
-    def _note(of: Round, event: Mapping[str, Any]) -> None:
+    def _note(of: CopyRound, event: Mapping[str, Any]) -> None:
         of.times.append(event["seconds"])
         of.sent.append(event["bytes_sent"])
 
@@ -123,7 +123,7 @@ class Timeline:
             f"{seconds(result['downtime'])}"
         )
 
-    def _spans(self, end: float) -> list[tuple[Round, float]]:
+    def _spans(self, end: float) -> list[tuple[CopyRound, float]]:
         """Each round, and when it ended."""
         begins = [round_.begin for round_ in self._rounds]
         return list(zip(self._rounds, [*begins[1:], end], strict=True))

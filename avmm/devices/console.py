@@ -1,8 +1,8 @@
-"""The host's end of a serial or virtio port, as trio sees it: a stream.
+"""The host's end of a serial or virtio port, as a trio stream.
 
 `ConsoleStream` is the outer half of `avmm.devices.serial.Serial` and of
-`avmm.devices.virtio.port.Port`, whose private methods it calls: they move the bytes (and take the
-lock, where there is one), the stream waits where there was nothing to move.
+`avmm.devices.virtio.port.Port`, whose private methods it calls: these move the bytes, and take the
+lock if there is one. The stream waits when there is nothing to move.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class _Waitable(Protocol):
 
 
 class Cable(Protocol):
-    """What a port has for its stream; its methods raise trio's errors where it is closed."""
+    """What a port offers its stream. Its methods raise trio's errors once it is closed."""
 
     @property
     def _output(self) -> _Waitable: ...
@@ -33,7 +33,7 @@ class Cable(Protocol):
 
 
 class OneTask:
-    """Detects a second task in the same half of the stream (as trio's own streams do it)."""
+    """Refuses a second task in the same direction of the stream, as trio's own streams do."""
 
     def __init__(self, doing: str) -> None:
         self._doing = doing
@@ -54,13 +54,13 @@ class OneTask:
 
 
 class ConsoleStream(trio.abc.Stream):
-    """The host's end of a port: what the guest writes is received, and the reverse.
+    """The host's end of a port: it receives what the guest writes, and sends what the guest reads.
 
-    One task may receive and one may send at a time; others get `trio.BusyResourceError`. After
-    the guest has ended, what is buffered can still be received, and then comes the end
-    (``b""``); sending raises `trio.BrokenResourceError`. After `aclose` every method raises
-    `trio.ClosedResourceError`, and the guest's output goes nowhere (counted in the port's `lost`);
-    input that was accepted still reaches the guest.
+    One task may receive and one may send at a time; others get `trio.BusyResourceError`. After the
+    guest has ended, what is buffered can still be received, and then comes the end (``b""``);
+    sending raises `trio.BrokenResourceError`. After `aclose` every method raises
+    `trio.ClosedResourceError`. The guest's output is then dropped and counted in the port's
+    `lost`. Input that was accepted before still reaches the guest.
     """
 
     accepted: int
@@ -75,9 +75,9 @@ class ConsoleStream(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data` to the guest; returns when all of it is accepted for delivery.
 
-        Accepted bytes reach the guest, in order, as soon as it wants them. If this is cancelled
-        or raises, the first `accepted` bytes of `data` were accepted, and no others:
-        ``send_all(data[stream.accepted:])`` goes on where it stopped.
+        Accepted bytes reach the guest, in order, as soon as it wants them. If this is cancelled or
+        raises, exactly the first `accepted` bytes of `data` were accepted, so
+        ``send_all(data[stream.accepted:])`` continues where it stopped.
         """
         cable = self._cable
         with self._sending, memoryview(data).cast("B") as view:
@@ -110,7 +110,8 @@ class ConsoleStream(trio.abc.Stream):
             return data
 
     def discard_output(self) -> int:
-        """Throw away what the guest has written that was not received yet: how many bytes."""
+        """Throw away the guest's output that has not been received yet. Returns the number of
+        bytes."""
         return len(self._cable._take(None) or b"")
 
     async def aclose(self) -> None:

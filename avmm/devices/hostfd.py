@@ -1,9 +1,9 @@
 """A host descriptor (terminal, pipe, file, socket) read and written from trio.
 
-Non-blocking mode belongs to the open file, not to the descriptor: set on standard output, it
-would hit the shell, whatever else shares the terminal, and our own messages. So a terminal or
-pipe is opened once more, for a mode of our own; a file is never waited for; a socket is told
-at each call.
+Non-blocking mode belongs to the open file, not to the descriptor. Setting it on standard output
+would affect the shell, every other program on the terminal, and avmm's own messages. So a terminal
+or pipe is opened again, which gives it a mode of its own. A file never has to be waited for. A
+socket is told at each call not to wait.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Final
 import trio
 
 _CHUNK: Final = select.PIPE_BUF
-"""A pipe that is writable takes so many bytes without waiting, whatever its mode."""
+"""A pipe that is writable accepts this many bytes without waiting, whatever its mode."""
 _TIOCGPTN: Final = 0x80045430
 
 
 class HostFd:
-    """Reads from or writes to what `fd` refers to, which itself is left as it is."""
+    """Reads from or writes to the file behind `fd`. `fd` itself is not changed."""
 
     def __init__(self, fd: int, flags: int) -> None:
         """`flags` is os.O_RDONLY or os.O_WRONLY. Raises `OSError` for a closed `fd`."""
@@ -34,14 +34,15 @@ class HostFd:
         self._socket: socket.socket | None = None
         self._waits = stat.S_ISFIFO(kind) or os.isatty(fd)
         self.may_block = False
-        """Whether `write_now` may wait for who reads: no mode of our own could be had."""
+        """Whether `write_now` may wait for the reader, because the file could not be opened
+        again."""
         if stat.S_ISSOCK(kind):
             self._socket = socket.socket(fileno=os.dup(fd))
             self.fd = self._socket.fileno()
             return
         self.fd = -1
         if self._waits and os.get_blocking(fd):
-            # Not permitted, as after `su`: then reading and writing may block for a moment.
+            # If that is not permitted, as after `su`, reading and writing may block for a moment.
             own = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             with suppress(OSError):
                 if not _is_pty_master(fd):
@@ -67,23 +68,24 @@ class HostFd:
                 return b""  # a terminal that hung up
 
     async def write(self, data: bytes) -> None:
-        """All of `data` in one piece, whoever else writes; raises `OSError` where nobody reads
-        any more."""
+        """Write all of `data` in one piece, even if others write too. Raises `OSError` if the
+        reading end is closed."""
         async with self._writing:
             while data:
                 await self.writable()
                 data = data[self.write_now([data[:_CHUNK]]) :]
 
     async def writable(self) -> None:
-        """Return when `write_now` may take something, but for somebody else being quicker."""
+        """Return when `write_now` can probably write something. Somebody else may still be
+        quicker."""
         if self._waits or self._socket:
             await trio.lowlevel.wait_writable(self.fd)
         else:
             await trio.lowlevel.checkpoint()
 
     def write_now(self, buffers: Sequence[bytes | memoryview]) -> int:
-        """As many bytes of `buffers`, at most 1024 of them, as it takes without waiting: how many.
-        Raises `OSError` where nobody reads any more."""
+        """Write as many bytes of `buffers` (at most 1024 buffers) as it accepts without waiting.
+        Returns how many. Raises `OSError` if the reading end is closed."""
         try:
             if self._socket:
                 return self._socket.sendmsg(buffers, (), socket.MSG_DONTWAIT)
@@ -97,7 +99,7 @@ class HostFd:
         return self._socket is not None
 
     def close(self) -> None:
-        """Close our own descriptor."""
+        """Close the descriptor that this has made."""
         if self._socket:
             self._socket.close()
         else:
@@ -105,7 +107,7 @@ class HostFd:
 
 
 def _is_pty_master(fd: int) -> bool:
-    """Opening such a one once more makes another terminal."""
+    """Is it the master of a pseudo-terminal? Opening that again would create another terminal."""
     try:
         fcntl.ioctl(fd, _TIOCGPTN, bytes(4))
     except OSError:

@@ -1,14 +1,14 @@
-"""A serial port: the device that joins the chip, the bus and whoever waits on either side.
+"""A serial port: the device that connects the chip to the bus and to whoever waits on either side.
 
 What the registers do is `avmm.devices.uart`, what the host sees is `avmm.devices.console`.
 
 **Safety.** The `Uart` is only touched with `host.lock` held: by the vCPUs' accesses, and by the
-stream in the few lines that move bytes. Whoever finds nothing to do leaves a flag under that
-lock and waits for a wake-up; so a byte costs a wake-up only where somebody waits for it.
+stream in the few lines that move bytes. A side that finds nothing to do sets a flag under that
+lock and waits for a wake-up. So a byte costs a wake-up only if somebody is waiting for it.
 
-**Waiting.** A guest that writes although the chip has no room waits, with its vCPU, in an
-awaitable, until somebody reads or the port is stalled. The guest's own accesses look at the
-stall clock; `Serial.run` looks for guests that sleep, and logs what is lost.
+**Waiting.** If a guest writes although the chip has no room, its vCPU waits in an awaitable until
+somebody reads or the port is stalled. Every access by the guest checks the stall clock.
+`Serial.run` checks it for guests that sleep, and logs what is lost.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ logger = logging.getLogger("avmm.serial")
 class Serial(Device):
     """A serial port: place it at 8 ports and an interrupt; talk to the guest by `stream`.
 
-    `output_size` and `input_size` bound what is buffered in each direction, `stall` is how long
-    (seconds) the guest is made to wait for a reader of its output; see `avmm.devices.uart`.
-    `clock` is for tests.
+    `output_size` and `input_size` bound what is buffered in each direction, `stall` is how many
+    seconds the guest waits for a reader of its output; see `avmm.devices.uart`. `clock` is for
+    tests.
 
-    Quiesced, it takes no input (`send_all` waits) and raises no interrupt; output can still be
-    read. What is read after `save` is in the saved state as well. Released, it gives no output
-    either: that is for whoever reads where the guest goes on.
+    While it is quiesced, it takes no input (`send_all` waits) and raises no interrupt; output can
+    still be read. Output that is read after `save` is in the saved state as well. Once released,
+    it gives no more output: the reader at the guest's new place gets that.
     """
 
     max_width: ClassVar[int] = 1
@@ -111,10 +111,10 @@ class Serial(Device):
                 await self._writers.park()
 
     async def run(self) -> None:
-        """Watch the stall clock for guests that sleep until THRE, and report stalls.
+        """Watch the stall clock for guests that sleep until THRE is set, and log stalls.
 
-        Logging is done here and in `receive_some`, not where a vCPU finds the port stalled: a
-        log that blocks must not block the guest.
+        Only `run` and `receive_some` write to the log. The vCPU that finds the port stalled does
+        not, because a log that blocks must not block the guest.
         """
         while True:
             await self._full.wait()
@@ -150,15 +150,16 @@ class Serial(Device):
 
     def load(self, state: Mapping[str, Any]) -> None:
         with self.host.lock:
-            self._uart.load(state)
-            self._stall_reported = self._uart.stalled  # by whom it happened to
+            self._uart.load(state, self.name)
+            # A stall in the saved state was reported by the machine in which it happened.
+            self._stall_reported = self._uart.stalled
             self._wake_reader()
             self._wake_sender()
         self._writers.unpark_all()
 
     def finish(self) -> None:
-        """The guest has ended (called in trio): output ends after what is buffered, and nobody
-        takes input any more."""
+        """The guest has ended (called in trio): output ends after what is buffered, and input is
+        no longer accepted."""
         with self.host.lock:
             self._finished = True
             self._output.set()
@@ -187,14 +188,14 @@ class Serial(Device):
         if not self._stall_reported:
             self._stall_reported = True
             logger.warning(
-                "%s: nobody has read the guest's output for %g s: what it writes from now on "
-                "is lost, until somebody does",
+                "%s: nobody has read the guest's output for %g s: what the guest writes from "
+                "now on is lost, until somebody reads",
                 self.name,
                 self._uart.stall,
             )
 
     def _take(self, most: int | None) -> bytes | None:
-        """Output for the reader, b"" at its end, None where it has to wait."""
+        """Output for the reader, b"" at its end, or None if the reader has to wait."""
         uart = self._uart
         with self.host.lock:
             if self._closed:
@@ -216,7 +217,8 @@ class Serial(Device):
         return data if data or finished else None
 
     def _feed(self, data: memoryview) -> int:
-        """Input from the sender: how much was accepted; raises where none ever will be."""
+        """Take input from the sender, and return how many bytes were accepted. Raises if none will
+        ever be accepted."""
         with self.host.lock:
             self._check_sendable()
             count = self._uart.feed(data)

@@ -1,22 +1,31 @@
-"""Unix sockets of the host that the guest's devices are reached by."""
+"""Unix sockets of the host: to listen at a path, and to connect to one."""
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
+
+import trio
 
 from avmm.errors import ConfigError
 
+_QUEUE_SECONDS: Final = 10.0
+_QUEUE_STEP: Final = 0.02
+
 
 def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
-    """A socket at `path`, for `what`, that only its user may connect to.
+    """A socket that listens at `path`, and that only its user may connect to.
 
-    Takes the place of one that nobody serves. Raises `ConfigError` where it cannot be. Who is
-    done with it closes it and unlinks `path`.
+    If there is a socket at `path` that nobody serves, this one replaces it. Raises `ConfigError`,
+    which names `what` and `path`, if the socket cannot be made. The caller closes it, and unlinks
+    `path`. Does not block.
     """
-    with suppress(OSError):  # what is in the way shows when it is bound
+    with suppress(OSError):  # if something else is in the way, `bind` says so
         if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
             Path(path).unlink()
     listener = socket.socket(socket.AF_UNIX)
@@ -33,4 +42,27 @@ def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
 
 def _served(path: str | Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
+        probe.setblocking(False)  # a full queue of connections would make it wait
+        return probe.connect_ex(str(path)) in (0, errno.EAGAIN)
+
+
+async def connect(path: str | Path) -> trio.SocketStream:
+    """Connect to the socket at `path`. Raises `OSError`.
+
+    If the listener's queue of connections is full, this waits for up to ten seconds. trio by
+    itself would return such a socket as connected, though it is not.
+    """
+    give_up = trio.current_time() + _QUEUE_SECONDS
+    while True:
+        stream = await trio.open_unix_socket(path)
+        try:
+            stream.socket.getpeername()
+        except OSError as error:
+            await trio.aclose_forcefully(stream)
+            if error.errno != errno.ENOTCONN:
+                raise
+        else:
+            return stream
+        if trio.current_time() >= give_up:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        await trio.sleep(_QUEUE_STEP)

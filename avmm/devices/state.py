@@ -1,63 +1,56 @@
-"""Reading a device's saved state: hostile until each field was looked at."""
+"""A device's saved state: fields with a version of their own, which are hostile until `load` has
+checked them."""
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 from avmm.devices.base import Device
 from avmm.errors import DeviceError
+from avmm.plain import Fields, Kind
 
 
-class Fields:
-    """A saved state of the device that messages call `device`: just the fields `names`.
+class DeviceState(Fields, error=DeviceError):
+    """What a device's `save` returns and its `load` gets. Declare it in the device's class:
 
-    Types are compared exactly: True is no number, and no subclass gets in.
+        class Thermometer(avmm.Device):
+            class State(avmm.DeviceState, version=1):
+                celsius = avmm.plain.Int(-60, 150)
+
+            def save(self):
+                return self.State.plain(celsius=self.celsius)
+
+            def load(self, state):
+                self.celsius = self.State.load(self.name, state).celsius
+
+    The version stands in the saved mapping. Raise it whenever the fields or their meanings change:
+    a state with another version is refused with a message that names the device, and is never
+    misread. `avmm.plain` has all kinds of fields.
     """
 
-    def __init__(self, device: str, state: Mapping[str, Any], names: Collection[str]) -> None:
-        self._device = device
-        self._state = state
-        if not isinstance(state, Mapping) or set(state) != set(names):
-            raise self.refusal(f"expected the fields {', '.join(sorted(names)) or '(none)'}")
+    def __init_subclass__(cls, *, version: int) -> None:
+        super().__init_subclass__(version=version)
 
-    def refusal(self, why: str) -> DeviceError:
-        """What to raise for a state that is wrong as a whole."""
-        return DeviceError(f"this is not a state of {self._device}: {why}")
+    @classmethod
+    def load(cls, device: str, state: object, /, **narrower: Kind[object]) -> Self:
+        """The fields of a saved `state` of the device that messages call `device`.
 
-    def error(self, name: str, expected: str) -> DeviceError:
-        """What to raise for a field that is wrong."""
-        try:
-            found = reprlib.repr(self._state[name])
-        except ValueError:  # Python refuses to print numbers of more than 4300 digits
-            found = "a huge number"
-        return self.refusal(f"{name} is {found}, expected {expected}")
-
-    def number(self, name: str, most: int, *, least: int = 0) -> int:
-        value = self._state[name]
-        if type(value) is not int or not least <= value <= most:
-            raise self.error(name, f"a number from {least} to {most}")
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self._state[name]
-        if type(value) is not bool:
-            raise self.error(name, "True or False")
-        return value
-
-    def data(self, name: str, most: int, *, least: int = 0) -> bytes:
-        value = self._state[name]
-        if type(value) is not bytes or not least <= len(value) <= most:
-            raise self.error(name, f"{least} to {most} bytes")
-        return value
+        Raises `DeviceError` if it has another version, other keys or other kinds of values:
+        "Serial's state has version 2, expected 1". `narrower` is as in `Fields.read`. Check the
+        whole state before you take over any of it, so that a refused state changes nothing.
+        """
+        return cls.read(f"{device}'s state", state, **narrower)
 
 
 class Stateless(Device):
-    """A device that has nothing to save, and says so rather than leave it out in silence."""
+    """A device with nothing to save. It says so explicitly."""
+
+    class State(DeviceState, version=1):
+        """Nothing but the version."""
 
     def save(self) -> Mapping[str, Any]:
-        return {}
+        return self.State.plain()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        Fields(self.name, state, ())
+        self.State.load(self.name, state)

@@ -3,26 +3,26 @@
 `Uart` is a pure state machine without trio, thread or lock, so that it can be tested without a
 VM (modelled on rust-vmm's vm-superio). `avmm.devices.serial` makes a device of it.
 
-**Output is never lost in silence, and blocks no vCPU for ever.** Bytes go into a bounded buffer.
-While it is full THRE and TEMT are clear, as if the line were busy, and a guest that looks waits
-by itself; behind it are the transmitter's own 16 bytes, which a driver that saw THRE before may
-still fill (PC16550D, 8.11). Whoever writes even then is told to wait. If there was no room for
-`stall` seconds the port is *stalled*: it reads ready again, and what the guest writes is dropped
-and counted until somebody reads. (Firecracker has had both: a blocked stdout that blocked the
-vCPU, #2461, and bytes dropped in silence, #2381.) The clock runs from the moment the buffer
-filled and is looked at by the guest's own accesses, so that a guest that polls gets on whatever
-the host is doing.
+**Output is never lost silently, and output never blocks a vCPU forever.** Bytes go into a bounded
+buffer. While the buffer is full, THRE and TEMT are clear, as if the line were busy, and a guest
+that checks them waits by itself. Behind the buffer are the transmitter's own 16 bytes, which a
+driver that saw THRE earlier may still fill (PC16550D, 8.11). A guest that writes even after that
+is made to wait. If there is no room for `stall` seconds, the port is *stalled*: it reports that it
+is ready, and what the guest writes is dropped and counted until somebody reads. (Firecracker has
+had both: a blocked stdout that blocked the vCPU, #2461, and bytes dropped in silence, #2381.) The
+clock starts when the buffer becomes full. Every access by the guest checks it, so a guest that
+polls makes progress whatever the host is doing.
 
 **Input is not lost at boot.** What is sent waits in a bounded staging buffer and enters the
-16-byte FIFO only when the guest is ready, as a sender that honours RTS would do it: RTS is set,
-or the receive interrupt is enabled, or the guest never wrote MCR (a simple one that just polls).
-And a reset of the FIFO puts unread bytes back into staging: Linux resets the FIFOs at every open
-and every change of settings, and what a pipe had sent by then would be gone.
+16-byte FIFO only when the guest is ready, as if its sender honoured RTS. The guest is ready if RTS
+is set, or the receive interrupt is enabled, or it never wrote MCR (a simple guest that only
+polls). And a reset of the FIFO puts unread bytes back into staging: Linux resets the FIFOs at
+every open and at every change of settings, and whatever a pipe had sent by then would be lost.
 
 **Not modelled.** Baud rate, parity and breaks: the line is infinitely fast and has no errors
-but the overrun of loopback. OUT2 does not gate the interrupt, as it does not in QEMU: on a PC it
-does, but guests that forget it work there. Nothing that was written is dropped by a reset of
-the transmit FIFO: it has been sent long since.
+except the overrun of loopback. OUT2 does not gate the interrupt. On a PC it does, but in QEMU it
+does not either, and guests that forget to set it work there. A reset of the transmit FIFO drops
+nothing, because everything that was written has already been sent.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.errors import DeviceError
+from avmm.plain import FLAG, U8, U16, Bytes, Int
 
 PORTS: Final = 8
 """How many I/O ports a serial port takes."""
@@ -78,13 +79,35 @@ LSR_OE: Final = 0x02
 LSR_THRE: Final = 0x20
 LSR_TEMT: Final = 0x40
 _EMPTY: Final = LSR_THRE | LSR_TEMT
-_USUAL: Final = LSR_THRE | LSR_OE  # the bits whose state decides whether an LSR read is simple
+_USUAL: Final = LSR_THRE | LSR_OE  # the bits that decide whether a read of LSR has a side effect
 
 MSR_PRESENT: Final = 0xB0  # DCD, DSR and CTS: somebody is there and listens
 
 
+class UartState(DeviceState, version=1):
+    """The saved state of the chip. `Uart.load` bounds the two buffers by their sizes."""
+
+    ier = Int(0, 0x0F)
+    fcr = Int(0, FCR_STORED)
+    lcr = U8
+    mcr = Int(0, 0x1F)
+    mcr_written = FLAG
+    overrun = FLAG
+    msr_delta = Int(0, 0x0F)
+    scr = U8
+    divisor = U16
+    thr_empty = FLAG
+    thre_pending = FLAG
+    rx = Bytes(most=FIFO_SIZE)
+    looped = Int(0, FIFO_SIZE)
+    staging = Bytes()
+    output = Bytes()
+    lost = Int(0, 1 << 63)
+    stalled = FLAG
+
+
 def _nowhere(level: bool) -> None:
-    """The interrupt line of a port that was placed without one."""
+    """Stands in for the interrupt line if a port was placed without one."""
 
 
 class Uart:
@@ -122,25 +145,27 @@ class Uart:
 
         self.rx = bytearray()
         self.looped = 0
-        """So many bytes at the front of `rx` came by loopback, the rest from the host."""
+        """How many bytes at the front of `rx` came by loopback. The others came from the host."""
         self.staging = bytearray()
         self.output = bytearray()
         self.lost = 0
         self.lost_before = 0
-        """What `lost` was when the port stalled last."""
+        """The value of `lost` when the port last stalled."""
         self.stalled = False
         self.discarding = False
-        """Nobody will ever read the output: it is dropped at once."""
+        """True if nobody will ever read the output, so that it is dropped at once."""
         self.full_since: float | None = None
-        """When the output buffer filled up; None where it has room or the port is stalled."""
+        """When the output buffer became full. None while it has room, or while the port is
+        stalled."""
 
         self.held = False
-        """Quiesced: nothing enters the FIFO and the interrupt output stays as it is."""
+        """True while quiesced: nothing enters the FIFO, and the interrupt output stays as it
+        is."""
         self.irq = False
         self._trigger = 1
         self._timed_out = True
         self._direct = True
-        """A byte written goes to `output` and that is all: the hot path."""
+        """True if a write to THR only has to append to `output`: the hot path."""
 
     # The guest's side.
 
@@ -158,7 +183,7 @@ class Uart:
     def write(self, offset: int, value: int) -> bool:
         """Take what the guest writes to register `offset`.
 
-        False where it is a byte to send and there is no room: then `transmit` it later.
+        False if this is a byte to send and there is no room for it. Call `transmit` later then.
         """
         if offset == RBR_THR and self.lcr < LCR_DLAB:
             if not self._direct:
@@ -173,7 +198,8 @@ class Uart:
         return True
 
     def transmit(self, value: int) -> bool:
-        """Send a byte, whatever the transmitter's state; False where there is no room for it."""
+        """Send a byte, whatever the transmitter's state. Returns False if there is no room for
+        it."""
         full = len(self.output) >= self.output_size + FIFO_SIZE
         if self.mcr & MCR_LOOP:
             self._loop_back(value)
@@ -198,11 +224,11 @@ class Uart:
         return lsr
 
     def _receive(self) -> int:
-        """RBR is read: the next byte of the FIFO, 0 where there is none.
+        """Read RBR: returns the next byte of the FIFO, or 0 if there is none.
 
-        The interrupt is worked out twice, since a read ends the receive interrupt (without
-        FIFO) or the time-out (8.11), and the next byte raises it anew: a driver that takes
-        one byte an interrupt needs that edge.
+        The interrupt is computed twice. A read ends the receive interrupt (without FIFO) or the
+        time-out (8.11), and the next byte raises it again. A driver that takes one byte per
+        interrupt needs that edge.
         """
         if not self.rx:
             return 0
@@ -259,7 +285,7 @@ class Uart:
             raise DeviceError(f"a serial port has {PORTS} ports, not one at {offset:#x}")
 
     def _write_ier(self, value: int) -> None:
-        """Enabling the THRE interrupt raises it where THR is empty, even if IIR was read since.
+        """Enabling the THRE interrupt raises it if THR is empty, even if IIR was read since.
 
         Not in the data sheet, but chips do it and Windows and Linux rely on it (Linux tests for
         it: UART_BUG_THRE). Only a change of the bit counts, as in QEMU and Bochs.
@@ -287,8 +313,8 @@ class Uart:
     def _write_mcr(self, value: int) -> None:
         before = self._modem_lines()
         if value & ~self.mcr & MCR_LOOP:
-            # The receiver is cut off from the line (8.8), and a driver that tests itself now
-            # expects back what it writes, not what somebody typed before.
+            # The receiver is disconnected from the line (8.8). A driver that tests itself now
+            # expects to read back what it writes, not what somebody typed before.
             self._put_back(self.looped)
         self.mcr = value
         self.mcr_written = True
@@ -312,7 +338,7 @@ class Uart:
             self.looped += 1
             self.lsr |= LSR_DR
         else:
-            # 8.4: without FIFO the byte in RBR is overwritten, with it the new one is lost.
+            # 8.4: without the FIFO the byte in RBR is overwritten; with it the new byte is lost.
             self.lsr |= LSR_OE
             if not self.fcr & FCR_ENABLE:
                 self.rx[0] = value
@@ -326,17 +352,17 @@ class Uart:
         return 0 if self.held else max(0, self.input_size - len(self.staging))
 
     def feed(self, data: memoryview) -> int:
-        """Take input for the guest; how many bytes of it were accepted."""
+        """Take input for the guest. Returns how many bytes were accepted."""
         count = 0
         while (part := min(self.room, len(data) - count)) > 0:
             self.staging += data[count : count + part]
             count += part
-            self._refill()  # which may make room
+            self._refill()  # this may make room
         self._update()
         return count
 
     def take(self, most: int | None) -> bytes:
-        """Give up to `most` bytes of output, all of it if None."""
+        """Return up to `most` bytes of output, or all of it if `most` is None."""
         output = self.output
         if most is None or most >= len(output):
             data = bytes(output)
@@ -350,11 +376,11 @@ class Uart:
                 self.full_since = None
                 self._settle()
             elif not self.stalled:
-                self.full_since = self.clock()  # somebody does read, if slowly
+                self.full_since = self.clock()  # somebody is reading, even if slowly
         return data
 
     def discard(self) -> None:
-        """Nobody will read any more: drop what there is and whatever comes."""
+        """Nobody will read from now on: drop the output that is buffered and all that comes."""
         self.lost += len(self.output)
         self.output.clear()
         self.discarding = True
@@ -363,7 +389,7 @@ class Uart:
         self._settle()
 
     def check_stall(self) -> bool:
-        """Look at the clock; True where the port is stalled."""
+        """Look at the clock. Returns whether the port is stalled."""
         if self.full_since is not None and self.stall_in() <= 0:
             self.stalled = True
             self.full_since = None
@@ -372,21 +398,22 @@ class Uart:
         return self.stalled
 
     def stall_in(self) -> float:
-        """Seconds until the port counts as stalled unless it is read; inf where it will not."""
+        """The seconds until the port is stalled, unless somebody reads; inf if it will not be
+        stalled."""
         return math.inf if self.full_since is None else self.full_since + self.stall - self.clock()
 
     def hold(self) -> None:
-        """Let nothing more happen that the guest could notice without looking."""
+        """From now on, do nothing that the guest could notice without reading a register."""
         self.held = True
 
     def release(self) -> None:
-        """End `hold`: what became due in the meantime happens now."""
+        """End `hold`. Whatever became due in the meantime happens now."""
         self.held = False
         self._refill()
         self.irq = self._cause() != IIR_NONE
         self.drive(self.irq)
 
-    # What both sides end in.
+    # Used by both sides.
 
     def _cause(self) -> int:
         """The pending interrupt of the highest priority (8.6, table IV)."""
@@ -394,7 +421,7 @@ class Uart:
         if ier & IER_RLSI and self.lsr & LSR_OE:
             return IIR_RLSI
         if ier & IER_RDI and self.rx:
-            # The line is infinitely fast: whatever lies below the trigger level has timed out.
+            # The line is infinitely fast, so bytes below the trigger level have always timed out.
             if len(self.rx) >= self._trigger:
                 return IIR_RDI
             if self._timed_out:
@@ -412,8 +439,9 @@ class Uart:
             self.drive(level)
 
     def _sent(self) -> None:
-        """THR was written with its interrupt enabled: that ends it (8.6), and it comes again at
-        once where the transmitter is empty again. Drivers that never read IIR need the edge."""
+        """THR was written while its interrupt was enabled. The write ends the interrupt (8.6). If
+        the transmitter is empty again, the interrupt is raised again at once; drivers that never
+        read IIR need that edge."""
         self.thre_pending = False
         self._update()
         self.thre_pending = bool(self.lsr & LSR_THRE)
@@ -425,7 +453,8 @@ class Uart:
         self.on_full()
 
     def _settle(self) -> None:
-        """Work out again what depends on whether there is room: THRE, its interrupt, the path."""
+        """Recompute what depends on whether there is room: THRE, its interrupt, and the hot
+        path."""
         waiting = self.full_since is not None and not self.mcr & MCR_LOOP
         if waiting:
             self.lsr &= ~_EMPTY
@@ -443,7 +472,7 @@ class Uart:
         self._trigger = TRIGGERS[self.fcr >> 6] if self.fcr & FCR_ENABLE else 1
 
     def _refill(self) -> None:
-        """Move input from staging into the FIFO where the guest is ready for it."""
+        """Move input from staging into the FIFO if the guest is ready for it."""
         if not self.staging or self.held or self.mcr & MCR_LOOP:
             return
         if self.mcr_written and not (self.mcr & MCR_RTS or self.ier & IER_RDI):
@@ -465,71 +494,66 @@ class Uart:
 
     def save(self) -> dict[str, Any]:
         """Everything the guest could notice, and all bytes under way."""
-        return {
-            "version": 1,
-            "ier": self.ier,
-            "fcr": self.fcr,
-            "lcr": self.lcr,
-            "mcr": self.mcr,
-            "mcr_written": self.mcr_written,
-            "overrun": bool(self.lsr & LSR_OE),
-            "msr_delta": self.msr_delta,
-            "scr": self.scr,
-            "divisor": self.divisor,
-            "thr_empty": bool(self.lsr & LSR_THRE),
-            "thre_pending": self.thre_pending,
-            "rx": bytes(self.rx),
-            "looped": self.looped,
-            "staging": bytes(self.staging),
-            "output": bytes(self.output),
-            "lost": self.lost,
-            "stalled": self.stalled,
-        }
+        return UartState.plain(
+            ier=self.ier,
+            fcr=self.fcr,
+            lcr=self.lcr,
+            mcr=self.mcr,
+            mcr_written=self.mcr_written,
+            overrun=bool(self.lsr & LSR_OE),
+            msr_delta=self.msr_delta,
+            scr=self.scr,
+            divisor=self.divisor,
+            thr_empty=bool(self.lsr & LSR_THRE),
+            thre_pending=self.thre_pending,
+            rx=bytes(self.rx),
+            looped=self.looped,
+            staging=bytes(self.staging),
+            output=bytes(self.output),
+            lost=self.lost,
+            stalled=self.stalled,
+        )
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Become what `save` gave, all of it or (DeviceError) nothing.
+    def load(self, state: Mapping[str, Any], device: str = "a serial port") -> None:
+        """Restore what `save` returned. If this raises `DeviceError`, nothing was changed.
+        Messages call it `device`.
 
-        The stall clock starts anew: another machine's tells nothing.
+        The stall clock starts from zero, because another machine's clock means nothing here.
         """
-        fields = Fields("a serial port", state, self.save())
-        if fields.number("version", 1) != 1:
-            raise fields.error("version", "1")
-        fcr = fields.number("fcr", FCR_STORED)
-        if fcr & ~FCR_STORED or (fcr and not fcr & FCR_ENABLE):
-            raise fields.error("fcr", "the bits that a 16550A keeps")
-        ier = fields.number("ier", 0x0F)
-        thr_empty, thre_pending = fields.flag("thr_empty"), fields.flag("thre_pending")
-        if thre_pending and not (thr_empty and ier & IER_THRI):
-            raise fields.error("thre_pending", "False where THR is full or its interrupt off")
-        rx = fields.data("rx", FIFO_SIZE if fcr else 1)
-        looped = fields.number("looped", len(rx))
-        output = fields.data("output", self.output_size + FIFO_SIZE)
-        stalled = fields.flag("stalled")
-        if stalled and len(output) < self.output_size:
-            raise fields.error("stalled", "False where the output buffer has room")
-        lcr, scr = fields.number("lcr", 0xFF), fields.number("scr", 0xFF)
-        mcr, mcr_written = fields.number("mcr", 0x1F), fields.flag("mcr_written")
-        overrun = fields.flag("overrun")
-        msr_delta = fields.number("msr_delta", 0x0F)
-        divisor = fields.number("divisor", 0xFFFF)
-        staging = fields.data("staging", self.input_size + FIFO_SIZE)
-        lost = fields.number("lost", 1 << 63)
+        saved = UartState.load(
+            device,
+            state,
+            output=Bytes(most=self.output_size + FIFO_SIZE),
+            staging=Bytes(most=self.input_size + FIFO_SIZE),
+        )
+        if saved.fcr & ~FCR_STORED or (saved.fcr and not saved.fcr & FCR_ENABLE):
+            raise saved.wrong("fcr", "the bits that a 16550A keeps")
+        if saved.thre_pending and not (saved.thr_empty and saved.ier & IER_THRI):
+            raise saved.wrong("thre_pending", "False if THR is full or its interrupt is off")
+        if len(saved.rx) > 1 and not saved.fcr:
+            raise saved.wrong("rx", "at most 1 byte if the FIFO is off")
+        if saved.looped > len(saved.rx):
+            raise saved.wrong("looped", f"at most the {len(saved.rx)} bytes of rx")
+        full = len(saved.output) >= self.output_size
+        if saved.stalled and not full:
+            raise saved.wrong("stalled", "False if the output buffer has room")
         # Nothing is refused from here on.
-        self.ier, self.fcr, self.lcr, self.scr, self.divisor = ier, fcr, lcr, scr, divisor
-        self.mcr, self.mcr_written, self.msr_delta = mcr, mcr_written, msr_delta
-        self.rx, self.looped, self.staging = bytearray(rx), looped, bytearray(staging)
-        self.output, self.stalled = bytearray(output), stalled
-        self.lost = self.lost_before = lost
-        self.lsr = (LSR_DR if rx else 0) | (LSR_OE if overrun else 0)
-        if thr_empty:
-            self.lsr |= _EMPTY  # else it may become so now, with an interrupt: see _settle
+        self.ier, self.fcr, self.lcr = saved.ier, saved.fcr, saved.lcr
+        self.mcr, self.mcr_written, self.msr_delta = saved.mcr, saved.mcr_written, saved.msr_delta
+        self.scr, self.divisor = saved.scr, saved.divisor
+        self.rx, self.looped = bytearray(saved.rx), saved.looped
+        self.staging, self.output = bytearray(saved.staging), bytearray(saved.output)
+        self.stalled, self.thre_pending = saved.stalled, saved.thre_pending
+        self.lost = self.lost_before = saved.lost
+        self.lsr = (LSR_DR if self.rx else 0) | (LSR_OE if saved.overrun else 0)
+        if saved.thr_empty:
+            self.lsr |= _EMPTY  # else THR may become empty now, with an interrupt: see _settle
         self._set_trigger()
-        full = len(output) >= self.output_size and not stalled
-        self.full_since = self.clock() if full else None
-        self.thre_pending = thre_pending
+        waits = full and not saved.stalled
+        self.full_since = self.clock() if waits else None
         if self.discarding:
             self.discard()
         self._refill()
         self._settle()
-        if full:
+        if waits:
             self.on_full()

@@ -1,4 +1,4 @@
-"""What a disk is to `avmm.devices.virtio.block`, whoever wrote it.
+"""What a disk is: the contract between `avmm.devices.virtio.block` and any disk.
 
     class Remote(avmm.Disk):
         name, size = "remote", 1 << 30
@@ -11,19 +11,21 @@
 A disk without `write` is read-only; say so by `read_only = True`.
 
 **What it is called with.** Offsets and lengths are multiples of 512 and within `size`; they were
-checked. `buffers` are views of guest memory itself: fill them or send them where they are, and
-keep none of them. Several calls run at the same time, in any order, each in a task of its own; a
-call that takes long keeps nobody else waiting.
+checked. `buffers` are views of guest memory itself: fill them or send from them in place, and do
+not keep them. Several calls run at the same time, in any order, each in a task of its own; a slow
+call delays no other.
 
-**What it raises.** An `OSError` is this one request's: the guest gets an I/O error for it, and a
-line is logged. Anything else is a bug and ends the machine.
+**What it raises.** An `OSError` belongs to this one request: the guest gets an I/O error for it,
+and a line is logged. Anything else is a bug and ends the machine.
 
-**Cancelling.** At a pause or reset calls are cancelled, and after a pause made again from their
-beginning, maybe in another process. A call that was cancelled must not touch `buffers` any more:
-one that cannot stop (a thread, say) shields itself until it has finished, and the pause waits.
+**Cancelling.** Calls are cancelled at a pause or a reset. After a pause they are made again from
+their beginning, possibly in another process. A call that was cancelled must no longer touch
+`buffers`. A call that cannot stop (say, because a thread is at work) shields itself until it has
+finished, and the pause waits for it.
 
-**Saving.** What a disk holds is not part of a machine's state: who loads that brings a disk with
-the same contents. One whose contents die with its process puts them into `save`.
+**Saving.** What a disk holds is not part of a machine's state: whoever loads the state provides a
+disk with the same contents. A disk whose contents would be lost with its process returns them from
+`save`.
 """
 
 from __future__ import annotations
@@ -31,14 +33,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
-from avmm.devices.state import Fields
 from avmm.errors import DeviceError
+from avmm.plain import Fields
 
 SECTOR: Final = 512
 """Bytes; the unit of every offset and length (VIRTIO 1.2, 5.2.4)."""
 Done: TypeAlias = Callable[[Exception | None], None]
-"""Called with what the request raised, or None."""
+"""Called with the exception that the request raised, or with None."""
 _ZEROES: Final = memoryview(bytes(64 * 1024))
+
+
+class _Nothing(Fields, version=1, error=DeviceError):
+    """The state of a disk whose contents outlive its process."""
 
 
 class Disk:
@@ -50,26 +56,29 @@ class Disk:
     """In bytes, a multiple of 512; does not change."""
     read_only: bool = False
     can_discard: bool = False
-    """Whether `discard` is worth being called."""
+    """Whether `discard` does anything."""
+    saves_in_thread: bool = False
+    """Do `save` and `load` take long? If so, they are called in a worker thread, and must not
+    touch anything that belongs to trio. Otherwise they are called in trio's thread."""
 
     async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill `buffers`, one after the other, with what is at `offset`."""
+        """Fill `buffers`, one after the other, with the bytes at `offset`."""
         raise DeviceError(f"{self.name} cannot be read: it lacks read()")
 
     async def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Put what is in `buffers`, one after the other, at `offset`."""
+        """Write the bytes of `buffers`, one after the other, at `offset`."""
         raise DeviceError(f"{self.name} cannot be written: it lacks write()")
 
     async def flush(self) -> None:
-        """Return when all that was written before is where no loss of power takes it away."""
+        """Return when everything written before is safe from a loss of power."""
         if not self.read_only:
             raise DeviceError(f"{self.name} cannot be flushed: it lacks flush()")
 
     async def discard(self, offset: int, length: int) -> None:
-        """The guest does not need these bytes any more; reading them may give anything."""
+        """The guest no longer needs these bytes. Reading them may return anything."""
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        """Let these bytes be zero; with `unmap` their room may be given back."""
+        """Make these bytes zero. With `unmap` the disk may free their space."""
         while length:
             count = min(length, len(_ZEROES))
             await self.write(offset, [_ZEROES[:count]])
@@ -77,39 +86,46 @@ class Disk:
             length -= count
 
     def read_now(self, offset: int, buffers: Sequence[memoryview]) -> bool:
-        """Do what `read` does, if it can be done without waiting; False: call `read`.
+        """Do what `read` does, if that needs no waiting, and return True. If this returns False,
+        `read` has to be called.
 
-        Small requests ask this first: a disk that has the data at hand saves them a task.
+        Small requests try this first. If the disk has the data at hand, they need no task.
         """
         return False
 
     def write_now(self, offset: int, buffers: Sequence[memoryview]) -> bool:
-        """Do what `write` does, if it can be done without waiting; False: call `write`."""
+        """Do what `write` does, if that needs no waiting, and return True. If this returns False,
+        `write` has to be called."""
         return False
 
     def begin_write(self, offset: int, buffers: Sequence[memoryview], done: Done) -> bool:
-        """Begin what `write` does and return True, or do nothing and return False: call `write`.
+        """Begin what `write` does, and return True. If this returns False, it has done nothing,
+        and `write` has to be called.
 
-        `done` is called when it has ended, once and whatever happens, in whichever thread: it
-        cannot be cancelled, so a pause waits for it. A disk whose writes end in threads of its
-        own saves each the way back to trio. Where an `OSError` is raised `done` is not called.
+        `done` is called exactly once when the write has ended, whatever happens, in any thread.
+        The write cannot be cancelled, so a pause waits for it. A disk whose writes end in its own
+        threads saves each write the detour through trio. If this method raises an `OSError`,
+        `done` is not called.
         """
         return False
 
     async def release(self) -> None:
-        """Let another machine write the same disk from now on: no call comes before `acquire`.
+        """Let another machine write to the same disk from now on. No other call comes before
+        `acquire`.
 
-        What was written must be where the other sees it. Does nothing where it is not held.
+        Data that was written must be where the other machine sees it. Does nothing if the disk is
+        not held.
         """
 
     async def acquire(self) -> None:
-        """Be the one that writes it; does nothing where it is. Raises `ConfigError` where somebody
-        else does."""
+        """Become the only writer. Does nothing if it already is. Raises `ConfigError` if somebody
+        else writes to the disk."""
 
     def save(self) -> Mapping[str, Any]:
-        """What of its contents would be lost with this process, as plain data."""
-        return {}
+        """The contents that would be lost with this process, as plain data."""
+        return _Nothing.plain()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `save` gave: hostile input. Raises `DeviceError` where it is none."""
-        Fields(self.name, state, ())
+        """Restore what `save` returned. The input is hostile: raises `DeviceError` if it is not
+        such a state."""
+        _Nothing.read(f"{self.name}'s state", state)

@@ -1,4 +1,4 @@
-"""What the disks that are files need of the host: opening, locking, whole transfers, holes."""
+"""What disks that are files need from the host: opening, locking, complete transfers, holes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from avmm.errors import ConfigError
 from avmm.native._native import ffi, lib
 
 _CANNOT: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)
-"""What a file system or block device answers that has no holes, or none that lie so."""
+"""The errors of a file system or block device that cannot make holes, or not at such offsets."""
 _ZEROES: Final = memoryview(bytes(256 * 1024))
 _PARTS: Final = 1024
-"""The kernel's limit for one call (IOV_MAX)."""
+"""The kernel's limit on buffers in one call (IOV_MAX)."""
 
 
 def open_disk(path: Path, *, read_only: bool, lock: bool = True) -> tuple[int, int]:
     """The file or block device as (descriptor, size in bytes), locked (`lock`) until it is closed.
 
-    Whoever writes is alone with it, any number may read. The lock (of the open file description,
-    fcntl(2)) keeps out other processes, and other disks of this one; it is advice to programs
-    that look for none. Raises `ConfigError`.
+    Either one writer has it alone, or any number of readers have it. The lock (of the open file
+    description, fcntl(2)) excludes other processes and other disks of this process. It does not
+    stop programs that do not look for locks. Raises `ConfigError`.
     """
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
     try:
@@ -55,20 +55,18 @@ def open_disk(path: Path, *, read_only: bool, lock: bool = True) -> tuple[int, i
 
 
 def lock_file(fd: int, path: Path, *, read_only: bool) -> None:
-    """Lock it as `open_disk` does, unless it is. Raises `ConfigError` where it is in use."""
+    """Lock it as `open_disk` does, unless it is locked. Raises `ConfigError` if it is in use."""
     try:
         _set_lock(fd, fcntl.F_RDLCK if read_only else fcntl.F_WRLCK)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise ConfigError(f"disk {path}: it cannot be locked: {error.strerror}") from None
-        wanted = "read" if read_only else "written, and by nobody else"
-        raise ConfigError(
-            f"disk {path}: it is in use; expected one that can be {wanted}"
-        ) from None
+        wanted = "nobody writes" if read_only else "nobody else uses"
+        raise ConfigError(f"disk {path}: it is in use; expected one that {wanted}") from None
 
 
 def unlock_file(fd: int) -> None:
-    """Let others have it, unless they have."""
+    """Unlock it. Does nothing if it is not locked."""
     _set_lock(fd, fcntl.F_UNLCK)
 
 
@@ -78,7 +76,7 @@ def _set_lock(fd: int, kind: int) -> None:
 
 
 def read_fully(fd: int, offset: int, buffers: Sequence[memoryview]) -> None:
-    """Fill `buffers` from `offset` on. Raises `OSError`, also where the file ends before."""
+    """Fill `buffers` from `offset` on. Raises `OSError`, also if the file ends too early."""
     left = buffers
     while left:
         done = os.preadv(fd, left[:_PARTS], offset)
@@ -98,7 +96,8 @@ def write_fully(fd: int, offset: int, buffers: Sequence[memoryview]) -> None:
 
 
 def read_at_once(fd: int, offset: int, buffers: Sequence[memoryview]) -> bool:
-    """`read_fully` where the kernel has all of it in its cache, else False. Raises `OSError`."""
+    """Do what `read_fully` does if the kernel's cache has all of the data; otherwise return False.
+    Raises `OSError`."""
     try:
         return os.preadv(fd, buffers, offset, os.RWF_NOWAIT) == sum(map(len, buffers))
     except BlockingIOError:
@@ -106,7 +105,8 @@ def read_at_once(fd: int, offset: int, buffers: Sequence[memoryview]) -> bool:
 
 
 def write_at_once(fd: int, offset: int, buffers: Sequence[memoryview]) -> bool:
-    """`write_fully` where the kernel can take it into its cache at once. Raises `OSError`."""
+    """Do what `write_fully` does if the kernel's cache can take all of the data at once; otherwise
+    return False. Raises `OSError`."""
     try:
         return os.pwritev(fd, buffers, offset, os.RWF_NOWAIT) == sum(map(len, buffers))
     except BlockingIOError:
@@ -114,7 +114,7 @@ def write_at_once(fd: int, offset: int, buffers: Sequence[memoryview]) -> bool:
 
 
 def cut(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """The first `count` bytes of `buffers`, which lose them."""
+    """Remove the first `count` bytes from `buffers`, and return them."""
     taken = []
     while count:
         if count < len(buffers[0]):
@@ -127,7 +127,7 @@ def cut(buffers: list[memoryview], count: int) -> list[memoryview]:
 
 
 def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
-    """What is left of `buffers` without their first `count` bytes."""
+    """The rest of `buffers` after their first `count` bytes."""
     for at, buffer in enumerate(buffers):
         if count < len(buffer):
             return [buffer[count:], *buffers[at + 1 :]]
@@ -136,19 +136,19 @@ def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
 
 
 def punch(fd: int, offset: int, length: int) -> bool:
-    """Let the bytes be zero and give their room back; False where that cannot be. Raises
+    """Make the bytes zero and free their space. Returns False if that is not possible. Raises
     `OSError`."""
     return _allocate(fd, lib.FALLOC_FL_PUNCH_HOLE, offset, length)
 
 
 def zero(fd: int, offset: int, length: int) -> bool:
-    """Let the bytes be zero and keep room for them; False where that cannot be. Raises
+    """Make the bytes zero and keep their space. Returns False if that is not possible. Raises
     `OSError`."""
     return _allocate(fd, lib.FALLOC_FL_ZERO_RANGE, offset, length)
 
 
 def write_zeroes(fd: int, offset: int, length: int) -> None:
-    """Write zeroes, where nothing quicker can be. Raises `OSError`."""
+    """Write zeros, for when nothing faster is possible. Raises `OSError`."""
     while length:
         count = min(length, len(_ZEROES))
         write_fully(fd, offset, [_ZEROES[:count]])

@@ -1,9 +1,9 @@
-"""A disk whose changes are thrown away: they go to a temporary file, the base is only read.
+"""A disk whose changes are thrown away: they go to a temporary file, and the base is only read.
 
-The file is sparse, has no name, and holds each changed sector at its own offset. Which sectors
-those are is a map of one byte each, in memory that takes room only where something was changed.
-As every request is whole sectors, nothing is ever copied up, and a sector is of the one file or
-of the other: writers need no lock among themselves.
+The file is sparse, has no name, and holds each changed sector at its own offset. A map with one
+byte for each sector says which sectors were changed; this map takes memory only where something
+was changed. Every request consists of whole sectors, so nothing is ever copied up, and a sector
+belongs to one file or to the other. So writers need no lock between them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from avmm.devices.state import Fields
 from avmm.disks import files
 from avmm.disks.base import SECTOR, Disk, Done
 from avmm.disks.pool import Pool
 from avmm.disks.raw import THREADS, WRITERS
-from avmm.errors import ConfigError
+from avmm.errors import ConfigError, DeviceError
+from avmm.plain import Bytes, Fields, ListOf, Row
 
 _BASE, _OWN = b"\0", b"\1"
 _CHUNK = 1 << 20
@@ -31,16 +31,24 @@ _RUN = struct.Struct("<QQ")
 """Where a run of changed sectors begins, and how long it is, in bytes."""
 
 
-class OverlayDisk(Disk):
-    """What is at `path` (a file or block device, opened read-only: many may share it), and over
-    it what the guest has changed, until `close`.
+class _State(Fields, version=1, error=DeviceError):
+    changes = ListOf(
+        Row(Bytes(most=_CHUNK // SECTOR * _RUN.size), Bytes(least=SECTOR, most=_CHUNK))
+    )
+    """[runs, data] of each piece, the data one run after the other."""
 
-    Changes take room in `folder`: by default $TMPDIR, or /var/tmp, which is rarely memory. Raises
-    `ConfigError` where the base cannot be opened, or no such file can be there. Saved with a
-    machine, the changes are part of its state.
+
+class OverlayDisk(Disk):
+    """The contents of `path` (a file or block device, opened read-only, so that many may share
+    it), overlaid with what the guest has changed until `close`.
+
+    Changes are stored in `folder`. The default is $TMPDIR, or else /var/tmp, which is rarely in
+    memory. Raises `ConfigError` if the base cannot be opened, or if the file for the changes
+    cannot be made. When a machine is saved, the changes are part of its state.
     """
 
     can_discard = True
+    saves_in_thread = True  # a guest may have changed much
 
     def __init__(
         self, path: str | os.PathLike[str], *, folder: str | os.PathLike[str] | None = None
@@ -71,7 +79,7 @@ class OverlayDisk(Disk):
         self.close()
 
     def close(self) -> None:
-        """Throw the changes away; idempotent. Not while a machine uses it."""
+        """Throw the changes away; idempotent. Do not call it while a machine uses the disk."""
         if not self._closed:
             self._closed = True
             self._pool.close()
@@ -128,7 +136,7 @@ class OverlayDisk(Disk):
         self._mark(offset, sum(map(len, buffers)))
 
     async def flush(self) -> None:
-        """Does nothing: what is thrown away with the process needs no safe place."""
+        """Does nothing, because the changes are thrown away with the process anyway."""
 
     async def discard(self, offset: int, length: int) -> None:
         await self._pool.run(self._zero, offset, length)
@@ -142,8 +150,8 @@ class OverlayDisk(Disk):
         self._mark(offset, length)
 
     def save(self) -> Mapping[str, Any]:
-        """The changes in pieces, each with its runs before it: a guest may write here and there,
-        and a run a piece would be more pieces than a state may have."""
+        """The changes in pieces, each with a list of its runs. One piece per run could be more
+        pieces than a state may have, because a guest may write in many places."""
         changes: list[list[bytes]] = []
         runs, data = bytearray(), bytearray()
         for own, start, length in self._runs(0, self.size):
@@ -159,26 +167,25 @@ class OverlayDisk(Disk):
                     runs, data = bytearray(), bytearray()
         if data:
             changes.append([bytes(runs), bytes(data)])
-        return {"changes": changes}
+        return _State.plain(changes=changes)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, ("changes",))
-        changes = state["changes"]
-        if type(changes) is not list or not all(map(self._is_change, changes)):
-            raise fields.error("changes", f"[runs, data] pairs of whole sectors in {self.size}")
+        saved = _State.read(f"{self.name}'s state", state)
+        for number, (runs, data) in enumerate(saved.changes):
+            if not self._fits(runs, data):
+                raise saved.refusal(
+                    f"changes[{number}] is not of whole sectors within {self.size} bytes"
+                )
         self._map[:] = bytes(len(self._map))
         os.ftruncate(self._fd, 0)
         os.ftruncate(self._fd, self.size)
-        for runs, data in changes:
+        for runs, data in saved.changes:
             left = [memoryview(data)]
             for offset, length in _RUN.iter_unpack(runs):
                 self._write(offset, files.cut(left, length))
 
-    def _is_change(self, pair: object) -> bool:
-        if type(pair) is not list or [type(part) for part in pair] != [bytes, bytes]:
-            return False
-        runs, data = pair
-        if not runs or len(runs) % _RUN.size:
+    def _fits(self, runs: bytes, data: bytes) -> bool:
+        if len(runs) % _RUN.size:
             return False
         pairs = list(_RUN.iter_unpack(runs))
         return sum(length for _, length in pairs) == len(data) and all(

@@ -1,7 +1,7 @@
 """A disk that is a file or block device, byte for byte.
 
-What the host's page cache can serve at once is served in trio (RWF_NOWAIT); the rest goes to a few
-threads, which move the bytes between the file and guest memory without a copy in between.
+Requests that the host's page cache can serve at once are served in trio's thread (RWF_NOWAIT). The
+others go to a few threads, which move the bytes directly between the file and guest memory.
 """
 
 from __future__ import annotations
@@ -9,27 +9,31 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, Self
 
 from avmm.disks import files
 from avmm.disks.base import Disk, Done
 from avmm.disks.pool import Pool
+from avmm.threads import in_thread, in_thread_shielded
 
 THREADS: Final = 4
 """How many requests of one disk may wait for the host's storage at the same time."""
 WRITERS: Final = 2
-"""How many more may write. The host takes what is written into its cache: more threads would get
-in each other's way, and where it does not, reads need not wait behind writes."""
+"""How many more may write. Usually the host just takes written data into its cache, so more
+threads would only get in each other's way. If writes have to wait, reads need not wait behind
+them."""
 
 
 class RawDisk(Disk):
-    """The file or block device at `path`, opened and locked at once: one writer, or any number of
-    readers. Raises `ConfigError` where that cannot be. Without `held` it is not locked before
-    `acquire`: another machine may write it until it hands over to this one.
+    """The file or block device at `path`. It is opened and locked immediately, for one writer or
+    for any number of readers. Raises `ConfigError` if that is not possible. With `held` False it
+    is not locked before `acquire`, so another machine may write to it until it hands over to this
+    one.
 
-    Close it, or leave its `with` block, when the machine has ended; a `Machine` closes those of
-    its config itself.
+    Close it, or leave its `with` block, when the machine has ended; a `Machine` closes the disks
+    of its config itself.
     """
 
     can_discard = True
@@ -53,7 +57,8 @@ class RawDisk(Disk):
         self.close()
 
     def close(self) -> None:
-        """End its threads, unlock and close it; idempotent. Not while a machine uses it."""
+        """End its threads, then unlock and close it; idempotent. Do not call it while a machine
+        uses the disk."""
         self._pool.close()
         self._writers.close()
         if self._fd >= 0:
@@ -77,7 +82,8 @@ class RawDisk(Disk):
         return True
 
     def _try(self, what: str, offset: int, buffers: Sequence[memoryview]) -> bool:
-        """File systems differ in what they can do so; ext4 cannot write."""
+        """Transfer the bytes if that needs no waiting; otherwise return False. File systems differ
+        in what they can do without waiting: ext4 cannot write in this way."""
         if not self._at_once[what]:
             return False
         transfer = files.read_at_once if what == "read" else files.write_at_once
@@ -91,14 +97,15 @@ class RawDisk(Disk):
 
     async def release(self) -> None:
         await self.flush()
-        files.unlock_file(self._fd)
+        await in_thread_shielded(files.unlock_file, self._fd)
 
     async def acquire(self) -> None:
-        files.lock_file(self._fd, Path(self.name), read_only=self.read_only)
+        lock = partial(files.lock_file, self._fd, Path(self.name), read_only=self.read_only)
+        await in_thread(lock)
 
     async def flush(self) -> None:
-        """fdatasync(2). Once it has failed it fails for ever: the kernel tells of lost data
-        once, and forgets it."""
+        """fdatasync(2). Once it has failed, it always fails, because the kernel reports lost data
+        only once and then forgets it."""
         if not self.read_only:
             await self._pool.run(self._flush)
 

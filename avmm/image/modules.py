@@ -26,7 +26,7 @@ _LARGEST: Final = 128 << 20
 
 
 @dataclass(frozen=True)
-class Module:
+class KernelModule:
     """A module and where it was put, as it is in the package."""
 
     name: str
@@ -53,14 +53,14 @@ class Modules:
 
     def __init__(self, package: Package, folder: Path) -> None:
         self._package = package
-        self._modules: dict[str, Module] = {}
+        self._modules: dict[str, KernelModule] = {}
         self._builtin: set[str] = set()
         for path, content in package.files():
             if match := _MODULE.fullmatch(str(path)):
                 name = canonical(match["name"])
                 file = folder / f"{len(self._modules)}.ko"
                 _put(file, content.read())
-                self._modules[name] = Module(name, file, match["compression"] or "")
+                self._modules[name] = KernelModule(name, file, match["compression"] or "")
             elif _BUILTIN.fullmatch(str(path)):
                 lines = content.read().decode("utf-8", "replace").split()
                 self._builtin |= {canonical(Path(line).name.split(".ko")[0]) for line in lines}

@@ -1,16 +1,16 @@
 /* The hand-over between a vCPU's thread and the task that serves its exits.
  *
- * It is a single word, `turn`: the vCPU's thread gives the turn to the task when an exit must
- * be served there, the task gives it back with the answer. Exactly one side has it, so what
- * they exchange (Python objects, the kvm_run page) needs no lock.
+ * It is a single word, `turn`: the vCPU's thread gives the turn to the task when an exit must be
+ * served there, the task gives it back with the answer. Exactly one side has the turn, so the
+ * things that they exchange (Python objects, the kvm_run page) need no lock.
  *
- * Sleeping and waking costs five times what an exit costs, so each side first polls for a
- * moment, without the GIL, yielding to whatever else wants the core (the other side, if the
- * scheduler has put both on one). As the kernel's halt_poll_ns, it does so only while its waits are
- * short on the average: it measures every wait, whether polled or slept, from its begin to the
- * moment at which the other side gave the turn. Where a handler waits for something, or where
- * the machine has more to run than cores, waits are long and both sides sleep at once. A poll
- * that fails costs no more than the sleep that follows it.
+ * Sleeping and waking costs five times what an exit costs, so each side first polls for a moment,
+ * without the GIL, yielding to whatever else wants the core (the other side, if the scheduler has
+ * put both on one). Like the kernel's halt_poll_ns, a side does so only while its waits are short
+ * on average. It measures every wait, polled or slept, from its beginning to the moment when the
+ * other side gave the turn. If a handler waits for something, or if the host has more to run than
+ * it has cores, waits are long, and both sides go to sleep at once. A poll that fails costs no
+ * more than the sleep that follows it.
  *
  * No wake-up is lost: the sleeper first says that it sleeps, then looks at `turn` once more;
  * the waker first writes `turn`, then looks whether somebody sleeps (all sequentially
@@ -25,7 +25,7 @@
 #include <time.h>
 
 #define POLL_NS 120000         /* longest poll, and longest average wait at which to poll */
-#define SAMPLE_MAX (8 * POLL_NS)   /* one long wait must not count for ever */
+#define SAMPLE_MAX (8 * POLL_NS)   /* one long wait must not count forever */
 
 enum { TURN_VCPU = 0, TURN_TASK = 1 };
 
@@ -34,8 +34,9 @@ struct poller {
     int64_t average;    /* of the last waits, in ns */
 };
 
-/* Turns given to tasks that no task has taken yet, in all of the process. While a task polls,
- * its event loop stands still: it stops when another vCPU wants to be served. */
+/* How many turns have been given to tasks and not taken yet, in the whole process. While a task
+ * polls, its event loop stands still, so the task stops polling when another vCPU wants to be
+ * served. */
 static _Atomic int tasks_wanted;
 
 struct avmm_bridge {
@@ -67,7 +68,8 @@ static void took_turn(struct avmm_bridge *b, struct poller *p)
         atomic_fetch_sub(&tasks_wanted, 1);
 }
 
-/* Does another vCPU wait for its task? Loads in this order never take ours for another's. */
+/* Does another vCPU wait for its task? The order of the loads makes sure that our own turn is not
+ * taken for another's. */
 static int others_wanted(struct avmm_bridge *b)
 {
     int all = atomic_load(&tasks_wanted);
@@ -88,7 +90,8 @@ static int poll_turn(struct avmm_bridge *b, struct poller *p, uint32_t mine, int
     return 1;
 }
 
-/* vCPU's thread: give the task its turn, for good: the thread ends. */
+/* vCPU's thread: give the task the turn. A thread that ends calls only this, because it never gets
+ * the turn back. */
 static void avmm_bridge_leave(struct avmm_bridge *b)
 {
     atomic_store(&b->turned, now_ns());
@@ -103,7 +106,7 @@ static void avmm_bridge_leave(struct avmm_bridge *b)
     }
 }
 
-/* vCPU's thread: give the task its turn and wait for the answer. */
+/* vCPU's thread: give the task the turn and wait for the answer. */
 static void avmm_bridge_call(struct avmm_bridge *b)
 {
     avmm_bridge_leave(b);
@@ -129,8 +132,8 @@ static int avmm_bridge_woken(struct avmm_bridge *b)
     return 1;
 }
 
-/* Task: is it our turn? Polls first where that pays off. After 0 the task must wait for the
- * bell and then call avmm_bridge_woken(). */
+/* Task: is it our turn? Polls first if that pays off. After 0 the task must wait for the bell and
+ * then call avmm_bridge_woken(). */
 static int avmm_bridge_poll(struct avmm_bridge *b, int may_spin)
 {
     if (poll_turn(b, &b->task, TURN_TASK, may_spin))
@@ -148,7 +151,7 @@ static void avmm_bridge_answer(struct avmm_bridge *b)
         syscall(SYS_futex, &b->turn, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
-/* Both in one: between them the GIL must not be taken, for the vCPU's thread needs it now. */
+/* Both in one call, so that the GIL is not taken in between: the vCPU's thread needs it now. */
 static int avmm_bridge_answer_and_poll(struct avmm_bridge *b, int may_spin)
 {
     avmm_bridge_answer(b);

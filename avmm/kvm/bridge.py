@@ -10,7 +10,7 @@ from avmm.kvm.errors import KvmError
 
 
 def eventfd() -> int:
-    """A new eventfd, non-blocking and not inherited; raises `KvmError` where there is none."""
+    """A new eventfd, non-blocking and not inherited. Raises `KvmError` if there is none left."""
     try:
         return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     except OSError as error:
@@ -18,30 +18,33 @@ def eventfd() -> int:
 
 
 class Bridge:
-    """A turn that goes between a vCPU's thread and the task that serves it.
+    """A turn that passes between a vCPU's thread and the task that serves it.
 
-    The thread uses `call` and `leave`, the task the rest. The thread has the first turn.
+    The thread uses `call` and `leave`; the task uses the other methods. The thread has the turn
+    first.
     """
 
     def __init__(self) -> None:
         self.bell = eventfd()
-        """Readable when the task has been given its turn while it slept."""
+        """Readable when the task has been given the turn while it slept."""
         self._struct = ffi.new("struct avmm_bridge *", {"bell": self.bell})
 
     def call(self) -> None:
-        """Give the task its turn and wait, without the GIL, until it answers."""
+        """Give the task the turn and wait, without the GIL, until it answers."""
         lib.avmm_bridge_call(self._struct)
 
     def leave(self) -> None:
-        """Give the task its turn for good."""
+        """Give the task the turn for good."""
         lib.avmm_bridge_leave(self._struct)
 
     def poll(self, may_spin: bool) -> bool:
-        """Has the task its turn? If not, wait until `bell` is readable and call `woken`."""
+        """Does the task have the turn? If not, the caller waits until `bell` is readable, and then
+        calls `woken`."""
         return bool(lib.avmm_bridge_poll(self._struct, may_spin))
 
     def woken(self) -> bool:
-        """The task no longer waits for the bell, whether it rang or not; has it its turn?"""
+        """Say that the task no longer waits for the bell, whether it rang or not. Returns whether
+        the task has the turn."""
         return bool(lib.avmm_bridge_woken(self._struct))
 
     def answer(self) -> None:

@@ -1,4 +1,4 @@
-/* What of <linux/kvm.h> avmm uses, in the form that cffi's API mode reads: names only.
+/* The part of <linux/kvm.h> that avmm uses, in the form that cffi's API mode reads: names only.
  * "..." leaves every layout and every number to the C compiler. */
 
 /* ---- ioctls ------------------------------------------------------------------------- */
@@ -228,6 +228,7 @@ struct kvm_msr_list { uint32_t nmsrs; uint32_t indices[]; ...; };
 struct kvm_fpu { uint16_t fcw; uint32_t mxcsr; ...; };
 struct kvm_lapic_state { char regs[...]; ...; };
 struct kvm_mp_state { uint32_t mp_state; ...; };
+struct kvm_xsave { ...; };
 struct kvm_xcrs { uint32_t nr_xcrs; ...; };
 struct kvm_debugregs { ...; };
 struct kvm_vcpu_events { ...; };
@@ -264,8 +265,8 @@ struct kvm_irq_routing_entry {
 struct kvm_irq_routing { uint32_t nr; struct kvm_irq_routing_entry entries[]; ...; };
 struct kvm_enable_cap { uint32_t cap, flags; unsigned long long args[4]; ...; };
 
-/* The parts of kvm_run's union have no names of their own in the kernel's header: shim.c
- * names them. Here they are plain fields; that they overlap is the compiler's knowledge. */
+/* The parts of kvm_run's union have no names of their own in the kernel's header: shim.c names
+ * them. Here they are plain fields; the compiler knows that they overlap. */
 typedef struct { uint64_t hardware_exit_reason; ...; } avmm_exit_hw;
 typedef struct { uint64_t hardware_entry_failure_reason; ...; } avmm_exit_fail_entry;
 typedef struct { uint32_t exception, error_code; ...; } avmm_exit_ex;

@@ -28,7 +28,7 @@ class KvmUnavailable(KvmError):
 
 
 _GENERAL = {
-    errno.ENOTTY: "this kernel's KVM does not know it: a newer kernel is needed",
+    errno.ENOTTY: "this kernel's KVM does not know this request: a newer kernel is needed",
     errno.ENOMEM: "the host has no memory left for it",
     errno.EMFILE: "this process has too many open files: raise its limit (ulimit -n)",
     errno.ENFILE: "the system has too many open files",
@@ -46,7 +46,7 @@ _HINTS = {
 
 
 def unavailable(path: str, number: int) -> KvmUnavailable:
-    """Why `path` (usually /dev/kvm) could not be opened, and the way out."""
+    """Why `path` (usually /dev/kvm) could not be opened, and what to do about it."""
     if number in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
         hint = (
             "this machine offers no KVM: enable virtualization in the firmware (or nested "

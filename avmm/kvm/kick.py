@@ -9,8 +9,9 @@ from avmm.kvm.errors import KvmError
 
 
 def install_kick() -> int:
-    """Claim a signal that nobody handles for kicks, once a process; returns its number."""
-    number: int = lib.avmm_kick_install()
+    """Choose a signal that has no handler and reserve it for kicks, once per process. Returns its
+    number."""
+    number = lib.avmm_kick_install()
     if number < 0:
         raise KvmError(
             "sigaction",

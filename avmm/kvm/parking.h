@@ -2,28 +2,43 @@
  *
  * Whoever pauses asks all vCPUs at once: each gets `immediate_exit`, and a kick if it is in
  * KVM_RUN or on its way there. A vCPU's thread parks when it has finished what it had in hand, and
- * the last one to park rings the bell of the task that waits for them. Nothing of this needs the
- * GIL: with it, sixteen threads would queue up for it one after the other, each with a switch of
- * its own.
+ * the last one to park rings the bell of the task that waits for them. None of this needs the GIL.
+ * If it did, sixteen threads would wait for the GIL one after the other, with a context switch
+ * each.
  *
- * `round` is odd while vCPUs are to be parked; each pause and each end of one is a round of
- * its own. `missing` holds the number of vCPUs that have not parked, together with the round
- * it counts for, so that a vCPU that parks late, for a pause that was given up, is not counted
- * in the next one.
+ * `round` is odd while vCPUs are to be parked; each pause and each end of one is a round of its
+ * own. `missing` holds the number of vCPUs that have not parked yet, together with the round for
+ * which it counts. So a vCPU that parks late, for a pause that was given up, is not counted for
+ * the next pause.
  *
- * No request is lost. A thread clears `immediate_exit` before it looks at `round`, and says that
- * it runs before it enters KVM_RUN; who asks writes `round` before `immediate_exit`, and only then
- * looks whether the thread runs, and kicks it (all sequentially consistent; and a fence before
- * KVM_RUN, for the kernel's load of the flag is an ordinary one). So the thread sees the round, or
- * its next KVM_RUN sees the flag, or the signal interrupts the KVM_RUN that it is in. A drain's
- * KVM_RUN (completion.py) says nothing and is not kicked: it is entered with the flag set.
+ * No request is lost. A thread clears `immediate_exit` before it looks at `round`, and sets `runs`
+ * before it enters KVM_RUN. The asking side writes `round`, then `immediate_exit`, and only then
+ * looks at `runs` and kicks the thread. All of this is sequentially consistent, with a fence
+ * before KVM_RUN, because the kernel loads the flag with an ordinary load. So the thread sees the
+ * round, or its next KVM_RUN sees the flag, or the signal interrupts the KVM_RUN that it is in. A
+ * KVM_RUN of a drain (completion.py) does not set `runs` and is not kicked, because it is entered
+ * with the flag set.
+ *
+ * avmm/vcpu/completion.py, "The drain", says when a vCPU is drained. Here is the part of it for a
+ * vCPU that is in the guest when it is asked to park. tests/kvm/test_drain.py checks that both
+ * agree.
  */
 
 #include <pthread.h>
 
 #define KVM_RUN_NEEDS_COMPLETION (1 << 15)      /* as it was proposed; see completion.py */
-#define LINGER_NS 200000        /* a machine stands still within that, if nothing keeps it ... */
-#define LINGER_EACH_NS 25000    /* ... and so much for each vCPU */
+
+/* On these KVM decides by `exit_reason` whether there is an exit to complete. */
+#ifndef COMPLETES_BY_REASON
+#if defined(__aarch64__) || defined(__riscv)
+#define COMPLETES_BY_REASON 1
+#else
+#define COMPLETES_BY_REASON 0
+#endif
+#endif
+
+#define LINGER_NS 200000        /* a machine stands still this soon if nothing delays it ... */
+#define LINGER_EACH_NS 25000    /* ... and this much later for each vCPU */
 
 struct avmm_spot {
     struct avmm_lot *lot;
@@ -38,12 +53,12 @@ struct avmm_spot {
 };
 
 struct avmm_lot {
-    pthread_mutex_t mutex;      /* who belongs to it, and each asking as a whole */
+    pthread_mutex_t mutex;      /* protects the set of members, and makes each request atomic */
     _Atomic uint32_t round;
     _Atomic uint64_t missing;   /* round << 32 | count */
     _Atomic uint32_t sleeps;    /* the task waits for the bell */
     int bell;
-    int always;                 /* Mode.ALWAYS: complete whatever the exit was */
+    int always;                 /* CompletionMode.ALWAYS: complete whatever the exit was */
     int count;
     struct avmm_spot *spots;
 };
@@ -60,7 +75,7 @@ static void avmm_lot_init(struct avmm_lot *lot)
         lot->spots[i].lot = lot;
 }
 
-/* ---- the side of who asks ---- */
+/* ---- the side that asks ---- */
 
 static int ask(struct avmm_spot *s)
 {
@@ -74,7 +89,7 @@ static void let_on(struct avmm_spot *s)
     syscall(SYS_futex, &s->stands, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
-/* Ask all vCPUs to park. 0, or -errno where a kick fails. */
+/* Ask all vCPUs to park. Returns 0, or -errno if a kick fails. */
 static int avmm_lot_ask(struct avmm_lot *lot)
 {
     int answer = 0;
@@ -119,9 +134,9 @@ static void avmm_lot_woken(struct avmm_lot *lot)
     (void)ignored;
 }
 
-/* Do all stand still? Looks out for it a little while, unless a vCPU wants to be served: the
- * event loop stands still meanwhile. After 0 the task must wait for the bell and then call
- * avmm_lot_woken(). */
+/* Do all vCPUs stand still? Polls for a little while, unless a vCPU wants to be served, because
+ * the event loop stands still while it polls. After 0 the task must wait for the bell and then
+ * call avmm_lot_woken(). */
 static int avmm_lot_poll(struct avmm_lot *lot, int linger)
 {
     int64_t end = linger ? now_ns() + LINGER_NS + lot->count * LINGER_EACH_NS : 0;
@@ -143,7 +158,7 @@ static int avmm_spot_is_parked(struct avmm_spot *s)
     return s->gone || atomic_load(&s->parked) == atomic_load(&s->lot->round);
 }
 
-/* Ask one vCPU to end, parked or not. 0, or -errno where the kick fails. */
+/* Ask one vCPU to end, parked or not. Returns 0, or -errno if the kick fails. */
 static int avmm_spot_stop(struct avmm_spot *s)
 {
     atomic_store(&s->stopping, 1);
@@ -193,7 +208,7 @@ static void avmm_spot_leave(struct avmm_spot *s)
     pthread_mutex_unlock(&s->lot->mutex);
 }
 
-/* Is it to park, and not to end? */
+/* Should the vCPU park, rather than end? */
 static int is_wanted(struct avmm_spot *s)
 {
     return (atomic_load(&s->lot->round) & 1) && !atomic_load(&s->stopping);
@@ -224,26 +239,21 @@ static int run_once(struct avmm_spot *s)
     return answer;
 }
 
-/* KVM_RUN: the exit reason, or -errno; -EINTR: there is something to look at, not to park;
- * -ECANCELED: it was stopped where it had parked, with nothing pending.
+/* KVM_RUN. Returns the exit reason, or -errno: -EINTR if it was interrupted for another reason
+ * than to park, -ECANCELED if it was stopped while it was parked, with nothing pending.
  *
- * Nearly always the vCPU is in the guest when it is asked to park. Then there is no exit to
- * serve, and the whole way is here: what completion.py's drain() does in Python for the
- * rest. -EINTR says that nothing is pending where it comes from a KVM_RUN that was entered with
- * `immediate_exit`, or with the reason KVM_EXIT_INTR, which needs no completion; the policy may
- * demand the former. What it lacks, a second KVM_RUN brings. Any exit of that is returned, to
- * be served and drained over there. */
+ * Nearly always the vCPU is in the guest when it is asked to park. Then there is no exit to serve,
+ * and it is drained and parks in here, by the rule of completion.py: `drained` is the answer of
+ * CompletionPolicy.settles(), and the second KVM_RUN is drain()'s first. If that one exits, the
+ * exit is returned, and is served and drained in Python. */
 static int avmm_spot_run(struct avmm_spot *s)
 {
     struct kvm_run *run = s->run;
     for (;;) {
         int drained = run->immediate_exit;      /* nobody else clears it */
-        /* Older kernels leave it as it was: a reason that is stale would be taken for this run's,
-         * and for an exit that is being served (loop.py). But arm64's KVM completes a load only
-         * where it still finds KVM_EXIT_MMIO. */
-#ifdef __aarch64__
-        if (run->exit_reason == KVM_EXIT_INTR)
-#endif
+        /* Older kernels do not change `exit_reason` then. A stale reason would be taken for this
+         * run's reason, and for an exit that is being served (loop.py). */
+        if (!COMPLETES_BY_REASON || run->exit_reason == KVM_EXIT_INTR)
             run->exit_reason = KVM_EXIT_UNKNOWN;
         if (run_once(s) >= 0)
             return run->exit_reason;
@@ -264,7 +274,8 @@ static int avmm_spot_run(struct avmm_spot *s)
         }
         while (is_wanted(s)) {
             avmm_spot_park(s);
-            /* Who asked while it stood here, for another round or once more, has set it again. */
+            /* Whoever asked while the vCPU stood here has set the flag again, for another round or
+             * a second time. */
             set_immediate_exit(run, 0);
         }
         if (atomic_load(&s->stopping))

@@ -5,28 +5,33 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.bridge import eventfd
 from avmm.kvm.errors import KvmError
-from avmm.kvm.handles import Struct, Vcpu
 from avmm.kvm.kick import accept_kicks, install_kick
+from avmm.kvm.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from avmm.kvm import _kvm
 
 
 class Spot:
-    """One vCPU's place. `stop`, `stopping` and `is_parked` are for anybody, the rest for its
-    thread."""
+    """One vCPU's place. Any thread may use `stop`, `stopping` and `is_parked`; everything else is
+    for the vCPU's own thread."""
 
-    def __init__(self, lot: ParkingLot, struct: Struct) -> None:
+    def __init__(self, lot: ParkingLot, struct: _kvm.AvmmSpotPointer) -> None:
         self._lot = lot
         self._struct = struct
         self.stopping = False
         """Is the vCPU to end?"""
         self.run: Callable[[], int] = partial(lib.avmm_spot_run, struct)
-        """KVM_RUN without the GIL: the exit reason, else -errno; -EINTR where it is asked to look.
+        """KVM_RUN without the GIL. Returns the exit reason, or -errno: -EINTR if it was
+        interrupted, and the thread has to find out why.
 
-        Where the vCPU is asked to park while it has nothing in hand, it parks in here; stopped
-        there, it answers -ECANCELED."""
+        If the vCPU is asked to park while it has nothing in hand, it parks inside this call. If it
+        is stopped there, the result is -ECANCELED."""
 
     @property
     def asked(self) -> bool:
@@ -35,46 +40,52 @@ class Spot:
 
     @property
     def is_parked(self) -> bool:
-        """Has it parked since the vCPUs were last asked to, or is it gone?"""
+        """Has it parked since the vCPUs were last asked to park, or has it ended?"""
         return bool(lib.avmm_spot_is_parked(self._struct))
 
     def enter(self) -> None:
-        """The calling thread is the vCPU's from now on, and gets its kicks."""
+        """Make the calling thread the vCPU's thread, which gets its kicks."""
         accept_kicks()
         lib.avmm_spot_enter(self._struct)
 
     def park(self) -> None:
         """Stand still until the vCPUs are released or this one is stopped.
 
-        Returns at once where they are not asked to park any more. The vCPU must be drained.
+        Returns at once if the request to park has been taken back. The vCPU must be drained.
         """
         lib.avmm_spot_park(self._struct)
 
     def leave(self) -> None:
-        """The vCPU never runs again: nobody waits for it or kicks its thread. Idempotent."""
+        """Say that the vCPU never runs again: nobody waits for it or kicks its thread.
+        Idempotent."""
         lib.avmm_spot_leave(self._struct)
 
     def stop(self) -> None:
-        """Have `run` return a negative number, now or as soon as it is called, parked or not."""
+        """Make `run` return a negative number, now or as soon as it is called, parked or not."""
         self.stopping = True
         if (answer := lib.avmm_spot_stop(self._struct)) < 0:
             raise KvmError("tgkill", -answer)
 
 
 class ParkingLot:
-    """The places of all vCPUs of a machine. For one task; raises `KvmError`."""
+    """The places of all vCPUs of a machine. One task may use it. Raises `KvmError`."""
 
     def __init__(self, vcpus: Sequence[Vcpu], always: bool = False) -> None:
-        """`always`: complete even an interrupted `KVM_RUN`, which leaves nothing pending."""
+        """With `always`, even an interrupted `KVM_RUN` is completed, although it leaves nothing
+        pending."""
         install_kick()
         self.bell = eventfd()
         """Readable when all have parked while the task slept."""
         self.asked = False
         """Are the vCPUs to be parked now?"""
-        places = [{"fd": vcpu.fd, "run": vcpu.page} for vcpu in vcpus]
+        places: list[_kvm.AvmmSpotInit] = [
+            {"fd": vcpu.fd, "run": vcpu.page.struct} for vcpu in vcpus
+        ]
         self._spots = ffi.new("struct avmm_spot[]", places)
-        init = {"bell": self.bell, "always": always, "count": len(places), "spots": self._spots}
-        self._struct = ffi.new("struct avmm_lot *", init)
+        self._struct = ffi.new(
+            "struct avmm_lot *",
+            {"bell": self.bell, "always": always, "count": len(places), "spots": self._spots},
+        )
         lib.avmm_lot_init(self._struct)
         self.spots = [Spot(self, ffi.addressof(self._spots, at)) for at in range(len(places))]
 
@@ -90,15 +101,16 @@ class ParkingLot:
         lib.avmm_lot_release(self._struct)
 
     def poll(self, linger: bool) -> bool:
-        """Have all parked? Where not, wait until `bell` is readable and call `woken`.
+        """Have all parked? If not, the caller waits until `bell` is readable, and then calls
+        `woken`.
 
-        `linger` blocks, without the GIL, up to some tenths of a millisecond: as long as vCPUs
-        take to park that have nothing in hand.
+        With `linger` this blocks, without the GIL, for up to some tenths of a millisecond. That is
+        how long vCPUs with nothing in hand take to park.
         """
         return bool(lib.avmm_lot_poll(self._struct, linger))
 
     def woken(self) -> None:
-        """The task no longer waits for the bell, whether it rang or not."""
+        """Say that the task no longer waits for the bell, whether it rang or not."""
         lib.avmm_lot_woken(self._struct)
 
     def close(self) -> None:

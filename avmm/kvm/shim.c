@@ -124,7 +124,7 @@ static int avmm_run_raw(int fd, struct kvm_run *run, char *output, int size)
     }
 }
 
-/* The oldest coalesced write; 0: there is none. */
+/* Copy the oldest coalesced write. Returns 0 if there is none. */
 static int avmm_ring_peek(struct kvm_coalesced_mmio_ring *ring, struct kvm_coalesced_mmio *write)
 {
     unsigned first = ring->first;
@@ -143,11 +143,11 @@ static void avmm_ring_drop(struct kvm_coalesced_mmio_ring *ring)
 
 /* ---- the kick ----
  *
- * A signal makes KVM_RUN return only if it is delivered: its handler need not do anything, but
- * it must be C's (Python's would only run in the main thread) and must not restart the call.
- * Not a real-time signal: those are queued, and where their user's queue is full, sending one
- * fails. The first choice has no sender and no other use on Linux; the rest are taken only where
- * nobody in this process handles them.
+ * A signal makes KVM_RUN return only if it is delivered. So there must be a handler: it does
+ * nothing, is written in C (Python's handlers run only in the main thread), and must not restart
+ * the call. Not a real-time signal: those are queued, and if their user's queue is full, sending
+ * one fails. Nothing sends the first choice, and Linux uses it for nothing else. The others are
+ * used only if nobody in this process handles them.
  */
 
 static int kick_signal;
@@ -157,7 +157,7 @@ static void kicked(int signal)
     (void)signal;
 }
 
-/* Once a process. Returns the signal's number, or -1 where none is free. */
+/* Once per process. Returns the signal's number, or -1 if none is free. */
 static int avmm_kick_install(void)
 {
     if (kick_signal)
@@ -175,7 +175,7 @@ static int avmm_kick_install(void)
     return -1;
 }
 
-/* A thread inherits its creator's mask: let the kick through to this one. */
+/* A thread inherits its creator's signal mask, so unblock the kick in this one. */
 static int avmm_kick_accept(void)
 {
     sigset_t set;
@@ -197,8 +197,8 @@ static int avmm_kick(int tid)
 #include "parking.h"
 
 /* The baseline of `avmm bench pause`: a vCPU in a C thread is kicked, and that is all. `times`
- * gets, for each of `rounds` kicks, the ns from asking for it to KVM_RUN's return, as both the
- * flag and the signal are given. Returns 0, or -errno where KVM_RUN fails otherwise. */
+ * gets, for each of `rounds` kicks, the ns from the request (the flag and the signal) to the
+ * return of KVM_RUN. Returns 0, or -errno if KVM_RUN fails in another way. */
 
 struct raw_kick {
     int fd;

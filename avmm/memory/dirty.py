@@ -1,13 +1,14 @@
-"""Which pages of a guest's RAM are written while somebody copies it.
+"""Logs which pages of a guest's RAM are written while RAM is copied.
 
-Two sides write, and each has a log of its own: the guest (and KVM, for it) that of KVM's, the
-host's devices that of `GuestMemory`. A page is read only after it was taken out of both; what is
-written later is in a log again, so copying round after round misses nothing. The last round is
-made while the machine stands still.
+Two sides write, and each has its own log. KVM logs what the guest writes (and what KVM writes for
+it). `GuestMemory` logs what the host's devices write. A page is read only after it has been taken
+out of both logs. A later write is logged again, so copying round after round misses nothing. The
+last round is made while the machine stands still.
 
 KVM notes a page when it first maps it for writing (Documentation/virt/kvm/api.rst,
-KVM_GET_DIRTY_LOG), so an open log costs a guest a fault for each page that it writes between two
-calls of `collect`.
+KVM_GET_DIRTY_LOG). So while a log is open, the guest takes one fault for each page that it writes
+between two calls of `collect`. Turning it on or off changes a memory slot, for which KVM waits
+until no part of the kernel uses the old one: that takes milliseconds.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from avmm.memory.ram import GuestMemory
 
 
 class DirtyLog:
-    """Logs from when it is made until it is closed. From one task; raises `KvmError`.
+    """The log of one machine's RAM, from `open` until `close`. Call these one after the other,
+    from any thread. Raises `KvmError` if KVM does not log.
 
-    There can be one at a time, since whoever collects a page takes it from all others:
-    `AvmmError` for a second one.
+    There can be one at a time, since whoever collects a page takes it from all others: making a
+    second one raises `AvmmError`. Whoever makes one closes it.
     """
 
     def __init__(self, vm: Vm, memory: GuestMemory) -> None:
         if memory.is_logged:
             raise AvmmError(
-                "this machine's RAM is being copied already, for another snapshot or a migration"
+                "this machine's RAM is already being copied for a snapshot or a migration"
             )
         self._vm = vm
         self._memory = memory
@@ -38,16 +40,15 @@ class DirtyLog:
             if not region.readonly
         ]
         self._parts = {slot: Bitmap(region.size // PAGE) for slot, region, _ in self._slots}
-        self._is_open = True
         memory.log()
-        try:
-            self._set(True)
-        except BaseException:
-            self.close()
-            raise
+
+    def open(self) -> None:
+        """Begin to log the guest's writes. Blocks for milliseconds."""
+        self._set(True)
 
     def collect(self, into: Bitmap) -> None:
-        """Add the pages that were written since the log began, or since the last call."""
+        """Add the pages that were written since the log began, or since the last call. Blocks for
+        as long as KVM needs to look through its log."""
         self._memory.take_dirty(into)
         for slot, region, _ in self._slots:
             part = self._parts[slot]
@@ -55,11 +56,11 @@ class DirtyLog:
             into.add(part, region.offset // PAGE)
 
     def close(self) -> None:
-        """Log no more; idempotent."""
-        if self._is_open:
-            self._is_open = False
-            self._memory.unlog()
+        """Stop logging. Blocks for milliseconds."""
+        try:
             self._set(False)
+        finally:
+            self._memory.unlog()  # last: from here on there may be another log
 
     def _set(self, on: bool) -> None:
         for slot, region, view in self._slots:

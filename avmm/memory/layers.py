@@ -1,15 +1,17 @@
-"""What a guest that was forked has written before: over the file that its RAM began as, in layers.
+"""Layers: what a forked guest has written since its RAM began, over the file that its RAM began
+as.
 
-A fork has to see the pages that its guest has written since its RAM began, and neither may see
-what the other writes from then on. So a fork puts the guest's own pages, where there are many
-together, into a file, a layer, from which both map them copy-on-write, as they map the rest from
-what lies below. Then they are nobody's own any more: the next fork costs what was written since
-this one, and what many forks have in common is in memory once.
+A fork has to see the pages that the guest has written since its RAM began. After the fork, neither
+may see what the other writes. So the fork puts long runs of the guest's own pages into a file, a
+layer. Both map these pages from the layer, copy-on-write, as they map all other pages from what
+lies below. After that these pages belong to neither. So the next fork costs only what was written
+since this one, and what many forks have in common is in memory once.
 
-Each run of neighbouring pages is a mapping of its own, of which Linux gives a process 65,530. So
-only long runs go into a layer, and no more than `_RUNS` in all; the rest is copied to each fork.
-And a layer takes in those under it that are no more than twice its size: there are never more of
-them than a number of pages has binary digits, and no page is copied more often than that.
+Each run of neighbouring pages needs a mapping of its own, and Linux gives a process at most 65,530
+mappings. So only long runs go into a layer, and no more than `_RUNS` in all; the rest is copied to
+each fork. A new layer absorbs the layers under it that are at most twice its size. So there are
+never more layers than the number of RAM's pages has binary digits, and no page is copied more
+often than that.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from typing import Final, Self
 from avmm.memory.pages import PAGE, Bitmap, remap_private
 
 _RUNS: Final = 256
-"""The most runs of all layers of one guest: fifty forks of it have room in a process."""
+"""The most runs in all layers of one guest. Fifty forks of it then fit into one process."""
 _LEAST: Final = 32
-"""Pages in a run for which a mapping is worth while."""
+"""The fewest pages in a run for which a mapping is worthwhile."""
 
 
 class _Layer:
@@ -35,14 +37,14 @@ class _Layer:
 
 
 class Layers:
-    """One guest's layers, the newest last. `size` is RAM's, in bytes."""
+    """One guest's layers, the newest last. `size` is the size of RAM in bytes."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._all: list[_Layer] = []
 
     def copy(self) -> Layers:
-        """The same layers for a fork, to be closed by it. Raises `OSError`."""
+        """The same layers for a fork, which closes them. Raises `OSError`."""
         with Layers(self._size) as copied:
             for layer in self._all:
                 copied._all.append(_Layer(os.dup(layer.fd), layer.pages))
@@ -56,10 +58,11 @@ class Layers:
             _map(ram, layer)
 
     def add(self, ram: memoryview, own: Bitmap) -> list[tuple[int, int]]:
-        """Make a layer of long runs of the pages of `ram` that are its `own`, and map them so.
+        """Make a layer of the long runs among `own`, the pages of `ram` that are its own, and map
+        them from that layer.
 
-        Gives the runs that stay its own. Nothing must write `ram` meanwhile. Raises `OSError` or
-        `KvmError` where the host has no room; `ram` then holds what it held.
+        Returns the runs that stay its own. Nothing may write to `ram` meanwhile. Raises `OSError`
+        or `KvmError` if the host has no room; the contents of `ram` are then unchanged.
         """
         room = _RUNS - sum(layer.runs for layer in self._all)
         by_length = sorted(own.runs(), key=lambda run: run[0] - run[1])
@@ -76,7 +79,7 @@ class Layers:
         dropped, self._all = self._all[len(kept) :], [*kept, new]
         for layer in dropped:
             os.close(layer.fd)
-        _map(ram, new)  # where it ends half-way the layer is there, and holds what `ram` does
+        _map(ram, new)  # if it stops half-way, the layer exists and holds the same as `ram`
         return by_length[len(long) :]
 
     def populate(self, into: Bitmap) -> None:
@@ -85,7 +88,7 @@ class Layers:
             into.add(layer.pages, 0)
 
     def close(self) -> None:
-        """Close the files; idempotent. What is mapped stays mapped."""
+        """Close the files; idempotent. Pages that are mapped stay mapped."""
         while self._all:
             os.close(self._all.pop().fd)
 

@@ -1,7 +1,7 @@
-"""Sets of pages of guest RAM, and the compiled side of what is done with them (avmm/kvm/pages.h).
+"""Sets of pages of guest RAM, and what is done with them in C (avmm/native/pages.h).
 
-Pages are counted in RAM without its hole, as the mapping has it: number n is the 4096 bytes at
-n * 4096 of `GuestMemory.whole`.
+Pages are counted in RAM without its hole, as in the mapping: page n begins at byte 4096 * n of
+`GuestMemory.whole`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from typing import Final
 from avmm.kvm import KvmError
 from avmm.native._native import ffi, lib
 
-PAGE: Final = 4096
+PAGE: Final = lib.AVMM_PAGE
+"""Bytes of a page, of which guest RAM consists: 4096."""
 _RUN: Final = struct.Struct("<QII")
 """A run as it travels: its first page, how many, and of which kind."""
 RUN_BYTES: Final = _RUN.size
-COPY_ON_WRITE: Final[int] = mmap.MAP_PRIVATE | lib.MAP_NORESERVE
-"""How RAM is mapped that begins as a file; no swap is set aside for what may never be written."""
+COPY_ON_WRITE: Final = mmap.MAP_PRIVATE | lib.MAP_NORESERVE
+"""How RAM that begins as a file is mapped. No swap is reserved for pages that may never be
+written."""
 _WORD: Final = 64
 _RUNS_ONLY: Final = (64 << 20) // PAGE
 _ENTRIES: Final = 64 * 1024
-"""Of pagemap, read at once."""
+"""How many entries of pagemap are read at once."""
 
 
 class Bitmap:
-    """A set of pages, a bit each. `mark` and `move_into` may meet in different threads."""
+    """A set of pages, with one bit for each. `mark` and `move_into` may run at the same time in
+    different threads."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
@@ -44,7 +47,7 @@ class Bitmap:
         lib.avmm_dirty_mark(self._pointer, offset, length)
 
     def move_into(self, other: Bitmap) -> None:
-        """Add all of this to `other`, and leave none here."""
+        """Move all pages of this set into `other`."""
         lib.avmm_dirty_take(self._pointer, other._pointer, self._words)
 
     def add(self, other: Bitmap, first: int) -> None:
@@ -58,7 +61,7 @@ class Bitmap:
             yield at, end[0]
 
     def __len__(self) -> int:
-        return int(lib.avmm_pages_count(self._pointer, self._words))
+        return lib.avmm_pages_count(self._pointer, self._words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +83,18 @@ class Packed:
 
 
 class Packer:
-    """Takes pages out of a bitmap, some at a time. What it gives is good until the next call."""
+    """Takes pages out of a bitmap, some at a time. What it returns is valid until the next
+    call."""
 
     def __init__(
         self, ram: memoryview, most_data: int = 256, most_runs: int = 4096, *, copies: bool = True
     ) -> None:
-        """`copies`: give contents, too; without, there are only runs of up to 64 MiB in all."""
-        self._ram = ffi.cast("const uint8_t *", ffi.from_buffer(ram))
+        """With `copies`, `next` also returns the pages' contents. Without, it returns only runs,
+        of up to 64 MiB in total."""
+        self._ram = ffi.cast("uint8_t *", ffi.from_buffer(ram))
         self._most = (most_data if copies else _RUNS_ONLY, most_runs)
         self._data = bytearray(most_data * PAGE if copies else 0)
-        self._into = ffi.from_buffer("uint8_t[]", self._data) if copies else ffi.NULL
+        self._into = ffi.cast("uint8_t *", ffi.from_buffer(self._data) if copies else 0)
         self._runs = bytearray(most_runs * RUN_BYTES)
         self._cursor = ffi.new("uint64_t *")
         self._count = ffi.new("uint32_t *")
@@ -101,7 +106,7 @@ class Packer:
     def next(self, bitmap: Bitmap, *, skip_zeros: bool = False) -> Packed | None:
         """The next pages, which leave the bitmap; None after the last.
 
-        `skip_zeros`: leave out those that are zero, where whoever gets them has zeros already.
+        With `skip_zeros`, zero pages are left out. Use it if the receiver already has zeros there.
         """
         most_data, most_runs = self._most
         while self._cursor[0] < bitmap.pages:
@@ -126,42 +131,43 @@ class Packer:
 
 
 def unpack(ram: memoryview, fd: int, runs: memoryview, data: memoryview) -> bool:
-    """Put pages into RAM, a shared mapping of all of the file `fd`; False, and nothing is
-    written, where they are none of it. Raises `KvmError` where the host has no memory for
-    them."""
+    """Put pages into RAM, which is a shared mapping of the whole file `fd`. If the runs do not lie
+    in RAM or do not fit the contents, returns False and writes nothing. Raises `KvmError` if the
+    host has no memory for them."""
     if len(runs) % RUN_BYTES or len(data) % PAGE:
         return False
     answer = lib.avmm_pages_unpack(
         ffi.from_buffer("uint8_t[]", ram),
         len(ram) // PAGE,
         fd,
-        ffi.cast("const struct avmm_run *", ffi.from_buffer(runs)),
+        ffi.cast("struct avmm_run *", ffi.from_buffer(runs)),
         len(runs) // RUN_BYTES,
         ffi.from_buffer("uint8_t[]", data),
         len(data) // PAGE,
     )
     if answer and answer != -errno.EINVAL:
         raise KvmError("pwrite to RAM", -answer)
-    return bool(answer == 0)
+    return answer == 0
 
 
 def address(view: memoryview) -> int:
-    """Where in this process it lies."""
+    """The address of the view in this process."""
     return int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
 
 
 def remap_private(ram: memoryview, fd: int, offset: int) -> None:
-    """Map the file over RAM where it is, copy-on-write. Raises `KvmError` where that fails."""
+    """Map the file over RAM, at RAM's present address, copy-on-write. Raises `KvmError` if that
+    fails."""
     if (answer := lib.avmm_map_private(address(ram), len(ram), fd, offset)) < 0:
         raise KvmError("mmap", -answer)
 
 
 def own_pages(ram: memoryview, into: Bitmap) -> None:
-    """Add the pages of a private mapping that are its own, no longer its file's."""
+    """Add the pages that a private mapping has copied, so that they are no longer its file's."""
     first = address(ram) // PAGE
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
         for at in range(0, into.pages, _ENTRIES):
             count = min(_ENTRIES, into.pages - at)
             entries = os.pread(pagemap.fileno(), 8 * count, 8 * (first + at))
-            pointer = ffi.cast("const uint64_t *", ffi.from_buffer(entries))
+            pointer = ffi.cast("uint64_t *", ffi.from_buffer(entries))
             lib.avmm_pagemap_own(pointer, at, len(entries) // 8, into._pointer)

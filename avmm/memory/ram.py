@@ -1,108 +1,85 @@
 """Guest RAM: one file, mapped once, cut into memory slots.
 
-RAM starts at guest-physical address (GPA) 0. On a PC the addresses just below 4 GiB belong
-to devices (LAPIC, IOAPIC, firmware, MMIO), so RAM that would reach past `HOLE_START` goes on
-at 4 GiB. Every region of RAM is a window into the same file.
+The architecture decides at which guest-physical addresses (GPAs) RAM lies (`RamLayout`). Each
+region of RAM is a window into the same file.
 
 The host's view of RAM is a `memoryview` of the mapping: no copies, and every range is checked
 against the regions first, because addresses mostly come from the guest.
 
-**Shared or copy-on-write.** RAM of its own is a memfd, mapped shared. RAM that begins with what a
-file holds (a snapshot, or another guest's RAM at the moment of a `fork`) is mapped privately: a
-page is read from the file when it is first touched and copied when it is first written, so neither
-costs anything before. What the file holds must not change meanwhile. A guest that is forked goes
-on with a private mapping of its own memfd, at the same addresses, so KVM, rings and views know
-nothing of it; pages that it has written since an earlier fork are its own, and become a layer
-(`avmm.memory.layers`) that both have over the file, or, of few pages here and there, are copied.
+**Shared or copy-on-write.** Fresh RAM is a memfd that is mapped shared. RAM that begins with the
+contents of a file (a snapshot, or another guest's RAM at the moment of a `fork`) is mapped
+privately: a page is read from the file when it is first touched and copied when it is first
+written, so neither costs anything before. The contents of the file must not change meanwhile. A
+guest that is forked goes on with a private mapping of its own memfd, at the same addresses, so
+KVM, rings and views know nothing of it. Pages that it has written since an earlier fork belong to
+it alone. At the next fork they become a layer over the file (`avmm.memory.layers`), which both
+map; scattered pages are copied instead.
 
 **Dirty pages.** Between `log` and `unlog` the host's writes are noted page by page: those of
-`write`, `discard` and of rings and their chains. KVM logs the guest's own (`avmm.memory.dirty`).
-Nobody sees a write through a `view` that was kept: follow it with `mark`.
+`write`, `discard` and of rings and their chains. KVM logs the guest's own (`avmm.memory.dirty`). A
+write through a `view` that was kept is not noticed, so call `mark` after it.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Final
 
 from avmm.errors import ConfigError, GuestMemoryError
 from avmm.memory.layers import Layers, write_pages
+from avmm.memory.layout import RamLayout, Region
 from avmm.memory.pages import COPY_ON_WRITE, PAGE, Bitmap, address, own_pages, remap_private
 from avmm.native.vring import RamTable
+from avmm.options import meant_by, parse_size
 
-HOLE_START: Final = 0xC000_0000
-"""First GPA of the hole below 4 GiB in which RAM never lies."""
-HOLE_END: Final = 0x1_0000_0000
-"""First GPA after the hole: RAM that did not fit below goes on here."""
-
-GPA_LIMIT: Final = 1 << 52
-"""Above it no x86 processor has memory."""
 _SCATTERED: Final = 4
-"""A fork copies no more than one of so many pages, in pieces, for itself alone ..."""
+"""A fork copies at most one in this many pages, in scattered pieces, for itself alone ..."""
 _FEW: Final = 256
-"""... unless they are not more than these."""
+"""... or up to this many pages."""
 _MOST_READONLY: Final = 256
 """Regions; KVM has room for twice as many, and a hostile description may have any number."""
-_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"\s*(\d{1,20})\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE | re.ASCII)
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes meant by a size as people write it: `67108864`, `"64M"`, `"64MiB"`, `"1g"`.
+def memory_size(size: int | str, what: str = "memory") -> int:
+    """The number of bytes that `size` means (`parse_size`), if RAM can have that size.
 
-    Units are powers of 1024. Raises `ConfigError` naming the text that is no size.
+    Raises `ConfigError`, which begins with `what`, unless it is a positive multiple of the page
+    size.
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        return size
-    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if match is None:
-        raise ConfigError(f"{size!r} is no size: expected a number with K, M, G or T, like '64M'")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    number = parse_size(size, what)
+    if number <= 0 or number % PAGE:
+        raise ConfigError(
+            f"{what} {size!r}: expected a positive multiple of {PAGE} bytes"
+            f"{meant_by(number, PAGE)}"
+        )
+    return number
 
 
 def check_size(size: int | str) -> int:
-    """The bytes meant by `size` (`parse_size`), where a guest of this host can have as many.
+    """The number of bytes that `size` means, if a guest on this host can have that much memory.
 
-    Raises `ConfigError` unless it is a positive multiple of the page size and no more than the
-    host's own memory.
+    Raises `ConfigError` as `memory_size` does, and for more than the host's own memory.
     """
-    size = parse_size(size)
+    size = memory_size(size)
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size <= 0 or size % PAGE:
-        raise ConfigError(f"memory of {size} bytes: expected a positive multiple of {PAGE}")
     if size > host:
         raise ConfigError(f"memory of {size >> 20} MiB: this host has {host >> 20} MiB in all")
     return size
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A run of guest-physical addresses; `offset` is where it begins in RAM without its hole."""
-
-    gpa: int
-    size: int
-    offset: int
-    readonly: bool = False
-
-    @property
-    def end(self) -> int:
-        return self.gpa + self.size
-
-
 class GuestMemory:
     """The RAM of one guest (and any read-only regions laid beside it).
 
-    `size` is in bytes or as in `parse_size`; it must be a positive multiple of the page size
-    and no more than the host's own memory, else `ConfigError`. It is zero, or, copy-on-write,
-    what `base` (a descriptor, and where in its file it begins, at a whole page) holds, under
-    `layers`, which it closes.
+    `size` is in bytes or as in `parse_size`; it must be a positive multiple of the page size and
+    no more than the host's own memory, else `ConfigError`. Without `base`, RAM is zero at first.
+    With `base` (a descriptor, and a page-aligned offset in its file) it has the contents of that
+    file, copy-on-write, overlaid with `layers`. The `GuestMemory` closes the layers. `layout` says
+    at which addresses the guest finds RAM; by default it is one piece that begins at 0.
     """
 
     def __init__(
@@ -111,10 +88,12 @@ class GuestMemory:
         *,
         base: tuple[int, int] | None = None,
         layers: Layers | None = None,
+        layout: RamLayout | None = None,
     ) -> None:
         self.size = size = check_size(size)
+        self.layout = layout = layout or RamLayout()
         self.is_private = base is not None
-        """Does it belong to nobody but this process, copied from a file when it is written?"""
+        """Is RAM mapped privately, so that pages are copied from a file when they are written?"""
         if base is None:
             fd, self._base = os.memfd_create("avmm-ram", os.MFD_CLOEXEC), 0
         else:
@@ -131,10 +110,7 @@ class GuestMemory:
         except BaseException:
             os.close(fd)
             raise
-        low = min(size, HOLE_START)
-        self._regions = [Region(0, low, 0)]
-        if size > low:
-            self._regions.append(Region(HOLE_END, size - low, low))
+        self._regions = layout.regions(size)
         whole = memoryview(self._maps[0])
         self._views = [whole[r.offset : r.offset + r.size] for r in self._regions]
         self.whole = whole
@@ -144,10 +120,10 @@ class GuestMemory:
         for region, view in zip(self._regions, self._views, strict=True):
             self.table.add(region.gpa, region.size, region.offset, view)
         self._dirty: Bitmap | None = None
-        """Kept once it was needed: who marks pages is not asked whether they have done so."""
+        """Never removed once it exists, because threads may still be marking pages in it."""
         self._is_logged = False
         self._forking = threading.Lock()
-        """Of where pages are: their files, layers, and whose own they are."""
+        """Protects where pages are: their files, the layers, and which pages are private."""
         self._closed = False
 
     @property
@@ -161,22 +137,27 @@ class GuestMemory:
         return tuple(r for r in self._regions if not r.readonly)
 
     def add_readonly(self, gpa: int, data: bytes) -> Region:
-        """Lay `data` at `gpa` where the guest can read and run but not write it.
+        """Put `data` at `gpa`, where the guest can read and execute but not write it.
 
-        A guest's write to it leaves the guest as an MMIO exit. The region is rounded up to
-        whole pages. Raises `ConfigError` where it is not page-aligned, overlaps a region, is
-        where no guest has memory, or is one too many. Call it before the memory is given to a VM.
+        A guest's write to it leaves the guest as an MMIO exit. The region is rounded up to whole
+        pages. Raises `ConfigError` if it is not page-aligned, overlaps another region, lies where
+        no guest has memory, or if there are too many regions. Call it before the memory is given
+        to a VM.
         """
         size = -(-len(data) // PAGE) * PAGE
         if self._closed or gpa < 0 or gpa % PAGE or not data:
-            raise ConfigError(f"read-only region at {gpa:#x}: expected a page-aligned, filled one")
-        if gpa + size > GPA_LIMIT:
             raise ConfigError(
-                f"read-only region {gpa:#x}-{gpa + size:#x}: expected one below {GPA_LIMIT:#x}"
+                f"read-only region at {gpa:#x}: expected a page-aligned address and some data"
+            )
+        if gpa + size > self.layout.limit:
+            raise ConfigError(
+                f"read-only region {gpa:#x}-{gpa + size:#x}: expected one below "
+                f"{self.layout.limit:#x}"
             )
         if sum(other.readonly for other in self._regions) == _MOST_READONLY:
             raise ConfigError(
-                f"read-only region at {gpa:#x}: there are {_MOST_READONLY}, which is the most"
+                f"read-only region at {gpa:#x}: there are already {_MOST_READONLY}, which is "
+                "the most possible"
             )
         for other in self._regions:
             if gpa < other.end and other.gpa < gpa + size:
@@ -193,7 +174,8 @@ class GuestMemory:
         return region
 
     def view(self, gpa: int, length: int) -> memoryview:
-        """The `length` bytes at `gpa`, without a copy; writable where the guest may write.
+        """The `length` bytes at `gpa`, without a copy. It is writable if the guest may write
+        there.
 
         Raises `GuestMemoryError` unless the whole range lies in one region. A view that is
         kept after the machine has ended keeps the mapping (not the guest) alive.
@@ -211,7 +193,7 @@ class GuestMemory:
             return bytes(view)
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        """Copy `data` to `gpa`; raises as `view` does, and where the region is read-only."""
+        """Copy `data` to `gpa`. Raises as `view` does, and if the region is read-only."""
         with self.view(gpa, len(data)) as view:
             if view.readonly:
                 raise GuestMemoryError(f"{len(data)} bytes at {gpa:#x} are read-only")
@@ -219,14 +201,14 @@ class GuestMemory:
         self.mark(gpa, len(data))
 
     def discard(self, gpa: int, length: int) -> None:
-        """Give the pages of RAM at `gpa` back to the host: what they held is gone.
+        """Give the pages of RAM at `gpa` back to the host. Their contents are lost.
 
-        They read as zeros then, or, of copy-on-write RAM, as what the guest had there at some
-        time. Raises `GuestMemoryError` where they are no whole pages of RAM.
+        Afterwards they read as zeros. In copy-on-write RAM they read as something that the guest
+        had there earlier. Raises `GuestMemoryError` unless they are whole pages of RAM.
         """
         at = self._offset(gpa, length)
         if at is None or gpa % PAGE or length % PAGE:
-            raise GuestMemoryError(f"{length} bytes at {gpa:#x} are no whole pages of RAM")
+            raise GuestMemoryError(f"{length} bytes at {gpa:#x} are not whole pages of RAM")
         self._discard(at, length)
 
     def discard_view(self, view: memoryview) -> None:
@@ -237,14 +219,14 @@ class GuestMemory:
             self._discard(start, end - start)
 
     def _discard(self, at: int, length: int) -> None:
-        # Of a shared mapping it has to be the file's pages, not the mapping's alone.
+        # For a shared mapping the pages of the file must be freed, not only those of the mapping.
         advice = mmap.MADV_DONTNEED if self.is_private else mmap.MADV_REMOVE
         self._maps[0].madvise(advice, at, length)
         if self._dirty is not None and self._is_logged:
             self._dirty.mark(at, length)
 
     def _offset(self, gpa: int, length: int) -> int | None:
-        """Where these bytes lie in RAM without its hole; None where they are not all of it."""
+        """The offset of these bytes in RAM without its hole. None if some of them are not RAM."""
         for region in self.ram:
             if length > 0 and region.gpa <= gpa and gpa + length <= region.end:
                 return gpa - region.gpa + region.offset
@@ -254,7 +236,7 @@ class GuestMemory:
 
     @property
     def is_logged(self) -> bool:
-        """Is it between `log` and `unlog`?"""
+        """Are pages being noted, that is, between `log` and `unlog`?"""
         return self._is_logged
 
     def log(self) -> None:
@@ -266,7 +248,7 @@ class GuestMemory:
         self.table.log(self._dirty.data)
 
     def unlog(self) -> None:
-        """Note it no more; idempotent."""
+        """Stop noting the pages. Idempotent."""
         self.table.log(None)
         self._is_logged = False
 
@@ -282,8 +264,8 @@ class GuestMemory:
             self._dirty.move_into(into)
 
     def populated(self) -> Bitmap:
-        """The pages that may hold anything but zeros: of RAM of its own, those that were ever
-        touched. Waits for a `fork` in another thread."""
+        """The pages that may hold something other than zeros. For fresh RAM these are all pages
+        that were ever touched. Waits for a `fork` in another thread."""
         with self._forking:
             return self._populated()
 
@@ -306,42 +288,34 @@ class GuestMemory:
 
     # -- copies -------------------------------------------------------------------------------
 
-    def own(self) -> Bitmap | None:
-        """The pages that a `fork` would copy; None while another one is at it."""
-        if self._forking.locked():
-            return None
-        found = Bitmap(self.size // PAGE)
-        if self.is_private:
-            own_pages(self.whole, found)
-        return found
+    def fork(self) -> GuestMemory:
+        """A copy-on-write copy of this RAM as it is now. From now on the two change independently.
 
-    def fork(self, own: Bitmap | None = None) -> GuestMemory:
-        """RAM that holds what this holds now, and from now on goes its own way, copy-on-write.
-
-        Only while nothing writes this; any thread, several one after the other. Read-only regions
-        are not taken over. Costs what it takes to copy what was written since the last `fork`; who
-        has asked for its `own` pages a moment ago saves looking for them again. Raises `OSError`
-        or `KvmError` where the host has no room.
+        Call it only while nothing writes to this RAM, from any thread; concurrent calls run one
+        after the other. Read-only regions are not copied. Blocks while it looks through the pages
+        and copies what was written since the last `fork`. Raises `OSError` or `KvmError` if the
+        host has no room.
         """
         with self._forking:
-            left = self._settle(own)
+            left = self._settle()
             with ExitStack() as stack:
                 layers = stack.enter_context(self._layers.copy())
-                copy = GuestMemory(self.size, base=(self.fd, self._base), layers=layers)
+                copy = GuestMemory(
+                    self.size, base=(self.fd, self._base), layers=layers, layout=self.layout
+                )
                 stack.pop_all()
             for start, end in left:
                 copy.whole[start * PAGE : end * PAGE] = self.whole[start * PAGE : end * PAGE]
         return copy
 
-    def _settle(self, own: Bitmap | None) -> list[tuple[int, int]]:
-        """Put pages where a fork finds them; gives the runs that it does not find."""
+    def _settle(self) -> list[tuple[int, int]]:
+        """Put pages where a fork finds them. Returns the runs that the fork has to copy itself."""
         if not self.is_private:
             remap_private(self.whole, self.fd, self._base)
             self.is_private = True
             return []
-        if own is None:
-            own = Bitmap(self.size // PAGE)
-            own_pages(self.whole, own)
+        own = Bitmap(self.size // PAGE)
+        own_pages(self.whole, own)
         left = self._layers.add(self.whole, own)
         scattered = sum(end - start for start, end in left)
         if scattered > _FEW and scattered * _SCATTERED > len(self._populated()):
@@ -350,7 +324,8 @@ class GuestMemory:
         return left
 
     def _flatten(self) -> None:
-        """Begin anew, from a file that holds all of RAM: too much of it is too scattered."""
+        """Start over with a new file that holds all of RAM, because too many pages are too
+        scattered."""
         fd = os.memfd_create("avmm-ram", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, self.size)
@@ -364,9 +339,10 @@ class GuestMemory:
         self._layers.close()
 
     def contents(self) -> Iterator[tuple[int, bytes]]:
-        """What RAM holds, as (GPA, bytes) runs; what was never touched, and is zero, is left out.
+        """The contents of RAM, as runs of (GPA, bytes). Pages that were never touched are zero and
+        are left out.
 
-        Only meaningful while nothing writes it.
+        This is meaningful only while nothing writes to RAM.
         """
         runs = list(self.populated().runs())
         for region in self.ram:
@@ -382,7 +358,8 @@ class GuestMemory:
         return list(zip(self._regions, self._views, strict=True))
 
     def close(self) -> None:
-        """Unmap and close; idempotent. Views still held by others keep their mapping alive."""
+        """Unmap and close. Idempotent. A view that somebody still holds keeps its mapping
+        alive."""
         if self._closed:
             return
         self._closed = True

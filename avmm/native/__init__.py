@@ -1,1 +1,2 @@
-"""Code in C that is not KVM's: virtqueues, pages of RAM, calls of Linux that Python lacks."""
+"""C code that does not concern KVM: virtqueues, pages of RAM, and system calls that Python
+lacks."""

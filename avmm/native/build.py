@@ -1,4 +1,4 @@
-"""Builds `avmm.native._native`, the compiled code that is not KVM's (cffi, API mode).
+"""Builds `avmm.native._native`, the compiled code that does not concern KVM (cffi, API mode).
 
 Used by setup.py, not at run time.
 """

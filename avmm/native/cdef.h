@@ -1,5 +1,5 @@
-/* What of native.c Python calls, in the form that cffi's API mode reads: names only. "..." leaves
- * every layout and every number to the C compiler. */
+/* The part of native.c that Python calls, in the form that cffi's API mode reads: names only.
+ * "..." leaves every layout and every number to the C compiler. */
 
 /* ---- virtqueues (vring.h) ------------------------------------------------------------- */
 
@@ -41,7 +41,7 @@ int avmm_vring_send(struct avmm_vring *ring, int fd, int is_socket, uint32_t mos
 
 /* ---- files ------------------------------------------------------------------------------ */
 
-/* fallocate(2), whose modes Python does not give. */
+/* fallocate(2), whose modes Python does not offer. */
 #define FALLOC_FL_KEEP_SIZE ...
 #define FALLOC_FL_PUNCH_HOLE ...
 #define FALLOC_FL_ZERO_RANGE ...
@@ -50,6 +50,7 @@ int fallocate(int fd, int mode, int64_t offset, int64_t length);
 /* ---- pages of RAM (pages.h) ------------------------------------------------------------ */
 
 #define MAP_NORESERVE ...
+#define AVMM_PAGE ...
 #define AVMM_RUN_ZERO ...
 #define AVMM_RUN_DATA ...
 struct avmm_run { uint64_t page; uint32_t count, kind; ...; };

@@ -1,5 +1,5 @@
-/* The C that cffi compiles into avmm.native._native: what is not KVM's. Virtqueues, pages of RAM,
- * and calls of Linux that Python lacks. */
+/* The C that cffi compiles into avmm.native._native: code that does not concern KVM. Virtqueues,
+ * pages of RAM, and system calls that Python lacks. */
 
 #include <errno.h>
 #include <fcntl.h>

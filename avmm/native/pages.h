@@ -1,12 +1,12 @@
 /* Pages of guest RAM on their way into a file or to a peer, and back out of it.
  *
- * RAM is one mapping without its hole, and a set of pages a bitmap over it, a bit for each page in
- * the order of addresses, in 64-bit words. What travels is runs of neighbouring pages, of two
- * kinds: such that are zero, and such whose contents follow behind all runs, in order. Runs lie
- * in memory as they travel: little endian, as every CPU that Linux has KVM guests of this kind on.
+ * RAM is one mapping without its hole. A set of pages is a bitmap over it: 64-bit words with one
+ * bit for each page, in order of address. Pages travel as runs of neighbours, of two kinds: runs
+ * of zeros, and runs whose contents follow behind all runs, in order. A run has the same layout in
+ * memory and on its way. It is little endian, as are all CPUs on which avmm has guests.
  *
- * The guest may write while its pages are read here. That is no matter: what it writes after a
- * page was taken out of the dirty log is in the log again, and the page is sent once more.
+ * The guest may write while its pages are read here. That does no harm: a write after the page was
+ * taken out of the dirty log is logged again, and the page is sent again.
  */
 
 #include <fcntl.h>
@@ -40,7 +40,7 @@ static uint64_t next_page(const uint64_t *bitmap, uint64_t page, uint64_t pages)
 }
 
 /* The run of neighbours in the bitmap that begins at or after `page`: its first page, or `pages`
- * where there is none; `*end` is the page after its last. */
+ * if there is none. `*end` is the page after its last. */
 static uint64_t avmm_pages_run(const uint64_t *bitmap, uint64_t page, uint64_t pages,
                                uint64_t *end)
 {
@@ -52,9 +52,9 @@ static uint64_t avmm_pages_run(const uint64_t *bitmap, uint64_t page, uint64_t p
 }
 
 /* Take pages out of the bitmap, from `*cursor` on, until runs or room for contents are used up.
- * Copies contents to `data`, or, where that is NULL, only tells runs. Zero pages are left out
- * where `skip_zeros`. Returns how many pages are in `data`'s runs; `*cursor` is `pages` at
- * the end. */
+ * Copies contents to `data`. If that is NULL, only the runs are returned. With `skip_zeros`, zero
+ * pages are left out. Returns how many pages are in `data`'s runs; `*cursor` is `pages` at the
+ * end. */
 static uint32_t avmm_pages_pack(const uint8_t *ram, uint64_t *bitmap, uint64_t pages,
                                 uint64_t *cursor, struct avmm_run *runs, uint32_t most_runs,
                                 uint8_t *data, uint32_t most_data, int skip_zeros,
@@ -106,9 +106,9 @@ static int write_fully(int fd, const uint8_t *data, uint64_t length, uint64_t of
     return 0;
 }
 
-/* Put runs into RAM, which is mapped shared from the beginning of the file `fd`: 0, or -EINVAL
- * where they are not within it, or not what `data_pages` holds; then nothing was written. Or
- * -errno where the host has no memory left.
+/* Put runs into RAM, which is a shared mapping of the file `fd` from its beginning. Returns 0.
+ * Returns -EINVAL, and writes nothing, if the runs do not lie within RAM or do not match
+ * `data_pages`. Returns -errno if the host has no memory left.
  *
  * Contents are written to the file, not to the mapping: a page that RAM has not had yet is then
  * neither cleared first nor faulted in. */
@@ -128,7 +128,8 @@ static int avmm_pages_unpack(uint8_t *ram, uint64_t pages, int fd, const struct 
     for (uint32_t i = 0; i < count; i++) {
         uint64_t at = runs[i].page * AVMM_PAGE, length = (uint64_t)runs[i].count * AVMM_PAGE;
         if (runs[i].kind == AVMM_RUN_ZERO) {
-            /* A hole: what the guest has given back must not take room here. */
+            /* Make a hole, because pages that the guest has given back must not take memory
+             * here. */
             if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, length) < 0)
                 memset(ram + at, 0, length);
             continue;
@@ -184,8 +185,8 @@ static int avmm_map_private(uint64_t address, uint64_t length, int fd, int64_t o
     return at == MAP_FAILED ? -errno : 0;
 }
 
-/* Documentation/admin-guide/mm/pagemap.rst: add the pages to the bitmap that are the mapping's
- * own, not the file's: anonymous, in memory or in swap. */
+/* Documentation/admin-guide/mm/pagemap.rst: add to the bitmap the pages that belong to the mapping
+ * and not to the file: those that are anonymous, in memory or in swap. */
 static void avmm_pagemap_own(const uint64_t *entries, uint64_t first, uint64_t count,
                              uint64_t *bitmap)
 {

@@ -1,12 +1,13 @@
 /* A split virtqueue in guest RAM, from the device's side (VIRTIO 1.2, 2.7).
  *
- * All of it is the guest's to change at any moment, from another CPU: each word is read once,
- * and what was read is checked before it is used. Nothing outside of the table of RAM regions is
- * ever touched; an empty table, as a closed machine has it, makes every call fail.
+ * The guest may change all of it at any moment, from another CPU. So each word is read only once,
+ * and is checked before it is used. Nothing outside the table of RAM regions is ever touched. When
+ * a machine is closed its table is empty, and every call fails.
  */
 
 #include <endian.h>
 #include <errno.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -34,7 +35,7 @@ struct avmm_ram_region {
 
 struct avmm_ram {
     uint32_t count;
-    uint64_t *dirty;            /* NULL: nobody wants to know */
+    uint64_t *dirty;            /* NULL: no log */
     struct avmm_ram_region regions[AVMM_RAM_REGIONS];
 };
 
@@ -47,7 +48,7 @@ struct avmm_vring {
     uint64_t desc, avail, used;
     uint32_t size;
     uint8_t event_idx, indirect, signalled_once;
-    pthread_mutex_t giving;     /* back: who pushes, or asks whether to interrupt for it */
+    pthread_mutex_t giving;     /* held while `next_used` or `signalled` changes */
     uint16_t next_avail, next_used, signalled;
     /* The chain that was walked last: first the readable parts, then the writable ones. */
     uint16_t head;
@@ -126,16 +127,16 @@ static uint8_t *vring_used(const struct avmm_vring *ring)
     return ram_at(ring->ram, ring->used, 6 + 8ull * ring->size, NULL);
 }
 
-/* Log what is written from now on, or (NULL) no more. Who writes need not be waited for: it either
- * sees the log after its write, or the write is seen by whoever reads RAM after this. Once there
- * was a log, its memory stays until RAM goes. */
+/* Log all writes from now on in `dirty`, or none if it is NULL. There is no need to wait for
+ * writers: either a writer sees the log after its write, or its write is visible to whoever reads
+ * RAM after this call. The memory of a log stays valid as long as RAM does. */
 static void avmm_ram_log(struct avmm_ram *ram, uint64_t *dirty)
 {
     __atomic_store_n(&ram->dirty, dirty, __ATOMIC_SEQ_CST);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
-/* The log to be told of what was written before this call. */
+/* The log in which to note what was written before this call. */
 static uint64_t *dirty_log(const struct avmm_vring *ring)
 {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -149,7 +150,8 @@ static void used_was_written(const struct avmm_vring *ring)
         avmm_dirty_mark(dirty, offset, length);
 }
 
-/* 0, or why a queue cannot be so: to be called before anything else (2.7, table of alignments). */
+/* Check the queue's settings (2.7, table of alignments). Returns 0 or an error. Call it before
+ * anything else. */
 static int avmm_vring_check(const struct avmm_vring *ring)
 {
     uint32_t size = ring->size;
@@ -222,15 +224,15 @@ static int avmm_vring_walk(struct avmm_vring *ring, uint16_t head)
     }
 }
 
-/* The device may have written what is writable of the chain of `head`: note it in the log of dirty
- * pages, if there is one. The descriptors are read again; a driver that has changed them since
- * loses what is its own. The chain that was walked last stays as it is. */
+/* The device may have written the writable parts of the chain of `head`: note them in the log of
+ * dirty pages, if there is one. The descriptors are read again. If the driver has changed them
+ * since, only its own data suffer. The chain that was walked last stays as it is. */
 static void avmm_vring_mark(const struct avmm_vring *ring, uint16_t head)
 {
     uint64_t *dirty = dirty_log(ring);
     if (!dirty)
         return;
-    struct avmm_vring walker;   /* its 16 KiB of parts are the walk's to fill */
+    struct avmm_vring walker;   /* the walk fills its 16 KiB of parts: no initial value needed */
     walker.ram = ring->ram;
     walker.desc = ring->desc;
     walker.size = ring->size;
@@ -242,7 +244,7 @@ static void avmm_vring_mark(const struct avmm_vring *ring, uint16_t head)
         avmm_dirty_mark(dirty, part->offset, part->length);
 }
 
-/* Take the next chain: 1, 0 where there is none, or a negative error. */
+/* Take the next chain. Returns 1, 0 if there is none, or a negative error. */
 static int avmm_vring_pop(struct avmm_vring *ring)
 {
     const uint8_t *avail = vring_avail(ring);
@@ -260,8 +262,8 @@ static int avmm_vring_pop(struct avmm_vring *ring)
     return answer;
 }
 
-/* Give the chain of `head` back, with `written` bytes written to it: 0, or a negative error.
- * With `more` the guest sees it only together with the next one. */
+/* Return the chain of `head` to the guest, with `written` bytes written to it: 0, or a negative
+ * error. With `more` the guest sees it only together with the next one. */
 static int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t written, int more)
 {
     uint8_t *used = vring_used(ring);
@@ -280,9 +282,9 @@ static int avmm_vring_push(struct avmm_vring *ring, uint16_t head, uint32_t writ
     return 0;
 }
 
-/* Is the guest to be interrupted for what was pushed since the last call (2.7.7)? 1, 0, error.
- * What was pushed must be visible before it is read what the guest wants: it writes that first
- * and then looks for what was pushed. */
+/* Should the guest be interrupted for the chains pushed since the last call (2.7.7)? 1, 0, or
+ * error. Pushed chains must be visible before this reads what the guest wants, because the guest
+ * writes what it wants first and then looks for pushed chains. */
 static int avmm_vring_wants_interrupt(struct avmm_vring *ring)
 {
     const uint8_t *avail = vring_avail(ring);
@@ -301,8 +303,8 @@ static int avmm_vring_wants_interrupt(struct avmm_vring *ring)
     return first || (uint16_t)(now - event - 1) < (uint16_t)(now - before);
 }
 
-/* Ask the guest to notify, or not to (2.7.10). 1: there is something already, 0, or error.
- * The same two steps as above, with the sides exchanged. */
+/* Ask the guest to notify, or not to (2.7.10). Returns 1 if there is already a chain, 0, or an
+ * error. The same two steps as above, with the sides exchanged. */
 static int avmm_vring_listen(struct avmm_vring *ring, int wanted)
 {
     const uint8_t *avail = vring_avail(ring);
@@ -318,8 +320,8 @@ static int avmm_vring_listen(struct avmm_vring *ring, int wanted)
     return load16_acquire(avail + 2) != ring->next_avail;
 }
 
-/* Write what is readable of the chain that was walked last, at most `most` bytes: how many that
- * were, 0 where `fd` takes none at once or has failed. */
+/* Write the readable parts of the chain that was walked last, at most `most` bytes. Returns how
+ * many bytes were written: 0 if `fd` accepts none at once or has failed. */
 static uint32_t vring_send_one(const struct avmm_vring *ring, int fd, int is_socket, uint32_t most)
 {
     struct iovec parts[AVMM_VRING_PARTS];
@@ -339,10 +341,11 @@ static uint32_t vring_send_one(const struct avmm_vring *ring, int fd, int is_soc
     return sent < 0 ? 0 : sent;
 }
 
-/* Write what is readable of the next chains to `fd`, and give back each that it takes whole at
- * once: 0 when there are no more or `most` bytes were written, 1 when `fd` has taken only `sent`
- * bytes of the chain that was walked last (it is full, or has failed), or a negative error.
- * No more chains than the queue has entries: the guest may refill it for ever. */
+/* Write the readable parts of the next chains to `fd`, and return each chain that it accepts whole
+ * at once to the guest. Returns 0 when there are no more chains or `most` bytes were written, 1
+ * when `fd` has accepted only `sent` bytes of the chain that was walked last (it is full, or has
+ * failed), or a negative error. Takes at most as many chains as the queue has entries, because the
+ * guest may refill it forever. */
 static int avmm_vring_send(struct avmm_vring *ring, int fd, int is_socket, uint32_t most)
 {
     uint64_t total = 0;

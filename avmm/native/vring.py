@@ -1,18 +1,18 @@
-"""Split virtqueues as the compiled side has them: RAM's table and one ring (avmm/kvm/vring.h).
+"""The compiled side's split virtqueues: the table of RAM, and one ring (avmm/native/vring.h).
 
 Everything that touches a ring is C: a whole chain is checked and translated in one call, and the
 barriers that both sides of a ring rely on are real ones. Nothing here holds the mapping of guest
-memory: once it is closed its table is empty, and every call on a ring fails.
+memory: once the memory is closed, its table is empty and every call on a ring fails.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from avmm.native._native import ffi, lib
 
 _WHY: Final[dict[int, str]] = {
-    lib.AVMM_VRING_SHAPE: "its size is no power of two up to 32768, or a part is not aligned",
+    lib.AVMM_VRING_SHAPE: "its size is not a power of two up to 32768, or a part is not aligned",
     lib.AVMM_VRING_PLACE: "it does not lie in RAM",
     lib.AVMM_VRING_AHEAD: "the available index is further ahead than the queue is long",
     lib.AVMM_VRING_INDEX: "a descriptor's number is beyond its table",
@@ -22,12 +22,12 @@ _WHY: Final[dict[int, str]] = {
     lib.AVMM_VRING_LENGTH: "a chain of descriptors is longer than 4 GiB",
     lib.AVMM_VRING_PARTS_MAX: "a chain has more than 1024 descriptors",
     lib.AVMM_VRING_INDIRECT: "an indirect descriptor is nested, chained or was not negotiated",
-    lib.AVMM_VRING_TABLE: "an indirect table has no proper length",
+    lib.AVMM_VRING_TABLE: "an indirect table has an invalid length",
 }
 
 
 class QueueError(Exception):
-    """The guest broke the rules of a virtqueue. Stays inside of avmm.devices.virtio."""
+    """The guest broke a rule of a virtqueue. This error never leaves avmm.devices.virtio."""
 
 
 def _checked(answer: int) -> int:
@@ -40,30 +40,30 @@ class RamTable:
     """Where RAM is, for C. `GuestMemory` owns it."""
 
     def __init__(self) -> None:
-        self.struct: Any = ffi.new("struct avmm_ram *")
+        self.struct = ffi.new("struct avmm_ram *")
 
     def add(self, gpa: int, size: int, offset: int, view: memoryview) -> None:
-        """RAM at `gpa`, which is `view` and lies at `offset` of RAM as a whole."""
+        """Add the RAM at `gpa`, which is `view` and lies at `offset` of RAM as a whole."""
         region = self.struct.regions[self.struct.count]
         region.gpa, region.size, region.offset = gpa, size, offset
         region.host = ffi.cast("uint8_t *", ffi.from_buffer(view))
         self.struct.count += 1
 
     def log(self, bitmap: bytearray | None) -> None:
-        """Mark the pages that rings and devices write in `bitmap`, a bit for each of RAM as a
-        whole, from now on; None: no more."""
+        """From now on, mark in `bitmap` the pages that rings and devices write; it has one bit for
+        each page of RAM. None stops that."""
         self._bitmap = bitmap
-        words = ffi.NULL if bitmap is None else ffi.cast("uint64_t *", ffi.from_buffer(bitmap))
+        words = ffi.cast("uint64_t *", 0 if bitmap is None else ffi.from_buffer(bitmap))
         lib.avmm_ram_log(self.struct, words)
 
     def clear(self) -> None:
-        """There is no RAM any more."""
+        """Say that there is no RAM from now on."""
         self.struct.count = 0
         self.log(None)
 
 
 class SplitRing:
-    """One ring. Raises `QueueError` wherever the guest broke a rule."""
+    """One ring. Raises `QueueError` if the guest broke a rule."""
 
     def __init__(
         self,
@@ -77,15 +77,17 @@ class SplitRing:
         indirect: bool,
     ) -> None:
         self._ram = ram
-        fields = {"ram": ram.struct, "desc": desc, "avail": driver, "used": device, "size": size}
-        self.struct: Any = ffi.new("struct avmm_vring *", fields)
+        self.struct = ffi.new(
+            "struct avmm_vring *",
+            {"ram": ram.struct, "desc": desc, "avail": driver, "used": device, "size": size},
+        )
         self.struct.event_idx, self.struct.indirect = event_idx, indirect
         _checked(lib.avmm_vring_check(self.struct))
         self.parts = memoryview(ffi.buffer(self.struct.parts)).cast("B").cast("Q")
         """(offset in RAM as a whole, length) of each part of the chain walked last."""
 
     def pop(self) -> bool:
-        """Walk the next chain; False where there is none."""
+        """Walk the next chain. Returns False if there is none."""
         return _checked(lib.avmm_vring_pop(self.struct)) > 0
 
     def walk(self, head: int) -> None:
@@ -93,26 +95,28 @@ class SplitRing:
         _checked(lib.avmm_vring_walk(self.struct, head))
 
     def mark(self, head: int) -> None:
-        """The writable parts of this chain may have been written: log them as dirty, if anybody
-        wants to know."""
+        """The writable parts of this chain may have been written: mark them in the log, if there
+        is one."""
         lib.avmm_vring_mark(self.struct, head)
 
     def push(self, head: int, written: int, more: bool = False) -> None:
-        """Give the chain back to the guest; with `more` it sees it only with the next."""
+        """Return the chain to the guest. With `more` the guest sees it only together with the next
+        one."""
         _checked(lib.avmm_vring_push(self.struct, head, written, more))
 
     def wants_interrupt(self) -> bool:
-        """Is the guest to be interrupted for what was pushed since the last call?"""
+        """Should the guest be interrupted for the chains that were pushed since the last call?"""
         return _checked(lib.avmm_vring_wants_interrupt(self.struct)) > 0
 
     def listen(self, wanted: bool) -> bool:
-        """Ask the guest to notify, or not to; is there something already?"""
+        """Ask the guest to notify, or not to. Returns whether there is already a chain."""
         return _checked(lib.avmm_vring_listen(self.struct, wanted)) > 0
 
     def send(self, fd: int, is_socket: bool, most: int) -> tuple[int, bool]:
-        """Write chains' readable bytes to `fd` and give them back: how many. Until there are none
-        or about `most` bytes were written, or (True) until it takes no more at once: of the chain
-        walked last only `sent` bytes."""
+        """Write the readable bytes of chains to `fd`, and give the chains back to the guest.
+        Returns how many chains that were. Stops when there are no more chains or after about
+        `most` bytes. The second result is True if it stopped because `fd` accepts no more at once;
+        only `sent` bytes of the last chain were written then."""
         before = self.struct.next_used
         is_cut = _checked(lib.avmm_vring_send(self.struct, fd, is_socket, most)) > 0
         return self.struct.next_used - before & 0xFFFF, is_cut

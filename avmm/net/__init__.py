@@ -1,1 +1,2 @@
-"""Networks of the host for the guest's `Net`: each a `Backend` (avmm.devices.virtio.frame)."""
+"""The networks to which a guest's `Net` can be linked. Each is a `Backend`
+(avmm.devices.virtio.frame)."""

@@ -8,8 +8,8 @@ from avmm.devices.virtio.frame import Backend, Frame
 
 
 class End(Backend):
-    """One end of a `pair`. Frames keep what is not complete of their checksum: who is no guest
-    calls `Frame.complete`."""
+    """One end of a `pair`. Frames whose checksum is incomplete pass unchanged. A program that uses
+    this end calls `Frame.complete` on them."""
 
     completes = True
 
@@ -24,7 +24,7 @@ class End(Backend):
         return await self._into.receive()
 
     async def send(self, frame: Frame) -> None:
-        """See `Backend`; waits while as many frames wait as the cable holds."""
+        """See `Backend`. Waits while the cable is full."""
         await self._out.send(frame)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """A TAP: an Ethernet interface of the host (Documentation/networking/tuntap.rst).
 
-Checksums that are not complete pass both ways, in the header that the kernel has for that (the
-one of virtio itself). What the guest does not take waits in the interface's queue, as long as
-`txqueuelen` says, and is then dropped by the kernel.
+Frames with incomplete checksums pass in both directions, with a header that says so, which the
+kernel shares with virtio. Frames that the guest does not take wait in the interface's queue, whose
+length is `txqueuelen`. The kernel drops those that do not fit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import trio
 
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
 from avmm.errors import ConfigError
+from avmm.threads import in_thread, in_thread_shielded
 
 # include/uapi/linux/if_tun.h
 _TUNSETIFF: Final = 0x400454CA
@@ -32,15 +33,16 @@ _NEEDS_CSUM: Final = 1
 _DATA_VALID: Final = 2
 _LONGEST_NAME: Final = 15
 _REFUSED: Final = (errno.EIO, errno.EINVAL, errno.ENOMEM, errno.ENOBUFS)
-"""Frames that the kernel does not take: the interface is down, or they are none."""
+"""The errors with which the kernel refuses a frame: the interface is down, or the frame is
+malformed."""
 
 
 class Tap(Backend):
     """The interface `name` of the network namespace that the process is in.
 
-    Where there is none yet it is made, and goes when this is closed; that, and an interface of
-    another user's, takes CAP_NET_ADMIN. Raises `ConfigError` where it cannot be had. Only one
-    program has it at a time: without `held` it is left to others before `acquire`.
+    If it does not exist, it is created, and removed when this is closed. To create one, or to use
+    another user's, takes CAP_NET_ADMIN. Raises `ConfigError` if it cannot be opened. Only one
+    program can hold it at a time; with `held` False, this one does not hold it before `acquire`.
     """
 
     completes = True
@@ -51,25 +53,26 @@ class Tap(Backend):
                 f"tap {name!r}: expected the name of an interface, 1 to {_LONGEST_NAME} bytes"
             )
         self.name = name
-        self._fd = -1
-        if held:
-            self._open()
+        self._fd = self._open() if held else -1
 
-    def _open(self) -> None:
+    def _open(self) -> int:
+        """Open the interface. This blocks, because making or removing an interface waits for the
+        lock of the host's whole network."""
         name = self.name
         try:
-            self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError(f"tap {name}: /dev/net/tun: {error.strerror}") from None
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
         try:
-            fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-            fcntl.ioctl(self._fd, _TUNSETVNETHDRSZ, struct.pack("i", _HEADER.size))
-            fcntl.ioctl(self._fd, _TUNSETVNETLE, struct.pack("i", 1))
-            fcntl.ioctl(self._fd, _TUNSETOFFLOAD, _TUN_F_CSUM)
+            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+            fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", _HEADER.size))
+            fcntl.ioctl(fd, _TUNSETVNETLE, struct.pack("i", 1))
+            fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_CSUM)
         except OSError as error:
-            self.close()
+            os.close(fd)
             raise ConfigError(f"tap {name}: {_why(error)}") from None
+        return fd
 
     async def receive(self) -> Frame:
         """See `Backend`; ends when the interface is removed."""
@@ -90,7 +93,8 @@ class Tap(Backend):
         return Frame(data, is_valid=bool(flags & _DATA_VALID))
 
     async def send(self, frame: Frame) -> None:
-        """See `Backend`. What the kernel refuses, also while the interface is down, is lost."""
+        """See `Backend`. A frame that the kernel refuses is lost, also while the interface is
+        down."""
         await trio.lowlevel.checkpoint()
         flags, places = 0, (0, 0)
         if frame.start is not None:
@@ -109,18 +113,17 @@ class Tap(Backend):
                 return
 
     async def release(self) -> None:
-        """See `Backend`; an interface that this has made goes, and comes again with `acquire`."""
-        self.close()
-        await trio.lowlevel.checkpoint()
+        """See `Backend`. An interface that this has made is removed, and `acquire` makes it
+        again."""
+        await in_thread_shielded(self.close)
 
     async def acquire(self) -> None:
-        """See `Backend`."""
+        """See `Backend`. If this is cancelled, it may hold the interface all the same."""
         if self._fd < 0:
-            self._open()
-        await trio.lowlevel.checkpoint()
+            self._fd = await in_thread(self._open)
 
     def close(self) -> None:
-        """Let go of the interface; idempotent."""
+        """Let go of the interface; idempotent. Blocks if that removes the interface."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -128,9 +131,9 @@ class Tap(Backend):
 
 def _why(error: OSError) -> str:
     known = {
-        errno.EPERM: "this user may not have it: expected root, or an interface made with "
+        errno.EPERM: "this user may not use it: expected root, or an interface made with "
         "`ip tuntap add NAME mode tap vnet_hdr user USER`",
-        errno.EBUSY: "another program has it already",
-        errno.EINVAL: "it is no TAP, or one with several queues",
+        errno.EBUSY: "another program already has it",
+        errno.EINVAL: "it is not a TAP, or it has several queues",
     }
     return known.get(error.errno or 0, error.strerror or str(error))

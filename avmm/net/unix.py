@@ -1,7 +1,7 @@
 """Frames over a unix stream socket, each after its length (4 bytes, big endian).
 
-So do passt and QEMU (`-netdev stream`) it. When the peer goes the guest's link goes down, for
-good.
+This is the format of passt and of QEMU's `-netdev stream`. When the peer goes, the guest's link
+goes down and stays down.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import trio
 from avmm.devices import sockets
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
 from avmm.errors import ConfigError
+from avmm.threads import in_thread, in_thread_shielded
 
 logger = logging.getLogger("avmm.net")
 
@@ -28,8 +29,8 @@ _CHUNK: Final = 256 * 1024
 class UnixStream(Backend):
     """Made by `connect` or `listen`; whoever makes it closes it.
 
-    Without `held` it does neither before `acquire`. `release` ends what there is: to the peer it
-    is as if the guest had gone, and come back with `acquire`.
+    With `held` False it neither connects nor listens before `acquire`. `release` closes the
+    connection: to the peer it looks as if the guest had gone, and as if it came back at `acquire`.
     """
 
     def __init__(self, path: str, *, listens: bool) -> None:
@@ -49,32 +50,37 @@ class UnixStream(Backend):
 
     @classmethod
     def connect(cls, path: str | PathLike[str], *, held: bool = True) -> UnixStream:
-        """Connect to who listens at `path`; raises `ConfigError` where nobody does."""
+        """Connect to the socket at `path`. Raises `ConfigError` if nobody listens there."""
         backend = cls(fspath(path), listens=False)
         if held:
-            backend._open()
+            backend._hold(backend._open())
         return backend
 
     @classmethod
     def listen(cls, path: str | PathLike[str], *, held: bool = True) -> UnixStream:
-        """Wait at `path` for one peer; raises `ConfigError` where that cannot be."""
+        """Wait at `path` for one peer. Raises `ConfigError` if that is not possible."""
         backend = cls(fspath(path), listens=True)
         if held:
-            backend._open()
+            backend._hold(backend._open())
         return backend
 
-    def _open(self) -> None:
+    def _open(self) -> socket.socket:
         if self._listens:
-            self._listener = sockets.listen(self._path, "net")
+            return sockets.listen(self._path, "net")
+        peer = socket.socket(socket.AF_UNIX)
+        peer.setblocking(False)
+        try:
+            peer.connect(self._path)
+        except OSError as error:
+            peer.close()
+            raise ConfigError(f"net socket {self._path}: {error.strerror or error}") from None
+        return peer
+
+    def _hold(self, opened: socket.socket) -> None:
+        if self._listens:
+            self._listener = opened
         else:
-            peer = socket.socket(socket.AF_UNIX)
-            peer.setblocking(False)
-            try:
-                peer.connect(self._path)
-            except OSError as error:
-                peer.close()
-                raise ConfigError(f"net socket {self._path}: {error.strerror or error}") from None
-            self._plug(trio.socket.from_stdlib_socket(peer))
+            self._plug(trio.socket.from_stdlib_socket(opened))
         self._acquired.set()
 
     def _plug(self, peer: trio.socket.SocketType) -> None:
@@ -98,17 +104,17 @@ class UnixStream(Backend):
 
     async def release(self) -> None:
         """See `Backend`."""
-        if self._listener is not None:
-            trio.lowlevel.notify_closing(self._listener)  # whoever waits for a peer waits anew
+        listener, self._listener = self._listener, None
         self.close()
         self._forget()
-        await trio.lowlevel.checkpoint()
+        if listener is not None:
+            trio.lowlevel.notify_closing(listener)  # tasks that wait for a peer wait once more
+            await in_thread_shielded(self._end, listener)
 
     async def acquire(self) -> None:
-        """See `Backend`."""
+        """See `Backend`. If this is cancelled, it may hold the socket all the same."""
         if not self._acquired.is_set():
-            self._open()
-        await trio.lowlevel.checkpoint()
+            self._hold(await in_thread(self._open))
 
     async def receive(self) -> Frame:
         """See `Backend`."""
@@ -118,7 +124,7 @@ class UnixStream(Backend):
             received = self._received
             length = int.from_bytes(received[:_LENGTH], "big")
             if length > MOST_BYTES:
-                logger.warning("net: the peer sends a frame of %d bytes: cut off", length)
+                logger.warning("net: the peer sends a frame of %d bytes: the link is cut", length)
                 raise trio.EndOfChannel
             if len(received) >= _LENGTH + length:
                 data = bytes(received[_LENGTH : _LENGTH + length])
@@ -148,19 +154,23 @@ class UnixStream(Backend):
             raise trio.BrokenResourceError("the peer has gone") from error
 
     async def _flush(self, peer: trio.socket.SocketType) -> None:
-        """Send the rest. Cancelled, the stream is still whole: what is left goes first."""
+        """Send the rest. If this is cancelled the stream stays intact, because what is left goes
+        first next time."""
         while self._unsent:
             self._unsent = self._unsent[await peer.send(self._unsent) :]
         self._begun = None
 
     def close(self) -> None:
-        """Close the sockets; the one that was made to listen at is removed."""
+        """Close the sockets. If this listened at a path, the path is removed."""
         if self._peer is not None:
             self._peer.close()
             self._peer = None
         if self._listener is not None:
-            self._listener.close()
+            self._end(self._listener)
             self._listener = None
-            with suppress(FileNotFoundError):
-                Path(self._path).unlink()
         self._acquired = trio.Event()
+
+    def _end(self, listener: socket.socket) -> None:
+        listener.close()
+        with suppress(FileNotFoundError):
+            Path(self._path).unlink()

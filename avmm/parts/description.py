@@ -7,57 +7,80 @@ sizes of its disks: a wrong one is refused before a migration has sent any memor
 **What lies outside of the machine is named by whoever loads it.** Files, interfaces and sockets
 belong to a host, and a description may come from anybody, so no path in it is ever opened. It
 tells how many disks and networks the guest has and what it knows of them (size, serial number,
-MAC), and `Links` says what they are here. What is missing is asked for by name.
+MAC), and the settings `disks`, `net` and `vsock` say what they are here. What is missing is asked
+for by name.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from avmm.bus.space import Placement
-from avmm.config import MachineConfig
+from avmm.config import SETTINGS, HostSettings, MachineConfig, demand_hosts
 from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.net import Net
-from avmm.disks import DiskOptions
 from avmm.errors import AvmmError, ConfigError, StateError
-from avmm.options import NetOptions, VsockOptions
+from avmm.options import DiskOptions, NetOptions, VsockOptions
+from avmm.plain import (
+    ANYTHING,
+    FLAG,
+    U32,
+    U64,
+    Bytes,
+    Fields,
+    ListOf,
+    MappingOf,
+    Nested,
+    OneOf,
+    OrNone,
+    Row,
+    Text,
+)
 
 _Model = TypeVar("_Model", VirtioBlock, Net)
 
-VERSION: Final = 1
-_SAME: Final = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit", "xen")
-"""Settings that the guest has seen."""
-_OWN: Final = ("unclaimed", "completion", "completion_capability")
-"""Settings of the host's side, which another host may choose anew."""
+STATE_VERSION: Final = 2
+"""Of a machine's state (`avmm.parts.parts`). The description, which comes before it and
+before any RAM, tells it, so that a state which cannot be read here is refused at once."""
+_TOLD: Final = tuple(name for name, setting in SETTINGS.items() if setting.side.is_told)
+"""Settings that the guest has seen, and those of the host's side, for who chooses none anew."""
 _LONGEST_NAME: Final = 64
 _MOST_NAMES: Final = 8
 """Of that length, and so many of them, are shown in a message."""
-_KEYS: Final = {
-    "version": int,
-    "settings": dict,
-    "disks": list,
-    "nets": list,
-    "vsock": (int, type(None)),
-    "hvc": bool,
-    "roms": list,
-    "devices": list,
-}
+Entry: TypeAlias = tuple[str, str, int, int, int | None]
+"""[name, space, base, size, interrupt] of a device's region."""
 
 
-@dataclass(frozen=True)
-class Links:
-    """What the guest's disks, networks and sockets are on this host; None: nothing was said.
+class _Disk(Fields):
+    name = Text()
+    """For people; no path."""
+    size = U64
+    read_only = FLAG
+    overlay = FLAG
+    serial = Text()
 
-    Each as in `MachineConfig`. `disks` and `net` have as many entries as the guest has devices.
-    """
 
-    disks: Sequence[str | DiskOptions] | None = None
-    net: Sequence[NetOptions | str | Mapping[str, Any]] | None = None
-    vsock: VsockOptions | str | Mapping[str, Any] | None = None
+class _Net(Fields):
+    mac = Text(least=17, most=17)
+    mtu = U32
+
+
+class _Description(Fields, version=2):
+    state = U32
+    """The version of the state that goes with it."""
+    settings = MappingOf(_TOLD, ANYTHING)
+    """What they may be, `MachineConfig` knows."""
+    disks = ListOf(Nested(_Disk, "a disk"))
+    nets = ListOf(Nested(_Net, "a network device"))
+    vsock = OrNone(U32)
+    hvc = FLAG
+    roms = ListOf(Row(U64, Bytes()))
+    """[address, contents] of each read-only region."""
+    devices = ListOf(Row(Text(), OneOf("pio", "mmio", "msr"), U64, U64, OrNone(U32)))
 
 
 def describe(
@@ -66,26 +89,30 @@ def describe(
     """The description of a machine of this config, with these devices and read-only regions."""
     blocks = _last(VirtioBlock, len(config.disks), places)
     nets = _last(Net, len(config.net), places)
-    return {
-        "version": VERSION,
-        "settings": {name: getattr(config, name) for name in (*_SAME, *_OWN)},
-        "disks": [
-            {
-                # For people; a path may have bytes in it that are no text.
-                "name": os.fsencode(options.file.name).decode(errors="replace"),
-                "size": block.disk.size,
-                "read_only": options.read_only,
-                "overlay": options.overlay,
-                "serial": options.serial,
-            }
+    return _Description.plain(
+        state=STATE_VERSION,
+        settings={name: getattr(config, name) for name in _TOLD},
+        disks=[
+            _Disk.plain(
+                # A path may have bytes in it that are no text.
+                name=os.fsencode(options.file.name).decode(errors="replace"),
+                size=block.disk.size,
+                read_only=options.read_only,
+                overlay=options.overlay,
+                serial=options.serial,
+            )
             for options, block in zip(config.disks, blocks, strict=True)
         ],
-        "nets": [{"mac": net.mac.hex(":"), "mtu": net.mtu} for net in nets],
-        "vsock": None if config.vsock is None else config.vsock.cid,
-        "hvc": config.console.startswith("virtio"),
-        "roms": [[gpa, data] for gpa, data in roms],
-        "devices": [[p.device.name, p.space, p.base, p.size, p.irq] for p in places],
-    }
+        nets=[_Net.plain(mac=net.mac.hex(":"), mtu=net.mtu) for net in nets],
+        vsock=None if config.vsock is None else config.vsock.cid,
+        hvc=config.console.startswith("virtio"),
+        roms=[[gpa, data] for gpa, data in roms],
+        devices=[list(entry) for entry in _entries(places)],
+    )
+
+
+def _entries(places: Sequence[Placement]) -> list[Entry]:
+    return [(p.device.name, p.space, p.base, p.size, p.irq) for p in places]
 
 
 @dataclass(frozen=True)
@@ -96,13 +123,13 @@ class Described:
     roms: tuple[tuple[int, bytes], ...]
     has_hvc: bool
     """Does the `avmm` command give the guest a virtio console?"""
-    devices: list[Any]
+    devices: list[Entry]
     disk_sizes: tuple[int, ...]
 
     def demand_devices(self, places: Sequence[Placement]) -> None:
         """Raise `StateError` where a machine with these devices is another one, and `ConfigError`
         where its disks, which are open, are of other sizes than the guest's."""
-        here = [[p.device.name, p.space, p.base, p.size, p.irq] for p in places]
+        here = _entries(places)
         for theirs, ours in zip(self.devices, here, strict=False):
             if theirs != ours:
                 raise StateError(f"the guest has {_device(theirs)}, here is {_device(ours)}")
@@ -119,42 +146,34 @@ class Described:
                 )
 
 
-def read(
-    description: object, links: Links, *, own_addresses: bool = False, **settings: Any
-) -> Described:
+def read(description: object, settings: HostSettings, *, own_addresses: bool = False) -> Described:
     """What a description means on this host. Hostile input.
 
-    `settings` replace those of the host's side (`unclaimed` and the like). Raises `StateError`
-    where it is no description, `ConfigError` where `links` does not say what it needs: MAC
-    addresses, too, with `own_addresses`, for the machine that is described goes on.
+    Of `settings`, `disks`, `net` and `vsock` say what the guest's are here, as many as it has;
+    others replace what is told. Raises `StateError` where it is no description, `ConfigError`
+    where `settings` cannot be, or do not say what it needs: MAC addresses, too, with
+    `own_addresses`, for the machine that is described goes on.
     """
-    if type(description) is not dict or description.get("version") != VERSION:
-        raise StateError(f"no description of a machine in version {VERSION}")
-    if set(description) != set(_KEYS) or any(
-        type(description[key]) not in (kind if isinstance(kind, tuple) else (kind,))
-        for key, kind in _KEYS.items()
-    ):
-        raise StateError(f"a description of a machine has {', '.join(_KEYS)}")
-    told = description["settings"]
-    if set(told) != {*_SAME, *_OWN}:
-        raise StateError(f"the settings of a description are {', '.join((*_SAME, *_OWN))}")
-    if unknown := set(settings) - set(_OWN):
-        raise ConfigError(f"{', '.join(sorted(unknown))}: the guest has seen it as it was")
-    roms = tuple(_rom(pair) for pair in description["roms"])
-    try:
-        MachineConfig.make(**told)  # with nothing of the caller's: what is wrong here is theirs
+    demand_hosts(settings)
+    told = _Description.read("the machine's description", description)
+    if told.state != STATE_VERSION:
+        raise told.wrong("state", f"{STATE_VERSION}, the version of states that this avmm reads")
+    try:  # with nothing of the caller's: what is wrong here is theirs
+        MachineConfig.make(**told.settings)
     except (AvmmError, TypeError) as error:
         raise StateError(f"a description with a setting that cannot be: {error}") from None
-    config = MachineConfig.make(
-        **told | settings,
-        disks=_disks(description["disks"], links.disks),
-        net=_nets(description["nets"], links.net, own_addresses),
-        vsock=_vsock(description["vsock"], links.vsock),
+    chosen: dict[str, object] = {**told.settings, **settings}
+    chosen |= {
+        "disks": _disks(told.disks, settings.get("disks") or ()),
+        "net": _nets(told.nets, settings.get("net") or (), own_addresses),
+        "vsock": _vsock(told.vsock, settings.get("vsock")),
+    }
+    if told.hvc:
         # Else the next description, of the machine that is made here, would not tell of it.
-        **{"console": "virtio"} if description["hvc"] else {},
-    )
-    sizes = tuple(disk["size"] for disk in description["disks"])
-    return Described(config, roms, description["hvc"], description["devices"], sizes)
+        chosen["console"] = "virtio"
+    config = MachineConfig.make(**chosen)
+    sizes = tuple(disk.size for disk in told.disks)
+    return Described(config, tuple(told.roms), told.hvc, told.devices, sizes)
 
 
 def _last(kind: type[_Model], count: int, places: Sequence[Placement]) -> list[_Model]:
@@ -165,63 +184,51 @@ def _last(kind: type[_Model], count: int, places: Sequence[Placement]) -> list[_
     return found[len(found) - count :]
 
 
-def _disks(told: list[Any], links: Sequence[str | DiskOptions] | None) -> list[DiskOptions]:
-    for disk in told:
-        _demand(
-            disk, {"name": str, "size": int, "read_only": bool, "overlay": bool, "serial": str}
-        )
-    if len(told) != len(links or ()):
+def _disks(told: list[_Disk], links: Sequence[object]) -> list[DiskOptions]:
+    if len(told) != len(links):
         names = ", ".join(_shown(disk) for disk in told[:_MOST_NAMES]) or "none"
         names += ", ..." if len(told) > _MOST_NAMES else ""
         raise ConfigError(
             f"the guest has {_count(told, 'disk')} ({names}): expected disks to say which file "
-            f"each of them is here, not {len(links or ())}"
+            f"each of them is here, not {len(links)}"
         )
     result = []
-    for disk, link in zip(told, links or (), strict=True):
-        options = link if isinstance(link, DiskOptions) else DiskOptions.parse(link)
-        if options.read_only != disk["read_only"]:
-            how = "read-only" if disk["read_only"] else "writable"
+    for disk, link in zip(told, links, strict=True):
+        options = DiskOptions.parse(link)
+        if options.read_only != disk.read_only:
+            how = "read-only" if disk.read_only else "writable"
             raise ConfigError(f"disk {options.file}: the guest has {_shown(disk)} as {how}")
-        if options.overlay != disk["overlay"]:
-            how = "an overlay" if disk["overlay"] else "no overlay"
+        if options.overlay != disk.overlay:
+            how = "an overlay" if disk.overlay else "no overlay"
             raise ConfigError(f"disk {options.file}: {_shown(disk)} is {how}")
-        result.append(replace(options, serial=options.serial or disk["serial"]))
+        result.append(replace(options, serial=options.serial or disk.serial))
     return result
 
 
-def _nets(
-    told: list[Any],
-    links: Sequence[NetOptions | str | Mapping[str, Any]] | None,
-    own_addresses: bool,
-) -> list[NetOptions]:
-    for net in told:
-        _demand(net, {"mac": str, "mtu": int})
-    if len(told) != len(links or ()):
+def _nets(told: list[_Net], links: Sequence[object], own_addresses: bool) -> list[NetOptions]:
+    if len(told) != len(links):
         raise ConfigError(
             f"the guest has {_count(told, 'network device')}: expected net to say what each is "
-            f"linked to here, not {len(links or ())}"
+            f"linked to here, not {len(links)}"
         )
-    options = [NetOptions.parse(link) for link in links or ()]
+    options = [NetOptions.parse(link) for link in links]
     for option, net in zip(options, told, strict=True):
         if own_addresses and option.mac is None:
             raise ConfigError(
-                f"net {option}: expected its mac=ADDRESS; the guest's is {net['mac']!r}"
+                f"net {str(option)!r}: expected its mac=ADDRESS; the guest's is {net.mac!r}"
             )
-        if option.mtu not in (NetOptions.mtu, net["mtu"]):
-            raise ConfigError(f"net mtu {option.mtu}: the guest knows one of {net['mtu']}")
+        if option.mtu not in (NetOptions.mtu, net.mtu):
+            raise ConfigError(f"net mtu {option.mtu}: the guest knows one of {net.mtu}")
     try:
         return [
-            replace(option, mac=option.mac or net["mac"], mtu=net["mtu"])
+            replace(option, mac=option.mac or net.mac, mtu=net.mtu)
             for option, net in zip(options, told, strict=True)
         ]
     except ConfigError as error:
         raise StateError(f"a description with a network device that cannot be: {error}") from None
 
 
-def _vsock(
-    cid: int | None, link: VsockOptions | str | Mapping[str, Any] | None
-) -> VsockOptions | None:
+def _vsock(cid: int | None, link: object) -> VsockOptions | None:
     if cid is None:
         if link is not None:
             raise ConfigError("vsock: the guest has no socket device")
@@ -233,27 +240,14 @@ def _vsock(
     return VsockOptions.parse(link, demand_cid=True)
 
 
-def _rom(pair: object) -> tuple[int, bytes]:
-    if type(pair) is not list or [type(part) for part in pair] != [int, bytes]:
-        raise StateError("read-only regions of a description are [address, contents]")
-    return pair[0], pair[1]
-
-
-def _demand(fields: object, kinds: Mapping[str, type]) -> None:
-    if type(fields) is not dict or {n: type(v) for n, v in fields.items()} != kinds:
-        raise StateError(f"a description's entry is not one of {', '.join(kinds)}")
-
-
-def _shown(disk: Mapping[str, Any]) -> str:
-    return repr(disk["name"][:_LONGEST_NAME])
+def _shown(disk: _Disk) -> str:
+    return repr(disk.name[:_LONGEST_NAME])
 
 
 def _count(things: Sequence[object], noun: str) -> str:
     return f"{len(things)} {noun}" + "s" * (len(things) != 1)
 
 
-def _device(entry: object) -> str:
-    if type(entry) is list and len(entry) == 5 and type(entry[2]) is int:
-        name = entry[0] if type(entry[0]) is str and entry[0].isprintable() else "a device"
-        return f"{name[:_LONGEST_NAME]} at {str(entry[1])[:4]} {entry[2]:#x}"
-    return "what is no device"
+def _device(entry: Entry) -> str:
+    name, space, base, *_ = entry
+    return f"{name[:_LONGEST_NAME] if name.isprintable() else 'a device'} at {space} {base:#x}"

@@ -1,24 +1,32 @@
-"""Where virtio devices go that are given to a machine without a place of their own.
+"""Where devices go, and how they become part of a machine.
 
-Each gets the next free window of `layout.VIRTIO` and the next free interrupt, in the order in
-which they are given: a machine that is made in the same way again, for a saved state, has them in
-the same places.
+**Places.** A virtio device that is given to a machine without a place of its own gets the next
+free window and the next free interrupt of the architecture's (`VirtioRoom`), in the order in which
+they are given. So a machine that is made in the same way again, for a saved state, has them in the
+same places.
+
+**Attaching.** Each device gets its host once, with the interrupt of its first place, and each of
+its places is claimed on a bus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
 
-from avmm.arch.x86_64 import layout
-from avmm.bus.space import Placement
+from avmm.arch.contract import Architecture, VirtioRoom
+from avmm.bus.doorbell import EventDoorbell, Watch
+from avmm.bus.host import DeviceHost
+from avmm.bus.interrupts import Interrupts
+from avmm.bus.space import Bus, Placement, PostedWrites
+from avmm.config import UNCLAIMED, MachineConfig
+from avmm.devices.base import Device
 from avmm.devices.virtio.device import VirtioDevice
 from avmm.devices.virtio.mmio import SIZE, VirtioMmio
 from avmm.errors import ConfigError
-
-_INTERRUPTS: Final = (5, 6, 7, 9, 10, 11, 12, 14, 15, *range(16, 24))
-"""Inputs of the IOAPIC that no device of a PC's is expected at."""
+from avmm.memory.ram import GuestMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +49,32 @@ def virtio(
 
 
 def allocate(
-    devices: Iterable[Placement | Unplaced], standard: Sequence[Placement]
+    devices: Iterable[Placement | Unplaced], standard: Sequence[Placement], room: VirtioRoom
 ) -> list[Placement]:
-    """`devices`, all of them placed. Raises `ConfigError` where interrupts run out."""
+    """`devices`, all of them placed.
+
+    Raises `ConfigError` for what is no placement at all, and where room or interrupts run out.
+    """
     devices = list(devices)
+    for device in devices:
+        if not isinstance(device, Placement | Unplaced):
+            raise ConfigError(
+                f"{device!r} is not placed: expected avmm.pio(...), avmm.mmio(...), avmm.msr(...) "
+                "or avmm.virtio(...)"
+            )
     placed = [place for place in devices if isinstance(place, Placement)]
     taken = {place.irq for place in (*standard, *placed)}
-    interrupts = (irq for irq in _INTERRUPTS if irq not in taken)
+    interrupts = (irq for irq in room.interrupts if irq not in taken)
     claimed = [(p.base, p.base + p.size) for p in placed if p.space == "mmio"]
     windows = (
         base
-        for base in range(layout.VIRTIO, layout.VIRTIO_END, layout.VIRTIO_STEP)
+        for base in room.bases
         if not any(base < end and start < base + SIZE for start, end in claimed)
     )
     result = []
     for place in devices:
-        if not isinstance(place, Unplaced):
-            result.append(place)  # what is no placement at all is refused when it is placed
+        if isinstance(place, Placement):
+            result.append(place)
             continue
         irq, base = next(interrupts, None), next(windows, None)
         if irq is None or base is None:
@@ -66,11 +83,125 @@ def allocate(
     return result
 
 
-def named(cmdline: str, devices: Iterable[Placement]) -> str:
-    """`cmdline`, and after it where Linux finds the virtio devices (for boots without ACPI)."""
-    found = [
-        f"virtio_mmio.device={place.size:#x}@{place.base:#x}:{place.irq}"
-        for place in devices
-        if isinstance(place, Placement) and isinstance(place.device, VirtioMmio)
-    ]
-    return " ".join([*([cmdline] if cmdline else []), *found])
+# -- attaching -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Attached:
+    """The devices of a machine in their places: each has its host, each bus knows who answers."""
+
+    buses: dict[str, Bus]
+    """By the space's name, as in `Placement.space`."""
+    interrupts: Interrupts
+    devices: list[Device]
+    """Each once, in the order of their first places."""
+    hosts: list[DeviceHost]
+    """That of each device."""
+    doorbells: list[EventDoorbell]
+    has_ring: bool = False
+    """Does KVM collect writes for one of them?"""
+
+
+def attach(
+    stack: ExitStack,
+    kind: Architecture,
+    config: MachineConfig,
+    memory: GuestMemory,
+    places: Sequence[Placement],
+) -> Attached:
+    """Give each device its host, and the buses each place. Calls the devices' `attach`: in trio's
+    thread. KVM is told later (`avmm.parts.wiring`).
+
+    Raises `ConfigError` where places overlap each other, RAM or what is in the kernel, and where
+    two devices want one interrupt.
+    """
+    unclaimed = UNCLAIMED[config.unclaimed]
+    buses = {
+        name: Bus(space.name, space.limit, unclaimed, unit=space.unit)
+        for name, space in kind.spaces.items()
+    }
+    interrupts = Interrupts(kind.pins)
+    stack.callback(interrupts.close)
+    attached = Attached(buses, interrupts, [], [], [])
+    for place in places:
+        _check_place(kind, memory, place)
+        host = _host(attached, place.device)
+        if host is None:
+            mine = [other for other in places if other.device is place.device]
+            host = _new_host(stack, attached, memory, place, mine)
+        elif place.irq is not None:
+            raise ConfigError(f"{place.device.name}: its interrupt belongs to its first region")
+        buses[place.space].add(place, host.lock, host.posted)
+    return attached
+
+
+def _check_place(kind: Architecture, memory: GuestMemory, place: Placement) -> None:
+    name = place.device.name
+    if place.space not in kind.spaces:
+        raise ConfigError(
+            f"{name}: guests of {kind.name} have no address space {place.space!r}; expected one "
+            f"of {', '.join(kind.spaces)}"
+        )
+    end = place.base + place.size
+    for taken in kind.in_kernel:
+        if place.space == taken.space and place.base <= taken.last and taken.first < end:
+            raise ConfigError(
+                f"{name} at {place.space} {place.base:#x} overlaps the {taken.owner} at "
+                f"{taken.first:#x}-{taken.last:#x}, which is in the kernel"
+            )
+    if place.space == "mmio":
+        for region in memory.regions:
+            if place.base < region.end and region.gpa < end:
+                raise ConfigError(
+                    f"{name} at address {place.base:#x} overlaps guest memory at "
+                    f"{region.gpa:#x}-{region.end - 1:#x}"
+                )
+
+
+def _host(attached: Attached, device: Device) -> DeviceHost | None:
+    """The host of a device that has one. By identity: devices may define equality as they like."""
+    for known, host in zip(attached.devices, attached.hosts, strict=True):
+        if known is device:
+            return host
+    return None
+
+
+def _new_host(
+    stack: ExitStack,
+    attached: Attached,
+    memory: GuestMemory,
+    first: Placement,
+    places: Sequence[Placement],
+) -> DeviceHost:
+    """A host for the device of all these places, and the first of them."""
+    device = first.device
+    line = None if first.irq is None else attached.interrupts.line(first.irq, device.name)
+    host = DeviceHost(memory, line, partial(_doorbell, stack, attached, places))
+    if any(place.coalesced for place in places):
+        host.posted = PostedWrites(device, host.lock)
+    attached.devices.append(device)
+    attached.hosts.append(host)
+    device.attach(host)
+    return host
+
+
+def _doorbell(
+    stack: ExitStack,
+    attached: Attached,
+    places: Sequence[Placement],
+    offset: int,
+    size: int,
+    value: int,
+    by_exit: bool,
+) -> EventDoorbell:
+    """A doorbell at `offset` of a device, wherever that is among its `places`."""
+    watches = []
+    for place in places:
+        at = place.base + offset - place.offset
+        inside = place.base <= at <= place.base + place.size - size
+        if place.space in ("pio", "mmio") and inside and not by_exit:
+            watches.append(Watch(at, size, value, place.space == "pio"))
+    bell = EventDoorbell(watches)
+    stack.callback(bell.close)
+    attached.doorbells.append(bell)
+    return bell

@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from avmm.errors import PeerAbortedError, ProtocolError, StateError
+from avmm.errors import ConfigError, PeerAbortedError, ProtocolError
 from avmm.memory.pages import unpack
-from avmm.parts.building import dismantle
+from avmm.parts import dismantle
+from avmm.parts.saving import load
+from avmm.plain import ANYTHING, Fields
 from avmm.sides import in_trio
-from avmm.transfer.line import Line
+from avmm.threads import in_thread
+from avmm.transfer.connection import Connection
+from avmm.transfer.frames import MessageKind
 from avmm.transfer.protocol import (
     Commit,
     Destination,
@@ -30,13 +34,25 @@ from avmm.transfer.protocol import (
 )
 
 if TYPE_CHECKING:
-    from avmm.parts.machine_parts import Parts
+    from avmm.parts import Parts
 
 
 logger = logging.getLogger(__name__)
 
 _COMMIT_SECONDS: Final = 20.0
-"""COMMIT may take so long: a source that hears nothing any more wants back what is held here."""
+"""As long may COMMIT take: a source that hears nothing any more wants back what is held here."""
+_LONG: Final = (MessageKind.OFFER, MessageKind.STATE_END)
+"""What is decoded, in a thread. All else is taken at once. To put a MiB of pages into RAM takes
+some tenths of a millisecond; the way to a thread and back, for each frame, would add to that."""
+_ABORT_SECONDS: Final = 0.2
+"""How long an ABORT that has left may be on its way."""
+
+
+class _Offer(Fields):
+    """What OFFER tells; read by `avmm.parts`."""
+
+    description = ANYTHING
+    cpus = ANYTHING
 
 
 class Receiver:
@@ -47,11 +63,11 @@ class Receiver:
         self,
         stream: trio.abc.Stream,
         stall_seconds: float,
-        make: Callable[[Any, Any], Awaitable[Parts]],
+        make: Callable[[object, object], Awaitable[Parts]],
         on_round: Callable[[int], object],
     ) -> None:
         self._side = Destination()
-        self._line = Line(stream, self._side, stall_seconds)
+        self._connection = Connection(stream, self._side, stall_seconds)
         self._make = make
         self._on_round = on_round
 
@@ -59,10 +75,8 @@ class Receiver:
     async def receive(self) -> Parts:
         """The guest's parts: it may run, and nowhere else. Raises as `avmm.receive`."""
         try:
-            offer = await self._offered()
-            if type(offer) is not dict or set(offer) != {"description", "cpus"}:
-                raise StateError("an offer is a description of a machine and of its CPUs")
-            parts = await self._make(offer["description"], offer["cpus"])
+            offer = _Offer.read("the offer", await self._offered())
+            parts = await self._make(offer.description, offer.cpus)
             try:
                 await self._fill(parts)
             except BaseException:
@@ -72,7 +86,7 @@ class Receiver:
         except BaseException as error:
             self._side.give_up()
             if not isinstance(error, PeerAbortedError):
-                await self._line.give_up(_told(error))
+                await self._connection.give_up(_told(error))
             raise
         return parts
 
@@ -94,23 +108,25 @@ class Receiver:
         """Tell the source that the guest runs here. That it cannot be told is no failure here: it
         keeps the guest stopped. Cannot be cancelled, but for a line that stands still."""
         with trio.CancelScope(shield=True):
-            await self._line.say(self._side.running())
+            await self._connection.say(self._side.running())
 
     async def _next(self) -> Event:
         """What the source says next, after what there is to be answered at once."""
         while True:
-            taken = self._side.next()
-            if taken is None:
+            due = self._side.due
+            if due is None:
                 is_ready = self._side.state is DestinationState.READY
-                await self._line.hear(_COMMIT_SECONDS if is_ready else math.inf)
+                await self._connection.hear(_COMMIT_SECONDS if is_ready else math.inf)
                 continue
+            taken = await in_thread(self._side.next) if due in _LONG else self._side.next()
+            assert taken is not None
             event, answer = taken
             if answer:
-                await self._line.say(answer)
+                await self._connection.say(answer)
             if event is not None:
                 return event
 
-    async def _offered(self) -> Any:
+    async def _offered(self) -> object:
         event = await self._next()
         if not isinstance(event, Offer):
             raise ProtocolError(f"{event} came before OFFER")
@@ -118,17 +134,26 @@ class Receiver:
 
     async def _fill(self, parts: Parts) -> None:
         """Until COMMIT."""
-        await self._line.say(self._side.accept())
+        await self._connection.say(self._side.accept())
         while not isinstance(event := await self._next(), Commit):
             if isinstance(event, Pages):
                 self._unpack(event, parts)
+                await trio.lowlevel.checkpoint()  # more of them may have come
             elif isinstance(event, Round):
                 self._on_round(event.number)
             elif isinstance(event, State):
-                parts.load(event.state)
-                await parts.acquire()
+                await load(parts, event.state)
+                await self._acquire(parts)
                 self._side.acquire()
-                await self._line.say(self._side.ready())
+                await self._connection.say(self._side.ready())
+
+    async def _acquire(self, parts: Parts) -> None:
+        try:
+            await parts.acquire()
+        except ConfigError:
+            # A source that has given up says so, or cuts the line, and holds everything again.
+            await self._connection.watch(_ABORT_SECONDS)
+            raise
 
     def _unpack(self, pages: Pages, parts: Parts) -> None:
         packed, memory = pages.packed, parts.memory

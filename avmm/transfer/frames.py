@@ -35,7 +35,7 @@ _FIRST_ROOM: Final = 1 << 16
 """Of a reader's buffer, in bytes; then it grows with what has come, not with what is promised."""
 
 
-class Kind(IntEnum):
+class MessageKind(IntEnum):
     """What a frame is; docs/migration.md says when it may come."""
 
     HELLO = 1
@@ -51,27 +51,27 @@ class Kind(IntEnum):
     RUNNING = 11
 
 
-MOST: Final[Mapping[Kind, int]] = {
-    Kind.HELLO: 4096,
-    Kind.OFFER: 64 << 20,  # read-only regions are in it
-    Kind.ACCEPT: 0,
-    Kind.ABORT: 64 << 10,
-    Kind.PAGES: 4 + MOST_RUNS * RUN_BYTES + MOST_DATA_PAGES * PAGE,
-    Kind.ROUND: 64,
-    Kind.STATE: STATE_PIECE,
-    Kind.STATE_END: 64,
-    Kind.READY: 0,
-    Kind.COMMIT: 64,
-    Kind.RUNNING: 0,
+MOST: Final[Mapping[MessageKind, int]] = {
+    MessageKind.HELLO: 4096,
+    MessageKind.OFFER: 64 << 20,  # read-only regions are in it
+    MessageKind.ACCEPT: 0,
+    MessageKind.ABORT: 64 << 10,
+    MessageKind.PAGES: 4 + MOST_RUNS * RUN_BYTES + MOST_DATA_PAGES * PAGE,
+    MessageKind.ROUND: 64,
+    MessageKind.STATE: STATE_PIECE,
+    MessageKind.STATE_END: 64,
+    MessageKind.READY: 0,
+    MessageKind.COMMIT: 64,
+    MessageKind.RUNNING: 0,
 }
 """Bytes of payload at the most."""
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """A frame that has come whole."""
+class Message:
+    """What a frame that has come whole says."""
 
-    kind: Kind
+    kind: MessageKind
     payload: memoryview
 
 
@@ -81,7 +81,7 @@ class Encoder:
     def __init__(self) -> None:
         self._number = 0
 
-    def frame(self, kind: Kind, *payload: Buffer) -> list[Buffer]:
+    def frame(self, kind: MessageKind, *payload: Buffer) -> list[Buffer]:
         """The buffers of the next frame, to be sent in this order; `payload` is not copied."""
         length = sum(map(len, payload))
         if length > MOST[kind]:
@@ -121,16 +121,42 @@ class Decoder:
         """Has nothing come of a frame that is not whole yet?"""
         return self._start == self._end
 
-    def next(self) -> Frame | None:
+    @property
+    def due(self) -> MessageKind | None:
+        """What `next` will give, where all of it has come. Raises `ProtocolError` where what comes
+        can be no frame."""
+        head = self._head()
+        return None if head is None or not self._has(head[1]) else head[0]
+
+    def next(self) -> Message | None:
         """The next frame, if it is there; its payload is good until `feed`.
 
         Raises `ProtocolError` where it is none; nothing can be read after that.
         """
+        next_head = self._head()
+        if next_head is None or not self._has(next_head[1]):
+            return None
+        kind, length = next_head
+        whole = memoryview(self._data)[self._start : self._start + HEADER_BYTES + length]
+        head, payload = whole[: _HEAD.size], whole[HEADER_BYTES:].toreadonly()
+        if whole[_HEAD.size : HEADER_BYTES] != _checksum(head, [payload]):
+            raise ProtocolError(
+                f"frame {self._number} ({kind.name}) is damaged: its checksum is wrong"
+            )
+        self._start += HEADER_BYTES + length
+        self._number += 1
+        return Message(kind, payload)
+
+    def _has(self, length: int) -> bool:
+        return self._end - self._start >= HEADER_BYTES + length
+
+    def _head(self) -> tuple[MessageKind, int] | None:
+        """What the next frame is, and its payload's bytes; None where its head has not come."""
         if self._end - self._start < HEADER_BYTES:
             return None
         number_kind, zero, zeros, length, number = _HEAD.unpack_from(self._data, self._start)
         try:
-            kind = Kind(number_kind)
+            kind = MessageKind(number_kind)
         except ValueError:
             raise ProtocolError(f"frame {self._number} is of no kind: {number_kind}") from None
         if zero or zeros or length > MOST[kind]:
@@ -142,15 +168,7 @@ class Decoder:
             raise ProtocolError(
                 f"frame {number} ({kind.name}) came, expected number {self._number}"
             )
-        if self._end - self._start < HEADER_BYTES + length:
-            return None
-        whole = memoryview(self._data)[self._start : self._start + HEADER_BYTES + length]
-        head, payload = whole[: _HEAD.size], whole[HEADER_BYTES:].toreadonly()
-        if whole[_HEAD.size : HEADER_BYTES] != _checksum(head, [payload]):
-            raise ProtocolError(f"frame {number} ({kind.name}) is damaged: its checksum is wrong")
-        self._start += HEADER_BYTES + length
-        self._number += 1
-        return Frame(kind, payload)
+        return kind, int(length)
 
 
 def _checksum(head: Buffer, payload: Sequence[Buffer]) -> bytes:

@@ -27,20 +27,6 @@ _HOPELESS_ROUNDS: Final = 8
 """So many rounds at the most throttle, and it will never be."""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a migration is; `rate` and `dirty_rate` are in bytes a second."""
-
-    round: int
-    pages_sent: int
-    pages_left: int
-    rate: float
-    dirty_rate: float
-    expected_downtime: float
-    throttle: float
-    bytes_sent: int
-
-
 @dataclass
 class Pace:
     """One migration's. `target_downtime` in seconds, `limit` in bytes a second or None."""

@@ -39,14 +39,43 @@ from typing import Any, Final, Generic, TypeVar
 
 from avmm.errors import PeerAbortedError, ProtocolError, StateError
 from avmm.memory.pages import RUN_BYTES, Packed
-from avmm.plain import decode, encode
-from avmm.transfer.frames import STATE_PIECE, Buffer, Decoder, Encoder, Frame, Kind
+from avmm.plain import U64, Bytes, Fields, Int, ListOf, Text, decode, encode
+from avmm.transfer.frames import STATE_PIECE, Buffer, Decoder, Encoder, Message, MessageKind
 
 VERSIONS: Final = (1,)
 """Of the protocol, that this avmm speaks, best first."""
 MOST_STATE: Final = 1 << 30
 """Bytes of state, all but RAM, that a destination takes."""
 _COUNT: Final = struct.Struct("<I")
+_MOST_SHOWN: Final = 8
+"""Versions of the other side's that a message shows."""
+_IDENTITY: Final = Bytes(least=16, most=16)
+_F = TypeVar("_F", bound=Fields)
+
+
+class _Hello(Fields, error=ProtocolError, ignores_more=True):
+    """The first that is said: the other side may know more than this one."""
+
+    versions = ListOf(U64)
+    identity = _IDENTITY
+
+
+class _Abort(Fields, error=ProtocolError, ignores_more=True):
+    """May be said before versions are agreed on."""
+
+    why = Text()
+
+
+class _Round(Fields, error=ProtocolError):
+    number = U64
+
+
+class _StateEnd(Fields, error=ProtocolError):
+    bytes = Int(0, MOST_STATE)
+
+
+class _Commit(Fields, error=ProtocolError):
+    identity = _IDENTITY
 
 
 class Act(Enum):
@@ -82,50 +111,50 @@ class SourceState(Enum):
 
 _S = SourceState
 
-SOURCE_DOES: Final[Mapping[SourceState, Mapping[Kind | Act, SourceState]]] = {
-    _S.NEW: {Kind.HELLO: _S.GREETED, Act.GIVE_UP: _S.ABORTED},
+SOURCE_DOES: Final[Mapping[SourceState, Mapping[MessageKind | Act, SourceState]]] = {
+    _S.NEW: {MessageKind.HELLO: _S.GREETED, Act.GIVE_UP: _S.ABORTED},
     _S.GREETED: {Act.GIVE_UP: _S.ABORTED},
-    _S.AGREED: {Kind.OFFER: _S.OFFERED, Act.GIVE_UP: _S.ABORTED},
+    _S.AGREED: {MessageKind.OFFER: _S.OFFERED, Act.GIVE_UP: _S.ABORTED},
     _S.OFFERED: {Act.GIVE_UP: _S.ABORTED},
     _S.COPYING: {
-        Kind.PAGES: _S.COPYING,
-        Kind.ROUND: _S.COPYING,
+        MessageKind.PAGES: _S.COPYING,
+        MessageKind.ROUND: _S.COPYING,
         Act.STAND_STILL: _S.STANDING,
         Act.GIVE_UP: _S.ABORTED,
     },
     _S.STANDING: {
-        Kind.PAGES: _S.STANDING,
-        Kind.ROUND: _S.STANDING,
+        MessageKind.PAGES: _S.STANDING,
+        MessageKind.ROUND: _S.STANDING,
         Act.RELEASE: _S.RELEASED,
         Act.GIVE_UP: _S.ABORTED,
     },
-    _S.RELEASED: {Kind.STATE: _S.STATED, Act.GIVE_UP: _S.TAKING_BACK},
+    _S.RELEASED: {MessageKind.STATE: _S.STATED, Act.GIVE_UP: _S.TAKING_BACK},
     _S.STATED: {Act.GIVE_UP: _S.TAKING_BACK},
-    _S.READY: {Kind.COMMIT: _S.COMMITTED, Act.GIVE_UP: _S.TAKING_BACK},
+    _S.READY: {MessageKind.COMMIT: _S.COMMITTED, Act.GIVE_UP: _S.TAKING_BACK},
     _S.COMMITTED: {Act.LOSE: _S.UNKNOWN},  # COMMIT may have left: it cannot give up any more
     _S.TAKING_BACK: {
-        Kind.ABORT: _S.TAKING_BACK,
+        MessageKind.ABORT: _S.TAKING_BACK,
         Act.TAKE_BACK: _S.ABORTED,
         Act.LOSE: _S.UNKNOWN,
     },
-    _S.ABORTED: {Kind.ABORT: _S.ABORTED},
+    _S.ABORTED: {MessageKind.ABORT: _S.ABORTED},
     _S.DONE: {},
     _S.UNKNOWN: {},
 }
 """What the source may say or do in each state, and what it is in after that. STATE stands for all
 frames of the state, which are said in one go."""
 
-SOURCE_HEARS: Final[Mapping[SourceState, Mapping[Kind, SourceState]]] = {
-    _S.NEW: {Kind.ABORT: _S.ABORTED},
-    _S.GREETED: {Kind.HELLO: _S.AGREED, Kind.ABORT: _S.ABORTED},
-    _S.AGREED: {Kind.ABORT: _S.ABORTED},
-    _S.OFFERED: {Kind.ACCEPT: _S.COPYING, Kind.ABORT: _S.ABORTED},
-    _S.COPYING: {Kind.ABORT: _S.ABORTED},
-    _S.STANDING: {Kind.ABORT: _S.ABORTED},
-    _S.RELEASED: {Kind.ABORT: _S.TAKING_BACK},
-    _S.STATED: {Kind.READY: _S.READY, Kind.ABORT: _S.TAKING_BACK},
-    _S.READY: {Kind.ABORT: _S.TAKING_BACK},
-    _S.COMMITTED: {Kind.RUNNING: _S.DONE, Kind.ABORT: _S.TAKING_BACK},
+SOURCE_HEARS: Final[Mapping[SourceState, Mapping[MessageKind, SourceState]]] = {
+    _S.NEW: {MessageKind.ABORT: _S.ABORTED},
+    _S.GREETED: {MessageKind.HELLO: _S.AGREED, MessageKind.ABORT: _S.ABORTED},
+    _S.AGREED: {MessageKind.ABORT: _S.ABORTED},
+    _S.OFFERED: {MessageKind.ACCEPT: _S.COPYING, MessageKind.ABORT: _S.ABORTED},
+    _S.COPYING: {MessageKind.ABORT: _S.ABORTED},
+    _S.STANDING: {MessageKind.ABORT: _S.ABORTED},
+    _S.RELEASED: {MessageKind.ABORT: _S.TAKING_BACK},
+    _S.STATED: {MessageKind.READY: _S.READY, MessageKind.ABORT: _S.TAKING_BACK},
+    _S.READY: {MessageKind.ABORT: _S.TAKING_BACK},
+    _S.COMMITTED: {MessageKind.RUNNING: _S.DONE, MessageKind.ABORT: _S.TAKING_BACK},
     _S.TAKING_BACK: {},
     _S.ABORTED: {},
     _S.DONE: {},
@@ -153,35 +182,39 @@ class DestinationState(Enum):
 
 _D = DestinationState
 
-DESTINATION_DOES: Final[Mapping[DestinationState, Mapping[Kind | Act, DestinationState]]] = {
+DESTINATION_DOES: Final[
+    Mapping[DestinationState, Mapping[MessageKind | Act, DestinationState]]
+] = {
     _D.NEW: {Act.GIVE_UP: _D.ABORTED},
     _D.GREETED: {Act.GIVE_UP: _D.ABORTED},
-    _D.OFFERED: {Kind.ACCEPT: _D.COPYING, Act.GIVE_UP: _D.ABORTED},
+    _D.OFFERED: {MessageKind.ACCEPT: _D.COPYING, Act.GIVE_UP: _D.ABORTED},
     _D.COPYING: {Act.GIVE_UP: _D.ABORTED},
     _D.STATED: {Act.ACQUIRE: _D.ACQUIRED, Act.GIVE_UP: _D.ABORTED},
-    _D.ACQUIRED: {Kind.READY: _D.READY, Act.GIVE_UP: _D.LETTING_GO},
+    _D.ACQUIRED: {MessageKind.READY: _D.READY, Act.GIVE_UP: _D.LETTING_GO},
     _D.READY: {Act.GIVE_UP: _D.LETTING_GO},
-    _D.COMMITTED: {Kind.RUNNING: _D.DONE},  # the source never runs it: it cannot give up any more
+    _D.COMMITTED: {
+        MessageKind.RUNNING: _D.DONE
+    },  # the source never runs it: it cannot give up any more
     _D.DONE: {},
     _D.LETTING_GO: {Act.LET_GO: _D.ABORTED},
-    _D.ABORTED: {Kind.ABORT: _D.ABORTED},
+    _D.ABORTED: {MessageKind.ABORT: _D.ABORTED},
 }
 """As `SOURCE_DOES`. It says ABORT only when it holds nothing: the source takes that back then."""
 
-DESTINATION_HEARS: Final[Mapping[DestinationState, Mapping[Kind, DestinationState]]] = {
-    _D.NEW: {Kind.HELLO: _D.GREETED, Kind.ABORT: _D.ABORTED},
-    _D.GREETED: {Kind.OFFER: _D.OFFERED, Kind.ABORT: _D.ABORTED},
-    _D.OFFERED: {Kind.ABORT: _D.ABORTED},
+DESTINATION_HEARS: Final[Mapping[DestinationState, Mapping[MessageKind, DestinationState]]] = {
+    _D.NEW: {MessageKind.HELLO: _D.GREETED, MessageKind.ABORT: _D.ABORTED},
+    _D.GREETED: {MessageKind.OFFER: _D.OFFERED, MessageKind.ABORT: _D.ABORTED},
+    _D.OFFERED: {MessageKind.ABORT: _D.ABORTED},
     _D.COPYING: {
-        Kind.PAGES: _D.COPYING,
-        Kind.ROUND: _D.COPYING,
-        Kind.STATE: _D.COPYING,
-        Kind.STATE_END: _D.STATED,
-        Kind.ABORT: _D.ABORTED,
+        MessageKind.PAGES: _D.COPYING,
+        MessageKind.ROUND: _D.COPYING,
+        MessageKind.STATE: _D.COPYING,
+        MessageKind.STATE_END: _D.STATED,
+        MessageKind.ABORT: _D.ABORTED,
     },
-    _D.STATED: {Kind.ABORT: _D.ABORTED},
-    _D.ACQUIRED: {Kind.ABORT: _D.LETTING_GO},
-    _D.READY: {Kind.COMMIT: _D.COMMITTED, Kind.ABORT: _D.LETTING_GO},
+    _D.STATED: {MessageKind.ABORT: _D.ABORTED},
+    _D.ACQUIRED: {MessageKind.ABORT: _D.LETTING_GO},
+    _D.READY: {MessageKind.COMMIT: _D.COMMITTED, MessageKind.ABORT: _D.LETTING_GO},
     _D.COMMITTED: {},
     _D.DONE: {},
     _D.LETTING_GO: {},
@@ -194,7 +227,7 @@ DESTINATION_HEARS: Final[Mapping[DestinationState, Mapping[Kind, DestinationStat
 class Offer:
     """The source tells what the guest is (`avmm.parts.description`)."""
 
-    description: Any
+    description: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,13 +266,13 @@ class _Side(Generic[_State]):
         self,
         name: str,
         state: _State,
-        does: Mapping[_State, Mapping[Kind | Act, _State]],
-        hears: Mapping[_State, Mapping[Kind, _State]],
+        does: Mapping[_State, Mapping[MessageKind | Act, _State]],
+        hears: Mapping[_State, Mapping[MessageKind, _State]],
     ) -> None:
         self.state: _State = state
         self._name = name
-        self._does: Mapping[_State, Mapping[Kind | Act, _State]] = does
-        self._hears: Mapping[_State, Mapping[Kind, _State]] = hears
+        self._does: Mapping[_State, Mapping[MessageKind | Act, _State]] = does
+        self._hears: Mapping[_State, Mapping[MessageKind, _State]] = hears
         self._encoder = Encoder()
         self._decoder = Decoder()
 
@@ -251,6 +284,12 @@ class _Side(Generic[_State]):
         """The other side will say nothing more; raises `ProtocolError`."""
         raise ProtocolError("the line was cut" + ("" if self._decoder.is_empty else " in a frame"))
 
+    @property
+    def due(self) -> MessageKind | None:
+        """What `next` will take, if it has come whole. Raises `ProtocolError` where what comes can
+        be no frame."""
+        return self._decoder.due
+
     def give_up(self) -> None:
         """This side gives up, unless one of both has done so already or it is too late for it."""
         if Act.GIVE_UP in self._does[self.state]:
@@ -258,10 +297,11 @@ class _Side(Generic[_State]):
 
     def abort(self, why: str) -> list[Buffer]:
         """ABORT: this side has given up, for good. Nothing may be said after it."""
-        self._do(Kind.ABORT)
-        return self._encoder.frame(Kind.ABORT, encode({"why": _printable(why[:4000])}))
+        self._do(MessageKind.ABORT)
+        told = _Abort.plain(why=_printable(why[:4000]))
+        return self._encoder.frame(MessageKind.ABORT, encode(told))
 
-    def _do(self, what: Kind | Act) -> None:
+    def _do(self, what: MessageKind | Act) -> None:
         if what not in self._does[self.state]:
             where = [state.name for state, row in self._does.items() if what in row]
             raise ProtocolError(
@@ -270,24 +310,24 @@ class _Side(Generic[_State]):
             )
         self.state = self._does[self.state][what]
 
-    def _next(self) -> Frame | None:
+    def _next(self) -> Message | None:
         """The next frame, if one is whole and may come now."""
-        frame = self._decoder.next()
-        if frame is None:
+        message = self._decoder.next()
+        if message is None:
             return None
-        if frame.kind is Kind.ABORT:
-            self.state = self._hears[self.state].get(frame.kind, self.state)
-            why = _field(frame, "why", str)
+        if message.kind is MessageKind.ABORT:
+            self.state = self._hears[self.state].get(message.kind, self.state)
+            why = _read(_Abort, message).why
             raise PeerAbortedError(f"the other side gave up: {_printable(why)}")
-        if frame.kind not in self._hears[self.state]:
+        if message.kind not in self._hears[self.state]:
             raise ProtocolError(
-                f"{frame.kind.name} came while the {self._name} {self.state.value}"
+                f"{message.kind.name} came while the {self._name} {self.state.value}"
             )
-        return frame
+        return message
 
-    def _heard(self, frame: Frame) -> None:
+    def _heard(self, message: Message) -> None:
         """What is in it is in order."""
-        self.state = self._hears[self.state][frame.kind]
+        self.state = self._hears[self.state][message.kind]
 
 
 class Source(_Side[SourceState]):
@@ -299,36 +339,36 @@ class Source(_Side[SourceState]):
         self._identity = identity
 
     def next(self) -> bool:
-        """Take what has come, if a frame is whole: did one come? `state` has changed then."""
-        frame = self._next()
-        if frame is None:
+        """Take what has come, if a message is whole: did one come? `state` has changed then."""
+        message = self._next()
+        if message is None:
             return False
-        if frame.kind is Kind.HELLO:
-            _demand_version(frame)
-        self._heard(frame)
+        if message.kind is MessageKind.HELLO:
+            _hello(message)
+        self._heard(message)
         return True
 
     def hello(self) -> list[Buffer]:
         """HELLO."""
-        self._do(Kind.HELLO)
-        hello = {"versions": list(VERSIONS), "identity": self._identity}
-        return self._encoder.frame(Kind.HELLO, encode(hello))
+        self._do(MessageKind.HELLO)
+        hello = _Hello.plain(versions=list(VERSIONS), identity=self._identity)
+        return self._encoder.frame(MessageKind.HELLO, encode(hello))
 
-    def offer(self, description: Any) -> list[Buffer]:
-        """OFFER."""
-        self._do(Kind.OFFER)
-        return self._encoder.frame(Kind.OFFER, encode(description))
+    def offer(self, offer: bytes) -> list[Buffer]:
+        """OFFER: what the guest is, as `encode` makes it."""
+        self._do(MessageKind.OFFER)
+        return self._encoder.frame(MessageKind.OFFER, offer)
 
     def pages(self, packed: Packed) -> list[Buffer]:
         """PAGES; the buffers are those of `packed`."""
-        self._do(Kind.PAGES)
+        self._do(MessageKind.PAGES)
         count = _COUNT.pack(len(packed.runs) // RUN_BYTES)
-        return self._encoder.frame(Kind.PAGES, count, packed.runs, packed.data)
+        return self._encoder.frame(MessageKind.PAGES, count, packed.runs, packed.data)
 
     def round(self, number: int) -> list[Buffer]:
         """ROUND: all pages of this round were sent."""
-        self._do(Kind.ROUND)
-        return self._encoder.frame(Kind.ROUND, encode({"number": number}))
+        self._do(MessageKind.ROUND)
+        return self._encoder.frame(MessageKind.ROUND, encode(_Round.plain(number=number)))
 
     def stand_still(self) -> None:
         """The guest stands still, and will until this is over."""
@@ -338,21 +378,22 @@ class Source(_Side[SourceState]):
         """What only one host may hold is about to be released."""
         self._do(Act.RELEASE)
 
-    def stated(self, state: Any) -> Iterator[list[Buffer]]:
-        """STATE and STATE_END, frame by frame."""
-        self._do(Kind.STATE)
-        data = memoryview(encode(state))
+    def stated(self, state: bytes) -> Iterator[list[Buffer]]:
+        """STATE and STATE_END, frame by frame, of a state as `encode` makes it."""
+        self._do(MessageKind.STATE)
+        data = memoryview(state)
         if len(data) > MOST_STATE:
             raise ProtocolError(f"the state has {len(data)} bytes, at most {MOST_STATE} can go")
         for at in range(0, len(data), STATE_PIECE):
-            yield self._encoder.frame(Kind.STATE, data[at : at + STATE_PIECE])
-        yield self._encoder.frame(Kind.STATE_END, encode({"bytes": len(data)}))
+            yield self._encoder.frame(MessageKind.STATE, data[at : at + STATE_PIECE])
+        yield self._encoder.frame(MessageKind.STATE_END, encode(_StateEnd.plain(bytes=len(data))))
 
     def commit(self) -> list[Buffer]:
         """COMMIT. Once the first byte of it may have left, the source never runs the guest, unless
         the destination says ABORT."""
-        self._do(Kind.COMMIT)
-        return self._encoder.frame(Kind.COMMIT, encode({"identity": self._identity}))
+        self._do(MessageKind.COMMIT)
+        told = _Commit.plain(identity=self._identity)
+        return self._encoder.frame(MessageKind.COMMIT, encode(told))
 
     def take_back(self) -> None:
         """What was released is held again: the guest may run on."""
@@ -375,42 +416,38 @@ class Destination(_Side[DestinationState]):
         self._collected = bytearray()
 
     def next(self) -> tuple[Event | None, list[Buffer]] | None:
-        """Take what has come, if a frame is whole: what it says, and what to answer at once."""
-        frame = self._next()
-        if frame is None:
+        """Take what has come, if a message is whole: what it says, and what to answer at once."""
+        message = self._next()
+        if message is None:
             return None
-        taken = self._take(frame)
-        self._heard(frame)
+        taken = self._take(message)
+        self._heard(message)
         return taken
 
-    def _take(self, frame: Frame) -> tuple[Event | None, list[Buffer]]:
-        take: dict[Kind, Callable[[Frame], tuple[Event | None, list[Buffer]]]] = {
-            Kind.HELLO: self._hello,
-            Kind.OFFER: self._offer,
-            Kind.PAGES: self._pages,
-            Kind.ROUND: self._round,
-            Kind.STATE: self._piece,
-            Kind.STATE_END: self._stated,
-            Kind.COMMIT: self._commit,
+    def _take(self, message: Message) -> tuple[Event | None, list[Buffer]]:
+        take: dict[MessageKind, Callable[[Message], tuple[Event | None, list[Buffer]]]] = {
+            MessageKind.HELLO: self._hello,
+            MessageKind.OFFER: self._offer,
+            MessageKind.PAGES: self._pages,
+            MessageKind.ROUND: self._round,
+            MessageKind.STATE: self._piece,
+            MessageKind.STATE_END: self._stated,
+            MessageKind.COMMIT: self._commit,
         }
-        return take[frame.kind](frame)
+        return take[message.kind](message)
 
-    def _hello(self, frame: Frame) -> tuple[None, list[Buffer]]:
-        _demand_version(frame)
-        identity = _field(frame, "identity", bytes)
-        if len(identity) != 16:
-            raise ProtocolError("a migration's identity has 16 bytes")
-        self._identity = identity
-        answer = {"versions": list(VERSIONS), "identity": self._identity}
-        return None, self._encoder.frame(Kind.HELLO, encode(answer))
+    def _hello(self, message: Message) -> tuple[None, list[Buffer]]:
+        self._identity = _hello(message).identity
+        answer = _Hello.plain(versions=list(VERSIONS), identity=self._identity)
+        return None, self._encoder.frame(MessageKind.HELLO, encode(answer))
 
-    def _offer(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        return Offer(_decoded(frame)), []
+    def _offer(self, message: Message) -> tuple[Event, list[Buffer]]:
+        return Offer(_decoded(message)), []
 
-    def _pages(self, frame: Frame) -> tuple[Event, list[Buffer]]:
+    def _pages(self, message: Message) -> tuple[Event, list[Buffer]]:
         if self._collected:
             raise ProtocolError("PAGES came after STATE")
-        payload = frame.payload
+        payload = message.payload
         if len(payload) < _COUNT.size:
             raise ProtocolError("PAGES without a number of runs")
         end = _COUNT.size + RUN_BYTES * _COUNT.unpack_from(payload)[0]
@@ -418,31 +455,31 @@ class Destination(_Side[DestinationState]):
             raise ProtocolError("PAGES tells of more runs than it has")
         return Pages(Packed(payload[_COUNT.size : end], payload[end:])), []
 
-    def _round(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        return Round(_field(frame, "number", int)), []
+    def _round(self, message: Message) -> tuple[Event, list[Buffer]]:
+        return Round(_read(_Round, message).number), []
 
-    def _piece(self, frame: Frame) -> tuple[None, list[Buffer]]:
-        if not frame.payload or len(self._collected) + len(frame.payload) > MOST_STATE:
+    def _piece(self, message: Message) -> tuple[None, list[Buffer]]:
+        if not message.payload or len(self._collected) + len(message.payload) > MOST_STATE:
             raise ProtocolError(f"the state is empty, or has more than {MOST_STATE} bytes")
-        self._collected += frame.payload
+        self._collected += message.payload
         return None, []
 
-    def _stated(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        if _field(frame, "bytes", int) != len(self._collected):
+    def _stated(self, message: Message) -> tuple[Event, list[Buffer]]:
+        if _read(_StateEnd, message).bytes != len(self._collected):
             raise ProtocolError("the state has not as many bytes as it should")
-        state = _decoded(Frame(frame.kind, memoryview(self._collected)))
+        state = _decoded(Message(message.kind, memoryview(self._collected)))
         self._collected = bytearray()
         return State(state), []
 
-    def _commit(self, frame: Frame) -> tuple[Event, list[Buffer]]:
-        if _field(frame, "identity", bytes) != self._identity:
+    def _commit(self, message: Message) -> tuple[Event, list[Buffer]]:
+        if _read(_Commit, message).identity != self._identity:
             raise ProtocolError("COMMIT is of another migration")
         return Commit(), []
 
     def accept(self) -> list[Buffer]:
         """ACCEPT: a guest of that description can be here."""
-        self._do(Kind.ACCEPT)
-        return self._encoder.frame(Kind.ACCEPT)
+        self._do(MessageKind.ACCEPT)
+        return self._encoder.frame(MessageKind.ACCEPT)
 
     def acquire(self) -> None:
         """All is loaded, and what only one host may hold is held."""
@@ -450,22 +487,22 @@ class Destination(_Side[DestinationState]):
 
     def ready(self) -> list[Buffer]:
         """READY: the guest could run here."""
-        self._do(Kind.READY)
-        return self._encoder.frame(Kind.READY)
+        self._do(MessageKind.READY)
+        return self._encoder.frame(MessageKind.READY)
 
     def running(self) -> list[Buffer]:
         """RUNNING: the guest runs here."""
-        self._do(Kind.RUNNING)
-        return self._encoder.frame(Kind.RUNNING)
+        self._do(MessageKind.RUNNING)
+        return self._encoder.frame(MessageKind.RUNNING)
 
     def let_go(self) -> None:
         """What was acquired is not held any more."""
         self._do(Act.LET_GO)
 
 
-def _decoded(frame: Frame) -> Any:
+def _decoded(message: Message) -> object:
     try:
-        return decode(frame.payload, frame.kind.name)
+        return decode(message.payload, message.kind.name)
     except StateError as error:
         raise ProtocolError(str(error)) from None
 
@@ -477,17 +514,15 @@ def _printable(text: str) -> str:
     )
 
 
-def _field(frame: Frame, name: str, kind: type) -> Any:
-    fields = _decoded(frame)
-    if type(fields) is not dict or type(fields.get(name)) is not kind:
-        raise ProtocolError(f"{frame.kind.name} without its {name}")
-    return fields[name]
+def _read(fields: type[_F], message: Message) -> _F:
+    return fields.read(message.kind.name, _decoded(message))
 
 
-def _demand_version(frame: Frame) -> None:
-    versions = _field(frame, "versions", list)
-    if not set(VERSIONS) & {version for version in versions if type(version) is int}:
+def _hello(message: Message) -> _Hello:
+    hello = _read(_Hello, message)
+    if not set(VERSIONS) & set(hello.versions):
         raise ProtocolError(
-            f"the other side speaks versions {versions!r} of the protocol, this one "
-            f"{list(VERSIONS)}"
+            f"the other side speaks versions {hello.versions[:_MOST_SHOWN]} of the protocol, this "
+            f"one {list(VERSIONS)}"
         )
+    return hello

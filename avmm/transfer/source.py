@@ -15,24 +15,28 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from avmm.errors import ConfigError, HandOverUnknownError, MigrationError, PeerAbortedError
 from avmm.memory.pages import PAGE, Bitmap, Packer
+from avmm.parts.saving import saved
+from avmm.plain import encode
+from avmm.progress import MigrationProgress, Report
 from avmm.sides import in_trio
+from avmm.threads import in_thread
+from avmm.transfer.connection import Connection
 from avmm.transfer.frames import MOST_DATA_PAGES, MOST_RUNS
-from avmm.transfer.line import Line
-from avmm.transfer.pace import Pace, Progress
+from avmm.transfer.pace import Pace
 from avmm.transfer.protocol import Source, SourceState
 
 if TYPE_CHECKING:
     from avmm.memory.dirty import DirtyLog
     from avmm.migration import Coordinator
-    from avmm.parts.machine_parts import Parts
+    from avmm.parts import Parts
     from avmm.runstate import Life
 
 logger = logging.getLogger(__name__)
@@ -63,16 +67,6 @@ class Options:
             raise ConfigError(f"bandwidth {self.bandwidth!r}: expected {PAGE} bytes/s or more")
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a migration has taken, in seconds and bytes."""
-
-    downtime: float
-    total: float
-    bytes_sent: int
-    rounds: int
-
-
 class Sender:
     """One migration of one machine. `nursery` is that of the machine, `life` its state."""
 
@@ -84,7 +78,7 @@ class Sender:
         options: Options,
         nursery: trio.Nursery,
         life: Life,
-        on_progress: Callable[[Progress], object],
+        on_progress: Callable[[MigrationProgress], object],
     ) -> None:
         self._parts = parts
         self._coordinator = coordinator
@@ -93,7 +87,7 @@ class Sender:
         self._life = life
         self._on_progress = on_progress
         self._source = Source(secrets.token_bytes(16))
-        self._line = Line(stream, self._source, options.stall_seconds)
+        self._connection = Connection(stream, self._source, options.stall_seconds)
         self._pace = Pace(options.target_downtime, options.bandwidth)
         self._packer = Packer(parts.memory.whole, MOST_DATA_PAGES, MOST_RUNS)
         self._round = 0
@@ -114,32 +108,37 @@ class Sender:
         begin = trio.current_time()
         try:
             await self._agree()
-            with closing(self._parts.dirty_log()) as log:
-                left = self._parts.memory.populated()
+            async with self._parts.dirty_log() as log:
+                left = await in_thread(self._parts.memory.populated)
                 await self._copy_live(log, left)
                 stopped = trio.current_time()  # nearly: some vCPUs may stand still from here on
                 async with self._coordinator.paused(self._options.deadline):
                     self._source.stand_still()
-                    log.collect(left)
+                    await in_thread(log.collect, left)
                     await self._copy(left, stopped)
                     await self._hand_over()
+                    arrived = trio.current_time()
         except BaseException as error:
             await self._give_up(error)
             raise
-        now = trio.current_time()
-        return Report(now - stopped, now - begin, self._line.sent, self._round)
+        return Report(
+            arrived - stopped, trio.current_time() - begin, self._connection.sent, self._round
+        )
 
     async def _agree(self) -> None:
-        await self._line.say(self._source.hello())
+        await self._connection.say(self._source.hello())
         await self._until(SourceState.AGREED)
-        offer = {"description": self._parts.describe(), "cpus": self._parts.needs}
-        await self._line.say(self._source.offer(offer))
+        offer = await in_thread(self._offer)
+        await self._connection.say(self._source.offer(offer))
         await self._until(SourceState.COPYING)
+
+    def _offer(self) -> bytes:
+        return encode({"description": self._parts.describe(), "cpus": self._parts.needs})
 
     async def _until(self, state: SourceState) -> None:
         while self._source.state is not state:
             if not self._source.next():
-                await self._line.hear()
+                await self._connection.hear()
 
     async def _copy_live(self, log: DirtyLog, left: Bitmap) -> None:
         """Rounds, until what is left can go over within the target downtime."""
@@ -147,10 +146,10 @@ class Sender:
         self._nursery.start_soon(self._throttle, throttling)
         try:
             while True:
-                start, sent = trio.current_time(), self._line.sent
+                start, sent = trio.current_time(), self._connection.sent
                 await self._copy(left, start)
-                log.collect(left)
-                sent = self._line.sent - sent
+                await in_thread(log.collect, left)
+                sent = self._connection.sent - sent
                 if self._pace.round_ended(sent, trio.current_time() - start, len(left)):
                     return
         finally:
@@ -164,24 +163,25 @@ class Sender:
         """A round: send these pages; `left` is empty then."""
         self._round += 1
         self._packer.rewind()
-        total, first, told = len(left), self._line.sent, start
+        total, first, told = len(left), self._connection.sent, start
         self._tell(0, total)
-        while (packed := self._packer.next(left, skip_zeros=self._round == 1)) is not None:
+        next_pages = partial(self._packer.next, left, skip_zeros=self._round == 1)
+        while (packed := await in_thread(next_pages)) is not None:
             self._life.demand_meanwhile("migrate")
-            await self._line.say(self._source.pages(packed))
+            await self._connection.say(self._source.pages(packed))
             now = trio.current_time()
-            if delay := self._pace.delay(self._line.sent - first, now - start):
+            if delay := self._pace.delay(self._connection.sent - first, now - start):
                 await trio.sleep(delay)
             if now - told > _SAMPLE_SECONDS:
                 told = now
                 self._tell(total - len(left), len(left))
         self._life.demand_meanwhile("migrate")
-        await self._line.say(self._source.round(self._round))
+        await self._connection.say(self._source.round(self._round))
 
     def _tell(self, sent: int, left: int) -> None:
         pace = self._pace
         self._on_progress(
-            Progress(
+            MigrationProgress(
                 self._round,
                 sent,
                 left,
@@ -189,7 +189,7 @@ class Sender:
                 pace.dirty_rate,
                 pace.expected_downtime(left),
                 pace.throttle,
-                self._line.sent,
+                self._connection.sent,
             )
         )
 
@@ -199,9 +199,9 @@ class Sender:
             self._source.release()
             await self._let_go()
             # Not before: what somebody received of a console after that would come twice.
-            state = self._parts.save(with_memory=False)
-            for frame in self._source.stated(state):
-                await self._line.say(frame)
+            state = await saved(self._parts)
+            for frame in self._source.stated(await in_thread(encode, state)):
+                await self._connection.say(frame)
             await self._until(SourceState.READY)
             await trio.lowlevel.checkpoint_if_cancelled()
             self._life.hand_over()
@@ -217,7 +217,7 @@ class Sender:
         # First: a destination that is ready holds what is to be taken back.
         try:
             if self.state in _GIVEN_UP and not isinstance(error, PeerAbortedError):
-                await self._line.give_up(_told(error))
+                await self._connection.give_up(_told(error))
         finally:
             if self.state is SourceState.TAKING_BACK:
                 await self._take_back()
@@ -265,7 +265,7 @@ class Sender:
         given_up: list[PeerAbortedError] = []
         try:
             with trio.move_on_after(self._options.answer_seconds):
-                await self._line.say(self._source.commit())
+                await self._connection.say(self._source.commit())
                 await self._until(SourceState.DONE)
         except PeerAbortedError as error:  # who says so has not run the guest, and never will
             given_up.append(error)

@@ -1,16 +1,17 @@
-"""Calls of a guest to whoever runs it: KVM, Xen, PAPR and OSI hypercalls, and PowerPC's EPR.
+"""A guest's calls to the program that runs it: KVM, Xen, PAPR and OSI hypercalls, and PowerPC's
+EPR.
 
-They differ in where the number, the arguments and the result lie; a machine's one handler of
-calls sees them all as a `Call` and answers a number. PAPR and OSI hypercalls may give the guest
-more than that, in the registers that held the arguments: then it answers an `Answer`. Sources:
-api.rst, "5. The kvm_run structure"; the numbers of KVM's own are in
+They differ in where the number, the arguments and the result are. A machine has one handler for
+all of them, which gets a `Call` and answers with a number. PAPR and OSI hypercalls may return
+more, in the registers that held the arguments; for that the handler answers with an `Answer`.
+Sources: api.rst, "5. The kvm_run structure"; the numbers of KVM's own hypercalls are in
 Documentation/virt/kvm/x86/hypercalls.rst.
 
-**Xen's** are made by the same instruction as KVM's, so a machine has either: with the setting
-`xen` all that its guest's kernel makes are Xen's and come to the handler. The guest may have KVM
-fill a page with them by `XEN_MSR`, as on Xen. It is not told by CPUID that it runs on Xen: Linux,
-told so, expects event channels and a XenStore, too. That is for guests which know by themselves
-that somebody answers.
+**Xen's** hypercalls use the same instruction as KVM's, so a machine supports one or the other.
+With the setting `xen`, all hypercalls of the guest's kernel are Xen's and go to the handler. As on
+Xen, the guest may use `XEN_MSR` to have KVM fill a page with code for them. CPUID does not say
+that the guest runs on Xen, because Linux would then also expect event channels and a XenStore. So
+the setting is for guests that know by themselves that their hypercalls are answered.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from avmm.errors import DeviceError
-from avmm.kvm import Struct, constants
+from avmm.kvm import RunPage, constants
 
 XEN_MSR: Final = 0x4000_0200
-"""The MSR of Xen's hypercall page: where Xen itself has it beside Hyper-V's MSRs. Its usual place,
-0x40000000, is one of those: KVM counts it to a vCPU's state, and loading that writes a page."""
+"""The MSR of Xen's hypercall page, at the number that Xen itself uses when the guest also has
+Hyper-V's MSRs. Its usual number, 0x40000000, is one of those: KVM treats that MSR as part of a
+vCPU's state, and loading the state would write a page."""
 _U64: Final = (1 << 64) - 1
 _KVM_ENOSYS: Final = 1000
 _H_FUNCTION: Final = -2
@@ -43,11 +45,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a call gives the guest: the result, and what stands in place of its arguments.
+    """What a call returns to the guest: the result, and values that replace its arguments.
 
-    `args` are those of the `Call` from the first on, up to all of them; the rest stay as they
-    were. Of PAPR's they are R4 to R12, of OSI's all GPRs, where the result goes to number 3
-    whatever `args` has there. The other kinds have none.
+    `args` replace the arguments of the `Call`, starting with the first. Arguments beyond them keep
+    their values. For PAPR, the arguments are R4 to R12. For OSI, they are all GPRs, and the result
+    goes to number 3 whatever `args` has there. For the other kinds `args` must be empty.
     """
 
     value: int
@@ -55,91 +57,93 @@ class Answer:
 
 
 Answered: TypeAlias = int | Answer
-CallHandler: TypeAlias = Callable[[Call], Answered | Awaitable[Answered]]
-"""Answers a call, at once or with an awaitable; a negative number is an error to the guest."""
+
+
+class CallHandler(Protocol):
+    """The type of `Machine`'s `calls`: any function like this answers the guest's calls."""
+
+    def __call__(self, call: Call, /) -> Answered | Awaitable[Answered]:
+        """The answer, or an awaitable of it. To the guest, a negative number is an error.
+
+        This is called in the vCPU's thread and must not block. An awaitable is awaited in trio.
+        """
 
 
 @dataclass(frozen=True)
 class CallKind:
     """How one kind of call is read from `kvm_run`, answered, and refused by default."""
 
-    read: Callable[[Struct], Call]
-    answer: Callable[[Struct, int], None]
+    read: Callable[[RunPage], Call]
+    answer: Callable[[RunPage, Answer], None]
     refusal: int
-    args: Callable[[Struct], Struct] | None = None
-    """Where the guest finds more than the result, in the order of `Call.args`."""
+    args: bool = False
+    """Can the answer also replace the arguments (`Call.args`)?"""
 
 
-def _read_kvm(page: Struct) -> Call:
-    call = page.hypercall
-    return Call("kvm", call.nr, tuple(call.args), bool(call.longmode))
+def _read_kvm(page: RunPage) -> Call:
+    call = page.hypercall()
+    return Call("kvm", call.number, call.args, call.longmode)
 
 
-def _answer_kvm(page: Struct, value: int) -> None:
-    page.hypercall.ret = value
+def _answer_kvm(page: RunPage, answer: Answer) -> None:
+    page.answer_hypercall(answer.value)
 
 
-def _read_xen(page: Struct) -> Call:
-    if page.xen.type != constants.KVM_EXIT_XEN_HCALL:
-        raise DeviceError(f"unknown Xen exit of type {page.xen.type}")
-    call = page.xen.u.hcall
-    return Call("xen", call.input, tuple(call.params), bool(call.longmode))
+def _read_xen(page: RunPage) -> Call:
+    call = page.xen()
+    if call.kind != constants.KVM_EXIT_XEN_HCALL:
+        raise DeviceError(f"unknown Xen exit of type {call.kind}")
+    return Call("xen", call.number, call.args, call.longmode)
 
 
-def _answer_xen(page: Struct, value: int) -> None:
-    page.xen.u.hcall.result = value
+def _answer_xen(page: RunPage, answer: Answer) -> None:
+    page.answer_xen(answer.value)
 
 
-def _read_papr(page: Struct) -> Call:
-    return Call("papr", page.papr_hcall.nr, tuple(page.papr_hcall.args))
+def _read_papr(page: RunPage) -> Call:
+    call = page.papr()
+    return Call("papr", call.number, call.args)
 
 
-def _answer_papr(page: Struct, value: int) -> None:
-    page.papr_hcall.ret = value
+def _answer_papr(page: RunPage, answer: Answer) -> None:
+    page.answer_papr(answer.value, answer.args)
 
 
-def _papr_args(page: Struct) -> Struct:
-    return page.papr_hcall.args
-
-
-def _read_osi(page: Struct) -> Call:
-    gprs = tuple(page.osi.gprs)
+def _read_osi(page: RunPage) -> Call:
+    gprs = page.osi().gprs
     return Call("osi", gprs[5], gprs)
 
 
-def _answer_osi(page: Struct, value: int) -> None:
-    page.osi.gprs[3] = value
+def _answer_osi(page: RunPage, answer: Answer) -> None:
+    page.answer_osi(answer.value, answer.args)
 
 
-def _osi_args(page: Struct) -> Struct:
-    return page.osi.gprs
-
-
-def _read_epr(page: Struct) -> Call:
+def _read_epr(page: RunPage) -> Call:
     return Call("epr", 0, ())
 
 
-def _answer_epr(page: Struct, value: int) -> None:
-    page.epr.epr = value & 0xFFFF_FFFF
+def _answer_epr(page: RunPage, answer: Answer) -> None:
+    page.answer_epr(answer.value & 0xFFFF_FFFF)
 
 
 KINDS: Final = {
     constants.KVM_EXIT_HYPERCALL: CallKind(_read_kvm, _answer_kvm, -_KVM_ENOSYS),
     constants.KVM_EXIT_XEN: CallKind(_read_xen, _answer_xen, -errno.ENOSYS),
-    constants.KVM_EXIT_PAPR_HCALL: CallKind(_read_papr, _answer_papr, _H_FUNCTION, _papr_args),
-    constants.KVM_EXIT_OSI: CallKind(_read_osi, _answer_osi, -1, _osi_args),
+    constants.KVM_EXIT_PAPR_HCALL: CallKind(_read_papr, _answer_papr, _H_FUNCTION, args=True),
+    constants.KVM_EXIT_OSI: CallKind(_read_osi, _answer_osi, -1, args=True),
     constants.KVM_EXIT_EPR: CallKind(_read_epr, _answer_epr, 0),
 }
-"""By exit reason."""
+"""The kinds of calls, by exit reason."""
 
 
-def serve(page: Struct, reason: int, handler: CallHandler | None) -> Awaitable[None] | None:
+def serve_call(page: RunPage, reason: int, handler: CallHandler | None) -> Awaitable[None] | None:
     """Answer the call in `kvm_run`, at once or by the awaitable that is returned."""
     kind = KINDS[reason]
     call = kind.read(page)
-    if reason == constants.KVM_EXIT_XEN and page.xen.u.hcall.cpl:
-        # KVM refuses its own from user space and leaves Xen's to us; Xen refuses them, too.
-        kind.answer(page, -errno.EPERM & _U64)
+    if reason == constants.KVM_EXIT_XEN and page.xen().cpl:
+        # KVM refuses its own hypercalls from user space, but leaves Xen's to us. Xen refuses them
+        # too, so we do.
+        page.answer_xen(-errno.EPERM & _U64)
         return None
     answer = kind.refusal if handler is None else handler(call)
     if isinstance(answer, Awaitable):
@@ -148,27 +152,25 @@ def serve(page: Struct, reason: int, handler: CallHandler | None) -> Awaitable[N
     return None
 
 
-async def _later(page: Struct, kind: CallKind, call: Call, answer: Awaitable[Answered]) -> None:
+async def _later(page: RunPage, kind: CallKind, call: Call, answer: Awaitable[Answered]) -> None:
     _put(page, kind, call, await answer)
 
 
-def _put(page: Struct, kind: CallKind, call: Call, given: Answered) -> None:
-    """Write what the handler has given into `kvm_run`, all of it or, where it errs, nothing."""
+def _put(page: RunPage, kind: CallKind, call: Call, given: Answered) -> None:
+    """Write the handler's answer into `kvm_run`. If the answer is invalid, write nothing and raise
+    `DeviceError`."""
     answer = Answer(given) if isinstance(given, int) else given
     if not isinstance(answer, Answer) or not isinstance(answer.value, int):
-        raise _mistake(call, given, "an int or an Answer of one")
-    most = len(call.args) if kind.args is not None else 0
+        raise _mistake(call, given, "an int or an Answer that holds one")
+    most = len(call.args) if kind.args else 0
     if not isinstance(answer.args, tuple) or len(answer.args) > most:
         raise _mistake(call, given, f"a tuple of at most {most} args")
     for arg in answer.args:
         if not isinstance(arg, int) or not -(1 << 63) <= arg <= _U64:
             raise _mistake(call, given, "args of 64 bits each")
-    if kind.args is not None:
-        place = kind.args(page)
-        for at, arg in enumerate(answer.args):
-            place[at] = arg & _U64
-    kind.answer(page, answer.value & _U64)
+    args = tuple(arg & _U64 for arg in answer.args)
+    kind.answer(page, Answer(answer.value & _U64, args))
 
 
 def _mistake(call: Call, given: object, expected: str) -> DeviceError:
-    return DeviceError(f"the handler of calls answered {call} with {given!r}: expected {expected}")
+    return DeviceError(f"the handler `calls` answered {call} with {given!r}: expected {expected}")

@@ -1,24 +1,32 @@
-"""What each exit asks for, and where its answer goes.
+"""What each kind of exit asks for, and where the answer goes.
 
-`Exits.serve` is called in the vCPU's thread after `KVM_RUN` has returned with an exit. It
-either has written the answer into `kvm_run` when it returns None, or returns an awaitable that
-will have written it when it is done. The answer takes effect at the next `KVM_RUN`; for what
+`Exits.serve` is called in the vCPU's thread after `KVM_RUN` has returned with an exit. If it
+returns None, it has written the answer into `kvm_run`. Otherwise it returns an awaitable, which
+has written the answer when it is done. The answer takes effect at the next `KVM_RUN`; for what
 that means for saved state see `avmm.loop`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Final
 
 from avmm.bus.coalesced import CoalescedWrites
 from avmm.bus.space import MASKS, Bus
 from avmm.errors import MsrFault, VcpuError
-from avmm.kvm import Struct, Vcpu, constants, exit_name
+from avmm.kvm import constants, exit_name
+from avmm.kvm.exits import (
+    FailEntryExit,
+    InternalErrorExit,
+    MmioExit,
+    MsrExit,
+    PioExit,
+    UnknownExit,
+)
+from avmm.kvm.vcpu import Vcpu
 from avmm.outcome import Cause, Outcome
-from avmm.vcpu.calls import KINDS, CallHandler
-from avmm.vcpu.calls import serve as serve_call
+from avmm.vcpu.calls import KINDS, CallHandler, serve_call
 
 Served = Awaitable[None] | None
 
@@ -33,15 +41,16 @@ _SYSTEM_EVENTS: Final = {
 class Exits:
     """Serves the exits of one vCPU: accesses go to the buses, endings to `end`.
 
-    `registers` describes the vCPU's registers and instruction for error messages.
+    `buses` maps the name of each space of the architecture, as in `Placement.space`, to its bus.
+    `reasons` are the exits that the architecture has (`KVM_EXIT_*`). `registers` describes the
+    vCPU's registers and instruction for error messages.
     """
 
     def __init__(
         self,
         vcpu: Vcpu,
-        pio: Bus,
-        mmio: Bus,
-        msrs: Bus,
+        buses: Mapping[str, Bus],
+        reasons: Collection[int],
         end: Callable[[Outcome], None],
         registers: Callable[[], str],
         calls: CallHandler | None = None,
@@ -51,12 +60,14 @@ class Exits:
         self._coalesced = coalesced
         self._delivers = False
         self._page = vcpu.page
-        self._pio = pio
-        self._mmio = mmio
-        self._msrs = msrs
+        # For spaces that the architecture lacks; it has no exits for them either.
+        nowhere = Bus("nowhere", 0)
+        self._pio = buses.get("pio", nowhere)
+        self._mmio = buses.get("mmio", nowhere)
+        self._msrs = buses.get("msr", nowhere)
         self._end = end
         self._registers = registers
-        self._table: dict[int, Callable[[], Served]] = {
+        table: dict[int, Callable[[], Served]] = {
             constants.KVM_EXIT_IO: self._serve_pio,
             constants.KVM_EXIT_MMIO: self._serve_mmio,
             constants.KVM_EXIT_X86_RDMSR: self._serve_rdmsr,
@@ -66,12 +77,13 @@ class Exits:
             constants.KVM_EXIT_SYSTEM_EVENT: self._serve_system_event,
             constants.KVM_EXIT_INTR: _nothing,
         }
+        self._table = {reason: table[reason] for reason in reasons}
 
     def serve(self, reason: int) -> Served:
-        """Serve the exit that `kvm_run` holds. Raises `VcpuError` where it is not servable."""
+        """Serve the exit in `kvm_run`. Raises `VcpuError` if it cannot be served."""
         if self._coalesced is not None:
             self._delivers = True
-            self._coalesced.deliver()  # what the guest did before
+            self._coalesced.deliver()  # the writes that the guest made before
             self._delivers = False
         serve = self._table.get(reason)
         if serve is None:
@@ -79,38 +91,38 @@ class Exits:
         return serve()
 
     def _serve_mmio(self) -> Served:
-        address, data, length, is_write = self._vcpu.mmio()
+        address, data, length, is_write = self._page.mmio()
         if is_write:
             return self._mmio.write(address, length, data & MASKS[length])
         answer = self._mmio.read(address, length)
         if not isinstance(answer, int):
             return self._answer_mmio(answer)
-        self._vcpu.answer_mmio(answer)
+        self._page.answer_mmio(answer)
         return None
 
     async def _answer_mmio(self, answer: Awaitable[int]) -> None:
-        self._vcpu.answer_mmio(await answer)
+        self._page.answer_mmio(await answer)
 
     def _serve_pio(self) -> Served:
-        direction, size, port, count, offset = self._vcpu.io()
+        direction, size, port, count, offset = self._page.io()
         if count != 1:
             strings = self._outs if direction == _OUT else self._ins
             return strings(port, size, offset, size * count)
         if direction == _OUT:
-            data = self._vcpu.io_load(offset, size)
+            data = self._page.io_load(offset, size)
             return self._pio.write(port, size, int.from_bytes(data, "little"))
         answer = self._pio.read(port, size)
         if not isinstance(answer, int):
             return self._answer_pio(size, offset, answer)
-        self._vcpu.io_store(offset, answer.to_bytes(size, "little"))
+        self._page.io_store(offset, answer.to_bytes(size, "little"))
         return None
 
     async def _answer_pio(self, size: int, offset: int, answer: Awaitable[int]) -> None:
-        self._vcpu.io_store(offset, (await answer).to_bytes(size, "little"))
+        self._page.io_store(offset, (await answer).to_bytes(size, "little"))
 
     def _outs(self, port: int, size: int, offset: int, length: int) -> Served:
         """`rep outs`: the same port once for each element, in order."""
-        data = self._vcpu.io_load(offset, length)
+        data = self._page.io_load(offset, length)
         for at in range(0, length, size):
             pending = self._pio.write(port, size, _number(data, at, size))
             if pending is not None:
@@ -134,7 +146,7 @@ class Exits:
             if not isinstance(answer, int):
                 return self._ins_rest(port, size, offset, length, data, answer)
             data += answer.to_bytes(size, "little")
-        self._vcpu.io_store(offset, data)
+        self._page.io_store(offset, data)
         return None
 
     async def _ins_rest(
@@ -150,50 +162,43 @@ class Exits:
         while len(data) < length:
             answer = self._pio.read(port, size)
             data += (answer if isinstance(answer, int) else await answer).to_bytes(size, "little")
-        self._vcpu.io_store(offset, data)
+        self._page.io_store(offset, data)
 
     def _serve_rdmsr(self) -> Served:
-        msr = self._page.msr
-        msr.error = 0
         try:
-            answer = self._msrs.read(8 * msr.index, 8)
+            answer = self._msrs.read(8 * self._page.msr().number, 8)
         except MsrFault:
-            msr.error = 1
+            self._page.refuse_msr()
             return None
         if not isinstance(answer, int):
             return self._answer_msr(answer)
-        msr.data = answer
+        self._page.answer_msr(answer)
         return None
 
-    async def _answer_msr(self, answer: Awaitable[int]) -> None:
-        try:
-            self._page.msr.data = await answer
-        except MsrFault:
-            self._page.msr.error = 1
-
     def _serve_wrmsr(self) -> Served:
-        msr = self._page.msr
-        msr.error = 0
+        number, data = self._page.msr()
         try:
-            pending = self._msrs.write(8 * msr.index, 8, msr.data)
+            pending = self._msrs.write(8 * number, 8, data)
         except MsrFault:
-            msr.error = 1
+            self._page.refuse_msr()
             return None
-        return None if pending is None else self._finish_wrmsr(pending)
+        if pending is not None:
+            return self._answer_msr(pending)
+        self._page.answer_msr()
+        return None
 
-    async def _finish_wrmsr(self, pending: Awaitable[None]) -> None:
+    async def _answer_msr(self, answer: Awaitable[int | None]) -> None:
         try:
-            await pending
+            self._page.answer_msr(await answer)
         except MsrFault:
-            self._page.msr.error = 1
+            self._page.refuse_msr()
 
     def _serve_shutdown(self) -> Served:
-        regs = self._vcpu.regs()
-        self._end(Outcome(Cause.TRIPLE_FAULT, detail=f"at rip {regs.rip:#x}"))
+        self._end(Outcome(Cause.TRIPLE_FAULT, detail=f"at rip {self._vcpu.pc():#x}"))
         return None
 
     def _serve_system_event(self) -> Served:
-        kind = self._page.system_event.type
+        kind = self._page.system_event().kind
         cause = _SYSTEM_EVENTS.get(kind)
         if cause is None:
             raise VcpuError(f"vCPU {self._vcpu.index}: system event {kind} at {self.report()}")
@@ -203,74 +208,62 @@ class Exits:
     def report(self) -> str:
         """`describe`, with registers and the instruction on lines of their own."""
         text = f"{self.describe()}\n{self._registers()}"
-        return f"{text}\n{_REFUSED}" if _refused(self._page) else text
+        match self._page.exit():
+            case InternalErrorExit(instruction=instruction) if instruction:
+                return f"{text}\n{_REFUSED}"
+        return text
 
     def owner(self) -> str:
-        """The access that `kvm_run` holds and the device that is to answer it, in words; or the
-        device that is to have a coalesced write before."""
+        """In words: the access in `kvm_run` and the device that has to answer it, or the device
+        that must first get a coalesced write."""
         if self._delivers and self._coalesced is not None and (late := self._coalesced.late()):
             return f"{late}, before {self.describe()}"
-        page, reason = self._page, self._page.exit_reason
-        if reason == constants.KVM_EXIT_IO:
-            return f"{self._pio.owner(page.io.port, page.io.size)} at {self.describe()}"
-        if reason == constants.KVM_EXIT_MMIO:
-            mmio = page.mmio
-            return f"{self._mmio.owner(mmio.phys_addr, mmio.len)} at {self.describe()}"
-        if reason in (constants.KVM_EXIT_X86_RDMSR, constants.KVM_EXIT_X86_WRMSR):
-            return f"{self._msrs.owner(8 * self._page.msr.index)} at {self.describe()}"
-        return f"the handler of calls at {self.describe()}"
+        match self._page.exit():
+            case PioExit(size=size, port=port):
+                owner = self._pio.owner(port, size)
+            case MmioExit(address=address, length=length):
+                owner = self._mmio.owner(address, length)
+            case MsrExit(number=number):
+                owner = self._msrs.owner(8 * number)
+            case _:
+                owner = "the handler `calls`"
+        return f"{owner} at {self.describe()}"
 
     def describe(self) -> str:
         """The exit that `kvm_run` holds, in words, for messages."""
-        page, reason = self._page, self._page.exit_reason
-        name = exit_name(reason)
-        if reason == constants.KVM_EXIT_IO:
-            io = page.io
-            way = "out" if io.direction == constants.KVM_EXIT_IO_OUT else "in"
-            times = f", {io.count} times" if io.count != 1 else ""
-            return f"{name}: {way} of {io.size} bytes at port {io.port:#x}{times}"
-        if reason == constants.KVM_EXIT_MMIO:
-            way = "write" if page.mmio.is_write else "read"
-            return f"{name}: {way} of {page.mmio.len} bytes at {page.mmio.phys_addr:#x}"
-        if reason in (constants.KVM_EXIT_X86_RDMSR, constants.KVM_EXIT_X86_WRMSR):
-            return f"{name}: MSR {page.msr.index:#x}"
-        if reason == constants.KVM_EXIT_INTERNAL_ERROR:
-            return f"{name}, {_internal_error(page)}"
-        if reason == constants.KVM_EXIT_FAIL_ENTRY:
-            why = page.fail_entry.hardware_entry_failure_reason
-            return f"{name}: the CPU refused to enter the guest, hardware reason {why:#x}"
-        if reason == constants.KVM_EXIT_UNKNOWN:
-            return f"{name}, hardware exit reason {page.hw.hardware_exit_reason:#x}"
+        name = exit_name(self._page.exit_reason)
+        match self._page.exit():
+            case PioExit(is_output, size, port, times):
+                more = f", {times} times" if times != 1 else ""
+                way = "out" if is_output else "in"
+                return f"{name}: {way} of {size} bytes at port {port:#x}{more}"
+            case MmioExit(address, length, is_write):
+                way = "write" if is_write else "read"
+                return f"{name}: {way} of {length} bytes at {address:#x}"
+            case MsrExit(number=number):
+                return f"{name}: MSR {number:#x}"
+            case InternalErrorExit() as error:
+                return f"{name}, {_internal_error(error)}"
+            case FailEntryExit(why):
+                return f"{name}: the CPU refused to enter the guest, hardware reason {why:#x}"
+            case UnknownExit(why):
+                return f"{name}, hardware exit reason {why:#x}"
         return name
 
 
 _REFUSED: Final = (
-    "  KVM runs this instruction in an emulator of its own, which does not know it. An ordinary\n"
-    "  KVM emulates what accesses devices; one that interprets ring 0 (see `avmm doctor`), all\n"
-    "  that a kernel does: there, the guest needs a kernel built without this instruction."
+    "  KVM's emulator does not support this instruction. An ordinary KVM emulates only\n"
+    "  instructions that access devices. A KVM that interprets ring 0 (see `avmm doctor`)\n"
+    "  emulates all that a kernel does: there, the guest needs a kernel that was built without\n"
+    "  this instruction."
 )
 
 
-def _refused(page: Struct) -> bytes:
-    """The instruction that KVM could not emulate; empty where it was none, or is not told."""
-    if page.exit_reason != constants.KVM_EXIT_INTERNAL_ERROR:
-        return b""
-    error, failure = page.internal, page.emulation_failure
-    if (
-        error.suberror == constants.KVM_INTERNAL_ERROR_EMULATION
-        and error.ndata >= 3
-        and failure.flags & constants.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
-    ):
-        return bytes(failure.insn_bytes[0 : min(failure.insn_size, 15)])
-    return b""
-
-
-def _internal_error(page: Struct) -> str:
-    error = page.internal
+def _internal_error(error: InternalErrorExit) -> str:
     if error.suberror != constants.KVM_INTERNAL_ERROR_EMULATION:
-        data = " ".join(f"{word:#x}" for word in error.data[0 : min(error.ndata, 16)])
+        data = " ".join(f"{word:#x}" for word in error.data)
         return f"suberror {error.suberror}, data {data or 'none'}"
-    return f"KVM cannot emulate the instruction {_refused(page).hex(' ')}".rstrip()
+    return f"KVM cannot emulate the instruction {error.instruction.hex(' ')}".rstrip()
 
 
 def _number(data: bytes, at: int, size: int) -> int:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from avmm.arch.x86_64.boot.assembly import PC
 from avmm.boot.claims import Claims, MapEntry, MapKind
 from avmm.errors import ImageError
-from avmm.memory.ram import Region
+from avmm.memory.layout import Region
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -19,7 +20,7 @@ RAM, RESERVED = MapKind.RAM, MapKind.RESERVED
 
 
 def claims(size: int = 16 * MIB) -> Claims:
-    return Claims([Region(0, size, 0)])
+    return Claims([Region(0, size, 0)], PC)
 
 
 def test_overlap_names_both_and_their_ranges() -> None:
@@ -35,7 +36,7 @@ def test_overlap_names_both_and_their_ranges() -> None:
 
 
 def test_out_of_ram_is_another_message() -> None:
-    book = Claims([Region(0, 0x4000, 0), Region(1 << 32, 0x4000, 0x4000)])
+    book = Claims([Region(0, 0x4000, 0), Region(1 << 32, 0x4000, 0x4000)], PC)
     for gpa, size in ((0x3FFF, 2), (0x4000, 1), (1 << 63, 1 << 63), (0, 1 << 33), (-1, 2)):
         with pytest.raises(ImageError, match=r"kernel at .* outside of guest RAM"):
             book.claim(gpa, size, "kernel")
@@ -53,7 +54,7 @@ def test_empty_claim_takes_nothing() -> None:
 
 
 def test_map_of_a_plain_pc() -> None:
-    book = Claims([Region(0, 3 << 30, 0), Region(4 << 30, 1 << 30, 3 << 30)])
+    book = Claims([Region(0, 3 << 30, 0), Region(4 << 30, 1 << 30, 3 << 30)], PC)
     book.claim(0x9_0000, 0x6000, "info", reserved=True)
     book.claim(0x9_6000, 0x1000, "command line", reserved=True)
     book.claim(0xF_0000, 0x200, "MP table", reserved=True)
@@ -76,7 +77,7 @@ def test_map_of_little_ram() -> None:
 
 
 def test_place_goes_to_the_top_and_stays_below_the_limit() -> None:
-    book = Claims([Region(0, 3 << 30, 0), Region(4 << 30, 1 << 30, 3 << 30)])
+    book = Claims([Region(0, 3 << 30, 0), Region(4 << 30, 1 << 30, 3 << 30)], PC)
     assert book.place(1, "a") == 0xBFFF_F000
     assert book.place(0x1001, "b") == 0xBFFF_D000
     book.claim(0xBFF0_0000, 0x1001, "in the way")

@@ -8,11 +8,11 @@ import pytest
 import trio
 import trio.testing
 
-from avmm.bus.wakeup import Wakeup
+from avmm.bus.wakeup import TaskWakeup
 
 
 async def test_it_wakes_who_waits_and_who_comes_later() -> None:
-    wakeup = Wakeup()
+    wakeup = TaskWakeup()
     wakeup.set()
     with trio.fail_after(5):
         await wakeup.wait()
@@ -23,7 +23,7 @@ async def test_it_wakes_who_waits_and_who_comes_later() -> None:
 
 
 async def test_a_cancelled_wait_loses_nothing() -> None:
-    wakeup = Wakeup()
+    wakeup = TaskWakeup()
     wakeup.set()
     with trio.CancelScope() as scope:
         scope.cancel()
@@ -34,7 +34,7 @@ async def test_a_cancelled_wait_loses_nothing() -> None:
 
 
 async def test_one_task_waits() -> None:
-    wakeup = Wakeup()
+    wakeup = TaskWakeup()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wakeup.wait)
         await trio.testing.wait_all_tasks_blocked()
@@ -45,15 +45,15 @@ async def test_one_task_waits() -> None:
 
 async def test_it_can_be_made_in_a_thread_of_no_loop_with_the_loops_token() -> None:
     token = trio.lowlevel.current_trio_token()
-    made: list[Wakeup] = []
+    made: list[TaskWakeup] = []
     refused: list[Exception] = []
 
     def make() -> None:
         try:
-            Wakeup()
+            TaskWakeup()
         except RuntimeError as error:
             refused.append(error)
-        made.append(Wakeup(token))
+        made.append(TaskWakeup(token))
 
     thread = threading.Thread(target=make)
     thread.start()

@@ -268,19 +268,23 @@ def files(tmp_path: Path) -> Path:
         (["{}/text"], "looks like"),
         (["{}"], "directory"),
         (["--initrd", "{}/missing"], "No such file"),
-        (["--memory", "0"], "memory of 0 bytes: expected a positive multiple"),
+        (["--memory", "0"], "avmm: --memory '0': expected a positive multiple of 4096"),
+        (["--memory", "64"], "--memory '64': expected a positive multiple of 4096 bytes; did you"),
+        (["--memory", "4096"], "at least 1 MiB for this image; did you mean '4096M'?"),
         (["--memory", "lots"], "'lots' is no size"),
         (["--memory", "900T"], "this host has"),
         (["--memory", "1M", "--flat", "real@0xff000", "{}/real.bin"], "real.bin"),
         (["--cpus", "0"], "cpus 0"),
         (["--cpus", "5000"], "cpus 5000"),
-        (["--cpus", "two"], "'two' is not a valid integer"),
+        (["--cpus", "two"], "avmm: --cpus 'two': expected a whole number, 1 or more"),
         (["--console", "printer"], "console 'printer': expected stdio, pty"),
         (["--console", "virtio:printer"], "console 'virtio:printer': expected stdio, pty"),
         (["--console", "file:{}/no/such"], "no/such"),
-        (["--debug-exit", "x"], "'x' is no port"),
+        (["--debug-exit", "x"], "--debug-exit 'x': expected a port from 0 to 0xffff, or 'none'"),
         (["--debug-exit", "0x3f8"], "overlaps Serial"),
-        (["--debug-exit", "0x10000"], "expected a port"),
+        (["--debug-exit", "0x10000"], "--debug-exit 65536: expected a port"),
+        (["--rom", "x"], "--rom 'x': expected ADDRESS=PATH"),
+        (["--disk", "a,fast"], "disk a: unknown option 'fast'"),
         (["--flat", "real@0"], "flat: expected a kernel"),
         (["--flat", "real", "{}/real.bin"], "flat 'real': expected MODE@ADDRESS"),
         (["--flat", "fast@0", "{}/real.bin"], "flat 'fast@0'"),
@@ -320,7 +324,7 @@ def test_an_instruction_that_is_refused_is_named_and_what_that_means(tmp_path: P
     assert "KVM cannot emulate the instruction f0 48 0f c7 0b" in done.stderr
     assert "instruction: lock cmpxchg16b xmmword ptr [rbx]" in done.stderr
     assert "rip=0000000000100" in done.stderr
-    assert "one that interprets ring 0 (see `avmm doctor`)" in done.stderr
+    assert "A KVM that interprets ring 0 (see `avmm doctor`)" in done.stderr
 
 
 def test_a_guest_that_resets_is_reported(tmp_path: Path) -> None:

@@ -8,18 +8,24 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from avmm import arch
+from avmm.arch.contract import Probe
 from avmm.cli import completion_report, doctor
-from avmm.cli.completion_report import Shape, examine_shape, hypercalls
+from avmm.cli.completion_report import examine_shape, shapes
 from avmm.kvm import System
 
 pytestmark = pytest.mark.usefixtures("kvm")
+
+
+def shape_of(name: str) -> Probe:
+    return next(shape for shape in shapes() if shape.name == name)
 
 
 async def test_a_shape_that_never_leaves_kvm_run_is_said_to_be_impossible_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(completion_report, "_PATIENCE_SECONDS", 0.5)
-    finding = await examine_shape(Shape("1: jmp 1b", b"\xeb\xfe"))
+    finding = await examine_shape(Probe("1: jmp 1b", b"\xeb\xfe"))
     assert finding.error == "KVM_RUN does not return within 0.5 s"
     assert not finding.right
 
@@ -27,7 +33,7 @@ async def test_a_shape_that_never_leaves_kvm_run_is_said_to_be_impossible_in_tim
 async def test_a_shape_that_this_kvm_does_not_offer_is_said_to_be_impossible(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kvms, xens = hypercalls()
+    kvms, xens = shape_of("hypercall"), shape_of("Xen hypercall")
     lacking = {"KVM_CAP_EXIT_HYPERCALL", "KVM_CAP_XEN_HVM"}
     check = System.check
     monkeypatch.setattr(
@@ -54,21 +60,21 @@ HERE = {
 
 
 @pytest.mark.lab
-@pytest.mark.parametrize("shape", completion_report.SHAPES, ids=lambda shape: shape.name)
-async def test_what_an_uncompleted_exit_costs_is_as_documented(shape: Shape) -> None:
-    finding = await examine_shape(shape)
+@pytest.mark.parametrize("name", [n for n in arch.host().probe_names if "hypercall" not in n])
+async def test_what_an_uncompleted_exit_costs_is_as_documented(name: str) -> None:
+    finding = await examine_shape(shape_of(name))
     assert finding.drained == "right"
-    if shape.name == "out imm8, al":
+    if name == "out imm8, al":
         # KVM's fast path leaves RIP at the instruction; this one interprets it.
         interprets = Path("/sys/module/kvm_pvm").exists()
         assert finding.uncompleted.startswith("right" if interprets else "repeated: port write")
     else:
-        assert HERE[shape.name] in finding.uncompleted
+        assert HERE[name] in finding.uncompleted
 
 
 @pytest.mark.lab(only="stock")
 async def test_an_uncompleted_hypercall_is_lost_and_repeated() -> None:
-    finding = await examine_shape(hypercalls()[0])
+    finding = await examine_shape(shape_of("hypercall"))
     assert (finding.exit, finding.error) == ("KVM_EXIT_HYPERCALL", "")
     assert "lost: the guest got 0x11" in finding.uncompleted
     assert "repeated: hypercall 12" in finding.uncompleted
@@ -77,7 +83,7 @@ async def test_an_uncompleted_hypercall_is_lost_and_repeated() -> None:
 
 @pytest.mark.lab(only="newer")
 async def test_an_uncompleted_hypercall_of_xens_is_lost_and_repeated() -> None:
-    finding = await examine_shape(hypercalls()[1])
+    finding = await examine_shape(shape_of("Xen hypercall"))
     assert (finding.exit, finding.error) == ("KVM_EXIT_XEN", "")
     assert "lost: the guest got 0x11" in finding.uncompleted
     assert "repeated: Xen hypercall 17" in finding.uncompleted
@@ -95,7 +101,7 @@ def test_without_kvm_programs_are_told_for_each_shape() -> None:
     done = CliRunner().invoke(doctor.command, ["--completion", "--json"])
     assert done.exit_code == 1
     findings = json.loads(done.stdout)
-    assert [finding["access"] for finding in findings] == list(completion_report.NAMES)
+    assert [finding["access"] for finding in findings] == list(arch.host().probe_names)
     assert all("open /nowhere/kvm failed" in finding["error"] for finding in findings)
     assert not any(finding["drained"] for finding in findings)
 
@@ -109,5 +115,4 @@ def test_without_kvm_people_are_told_once() -> None:
 
 
 def test_every_shape_that_is_tried_is_named() -> None:
-    shapes = (*completion_report.SHAPES, *hypercalls())
-    assert tuple(shape.name for shape in shapes) == completion_report.NAMES
+    assert tuple(shape.name for shape in shapes()) == arch.host().probe_names

@@ -241,7 +241,7 @@ def test_a_snapshot_is_restored_again_and_again(guest: Command, tmp_path: Path) 
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     guest.say("poke 0x200000 0x5678\r")
     guest.expect(PROMPT)
-    for options in ([], ["--verify"]):
+    for options in ([], ["--verify"], ["--unclaimed", "error", "--completion", "always"]):
         done = avmm("restore", str(file), *options, given="peek 0x200000\nexit 3\n")
         assert done.returncode == 3
         assert "1234" in done.stdout

@@ -68,6 +68,7 @@ class FakeHost:
     """`lock` is a real, non-reentrant one: a device that takes it twice hangs its test."""
 
     memory: Any = None
+    has_tasks = False
 
     def __init__(self, *, irq: bool = True) -> None:
         self.line = FakeLine()

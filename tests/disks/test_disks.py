@@ -189,7 +189,7 @@ async def test_a_flush_that_failed_once_fails_for_ever(
 def test_one_writer_or_many_readers(image: Path) -> None:
     with RawDisk(image):
         for again in (RawDisk, OverlayDisk):
-            with pytest.raises(ConfigError, match="image: it is in use; expected one that can be"):
+            with pytest.raises(ConfigError, match="image: it is in use; expected one that nobody"):
                 again(image)
         with pytest.raises(ConfigError, match="in use"):
             RawDisk(image, read_only=True)
@@ -197,7 +197,7 @@ def test_one_writer_or_many_readers(image: Path) -> None:
         RawDisk(image, read_only=True),
         OverlayDisk(image),
         OverlayDisk(image),
-        pytest.raises(ConfigError, match="written, and by nobody else"),
+        pytest.raises(ConfigError, match="expected one that nobody else uses"),
     ):
         RawDisk(image)
     RawDisk(image).close()
@@ -331,7 +331,7 @@ async def test_an_overlays_changes_are_saved_with_the_machine(image: Path) -> No
             [[runs(((1 << 64) - 512, 512)), bytes(512)]],
         ):
             with pytest.raises(DeviceError):
-                other.load({"changes": changes})
+                other.load({**state, "changes": changes})
         assert await contents(other) == await contents(disk)
 
 
@@ -377,9 +377,11 @@ async def test_an_embedders_disk_need_not_do_much() -> None:
         await disk.flush()
     disk.read_only = True
     await disk.flush()
-    assert disk.save() == {}
-    with pytest.raises(DeviceError):
-        disk.load({"x": 1})
+    assert disk.save() == {"version": 1}
+    disk.load({"version": 1})
+    for wrong in ({}, {"version": 1, "x": 1}):
+        with pytest.raises(DeviceError, match="disk's state"):
+            disk.load(wrong)
 
     class Writes(Disk):
         def __init__(self) -> None:

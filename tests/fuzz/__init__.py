@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of the virtio devices, by hand: programs that pytest does not collect.
+"""Coverage-guided fuzzing of the virtio devices: programs to run by hand, not by pytest.
 
     pip install atheris
     cd tests
@@ -6,16 +6,20 @@
     python -m fuzz.registers -max_total_time=300 CORPUS  # registers and rings of each device
     python -m fuzz.requests -max_total_time=300 CORPUS   # what each device is asked for
 
-CORPUS is a folder of inputs that reached something new; it may begin empty. What follows the
-program's name are libFuzzer's options. A finding ends the program with its traceback and leaves
-its input in a file, which reproduces it as the only argument.
+CORPUS is a folder for the inputs that reached something new; it may be empty at first. The other
+arguments are libFuzzer's options. A finding ends the program with a traceback and leaves its
+input in a file. The program reproduces the finding when that file is its only argument.
 
-Whatever the guest does, no exception leaves a device, nothing outside of guest RAM is touched
-(there are canaries around it), an input is worked off within `SECONDS`, the device can then be
-paused, saved and loaded, and nothing keeps the memory mapped.
+The programs check that, whatever the guest does,
 
-Only Python is watched for coverage. The rings are C; their model in `queues` is Python, so
-that inputs are led into all of its branches.
+- no exception leaves a device;
+- nothing outside guest RAM is touched (there are canaries around it);
+- a device has worked off an input within `SECONDS`;
+- the device can then be paused, saved and loaded;
+- nothing keeps the memory mapped.
+
+Coverage is measured in Python only. The rings are C, but their model in `queues` is Python, so the
+fuzzer is led into all branches of the model.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def walk(memory: Island, size: int, head: int, indirect: bool) -> tuple[list, li
             if not indirect or within or flags & NEXT:
                 raise Broken("nested, chained or was not negotiated")
             if not length or length % 16 or length // 16 > MOST_PARTS:
-                raise Broken("no proper length")
+                raise Broken("invalid length")
             if address + length > HALF:
                 raise Broken("outside of RAM")
             table, entries, index, seen, within = address, length // 16, 0, 0, True

@@ -20,7 +20,8 @@ import pytest
 from support.assembler import assemble
 
 import avmm
-from avmm.bus.interrupts import Interrupts, Line
+from avmm.arch.x86_64.board import PINS
+from avmm.bus.interrupts import Interrupts, IrqLine
 from avmm.errors import AvmmError, ConfigError
 from avmm.kvm import (
     KvmError,
@@ -33,7 +34,7 @@ from avmm.kvm import (
     errors,
     exit_name,
 )
-from avmm.kvm.handles import REQUIRED
+from avmm.kvm.exits import MmioExit
 from avmm.kvm.kick import accept_kicks, install_kick, kick
 
 pytestmark = pytest.mark.lab(also="stock")
@@ -170,7 +171,7 @@ def fake_system(
     monkeypatch.setattr(System, "_ioctl_value", ioctl)
 
 
-@pytest.mark.parametrize(("name", "since"), REQUIRED.items())
+@pytest.mark.parametrize(("name", "since"), System.REQUIRED.items())
 @pytest.mark.usefixtures("nothing_left")
 def test_a_kernel_that_lacks_something_is_too_old(
     monkeypatch: pytest.MonkeyPatch, name: str, since: str
@@ -225,7 +226,7 @@ def test_exits_have_names() -> None:
 
 
 def test_capabilities_have_names() -> None:
-    assert {*REQUIRED, "KVM_CAP_READONLY_MEM"} <= set(capabilities())
+    assert {*System.REQUIRED, "KVM_CAP_READONLY_MEM"} <= set(capabilities())
 
 
 # -- handles -------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def test_a_closed_vcpu_has_no_kvm_run(vcpu: Vcpu) -> None:
     assert "kvm-vcpu" in Path("/proc/self/maps").read_text()
     vcpu.close()
     assert "kvm-vcpu" not in Path("/proc/self/maps").read_text()
-    assert not vcpu.page
+    assert not vcpu.page.struct
     assert vcpu.run() == -errno.EBADF
 
 
@@ -367,16 +368,16 @@ class Guest:
     def out(self) -> tuple[int, bytes]:
         """Run to the next exit, which must be an output: port and data."""
         assert self.run() == "KVM_EXIT_IO"
-        direction, size, port, count, offset = self.vcpu.io()
+        direction, size, port, count, offset = self.vcpu.page.io()
         assert direction == constants.KVM_EXIT_IO_OUT
-        return port, self.vcpu.io_load(offset, size * count)
+        return port, self.vcpu.page.io_load(offset, size * count)
 
     def inp(self, data: bytes) -> None:
         """Answer the input that the guest has just asked for."""
-        direction, size, _, count, offset = self.vcpu.io()
+        direction, size, _, count, offset = self.vcpu.page.io()
         assert direction == constants.KVM_EXIT_IO_IN
         assert size * count == len(data)
-        self.vcpu.io_store(offset, data)
+        self.vcpu.page.io_store(offset, data)
 
 
 Boot = Callable[..., Guest]
@@ -407,7 +408,7 @@ def test_a_string_input_lands_in_memory(boot: Boot) -> None:
     data = bytes(at % 251 for at in range(300))
     given = 0
     while guest.run() == "KVM_EXIT_IO":
-        count = guest.page.io.count
+        _, _, _, count, _ = guest.page.io()
         guest.inp(data[given : given + count])
         given += count
     assert guest.ram[0x4000:0x4200] == data.ljust(0x200, b"\0")
@@ -416,11 +417,11 @@ def test_a_string_input_lands_in_memory(boot: Boot) -> None:
 def test_what_is_not_memory_is_an_mmio_exit(boot: Boot) -> None:
     guest = boot("mov ax, 0x2000; mov ds, ax; mov eax, [0x10]; mov [0x20], ax; hlt")
     assert guest.run() == "KVM_EXIT_MMIO"
-    address, _, length, is_write = guest.vcpu.mmio()
+    address, _, length, is_write = guest.vcpu.page.mmio()
     assert (address, length, is_write) == (0x2_0010, 4, 0)
-    guest.vcpu.answer_mmio(0x44434241)
+    guest.vcpu.page.answer_mmio(0x44434241)
     assert guest.run() == "KVM_EXIT_MMIO"
-    address, data, length, is_write = guest.vcpu.mmio()
+    address, data, length, is_write = guest.vcpu.page.mmio()
     assert (address, data & 0xFFFF, length, is_write) == (0x2_0020, 0x4241, 2, 1)
     assert guest.run() == "KVM_EXIT_HLT"
 
@@ -432,7 +433,7 @@ def test_a_readonly_slot_can_be_read_but_writes_exit(boot: Boot) -> None:
     guest.vm.set_memory(1, 0x2_0000, rom.toreadonly(), readonly=True)
     assert guest.out() == (0x55, b"d")
     assert guest.run() == "KVM_EXIT_MMIO"
-    assert (guest.page.mmio.phys_addr, guest.page.mmio.is_write) == (0x2_0003, 1)
+    assert guest.page.exit() == MmioExit(0x2_0003, 1, is_write=True)
     assert guest.run() == "KVM_EXIT_HLT"
     assert bytes(rom[:4]) == b"abcd"
 
@@ -656,7 +657,7 @@ def test_a_route_to_nowhere_is_refused(boot: Boot) -> None:
 @pytest.fixture
 def interrupts(boot: Boot) -> Iterator[tuple[Guest, Interrupts]]:
     guest = boot(TAKES_IRQ.format(irq=5), irqchip=True)
-    interrupts = Interrupts(guest.vm)
+    interrupts = Interrupts(PINS)
     yield guest, interrupts
     interrupts.close()
     interrupts.close()
@@ -665,6 +666,7 @@ def interrupts(boot: Boot) -> Iterator[tuple[Guest, Interrupts]]:
 def test_a_line_interrupts_the_guest_at_each_rise(interrupts: tuple[Guest, Interrupts]) -> None:
     guest, lines = interrupts
     line = lines.line(5, "Foo")
+    lines.connect(guest.vm)
     assert guest.out()[0] == 0x55
     for _ in range(3):
         line.set(True)
@@ -674,9 +676,19 @@ def test_a_line_interrupts_the_guest_at_each_rise(interrupts: tuple[Guest, Inter
     assert guest.out()[0] == 0x56
 
 
+def test_what_was_raised_before_there_was_a_vm_reaches_it(
+    interrupts: tuple[Guest, Interrupts],
+) -> None:
+    guest, lines = interrupts
+    lines.line(5, "Foo").pulse()
+    assert guest.out()[0] == 0x55
+    lines.connect(guest.vm)
+    assert guest.out()[0] == 0x56
+
+
 def test_a_line_that_is_high_does_not_rise() -> None:
     fd = os.eventfd(0, os.EFD_NONBLOCK)
-    line = Line(fd)
+    line = IrqLine(fd)
     for level in (False, True, True, True, False, False, True):
         line.set(level)
     assert os.eventfd_read(fd) == 2
@@ -690,6 +702,7 @@ def test_lines_and_messages_do_not_take_each_others_place(
 ) -> None:
     guest, lines = interrupts
     line = lines.line(5, "Foo")
+    lines.connect(guest.vm)
     messages = [lines.message(LAPIC_BASE, vector) for vector in (0x41, 0x93)]
     assert guest.out()[0] == 0x55
     line.pulse()
@@ -721,5 +734,5 @@ def test_a_line_that_cannot_be_had_is_refused_by_name(
 def test_a_line_has_one_driver(interrupts: tuple[Guest, Interrupts]) -> None:
     interrupts[1].line(5, "Foo")
     interrupts[1].line(23, "Foo")
-    with pytest.raises(ConfigError, match="Bar: interrupt 5 is driven by Foo already"):
+    with pytest.raises(ConfigError, match="Bar: interrupt 5 is already driven by Foo"):
         interrupts[1].line(5, "Bar")

@@ -8,24 +8,16 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from support.parking import HEADERS, SUPPORT, planted
 
-import avmm
 from avmm.vcpu.completion import NEEDS_COMPLETION
 
-SUPPORT: Final = Path(__file__).parents[1] / "support"
-HEADERS: Final = Path(avmm.__file__).parent / "kvm"
 LIVES, ROUNDS = "100", "40"
 Stress = Callable[[str, str, float], str]
 _SOUND_SECONDS, _HANG_SECONDS = 200, 12
 """What is sound ends, on a host as busy as it may be; of what hangs that is what is to be seen."""
 
 pytestmark = pytest.mark.timeout(2 * _SOUND_SECONDS)
-
-
-def planted(old: str, new: str) -> str:
-    source = (HEADERS / "parking.h").read_text()
-    assert source.count(old) == 1, "the source has changed"
-    return source.replace(old, new)
 
 
 @pytest.fixture
@@ -65,7 +57,7 @@ KICK: Final = "return s->tid && atomic_load(&s->runs) ? send_kick(s->pid, s->tid
 BUGS: Final = {
     "parks without a second KVM_RUN": ("if (!drained) {", "if (0) {"),
     "takes no heed of the flag": ("\n            && !(run->flags & KVM_RUN_NEEDS_COMPLETION)", ""),
-    "takes no heed of Mode.ALWAYS": (" && !s->lot->always", ""),
+    "takes no heed of CompletionMode.ALWAYS": (" && !s->lot->always", ""),
     "takes INTR for this KVM_RUN's": (
         "            run->exit_reason = KVM_EXIT_UNKNOWN;\n",
         "            ;\n",
@@ -100,8 +92,8 @@ BUGS: Final = {
     ),
     "does not say that it runs": ("    atomic_store(&s->runs, 1);\n", ""),
     "clears immediate_exit after its last look": (
-        "has set it again. */\n            set_immediate_exit(run, 0);\n        }\n",
-        "has set it again. */\n        }\n        pause_perhaps();\n"
+        "a second time. */\n            set_immediate_exit(run, 0);\n        }\n",
+        "a second time. */\n        }\n        pause_perhaps();\n"
         "        set_immediate_exit(run, 0);\n",
     ),
     "a vCPU that is to end stays parked": (

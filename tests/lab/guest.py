@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import avmm.image.build
-from avmm.boot import bzimage
+from avmm.arch.x86_64.boot import bzimage
 from avmm.boot.image import open_image
 from lab import krunfw
 from lab.cache import LabError, artefact

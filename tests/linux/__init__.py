@@ -1,8 +1,10 @@
-"""A Linux that boots on every KVM, those included that interpret ring 0.
+"""A Linux that boots on every KVM, even on one that interprets ring 0.
 
-Debian's source with `interpreted.patch` and tinyconfig with `kernel.config`, built on first use
-(two to five minutes) and kept in the user's cache, by the lab's means; user space is klibc's
-from Debian's packages, because the kernel saves no AVX state and glibc uses AVX.
+The kernel is Debian's source with `interpreted.patch`, configured by tinyconfig and
+`kernel.config`. It is built on first use, which takes two to five minutes, and is kept in the
+user's cache, like what the lab builds. User space is klibc, from Debian's packages, because this
+kernel saves no AVX state and glibc uses AVX.
 
-Of Linux, the project carries only the patch and the configurations, which are GPL-2.0 as Linux is.
+The project contains nothing of Linux but the patch and the configurations. They keep Linux's
+license, GPL-2.0.
 """

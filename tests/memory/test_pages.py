@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from avmm.arch.x86_64.layout import HOLE_END, HOLE_START, RAM
 from avmm.memory import layers as layers_module
 from avmm.memory import ram as memory_module
 from avmm.memory.pages import PAGE, RUN_BYTES, Bitmap, Packer, own_pages, unpack
-from avmm.memory.ram import HOLE_END, HOLE_START, GuestMemory
+from avmm.memory.ram import GuestMemory
 from avmm.native.vring import SplitRing
 
 PAGES = 70
@@ -457,7 +458,7 @@ def test_without_copies_there_are_runs_only() -> None:
 def large(monkeypatch: pytest.MonkeyPatch) -> Iterator[GuestMemory]:
     """RAM on both sides of the hole, of which hardly any is there."""
     monkeypatch.setattr(memory_module, "check_size", lambda size: size)
-    memory = GuestMemory(HOLE_START + 64 * PAGE)
+    memory = GuestMemory(HOLE_START + 64 * PAGE, layout=RAM)
     yield memory
     memory.close()
 

@@ -19,7 +19,7 @@ from avmm.errors import MsrFault
 from avmm.vcpu.calls import Answer, Call
 from model.vcpu import ADDRESS, ADDRESSES, MSR, MSRS, PORT, PORTS, Broken, mix
 
-SPACES: Final = ("ports", "addresses", "MSRs")
+SPACES: Final = ("pio", "mmio", "msr")
 Entry = tuple[Any, ...]
 """One line of a log."""
 
@@ -111,7 +111,7 @@ class Recorder(Device):
         self._refuse(answer)
 
     def _refuse(self, answer: int) -> None:
-        if self.space == "MSRs" and not answer % 5:
+        if self.space == "msr" and not answer % 5:
             raise MsrFault("an MSR that does not like what it is asked")
 
     def _check(self) -> None:
@@ -151,9 +151,9 @@ def recorders(board: Board) -> list[Recorder]:
 def place(recorder: Recorder) -> Placement:
     """Where the model's programs look for it."""
     index = recorder.board.index
-    if recorder.space == "ports":
+    if recorder.space == "pio":
         return pio(recorder, PORT + PORTS * index, PORTS)
-    if recorder.space == "addresses":
+    if recorder.space == "mmio":
         return mmio(recorder, ADDRESS + ADDRESSES * index, ADDRESSES)
     return msr(recorder, MSR + MSRS * index, MSRS)
 
@@ -161,9 +161,9 @@ def place(recorder: Recorder) -> Placement:
 def buses() -> dict[str, Bus]:
     """Empty buses, silent about what nobody claims."""
     return {
-        "ports": Bus("port", 1 << 16, 0),
-        "addresses": Bus("address", 1 << 52, 0),
-        "MSRs": Bus("MSR", 1 << 32, 0, unit=8),
+        "pio": Bus("port", 1 << 16, 0),
+        "mmio": Bus("address", 1 << 52, 0),
+        "msr": Bus("MSR", 1 << 32, 0, unit=8),
     }
 
 

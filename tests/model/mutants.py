@@ -45,9 +45,12 @@ _LOOK: Final = """\
                 self._state = _RUNNING
 """
 _IS_OUTPUT: Final = """\
-    if page.exit_reason == constants.KVM_EXIT_IO:
-        return bool(page.io.direction == constants.KVM_EXIT_IO_OUT)
-    return page.exit_reason == constants.KVM_EXIT_MMIO and bool(page.mmio.is_write)
+    match page.exit():
+        case PioExit(is_output=is_output):
+            return is_output
+        case MmioExit(is_write=is_write):
+            return is_write
+    return False
 """
 _AWAIT: Final = """\
             await work  # where it fails, `_wind_up` finds its exit without an answer
@@ -106,7 +109,7 @@ BUGS: Final = (
     ),
     Bug(
         "the loop drains whatever the policy says",
-        (("loop", "if status < 0 or self._needs_completion(status):", "if True:"),),
+        (("loop", "if self._needs_completion(status):", "if True:"),),
         "loop",
     ),
     Bug(
@@ -153,7 +156,13 @@ BUGS: Final = (
     ),
     Bug(
         "the flag is trusted though the kernel lies",
-        (("completion", "self.mode is not Mode.AUTO or self.lie", "self.mode is not Mode.AUTO"),),
+        (
+            (
+                "completion",
+                "self.mode is not CompletionMode.AUTO or self.lie",
+                "self.mode is not CompletionMode.AUTO",
+            ),
+        ),
         "drain",
     ),
     Bug(

@@ -31,7 +31,7 @@ class Believes:
 
 
 def policy(code: Production, believes: Believes) -> Any:
-    mode = code.completion.Mode[believes.mode]
+    mode = code.completion.CompletionMode[believes.mode]
     return code.completion.CompletionPolicy(
         mode, capability=believes.capability, announced=believes.announced
     )
@@ -89,7 +89,7 @@ def needs_none(code: Production, decide: Any) -> Callable[[int], None]:
 
     def on_needless(reason: int) -> None:
         knows = reason in COMPLETE or (decide.by_flag and decide._seen_set)
-        if knows and decide.mode is not code.completion.Mode.ALWAYS:
+        if knows and decide.mode is not code.completion.CompletionMode.ALWAYS:
             raise Broken(f"KVM_RUN was entered to complete {exit_name(reason)}, which needs none")
 
     return on_needless

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
+from avmm import arch
 from model.devices import Board, Entry, Wait, buses, calls, plug, recorders
 from model.parking import ModelLot
 from model.production import REAL, Production
@@ -119,11 +120,9 @@ def make_exits(
     """Production's `Exits`, which for once knows the exit that nobody knows."""
 
     def unknown() -> None:
-        model.page.unknown.value = board.note("unknown", 0)
+        model.page.unknown = board.note("unknown", 0)
 
-    exits = code.exits.Exits(
-        model, onto["ports"], onto["addresses"], onto["MSRs"], lambda end: None, str, handler
-    )
+    exits = code.exits.Exits(model, onto, arch.host().exit_reasons, lambda end: None, str, handler)
     exits._table[UNKNOWN_EXIT] = unknown
     return exits
 

@@ -17,8 +17,8 @@ from avmm.vcpu.completion import (
     DOCUMENTED,
     DRAIN_LIMIT,
     NEEDS_COMPLETION,
+    CompletionMode,
     CompletionPolicy,
-    Mode,
     drain,
     is_output,
 )
@@ -49,30 +49,31 @@ def test_the_list_is_that_of_api_rst() -> None:
 @pytest.mark.parametrize("reason", sorted(DOCUMENTED))
 def test_what_is_documented_is_completed(reason: int) -> None:
     assert CompletionPolicy().needs(reason, CLEAR)
-    assert CompletionPolicy(Mode.LIST).needs(reason, CLEAR)
+    assert CompletionPolicy(CompletionMode.LIST).needs(reason, CLEAR)
 
 
 @pytest.mark.parametrize("reason", UNKNOWN)
 def test_what_is_unknown_is_completed(reason: int) -> None:
     assert CompletionPolicy().needs(reason, CLEAR)
-    assert CompletionPolicy(Mode.LIST).needs(reason, CLEAR)
+    assert CompletionPolicy(CompletionMode.LIST).needs(reason, CLEAR)
 
 
 @pytest.mark.parametrize("reason", sorted(COMPLETE))
 def test_what_leaves_nothing_pending_is_not_completed(reason: int) -> None:
     assert not CompletionPolicy().needs(reason, CLEAR)
-    assert not CompletionPolicy(Mode.LIST).needs(reason, CLEAR)
+    assert not CompletionPolicy(CompletionMode.LIST).needs(reason, CLEAR)
 
 
 @pytest.mark.parametrize("reason", [*sorted(DOCUMENTED | COMPLETE), *UNKNOWN])
 @pytest.mark.parametrize("flags", [SET, CLEAR])
 def test_always_is_always(reason: int, flags: int) -> None:
-    assert CompletionPolicy(Mode.ALWAYS, capability=300, announced=True).needs(reason, flags)
+    policy = CompletionPolicy(CompletionMode.ALWAYS, capability=300, announced=True)
+    assert policy.needs(reason, flags)
 
 
 @pytest.mark.parametrize("flags", [SET, CLEAR])
 def test_by_the_list_the_flag_is_not_looked_at(flags: int) -> None:
-    policy = CompletionPolicy(Mode.LIST, capability=300, announced=True)
+    policy = CompletionPolicy(CompletionMode.LIST, capability=300, announced=True)
     for _ in range(2):
         assert policy.needs(IO, flags)
         assert not policy.needs(HLT, flags)
@@ -166,8 +167,8 @@ def test_a_kernel_without_the_flag_is_no_liar(caplog: pytest.LogCaptureFixture) 
 
 
 def test_the_policy_in_force_is_described() -> None:
-    assert CompletionPolicy(Mode.ALWAYS).describe() == "every exit"
-    assert CompletionPolicy(Mode.LIST).describe() == "the documented list"
+    assert CompletionPolicy(CompletionMode.ALWAYS).describe() == "every exit"
+    assert CompletionPolicy(CompletionMode.LIST).describe() == "the documented list"
     policy = announced()
     assert policy.describe() == "the kernel's flag (capability 300)"
     policy.needs(IO, CLEAR)
@@ -225,8 +226,8 @@ def test_an_output_is_what_asks_for_nothing(op: Op, exits: list[bool]) -> None:
 @pytest.mark.parametrize("reason", sorted((DOCUMENTED | COMPLETE | {*UNKNOWN}) - {IO, MMIO}))
 def test_no_other_exit_is_an_output_whatever_was_before_it(reason: int) -> None:
     page = ModelVcpu(0, (), Host()).page
-    page.io.direction, page.mmio.is_write = constants.KVM_EXIT_IO_OUT, 1
-    page.exit_reason = reason
+    page.struct.io.direction, page.struct.mmio.is_write = constants.KVM_EXIT_IO_OUT, 1
+    page.struct.exit_reason = reason
     assert not is_output(page)
 
 

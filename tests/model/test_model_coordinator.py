@@ -192,7 +192,7 @@ def test_a_deadline_names_the_device_the_address_and_the_time() -> None:
         assert pauser.outcome == "timeout"
         text = str(pauser.error)
         assert "given up after 1.0 s" in text
-        assert "vCPU 0 waits for addresses of vCPU 0" in text
+        assert "vCPU 0 waits for mmio of vCPU 0" in text
         assert "KVM_EXIT_MMIO: read of 4 bytes at 0xd0000010, since 1.5 s" in text
         await world.advance(1.5)
         await world.answer(0)
@@ -210,7 +210,7 @@ def test_a_deadline_names_the_device_that_does_not_finish() -> None:
             await world.step(number, 40)
         await world.advance(1.0)
         assert pauser.outcome == "timeout"
-        expected = "ports of vCPU 1 has not finished what it has in flight, since 1.0 s"
+        expected = "pio of vCPU 1 has not finished what it has in flight, since 1.0 s"
         assert expected in str(pauser.error)
 
     slow(script)
@@ -227,7 +227,7 @@ def test_who_asks_meanwhile_does_not_change_what_a_deadline_names() -> None:
         second = await world.pause(nursery)
         await world.advance(1.0)
         assert first.outcome == "timeout"
-        assert "ports of vCPU 0 has not finished" in str(first.error)
+        assert "pio of vCPU 0 has not finished" in str(first.error)
         for number in range(2):
             await world.step(number, 40)
         assert second.inside
@@ -246,7 +246,7 @@ def test_two_deadlines_at_the_same_time_name_what_each_has_waited_for() -> None:
             await world.step(number, 40)
         await world.advance(1.0)
         assert (first.outcome, second.outcome) == ("timeout", "timeout")
-        assert "ports of vCPU 0 has not finished" in str(first.error)
+        assert "pio of vCPU 0 has not finished" in str(first.error)
         assert "another pause is under way" not in str(first.error)
         assert "another pause is under way" in str(second.error)
 
@@ -318,7 +318,7 @@ def test_a_device_that_does_not_resume_keeps_neither_the_guest_nor_other_devices
             assert not caplog.text
             await world.advance(0.5)
             assert not world.lot.asked, "the guest is kept paused"
-            late = f"not resumed within 10 s after a pause: ports of vCPU {number}"
+            late = f"not resumed within 10 s after a pause: pio of vCPU {number}"
             assert f"{late}; the guest runs on" in caplog.text
             assert pauser.done == heeds_cancellation
             if not heeds_cancellation:

@@ -17,13 +17,13 @@ it happen there.
 from __future__ import annotations
 
 import errno
+import mmap
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, Final
+from typing import Final
 
-from avmm.kvm import constants
+from avmm.kvm import RunPage, constants
 from avmm.vcpu.completion import NEEDS_COMPLETION
 
 MASK: Final = (1 << 64) - 1
@@ -103,26 +103,20 @@ class Host:
     only before a vCPU's first instruction, but nothing says so: only -EINTR is a promise."""
 
 
-class Page:
-    """`kvm_run`: plain numbers, and a gate before the vCPU's thread writes `immediate_exit`."""
+DATA: Final = mmap.PAGESIZE
+"""Where in `kvm_run` port data lies: on a page of its own, as KVM has it."""
+
+
+class Page(RunPage):
+    """The real thing but for its kernel, and a gate before the vCPU's thread writes
+    `immediate_exit`, which is `request` here."""
 
     def __init__(self, vcpu: ModelVcpu) -> None:
+        super().__init__(mmap.mmap(-1, 2 * mmap.PAGESIZE))
         self._vcpu = vcpu
         self.request = 0
-        self.exit_reason = 0
-        self.flags = 0
-        self.io = SimpleNamespace(direction=0, size=1, port=0, count=1, data_offset=0)
-        self.mmio = SimpleNamespace(phys_addr=0, data=0, len=1, is_write=0)
-        self.msr = SimpleNamespace(error=0, reason=0, index=0, data=0)
-        self.hypercall = SimpleNamespace(nr=0, args=[0] * 6, ret=0, longmode=1)
-        hcall = SimpleNamespace(longmode=1, cpl=0, input=0, result=0, params=[0] * 6)
-        self.xen = SimpleNamespace(type=0, u=SimpleNamespace(hcall=hcall))
-        self.papr_hcall = SimpleNamespace(nr=0, ret=0, args=[0] * 9)
-        self.osi = SimpleNamespace(gprs=[0] * 32)
-        self.epr = SimpleNamespace(epr=0)
-        self.unknown = SimpleNamespace(value=0)
-        self.hw = SimpleNamespace(hardware_exit_reason=0)
-        self.system_event = SimpleNamespace(type=0, ndata=0)
+        self.unknown = 0
+        """What lies in the part of an exit that nobody knows."""
 
     @property
     def immediate_exit(self) -> int:
@@ -179,7 +173,6 @@ class ModelVcpu:
         self._needless: int | None = None
         """The reason of the last exit, where nobody needs to enter again for it."""
         self._retries = 0
-        self._data = bytearray(4096)
         self._lock = threading.Lock()
         self._inside = False
         self._signal = False
@@ -197,7 +190,7 @@ class ModelVcpu:
         with self._lock:
             self._inside, self._signal = True, False
         if self._host.flags != "stale":
-            self.page.flags = 0
+            self.page.struct.flags = 0
         try:
             status = self._run()
         except Broken:
@@ -209,23 +202,8 @@ class ModelVcpu:
         self.gate("leave")
         return status
 
-    def io(self) -> tuple[int, ...]:
-        io = self.page.io
-        return io.direction, io.size, io.port, io.count, io.data_offset
-
-    def mmio(self) -> tuple[int, ...]:
-        mmio = self.page.mmio
-        return mmio.phys_addr, mmio.data, mmio.len, mmio.is_write
-
-    def answer_mmio(self, value: int) -> None:
-        assert 0 <= value <= MASK
-        self.page.mmio.data = value
-
-    def io_load(self, offset: int, length: int) -> bytes:
-        return bytes(self._data[offset : offset + length])
-
-    def io_store(self, offset: int, data: bytes | bytearray) -> None:
-        self._data[offset : offset + len(data)] = data
+    def pc(self) -> int:
+        return self._state.pc
 
     # -- what tests have beside it ---------------------------------------------------------
 
@@ -345,15 +323,15 @@ class ModelVcpu:
             raise Broken(f"vCPU {self.index} runs while its state is read")
 
     def _interrupted(self) -> int:
-        self.page.exit_reason = constants.KVM_EXIT_INTR
+        self.page.struct.exit_reason = constants.KVM_EXIT_INTR
         if self._host.flags == "always":
-            self.page.flags = NEEDS_COMPLETION
+            self.page.struct.flags = NEEDS_COMPLETION
         return -errno.EINTR
 
     def _leave(self, reason: int) -> int:
         self.exits += 1
         self._retries = self._host.retries
-        self.page.exit_reason = reason
+        self.page.struct.exit_reason = reason
         needs = reason != constants.KVM_EXIT_INTR
         flags = {
             "none": False,
@@ -361,7 +339,7 @@ class ModelVcpu:
             "sparing": needs and not self._through,
             "deaf": needs and not self._loads(reason),
         }.get(self._host.flags, needs)
-        self.page.flags = NEEDS_COMPLETION if flags else 0
+        self.page.struct.flags = NEEDS_COMPLETION if flags else 0
         is_through = self._through or not needs
         self._needless = reason if is_through and not flags else None
         self._through = False
@@ -369,8 +347,8 @@ class ModelVcpu:
 
     def _loads(self, reason: int) -> bool:
         if reason == constants.KVM_EXIT_IO:
-            return bool(self.page.io.direction == constants.KVM_EXIT_IO_IN)
-        return reason == constants.KVM_EXIT_MMIO and not self.page.mmio.is_write
+            return bool(self.page.struct.io.direction == constants.KVM_EXIT_IO_IN)
+        return reason == constants.KVM_EXIT_MMIO and not self.page.struct.mmio.is_write
 
     def _at(self, pc: int) -> None:
         self._state.pc = pc
@@ -395,27 +373,29 @@ class ModelVcpu:
     # -- instructions: each `yield` is an exit, what follows it is what was pending ------------
 
     def _port(self, way: int, op: Op, count: int, data: bytes = b"") -> int:
-        io = self.page.io
+        io = self.page.struct.io
         io.direction, io.size, io.port = way, op.size, PORT + PORTS * self.index + op.at
-        io.count, io.data_offset = count, 64
-        length = op.size * count
-        self._data[64 : 64 + length] = data or bytes([NOISE & 0xFF]) * length
+        io.count, io.data_offset = count, DATA
+        self.page.io_store(DATA, data or bytes([NOISE & 0xFF]) * op.size * count)
         return constants.KVM_EXIT_IO
 
     def _address(self, address: int, length: int, value: int | None) -> int:
-        mmio = self.page.mmio
+        mmio = self.page.struct.mmio
         mmio.phys_addr = ADDRESS + ADDRESSES * self.index + address
         mmio.len, mmio.is_write = length, int(value is not None)
-        mmio.data = NOISE if value is None else value | NOISE << 8 * length & MASK
+        self.page.answer_mmio(NOISE if value is None else value | NOISE << 8 * length & MASK)
         return constants.KVM_EXIT_MMIO
 
     def _loaded(self, length: int) -> int:
-        value: int = self.page.mmio.data
+        _, value, _, _ = self.page.mmio()
         return value & (1 << 8 * length) - 1
+
+    def _input(self, size: int, at: int = 0) -> int:
+        return int.from_bytes(self.page.io_load(DATA + at * size, size), "little")
 
     def _do_in(self, op: Op) -> Steps:
         yield self._port(constants.KVM_EXIT_IO_IN, op, 1)
-        self._take(int.from_bytes(self._data[64 : 64 + op.size], "little"))
+        self._take(self._input(op.size))
         self._next()
 
     def _do_out(self, op: Op) -> Steps:
@@ -434,8 +414,8 @@ class ModelVcpu:
             return
         count = min(self._state.count, self._host.batch)
         yield self._port(constants.KVM_EXIT_IO_IN, op, count)
-        for at in range(64, 64 + count * op.size, op.size):
-            self._take(int.from_bytes(self._data[at : at + op.size], "little"))
+        for at in range(count):
+            self._take(self._input(op.size, at))
         self._state.count -= count
 
     def _do_outs(self, op: Op) -> Steps:
@@ -500,21 +480,21 @@ class ModelVcpu:
             self._next()
             return
         yield self._port(constants.KVM_EXIT_IO_IN, op, 1)
-        value = int.from_bytes(self._data[64 : 64 + op.size], "little")
+        value = self._input(op.size)
         self._take(value)
         self._state.count -= 1
         self._through = True
         yield self._address(op.at, op.size, value)
 
     def _do_rdmsr(self, op: Op) -> Steps:
-        msr = self.page.msr
+        msr = self.page.struct.msr
         msr.index, msr.error, msr.data = MSR + MSRS * self.index + op.at, 1, NOISE
         yield constants.KVM_EXIT_X86_RDMSR
         self._take(mix(1) if msr.error else msr.data)
         self._next()
 
     def _do_wrmsr(self, op: Op) -> Steps:
-        msr = self.page.msr
+        msr = self.page.struct.msr
         msr.index, msr.error = MSR + MSRS * self.index + op.at, 1
         msr.data = self._value(8)
         yield constants.KVM_EXIT_X86_WRMSR
@@ -522,23 +502,24 @@ class ModelVcpu:
         self._next()
 
     def _do_kvm(self, op: Op) -> Steps:
-        call = self.page.hypercall
-        call.nr, call.ret = constants.KVM_HC_MAP_GPA_RANGE, NOISE
+        call = self.page.struct.hypercall
+        call.nr, call.ret, call.longmode = constants.KVM_HC_MAP_GPA_RANGE, NOISE, 1
         call.args = [op.at, self._value(8), 0, 0, 0, 0]
         yield constants.KVM_EXIT_HYPERCALL
         self._take(call.ret)
         self._next()
 
     def _do_xen(self, op: Op) -> Steps:
-        self.page.xen.type = constants.KVM_EXIT_XEN_HCALL
-        call = self.page.xen.u.hcall
+        self.page.struct.xen.type = constants.KVM_EXIT_XEN_HCALL
+        call = self.page.struct.xen.u.hcall
+        call.longmode, call.cpl = 1, 0
         call.input, call.result, call.params = op.at, NOISE, [self._value(8)] * 6
         yield constants.KVM_EXIT_XEN
         self._take(call.result)
         self._next()
 
     def _do_papr(self, op: Op) -> Steps:
-        call = self.page.papr_hcall
+        call = self.page.struct.papr_hcall
         call.nr, call.ret, call.args = op.at, NOISE, [self._value(8)] * 9
         yield constants.KVM_EXIT_PAPR_HCALL
         for value in (call.ret, *call.args):
@@ -546,29 +527,26 @@ class ModelVcpu:
         self._next()
 
     def _do_osi(self, op: Op) -> Steps:
-        self.page.osi.gprs = [self._value(8)] * 32
-        self.page.osi.gprs[5] = op.at
+        self.page.struct.osi.gprs = [self._value(8)] * 32
+        self.page.struct.osi.gprs[5] = op.at
         yield constants.KVM_EXIT_OSI
-        for value in self.page.osi.gprs:
+        for value in self.page.struct.osi.gprs:
             self._take(value)
         self._next()
 
     def _do_epr(self, op: Op) -> Steps:
-        self.page.epr.epr = NOISE & 0xFFFF_FFFF
+        self.page.struct.epr.epr = NOISE & 0xFFFF_FFFF
         yield constants.KVM_EXIT_EPR
-        self._take(self.page.epr.epr)
+        self._take(self.page.struct.epr.epr)
         self._next()
 
     def _do_unknown(self, op: Op) -> Steps:
-        self.page.unknown.value = NOISE
+        self.page.unknown = NOISE
         yield UNKNOWN_EXIT
-        self._take(self.page.unknown.value)
+        self._take(self.page.unknown)
         self._next()
 
     def _do_notice(self, op: Op) -> Steps:
         """An exit that leaves nothing pending; of those, the one that avmm serves and goes on."""
         self._next()
         yield constants.KVM_EXIT_INTR
-
-    def regs(self) -> Any:
-        return SimpleNamespace(rip=self._state.pc)

@@ -162,7 +162,9 @@ def watched(loop: Any, broken: Callable[[str], None], steps: set[tuple[str, str]
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "_state" and name in vars(self):
                 before, thread = vars(self)[name], threading.current_thread().name
-                side = loop.Side.THREAD if thread == f"avmm vCPU {self.index}" else loop.Side.TASK
+                side = (
+                    loop.Writer.THREAD if thread == f"avmm vCPU {self.index}" else loop.Writer.TASK
+                )
                 if loop.TRANSITIONS[before].get(value) is not side:
                     broken(f"vCPU {self.index}: {side.value} makes {value} of {before}")
                 steps.add((before.name, value.name))

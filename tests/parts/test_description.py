@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,19 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.faults import Fault, Line, Message
+from support.previous import previous_description
 
 import avmm
 from avmm.bus.space import Placement
-from avmm.config import MachineConfig
+from avmm.config import HostSettings, MachineConfig
 from avmm.disks import DiskOptions
 from avmm.errors import ConfigError, MigrationError, StateError
 from avmm.memory.ram import GuestMemory
-from avmm.parts import description
-from avmm.parts.building import Origin, build, dismantle
-from avmm.parts.description import Links
+from avmm.parts import Origin, build, description, dismantle
 
 pytestmark = pytest.mark.usefixtures("kvm", "nothing_left")
+
+SEEN = ("memory", "cpus", "acpi", "rng", "balloon", "debug_exit", "xen")
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ class Good:
     """A machine with one of everything: what is told of it, where, and its devices."""
 
     told: dict[str, Any]
-    links: Links
+    links: HostSettings
     places: list[Placement]
 
-    def read(self, **links: Any) -> description.Described:
-        return description.read(self.told, replace(self.links, **links))
+    def read(self, **settings: Any) -> description.Described:
+        chosen: Any = {**self.links, **settings}
+        return description.read(self.told, chosen)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +48,11 @@ def good(kvm: None, tmp_path_factory: pytest.TempPathFactory) -> Good:
     (folder / "rom").write_bytes(b"rom!" * 1024)
     for name in ("written", "read", "over"):
         (folder / name).write_bytes(bytes(8192))
-    links = Links(
-        [f"{folder / 'written'}", f"{folder / 'read'},ro", f"{folder / 'over'},overlay"],
-        [f"listen={folder / 'net'}"],
-        "cid=7",
-    )
+    links: HostSettings = {
+        "disks": [f"{folder / 'written'}", f"{folder / 'read'},ro", f"{folder / 'over'},overlay"],
+        "net": [f"listen={folder / 'net'}"],
+        "vsock": "cid=7",
+    }
 
     async def make() -> Good:
         config = MachineConfig.make(
@@ -60,9 +61,7 @@ def good(kvm: None, tmp_path_factory: pytest.TempPathFactory) -> Good:
             rng=True,
             balloon=True,
             roms=[(0xF000_0000, folder / "rom")],
-            disks=links.disks or (),
-            net=links.net or (),
-            vsock=links.vsock,
+            **links,
         )
         parts = await build(config)
         told = parts.describe()
@@ -106,7 +105,10 @@ def test_a_good_one_is_read_and_is_of_the_same_machine(good: Good) -> None:
         ({"net": ["tap=a", "tap=b"]}, "the guest has 1 network device: expected net .*, not 2"),
         ({"net": ["wire=a"]}, "'wire' is unknown; expected one of tap=NAME"),
         ({"vsock": None}, "a socket device, with CID 7: expected vsock to say its CID here"),
-        ({"vsock": "cid=2"}, "vsock cid 2: expected a number from 3"),
+        ({"vsock": "cid=2"}, "vsock cid 2: expected a whole number from 3"),
+        ({"vsock": "unix=/x"}, "vsock 'unix=/x': expected cid=NUMBER"),
+        ({"disks": "written"}, "^disks 'written': expected a list like"),
+        ({"net": 5}, "^net 5: expected a list like"),
     ],
 )
 def test_links_that_are_missing_or_wrong(good: Good, links: dict[str, Any], why: str) -> None:
@@ -117,40 +119,51 @@ def test_links_that_are_missing_or_wrong(good: Good, links: dict[str, Any], why:
 def test_links_for_what_the_guest_has_not(good: Good) -> None:
     bare = good.told | {"disks": [], "nets": [], "vsock": None}
     for links, why in (
-        (Links(disks=["x"]), r"the guest has 0 disks \(none\): expected disks .*, not 1"),
-        (Links(net=["tap=x"]), "the guest has 0 network devices: expected net .*, not 1"),
-        (Links(vsock="cid=3"), "vsock: the guest has no socket device"),
+        (HostSettings(disks=["x"]), r"the guest has 0 disks \(none\): expected disks .*, not 1"),
+        (HostSettings(net=["tap=x"]), "the guest has 0 network devices: expected net .*, not 1"),
+        (HostSettings(vsock="cid=3"), "vsock: the guest has no socket device"),
     ):
         with pytest.raises(ConfigError, match=why):
             description.read(bare, links)
-    assert description.read(bare, Links()).config.disks == ()
+    assert description.read(bare, {}).config.disks == ()
 
 
 def test_what_the_guest_has_seen_may_not_be_chosen_anew(good: Good) -> None:
-    for name, value in (
-        *(("memory", "8M"), ("cpus", 1), ("acpi", False), ("rng", False), ("balloon", False)),
-        *(("debug_exit", None), ("xen", True), ("kernel", "x"), ("console", "virtio")),
+    for name, value, why in (
+        *((name, 1, "the guest has seen it; it cannot be changed") for name in SEEN),
+        ("kernel", "x", "the guest has booted with it; it cannot be changed"),
+        ("roms", [], "the guest has booted with it; it cannot be changed"),
+        ("console", "virtio", "only the avmm command looks at it"),
     ):
-        with pytest.raises(ConfigError, match=f"^{name}: the guest has seen it as it was"):
-            description.read(good.told, good.links, **{name: value})
-    described = description.read(good.told, good.links, unclaimed="error", completion="always")
+        with pytest.raises(ConfigError, match=f"^{name}: {why}$"):
+            good.read(**{name: value})
+    described = good.read(unclaimed="error", completion="always")
     assert (described.config.unclaimed, described.config.completion) == ("error", "always")
     with pytest.raises(ConfigError, match="unclaimed 'loud'"):
-        description.read(good.told, good.links, unclaimed="loud")
+        good.read(unclaimed="loud")
+
+
+def test_a_setting_that_there_is_none_of_is_unknown(good: Good) -> None:
+    with pytest.raises(ConfigError) as caught:
+        good.read(memroy="8M")
+    assert str(caught.value) == (
+        "unknown setting 'memroy'; known here are disks, net, vsock, unclaimed, completion, "
+        "completion_capability"
+    )
 
 
 def test_what_the_link_says_of_itself_stays(good: Good) -> None:
-    disks = [DiskOptions.parse(disk) for disk in good.links.disks or ()]
+    disks = [DiskOptions.parse(disk) for disk in good.links["disks"] or ()]
     disks[0] = replace(disks[0], serial="mine")
     described = good.read(disks=disks, vsock="cid=9")
     assert described.config.disks[0].serial == "mine"
     assert described.config.vsock is not None
     assert described.config.vsock.cid == 9
-    nets = [f"{net},mac=52:54:00:00:00:0{n}" for n, net in enumerate(good.links.net or (), 1)]
+    nets = [f"{net},mac=52:54:00:00:00:0{n}" for n, net in enumerate(good.links["net"] or (), 1)]
     described = good.read(net=nets)
     assert [net.mac for net in described.config.net] == [net[-17:] for net in nets]
     with pytest.raises(ConfigError, match=r"net mtu 9001: the guest knows one of"):
-        good.read(net=[f"{net},mtu=9001" for net in good.links.net or ()])
+        good.read(net=[f"{net},mtu=9001" for net in good.links["net"] or ()])
 
 
 # -- other devices -------------------------------------------------------------------------
@@ -178,13 +191,26 @@ def changed(at: int, **fields: Any) -> Callable[[list[Any]], list[Any]]:
         (changed(0, irq=5), "the guest has .* at pio 0x3f8, here is"),
         (changed(0, name="\x1b[2J"), "the guest has a device at pio 0x3f8, here is"),
         (changed(0, name="x" * 5000), "^the guest has x{64} at pio 0x3f8, here is"),
-        (changed(0, space="x" * 5000), "^the guest has .{,64} at xxxx 0x3f8, here is"),
-        (changed(0, base="here"), "the guest has what is no device, here is .* at pio 0x3f8"),
-        (lambda devices: [5, *devices[1:]], "the guest has what is no device, here is"),
+        (
+            changed(0, space="x" * 5000),
+            r"devices\[0\]\[1\] is 'x{40}'.* one of 'pio', 'mmio', 'msr'",
+        ),
+        (
+            changed(0, base="here"),
+            r"description: devices\[0\]\[2\] is 'here', expected a number fr",
+        ),
+        (changed(1, irq=-1), r"devices\[1\]\[4\] is -1, expected a number from 0 to .* or None"),
+        (
+            lambda devices: [5, *devices[1:]],
+            r"description: devices\[0\] is 5, expected a list of 5",
+        ),
         (lambda devices: devices[:-1], r"at mmio 0x\w+: the guest knows none"),
         (lambda devices: [], " at pio 0x3f8: the guest knows none"),
         (lambda devices: [*devices, ["More", "pio", 5, 1, None]], "More at pio 0x5: here is none"),
-        (lambda devices: [*devices, None], "what is no device: here is none"),
+        (
+            lambda devices: [*devices, None],
+            r"devices\[\d+\] is None, expected a list of 5 entries",
+        ),
     ],
 )
 def test_a_machine_with_other_devices_is_another_one(
@@ -252,6 +278,32 @@ async def refused_before_memory(spoil: Callable[[dict[str, Any]], None], why: st
         assert (await vm.wait()).status == 3
 
 
+async def test_a_guest_of_the_previous_version_is_refused_before_any_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = Line(Fault())
+    async with line.open(), avmm.Machine(memory="8M") as vm:
+        parts = vm._inside.parts
+        told = previous_description(parts.describe())
+        monkeypatch.setattr(parts, "describe", lambda: told)
+        why = "the machine's description has version 1, expected 2"
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(StateError, match=f"^{why}$"):
+                    async with avmm.receive(line.destination):
+                        pytest.fail("it was taken")
+
+            nursery.start_soon(receive)
+            with pytest.raises(MigrationError, match=f"gave up: StateError: {why}$"):
+                await vm.migrate(line.source)
+        assert Message.OFFER in line.frames["there"].seen
+        assert Message.ACCEPT not in line.frames["back"].seen
+        assert Message.PAGES not in line.frames["there"].seen
+        await vm.console.send_all(b"exit 3\r")
+        assert (await vm.wait()).status == 3
+
+
 def _wants_feature(needs: dict[str, Any]) -> None:
     for leaf in needs["cpuid"]:
         if leaf[:2] == [7, 0]:
@@ -263,9 +315,12 @@ def _wants_feature(needs: dict[str, Any]) -> None:
     [
         (_wants_feature, "lacks features .*: 0x7.0 ebx bits 15"),
         (lambda needs: needs["msrs"].append(0x1234_5678), "lacks MSRs .*0x12345678"),
-        (lambda needs: needs.update(tsc_khz=0), "expected a frequency"),
+        (
+            lambda needs: needs.update(tsc_khz=0),
+            "what vCPU 1 needs: tsc_khz is 0, expected a number",
+        ),
         (lambda needs: needs.update(xsave=64), "XSAVE area has 64 bytes"),
-        (lambda needs: needs.update(version=99), "vCPU's state has version 99"),
+        (lambda needs: needs.update(version=99), "what vCPU 1 needs has version 99, expected 1"),
     ],
 )
 async def test_what_a_cpu_lacks_is_told_before_any_memory(
@@ -320,11 +375,11 @@ def test_hostile_descriptions_are_read_or_refused(good: Good, data: st.DataObjec
         assert len(str(error)) < 2000
 
 
-async def prepared(told: Any, links: Links) -> None:
+async def prepared(told: Any, links: HostSettings) -> None:
     """As `avmm.receive` does it."""
     described = description.read(told, links)
-    memory = partial(GuestMemory, described.config.memory)
-    origin = Origin(None, memory, described, standby=True)
+    size = described.config.memory
+    origin = Origin(None, lambda layout: GuestMemory(size, layout=layout), described, standby=True)
     await dismantle(await build(described.config, origin=origin))
 
 
@@ -338,19 +393,73 @@ async def test_a_good_one_makes_a_machine(good: Good) -> None:
         ([[1 << 52, b"x"]], "expected one below 0x10000000000000"),
         ([[(1 << 64) - 4096, b"x"]], "expected one below 0x10000000000000"),
         ([[(1 << 52) - 4096, bytes(4097)]], "expected one below 0x10000000000000"),
-        ([[-4096, b"x"]], "expected a page-aligned, filled one"),
-        ([[0xF000_0001, b"x"]], "expected a page-aligned, filled one"),
-        ([[0xF000_0000, b""]], "expected a page-aligned, filled one"),
+        ([[0xF000_0001, b"x"]], "expected a page-aligned address and some data"),
+        ([[0xF000_0000, b""]], "expected a page-aligned address and some data"),
         ([[0xF000_0000, b"x"]] * 2, "overlaps memory"),
         ([[0x1000, b"x"]], "overlaps memory"),
         # Each would be held against each other one, while nothing else of the program runs.
-        ([[(1 << 32) + (page << 12), b"x"] for page in range(65_536)], "256, which is the most"),
+        (
+            [[(1 << 32) + (page << 12), b"x"] for page in range(65_536)],
+            "already 256, which is the most",
+        ),
     ],
-    ids=range(9),
+    ids=range(8),
 )
 async def test_read_only_regions_that_cannot_be(good: Good, roms: list[Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         await prepared(good.told | {"roms": roms}, good.links)
+
+
+def spoilt(told: dict[str, Any], part: str, **fields: Any) -> dict[str, Any]:
+    """With other fields in the first entry of a part."""
+    first, *rest = told[part]
+    return told | {part: [first | fields, *rest]}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda told: 5, "is 5, expected a mapping"),
+        (lambda told: told | {"version": 1}, "has version 1, expected 2"),
+        (
+            lambda told: told | {"more": 1},
+            "has 'more', expected the keys version, state, settings",
+        ),
+        (
+            lambda told: told | {"state": 1},
+            ": state is 1, expected 2, the version of states that t",
+        ),
+        (
+            lambda told: told | {"state": 3},
+            ": state is 3, expected 2, the version of states that t",
+        ),
+        (lambda told: told | {"hvc": 1}, ": hvc is 1, expected True or False"),
+        (
+            lambda told: told | {"vsock": "7"},
+            ": vsock is '7', expected a number from 0 to .* or N",
+        ),
+        (lambda told: told | {"roms": [[-4096, b"x"]]}, r": roms\[0\]\[0\] is -4096, expected"),
+        (lambda told: told | {"roms": [[0]]}, r": roms\[0\] is a list of 1, expected a list of 2"),
+        (
+            lambda told: told | {"settings": {}},
+            ": settings lacks memory, .* expected the keys memo",
+        ),
+        (lambda told: spoilt(told, "disks", size=-1), r": disks\[0\].size is -1, expected a numb"),
+        (
+            lambda told: spoilt(told, "disks", more=1),
+            r": disks\[0\] has 'more', expected the keys",
+        ),
+        (
+            lambda told: spoilt(told, "nets", mac="x"),
+            r": nets\[0\].mac is 'x', expected text of 17",
+        ),
+    ],
+)
+def test_what_is_no_description_is_refused_by_name(
+    good: Good, spoil: Callable[[dict[str, Any]], Any], why: str
+) -> None:
+    with pytest.raises(StateError, match=f"^the machine's description ?{why}"):
+        description.read(spoil(good.told), good.links)
 
 
 def test_long_names_and_many_of_them_are_not_shown(good: Good) -> None:

@@ -21,10 +21,10 @@ import trio
 import trio.testing
 
 from avmm.transfer.frames import HEADER_BYTES
-from avmm.transfer.frames import Kind as Message
+from avmm.transfer.frames import MessageKind as Message
 
-Kind = Literal["none", "cut", "end", "stall", "double", "lose", "corrupt"]
-KINDS: tuple[Kind, ...] = ("cut", "end", "stall", "double", "lose", "corrupt")
+MessageKind = Literal["none", "cut", "end", "stall", "double", "lose", "corrupt"]
+KINDS: tuple[MessageKind, ...] = ("cut", "end", "stall", "double", "lose", "corrupt")
 Way = Literal["there", "back"]
 _CHUNK = 1 << 16
 
@@ -34,7 +34,7 @@ class Fault:
     """`cut`: both ways are closed; `end`: this way is; `stall`: nothing more goes this way;
     the rest is done to one byte, `double` to all that has come with it."""
 
-    kind: Kind = "none"
+    kind: MessageKind = "none"
     way: Way = "there"
     at: int = 0
     message: Message | None = None

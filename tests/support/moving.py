@@ -76,13 +76,14 @@ async def migrate(hops: int, step: int, disk: str, mine: str, other: str, first:
 
 async def snapshot(number: int, disk: str, folder: str) -> None:
     file, notes = Path(folder, "snap"), Path(folder, "notes")
+    machine: contextlib.AbstractAsyncContextManager[avmm.Machine]
     if file.exists():
         counting = Counting.load(json.loads(notes.read_text()))
-        vm = avmm.restore(file, **links(disk))
+        machine = avmm.restore(file, **links(disk))
     else:
         counting = Counting(int(Path(folder, "last").read_text()), *CHANNELS)
-        vm = avmm.Machine(memory="16M", **links(disk))
-    async with vm:
+        machine = avmm.Machine(memory="16M", **links(disk))
+    async with machine as vm:
         if not file.exists():
             await vm.console.send_all(counting.command)
         async with contextlib.AsyncExitStack() as pause:

@@ -104,12 +104,12 @@ async def through(options: argparse.Namespace, number: int) -> Result:
     windows = Windows(options, HeldAccesses(None if is_last else options.step, held))
     said: list[bytes] = []
     path = Path(options.snapshots, "snap")
-    vm = (
+    entered = (
         avmm.restore(path, devices=windows.places, calls=windows.call)
         if number
         else machine(options, windows)
     )
-    async with vm, trio.open_nursery() as nursery:
+    async with entered as vm, trio.open_nursery() as nursery:
         reading = trio.CancelScope()
 
         async def read() -> None:

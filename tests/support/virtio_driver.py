@@ -65,6 +65,8 @@ class Bell:
 
 
 class FakeHost:
+    has_tasks = False
+
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.interrupt = Line()

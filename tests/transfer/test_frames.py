@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avmm.errors import ProtocolError
-from avmm.transfer.frames import MOST, Decoder, Encoder, Kind
+from avmm.transfer.frames import MOST, Decoder, Encoder, MessageKind
 
-Said = list[tuple[Kind, bytes]]
-KINDS = st.sampled_from(Kind)
+Said = list[tuple[MessageKind, bytes]]
+KINDS = st.sampled_from(MessageKind)
 SAID = st.lists(
     KINDS.flatmap(lambda kind: st.tuples(st.just(kind), st.binary(max_size=min(MOST[kind], 200)))),
     max_size=8,
@@ -63,12 +63,41 @@ def test_a_prefix_gives_the_frames_that_are_whole_in_it(said: Said, data: st.Dat
     assert rest < len(each[len(got)]) if len(got) < len(each) else rest == 0
 
 
+@given(SAID.filter(bool), st.data())
+def test_a_frame_is_due_when_all_of_it_has_come(said: Said, data: st.DataObject) -> None:
+    each = frames(said)
+    decoder = Decoder()
+    for (kind, payload), frame in zip(said, each, strict=True):
+        cut = data.draw(st.integers(0, len(frame) - 1))
+        decoder.feed(frame[:cut])
+        assert decoder.due is None
+        assert decoder.next() is None
+        decoder.feed(frame[cut:])
+        assert decoder.due is kind
+        message = decoder.next()
+        assert message is not None
+        assert bytes(message.payload) == payload
+    assert decoder.due is None
+
+
+def test_what_can_be_no_frame_is_not_waited_for() -> None:
+    for header in (
+        head(99, 5),
+        head(MessageKind.COMMIT, 65),
+        head(MessageKind.ROUND, 5, number=1),
+    ):
+        decoder = Decoder()
+        decoder.feed(header)
+        with pytest.raises(ProtocolError):
+            decoder.due  # noqa: B018
+
+
 @settings(max_examples=20, deadline=None)
-@given(SAID.filter(lambda said: said and Kind.OFFER not in dict(said)))
+@given(SAID.filter(lambda said: said and MessageKind.OFFER not in dict(said)))
 def test_every_flipped_bit_is_found(said: Said) -> None:
     """Where a frame says that it is longer it is waited for: that is found by what follows."""
     each = frames(said)
-    stream, longest = b"".join(each), MOST[Kind.PAGES]
+    stream, longest = b"".join(each), MOST[MessageKind.PAGES]
     for at in range(len(stream)):
         damaged = bytearray(stream)
         damaged[at] ^= 1 << at % 8
@@ -100,9 +129,13 @@ def test_lost_doubled_and_swapped_frames_are_found(said: Said, data: st.DataObje
 
 def test_a_byte_that_is_lost_or_doubled_is_found() -> None:
     """Of a stream that goes on."""
-    said = [(Kind.STATE, bytes(range(200))), (Kind.ROUND, b"abc"), (Kind.STATE, bytes(300))]
+    said = [
+        (MessageKind.STATE, bytes(range(200))),
+        (MessageKind.ROUND, b"abc"),
+        (MessageKind.STATE, bytes(300)),
+    ]
     stream = b"".join(frames(said))
-    more = b"x" * MOST[Kind.STATE]
+    more = b"x" * MOST[MessageKind.STATE]
     for at in range(len(stream) - 300):
         for wrong in (
             stream[:at] + stream[at + 1 :],
@@ -114,8 +147,10 @@ def test_a_byte_that_is_lost_or_doubled_is_found() -> None:
                 heard(Decoder(), wrong + more)
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_a_length_beyond_the_most_is_refused_at_once_and_takes_no_memory(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", MessageKind)
+def test_a_length_beyond_the_most_is_refused_at_once_and_takes_no_memory(
+    kind: MessageKind,
+) -> None:
     for length in (MOST[kind] + 1, 0xFFFF_FFFF):
         decoder = Decoder()
         tracemalloc.start()
@@ -133,7 +168,7 @@ def test_a_length_that_is_allowed_takes_no_memory_before_it_is_there() -> None:
     decoder = Decoder()
     tracemalloc.start()
     try:
-        decoder.feed(head(Kind.OFFER, MOST[Kind.OFFER]))
+        decoder.feed(head(MessageKind.OFFER, MOST[MessageKind.OFFER]))
         assert decoder.next() is None
         _, most = tracemalloc.get_traced_memory()
     finally:
@@ -158,10 +193,10 @@ def test_kinds_that_there_are_not(kind: int) -> None:
 def test_what_is_reserved_is_zero() -> None:
     for wrong in ({"zero": 1}, {"zeros": 0x100}):
         with pytest.raises(ProtocolError):
-            heard(Decoder(), head(Kind.READY, 0, **wrong))
-    assert heard(Decoder(), head(Kind.READY, 0)) == [(Kind.READY, b"")]
+            heard(Decoder(), head(MessageKind.READY, 0, **wrong))
+    assert heard(Decoder(), head(MessageKind.READY, 0)) == [(MessageKind.READY, b"")]
 
 
 def test_numbers_are_of_64_bits() -> None:
     with pytest.raises(ProtocolError, match=f"{1 << 32}"):
-        heard(Decoder(), head(Kind.READY, 0, number=1 << 32))
+        heard(Decoder(), head(MessageKind.READY, 0, number=1 << 32))

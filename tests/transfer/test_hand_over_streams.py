@@ -145,7 +145,7 @@ async def test_ram_is_copied_for_one_at_a_time(tmp_path: Path) -> None:
         first = partial(vm.snapshot, on_progress=lambda progress: copies.set())
         nursery.start_soon(first, tmp_path / "first")
         await copies.wait()
-        with pytest.raises(AvmmError, match="copied already"):
+        with pytest.raises(AvmmError, match="already being copied"):
             await vm.snapshot(tmp_path / "second")
     assert (tmp_path / "first").exists()
     async with avmm.restore(tmp_path / "first", verify=True) as twin:

@@ -134,6 +134,8 @@ async def test_a_guest_is_taken_by_who_knows_the_document_alone() -> None:
     assert len(peer.rounds) >= 2, "one while it ran, one at the standstill"
     assert [cpu["version"] for cpu in peer.offer["cpus"]] == [1, 1]
     assert set(peer.offer["cpus"][0]) == {"version", "cpuid", "msrs", "xsave", "tsc_khz"}
+    description = peer.offer["description"]
+    assert (description["version"], description["state"], peer.state["version"]) == (2, 2, 2)
     assert peer.state["memory_size"] == 8 << 20
     assert "memory" not in peer.state
     assert peer.taken[:2] == [HELLO, OFFER]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 from support.counting import SECTOR, Counting
-from support.faults import KINDS, Fault, Kind, Line, Message, Way
+from support.faults import KINDS, Fault, Line, Message, MessageKind, Way
 
 import avmm
 from avmm.disks import RawDisk
@@ -204,7 +204,7 @@ SAID: list[tuple[Way, Message, int]] = [
 ]
 
 
-async def at_messages(folder: Path, kind: Kind, at: int) -> None:
+async def at_messages(folder: Path, kind: MessageKind, at: int) -> None:
     """Before COMMIT nothing has happened; without RUNNING nobody knows."""
     for way, message, number in SAID:
         fault = Fault(kind, way, at, message, number)
@@ -229,14 +229,16 @@ async def at_messages(folder: Path, kind: Kind, at: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "end"])
-async def test_at_the_boundary_of_each_message(tmp_path: Path, kind: Kind) -> None:
+async def test_at_the_boundary_of_each_message(tmp_path: Path, kind: MessageKind) -> None:
     await at_messages(tmp_path, kind, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1, -1])
 @pytest.mark.parametrize("kind", KINDS)
-async def test_near_the_boundary_of_each_message(tmp_path: Path, kind: Kind, at: int) -> None:
+async def test_near_the_boundary_of_each_message(
+    tmp_path: Path, kind: MessageKind, at: int
+) -> None:
     """`double` repeats the last byte, which is the first of what follows, if anything does."""
     if (kind, at) != ("double", -1):
         await at_messages(tmp_path, kind, at)

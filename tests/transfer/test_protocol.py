@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from avmm.errors import PeerAbortedError, ProtocolError
 from avmm.memory.pages import PAGE, Packed
 from avmm.plain import encode
-from avmm.transfer.frames import Buffer, Encoder, Kind
+from avmm.transfer.frames import Buffer, Encoder, MessageKind
 from avmm.transfer.protocol import (
     DESTINATION_DOES,
     DESTINATION_HEARS,
@@ -32,6 +32,7 @@ from avmm.transfer.protocol import (
 )
 
 IDENTITY = bytes(range(16))
+STATE = encode({"s": b"x" * 9})
 PACKED = Packed(memoryview(b"\0" * 8 + b"\1\0\0\0" * 2), memoryview(b"p" * PAGE))
 
 
@@ -134,12 +135,12 @@ class Conversation(RuleBasedStateMachine):
         source = self.source
         say: dict[str, Any] = {
             "hello": source.hello,
-            "offer": lambda: source.offer({"a": 1}),
+            "offer": lambda: source.offer(encode({"a": 1})),
             "pages": lambda: source.pages(PACKED),
             "round": lambda: source.round(3),
             "stand still": lambda: source.stand_still() or [],
             "release": lambda: source.release() or [],
-            "stated": lambda: [part for frame in source.stated({"s": b"x" * 9}) for part in frame],
+            "stated": lambda: [part for frame in source.stated(STATE) for part in frame],
             "commit": source.commit,
         }
         before = source.state
@@ -206,17 +207,17 @@ TestConversation.settings = settings(max_examples=60, stateful_step_count=50, de
 
 # -- every frame in every state ------------------------------------------------------------
 
-PAYLOADS: dict[Kind, bytes] = {
-    Kind.HELLO: encode({"versions": [1], "identity": IDENTITY}),
-    Kind.OFFER: encode({}),
-    Kind.ACCEPT: b"",
-    Kind.PAGES: b"\0\0\0\0",
-    Kind.ROUND: encode({"number": 1}),
-    Kind.STATE: encode({}),
-    Kind.STATE_END: encode({"bytes": 1}),
-    Kind.READY: b"",
-    Kind.COMMIT: encode({"identity": IDENTITY}),
-    Kind.RUNNING: b"",
+PAYLOADS: dict[MessageKind, bytes] = {
+    MessageKind.HELLO: encode({"versions": [1], "identity": IDENTITY}),
+    MessageKind.OFFER: encode({}),
+    MessageKind.ACCEPT: b"",
+    MessageKind.PAGES: b"\0\0\0\0",
+    MessageKind.ROUND: encode({"number": 1}),
+    MessageKind.STATE: encode({}),
+    MessageKind.STATE_END: encode({"bytes": 1}),
+    MessageKind.READY: b"",
+    MessageKind.COMMIT: encode({"identity": IDENTITY}),
+    MessageKind.RUNNING: b"",
 }
 
 
@@ -227,7 +228,7 @@ class Peer:
         self.side = side
         self.encoder = Encoder()
 
-    def say(self, kind: Kind, payload: bytes | None = None) -> Any:
+    def say(self, kind: MessageKind, payload: bytes | None = None) -> Any:
         payload = PAYLOADS[kind] if payload is None else payload
         self.side.feed(joined(self.encoder.frame(kind, payload)))
         return self.side.next()
@@ -244,15 +245,15 @@ def source_in(state: SourceState) -> tuple[Source, Peer]:
     first, more = after.get(state, (state, []))
     steps: list[Any] = [
         source.hello,
-        lambda: peer.say(Kind.HELLO),
-        lambda: source.offer({}),
-        lambda: peer.say(Kind.ACCEPT),
+        lambda: peer.say(MessageKind.HELLO),
+        lambda: source.offer(encode({})),
+        lambda: peer.say(MessageKind.ACCEPT),
         source.stand_still,
         source.release,
-        lambda: list(source.stated({})),
-        lambda: peer.say(Kind.READY),
+        lambda: list(source.stated(encode({}))),
+        lambda: peer.say(MessageKind.READY),
         source.commit,
-        lambda: peer.say(Kind.RUNNING),
+        lambda: peer.say(MessageKind.RUNNING),
     ]
     for step in steps:
         if source.state is first:
@@ -273,13 +274,13 @@ def destination_in(state: DestinationState) -> tuple[Destination, Peer]:
     }
     first, more = after.get(state, (state, []))
     steps: list[Any] = [
-        lambda: peer.say(Kind.HELLO),
-        lambda: peer.say(Kind.OFFER),
+        lambda: peer.say(MessageKind.HELLO),
+        lambda: peer.say(MessageKind.OFFER),
         destination.accept,
-        lambda: (peer.say(Kind.STATE), peer.say(Kind.STATE_END)),
+        lambda: (peer.say(MessageKind.STATE), peer.say(MessageKind.STATE_END)),
         destination.acquire,
         destination.ready,
-        lambda: peer.say(Kind.COMMIT),
+        lambda: peer.say(MessageKind.COMMIT),
         destination.running,
     ]
     for step in steps:
@@ -293,14 +294,14 @@ def destination_in(state: DestinationState) -> tuple[Destination, Peer]:
 
 
 MAY_COME = {
-    SourceState.GREETED: {Kind.HELLO},
-    SourceState.OFFERED: {Kind.ACCEPT},
-    SourceState.STATED: {Kind.READY},
-    SourceState.COMMITTED: {Kind.RUNNING},
-    DestinationState.NEW: {Kind.HELLO},
-    DestinationState.GREETED: {Kind.OFFER},
-    DestinationState.COPYING: {Kind.PAGES, Kind.ROUND, Kind.STATE},
-    DestinationState.READY: {Kind.COMMIT},
+    SourceState.GREETED: {MessageKind.HELLO},
+    SourceState.OFFERED: {MessageKind.ACCEPT},
+    SourceState.STATED: {MessageKind.READY},
+    SourceState.COMMITTED: {MessageKind.RUNNING},
+    DestinationState.NEW: {MessageKind.HELLO},
+    DestinationState.GREETED: {MessageKind.OFFER},
+    DestinationState.COPYING: {MessageKind.PAGES, MessageKind.ROUND, MessageKind.STATE},
+    DestinationState.READY: {MessageKind.COMMIT},
 }
 
 
@@ -316,9 +317,9 @@ def test_each_frame_comes_in_its_state_only(state: SourceState | DestinationStat
             assert side.state is state
         side, peer = source_in(state) if isinstance(state, SourceState) else destination_in(state)
         with pytest.raises(PeerAbortedError, match="gave up: no room"):
-            peer.say(Kind.ABORT, encode({"why": "no room"}))
+            peer.say(MessageKind.ABORT, encode({"why": "no room"}))
         hears = SOURCE_HEARS if isinstance(state, SourceState) else DESTINATION_HEARS
-        assert side.state is hears[state].get(Kind.ABORT, state)
+        assert side.state is hears[state].get(MessageKind.ABORT, state)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def test_the_tables_are_whole_and_lead_everywhere(does: Any, hears: Any) -> None
 def test_a_reason_has_no_commands_for_a_terminal() -> None:
     _, peer = source_in(SourceState.OFFERED)
     with pytest.raises(PeerAbortedError) as caught:
-        peer.say(Kind.ABORT, encode({"why": "a\x1b[2Jb\u202ec"}))
+        peer.say(MessageKind.ABORT, encode({"why": "a\x1b[2Jb\u202ec"}))
     assert str(caught.value) == "the other side gave up: a�[2Jb�c"
 
 
@@ -355,7 +356,7 @@ def test_a_reason_may_hold_what_is_no_text() -> None:
 
 
 HOSTILE = {
-    Kind.HELLO: [
+    MessageKind.HELLO: [
         b"",
         encode([]),
         encode({"versions": [2, True, "1"], "identity": IDENTITY}),
@@ -364,18 +365,26 @@ HOSTILE = {
         encode({"versions": [1], "identity": IDENTITY + b"x"}),
         encode({"versions": [1], "identity": "a" * 16}),
     ],
-    Kind.OFFER: [b"", b"\xc1", b"\xdd\xff\xff\xff\xff"],
-    Kind.PAGES: [b"", b"\0\0\0", b"\1\0\0\0", b"\xff\xff\xff\xff" + bytes(64)],
-    Kind.ROUND: [b"", encode({"number": "1"}), encode({"number": True}), encode(5)],
-    Kind.STATE: [b""],
-    Kind.STATE_END: [b"", encode({"bytes": 1}), encode({"bytes": 0}), encode({"bytes": "0"})],
-    Kind.COMMIT: [b"", encode({"identity": IDENTITY[::-1]}), encode({"identity": 0})],
+    MessageKind.OFFER: [b"", b"\xc1", b"\xdd\xff\xff\xff\xff"],
+    MessageKind.PAGES: [b"", b"\0\0\0", b"\1\0\0\0", b"\xff\xff\xff\xff" + bytes(64)],
+    MessageKind.ROUND: [
+        *(b"", encode({"number": "1"}), encode({"number": True}), encode(5)),
+        *(encode({"number": -1}), encode({"number": 1, "more": 1})),
+    ],
+    MessageKind.STATE: [b""],
+    MessageKind.STATE_END: [
+        b"",
+        encode({"bytes": 1}),
+        encode({"bytes": 0}),
+        encode({"bytes": "0"}),
+    ],
+    MessageKind.COMMIT: [b"", encode({"identity": IDENTITY[::-1]}), encode({"identity": 0})],
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE, ids=lambda kind: kind.name)
-def test_hostile_payloads(kind: Kind) -> None:
-    states = {Kind.HELLO: "NEW", Kind.OFFER: "GREETED", Kind.COMMIT: "READY"}
+def test_hostile_payloads(kind: MessageKind) -> None:
+    states = {MessageKind.HELLO: "NEW", MessageKind.OFFER: "GREETED", MessageKind.COMMIT: "READY"}
     state = DestinationState[states.get(kind, "COPYING")]
     for payload in HOSTILE[kind]:
         destination, peer = destination_in(state)
@@ -384,31 +393,89 @@ def test_hostile_payloads(kind: Kind) -> None:
         assert destination.state is state
 
 
+@pytest.mark.parametrize(
+    ("state", "kind", "told", "why"),
+    [
+        (
+            "NEW",
+            MessageKind.HELLO,
+            {"versions": [1]},
+            "HELLO lacks identity, expected the keys versions, ",
+        ),
+        (
+            "NEW",
+            MessageKind.HELLO,
+            {"versions": [-1], "identity": IDENTITY},
+            r"HELLO: versions\[0\] is -1,",
+        ),
+        (
+            "COPYING",
+            MessageKind.ROUND,
+            {"number": "1"},
+            "ROUND: number is '1', expected a number from 0 t",
+        ),
+        (
+            "COPYING",
+            MessageKind.STATE_END,
+            {"bytes": 1 << 40},
+            "STATE_END: bytes is 0x10000000000",
+        ),
+        (
+            "READY",
+            MessageKind.COMMIT,
+            {"identity": b"x"},
+            "COMMIT: identity is b'x', expected 16",
+        ),
+        ("READY", MessageKind.ABORT, {"why": 5}, "ABORT: why is 5, expected text"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_in_a_frame_is_named(
+    state: str, kind: MessageKind, told: dict[str, object], why: str
+) -> None:
+    _, peer = destination_in(DestinationState[state])
+    with pytest.raises(ProtocolError, match=f"^{why}"):
+        peer.say(kind, encode(told))
+
+
+def test_who_gives_up_may_say_more_than_this_avmm_knows() -> None:
+    _, peer = destination_in(DestinationState.COPYING)
+    with pytest.raises(PeerAbortedError, match=r"gave up: enough$"):
+        peer.say(MessageKind.ABORT, encode({"why": "enough", "code": 7}))
+
+
 def test_newer_and_older_versions_are_told_apart() -> None:
     _, peer = destination_in(DestinationState.NEW)
     with pytest.raises(ProtocolError, match=r"speaks versions \[2, 3\] .* this one \[1\]"):
-        peer.say(Kind.HELLO, encode({"versions": [2, 3], "identity": IDENTITY}))
+        peer.say(MessageKind.HELLO, encode({"versions": [2, 3], "identity": IDENTITY}))
     _, peer = destination_in(DestinationState.NEW)
-    assert peer.say(Kind.HELLO, encode({"versions": [2, 1], "identity": IDENTITY, "more": 1}))
+    with pytest.raises(ProtocolError, match=r"speaks versions \[2, 3, 4, 5, 6, 7, 8, 9\] of"):
+        peer.say(
+            MessageKind.HELLO, encode({"versions": list(range(2, 500)), "identity": IDENTITY})
+        )
+    _, peer = destination_in(DestinationState.NEW)
+    assert peer.say(
+        MessageKind.HELLO, encode({"versions": [2, 1], "identity": IDENTITY, "more": 1})
+    )
 
 
 def test_pages_come_before_the_state() -> None:
     _, peer = destination_in(DestinationState.COPYING)
-    assert peer.say(Kind.ROUND) == (Round(1), [])
-    peer.say(Kind.STATE)
+    assert peer.say(MessageKind.ROUND) == (Round(1), [])
+    peer.say(MessageKind.STATE)
     with pytest.raises(ProtocolError, match="PAGES came after STATE"):
-        peer.say(Kind.PAGES)
+        peer.say(MessageKind.PAGES)
 
 
 def test_a_state_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("avmm.transfer.protocol.MOST_STATE", 100)
     _, peer = destination_in(DestinationState.COPYING)
-    peer.say(Kind.STATE, bytes(60))
+    peer.say(MessageKind.STATE, bytes(60))
     with pytest.raises(ProtocolError, match="more than 100 bytes"):
-        peer.say(Kind.STATE, bytes(60))
+        peer.say(MessageKind.STATE, bytes(60))
     source, _ = source_in(SourceState.RELEASED)
     with pytest.raises(ProtocolError, match="at most 100 can go"):
-        list(source.stated({"a": bytes(200)}))
+        list(source.stated(encode({"a": bytes(200)})))
 
 
 def test_the_end_of_the_line_says_whether_it_was_within_a_frame() -> None:

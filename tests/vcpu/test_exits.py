@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import trio
 
+from avmm import arch
 from avmm.bus.space import Bus, mmio, msr, pio
 from avmm.devices.base import Device
 from avmm.errors import DeviceError, MsrFault, VcpuError
 from avmm.kvm import Vcpu, constants
 from avmm.outcome import Cause, Outcome
-from avmm.vcpu.calls import Answer, Call, serve
+from avmm.vcpu.calls import Answer, Call, serve_call
 from avmm.vcpu.exits import Exits
 
 PORT, ADDRESS, MSR, NOBODY = 0x100, 0xD000_0000, 0xC001_0000, 0x500
@@ -116,7 +117,7 @@ class Board:
 
     def __init__(self) -> None:
         self.vcpu = FakeVcpu()
-        self.page = self.vcpu.page
+        self.page = self.vcpu.page.struct
         self.fifo, self.store = Fifo(), Store()
         self.ends: list[Outcome] = []
         self.msrs = Msrs()
@@ -127,9 +128,8 @@ class Board:
         numbers.add(msr(self.msrs, MSR, 2), nullcontext())
         self.exits = Exits(
             self.vcpu,
-            pio=self.ports,
-            mmio=self.addresses,
-            msrs=numbers,
+            {"pio": self.ports, "mmio": self.addresses, "msr": numbers},
+            arch.host().exit_reasons,
             end=self.ends.append,
             registers=lambda: "  rax=7",
             calls=self._call,
@@ -179,11 +179,11 @@ class Board:
         return self.exit(constants.KVM_EXIT_IO)
 
     def out(self, data: bytes, size: int, port: int = PORT) -> Any:
-        self.vcpu.io_store(DATA, data + NOISE)
+        self.vcpu.page.io_store(DATA, data + NOISE)
         return self.io(constants.KVM_EXIT_IO_OUT, size, len(data) // size, port)
 
     def inp(self, size: int, count: int = 1, port: int = PORT) -> Any:
-        self.vcpu.io_store(DATA, NOISE)
+        self.vcpu.page.io_store(DATA, NOISE)
         return self.io(constants.KVM_EXIT_IO_IN, size, count, port)
 
     def mmio_read(self, length: int, address: int = ADDRESS) -> Any:
@@ -209,7 +209,7 @@ class Board:
 
     def read(self, length: int) -> bytes:
         """What the guest gets from a port."""
-        return self.vcpu.io_load(DATA, length)
+        return self.vcpu.page.io_load(DATA, length)
 
     def loaded(self, length: int) -> bytes:
         """What the guest gets from an address."""
@@ -268,7 +268,7 @@ def test_port_data_is_where_kvm_says(board: Board) -> None:
     board.inp(1)
     board.page.io.data_offset = DATA + 64
     board.exits.serve(constants.KVM_EXIT_IO)
-    assert (board.read(1), board.vcpu.io_load(DATA + 64, 1)) == (b"\0", b"\1")
+    assert (board.read(1), board.vcpu.page.io_load(DATA + 64, 1)) == (b"\0", b"\1")
 
 
 # -- strings -------------------------------------------------------------------------------
@@ -447,9 +447,9 @@ async def test_an_osi_call_may_change_all_registers(board: Board, count: int, la
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (None, "an int or an Answer of one"),
-        ("42", "an int or an Answer of one"),
-        (Answer("42"), "an int or an Answer of one"),  # type: ignore[arg-type]
+        (None, "an int or an Answer that holds one"),
+        ("42", "an int or an Answer that holds one"),
+        (Answer("42"), "an int or an Answer that holds one"),  # type: ignore[arg-type]
         (Answer(0, [1]), "a tuple of at most 9 args"),  # type: ignore[arg-type]
         (Answer(0, (1,) * 10), "a tuple of at most 9 args"),
         (Answer(0, (1, "2")), "args of 64 bits each"),  # type: ignore[arg-type]
@@ -462,7 +462,7 @@ async def test_an_answer_that_cannot_be_is_named_and_nothing_of_it_written(
 ) -> None:
     board.answer, board.answers_late = answer, late
     with pytest.raises(
-        DeviceError, match=f"handler of calls answered Call.*: expected {expected}"
+        DeviceError, match=f"the handler `calls` answered Call.*: expected {expected}"
     ):
         await finish(board.papr())
     assert board.page.papr_hcall.ret == 0xEEEE
@@ -483,9 +483,9 @@ def test_a_call_that_has_nothing_but_a_result_takes_no_more(board: Board) -> Non
 
 def test_a_call_that_nobody_answers_is_refused_as_its_kind_has_it() -> None:
     vcpu = FakeVcpu()
-    page = vcpu.page
+    page = vcpu.page.struct
     page.papr_hcall.args = list(range(9))
-    assert serve(page, constants.KVM_EXIT_PAPR_HCALL, None) is None
+    assert serve_call(vcpu.page, constants.KVM_EXIT_PAPR_HCALL, None) is None
     assert page.papr_hcall.ret == U64 - 1
     assert list(page.papr_hcall.args) == list(range(9))
     vcpu.close()

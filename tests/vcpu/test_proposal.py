@@ -18,7 +18,7 @@ from avmm import Call, Device
 from avmm.kvm import System, Vcpu, constants
 from avmm.machine import machine_of
 from avmm.memory.ram import GuestMemory
-from avmm.parts.machine_parts import Parts
+from avmm.parts import Parts
 from avmm.vcpu.completion import NEEDS_COMPLETION, CompletionPolicy
 
 pytestmark = pytest.mark.usefixtures("kvm")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from avmm.arch.x86_64 import aml, layout
+from avmm.bus.space import Placement
 from avmm.errors import ConfigError
 
 SLEEP_TYPE_OFF: Final = 5
@@ -47,7 +48,7 @@ _ALL_PROCESSORS: Final = 0xFF
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class AcpiDevice:
     """A device for the DSDT: its hardware id and where the guest finds it."""
 
     hid: str
@@ -70,7 +71,24 @@ class Described:
                 )
 
 
-def tables(cpus: int, devices: Iterable[Described], power: int, base: int) -> bytes:
+def devices(places: Iterable[Placement]) -> list[AcpiDevice]:
+    """Those of the placed devices that say a hardware id (`Device.acpi_hid`)."""
+    grouped: dict[int, list[Placement]] = {}
+    for place in places:
+        if place.device.acpi_hid:
+            grouped.setdefault(id(place.device), []).append(place)
+    return [
+        AcpiDevice(
+            mine[0].device.acpi_hid,
+            ports=[(place.base, place.size) for place in mine if place.space == "pio"],
+            windows=[(place.base, place.size) for place in mine if place.space == "mmio"],
+            gsi=next((place.irq for place in mine if place.irq is not None), None),
+        )
+        for mine in grouped.values()
+    ]
+
+
+def tables(cpus: int, named: Iterable[AcpiDevice], power: int, base: int) -> bytes:
     """The RSDP for `base` and behind it all tables; `power` is the first port of three.
 
     At most `avmm.arch.x86_64.mptable.MAX_CPUS` CPUs.
@@ -85,7 +103,7 @@ def tables(cpus: int, devices: Iterable[Described], power: int, base: int) -> by
         at += len(blocks[-1])
         return here
 
-    dsdt = place(_table(b"DSDT", 2, _dsdt(cpus, devices)))
+    dsdt = place(_table(b"DSDT", 2, _dsdt(cpus, named)))
     fadt = place(_table(b"FACP", _FADT_REVISION, _fadt(dsdt, power)))
     madt = place(_table(b"APIC", 6, _madt(cpus)))
     xsdt = place(_table(b"XSDT", 1, struct.pack("<2Q", fadt, madt)))
@@ -143,9 +161,9 @@ def _madt(cpus: int) -> bytes:
     return b"".join(entries)
 
 
-def _dsdt(cpus: int, devices: Iterable[Described]) -> bytes:
+def _dsdt(cpus: int, named: Iterable[AcpiDevice]) -> bytes:
     body = [_processor(cpu) for cpu in range(cpus)]
-    body += [_device(number, described) for number, described in enumerate(devices)]
+    body += [_device(number, described) for number, described in enumerate(named)]
     # 7.4.2: only the first element counts on hardware-reduced machines.
     off = aml.package(*[aml.integer(value) for value in (SLEEP_TYPE_OFF, 0, 0, 0)])
     return aml.scope("_SB", b"".join(body)) + aml.name("_S5", off)
@@ -157,7 +175,7 @@ def _processor(cpu: int) -> bytes:
     return aml.device(f"C{cpu:03X}", body)
 
 
-def _device(number: int, described: Described) -> bytes:
+def _device(number: int, described: AcpiDevice) -> bytes:
     hid = described.hid
     pnp = len(hid) == _EISA_LENGTH
     found = [aml.io_ports(base, count) for base, count in described.ports]

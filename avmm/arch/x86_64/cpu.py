@@ -10,7 +10,8 @@ from typing import Final
 
 from avmm.arch.x86_64 import layout, tables
 from avmm.boot.entry import Entry, Mode
-from avmm.kvm import Struct, System, Vcpu, copy_cpuid
+from avmm.kvm import System, Vcpu, copy_cpuid
+from avmm.kvm.x86 import Cpuid, LapicRegisters, Regs, Segment, Sregs
 
 # Control bits (Intel SDM 3A, 2.5 and 2.2.1).
 _CR0_PE, _CR0_ET, _CR0_NE, _CR0_PG = 1 << 0, 1 << 4, 1 << 5, 1 << 31
@@ -50,7 +51,7 @@ def set_up(system: System, vcpu: Vcpu, cpus: int, entry: Entry | None) -> None:
         vcpu.set_regs(regs)
 
 
-def cpuid(system: System, index: int, cpus: int) -> Struct:
+def cpuid(system: System, index: int, cpus: int) -> Cpuid:
     """What the host offers, with this vCPU's APIC id and a topology of single-thread cores.
 
     But no virtualization in the guest: what runs in a guest's guest is in no state that is saved.
@@ -78,18 +79,18 @@ def cpuid(system: System, index: int, cpus: int) -> Struct:
     return offered
 
 
-_asked: list[Struct] = []
+_asked: list[Cpuid] = []
 """The host's CPUID, once it is known: KVM takes half a millisecond to tell what never changes."""
 
 
-def _host_cpuid(system: System) -> Struct:
+def _host_cpuid(system: System) -> Cpuid:
     """A copy of it, to be changed."""
     if not _asked:
         _asked.append(system.supported_cpuid())
     return copy_cpuid(_asked[0])
 
 
-def _enter(entry: Entry, sregs: Struct, regs: Struct) -> None:
+def _enter(entry: Entry, sregs: Sregs, regs: Regs) -> None:
     for name, value in entry.registers.items():
         setattr(regs, name, value)
     regs.rflags = _RFLAGS_FIXED
@@ -114,13 +115,13 @@ def _enter(entry: Entry, sregs: Struct, regs: Struct) -> None:
         sregs.cr0 |= _CR0_PG | _CR0_NE
 
 
-def _segment(segment: Struct, selector: int, kind: int) -> None:
+def _segment(segment: Segment, selector: int, kind: int) -> None:
     """A flat 4 GiB segment; `kind` is the descriptor's type, with the accessed bit."""
     segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, selector
     segment.type, segment.present, segment.dpl, segment.s = kind, 1, 0, 1
     segment.db, segment.l, segment.g, segment.avl, segment.unusable = 1, 0, 1, 0, 0
 
 
-def _put32(page: Struct, offset: int, value: int) -> None:
+def _put32(page: LapicRegisters, offset: int, value: int) -> None:
     for index, byte in enumerate(value.to_bytes(4, "little")):
         page[offset + index] = bytes([byte])

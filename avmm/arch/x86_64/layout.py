@@ -23,7 +23,16 @@ from __future__ import annotations
 
 from typing import Final
 
-from avmm.memory.ram import HOLE_END, HOLE_START
+from avmm.memory.layout import RamLayout
+
+HOLE_START: Final = 0xC000_0000
+"""First GPA of the hole below 4 GiB in which RAM never lies: it belongs to the LAPICs, the IOAPIC,
+firmware and MMIO."""
+HOLE_END: Final = 0x1_0000_0000
+"""First GPA after the hole: RAM that did not fit below goes on here."""
+GPA_LIMIT: Final = 1 << 52
+"""Above it no x86 processor has memory."""
+RAM: Final = RamLayout(0, HOLE_START, HOLE_END, GPA_LIMIT)
 
 BOOT_INFO: Final = 0x9_0000
 """`hvm_start_info` or the multiboot information, and all that they point to but the command

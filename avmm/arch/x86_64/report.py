@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from avmm.errors import GuestMemoryError
-from avmm.kvm import KvmError, Struct, Vcpu
+from avmm.kvm import KvmError, Vcpu
+from avmm.kvm.x86 import Sregs
 from avmm.memory.pages import PAGE
 from avmm.memory.ram import GuestMemory
 
@@ -44,7 +45,7 @@ def registers(vcpu: Vcpu, memory: GuestMemory) -> str:
     return "\n".join(lines)
 
 
-def _mode(sregs: Struct) -> str:
+def _mode(sregs: Sregs) -> str:
     if not sregs.cr0 & 1:
         return "real mode"
     if sregs.cs.l:
@@ -52,7 +53,7 @@ def _mode(sregs: Struct) -> str:
     return "32-bit" if sregs.cs.db else "16-bit protected"
 
 
-def instruction(code: bytes, rip: int, sregs: Struct) -> str:
+def instruction(code: bytes, rip: int, sregs: Sregs) -> str:
     """The instruction that `code` begins with, as an assembler writes it; empty: there is none."""
     import capstone  # noqa: PLC0415 - only for a guest that has failed
 

@@ -39,8 +39,8 @@ from typing import Any, Final
 from avmm.arch.x86_64 import cpu, features, tsc
 from avmm.errors import StateError
 from avmm.kvm import KvmError, System, Vcpu, Vm, constants
+from avmm.plain import U32, U64, Bytes, Fields, Int, ListOf, OrNone, Row
 
-VERSION: Final = 1
 _TSC_DEADLINE = 0x6E0
 _LVT_TIMER = 0x320
 _TIMER_MODE, _MODE_DEADLINE = 3 << 17, 2 << 17
@@ -49,80 +49,99 @@ _CHIPS: Final = (
     constants.KVM_IRQCHIP_PIC_SLAVE,
     constants.KVM_IRQCHIP_IOAPIC,
 )
-_VCPU_KEYS: Final = {
-    "version": int,
-    "tsc_khz": int,
-    "cpuid": list,
-    "msrs": list,
-    "xsave": bytes,
-    "mp_state": bytes,
-    "regs": bytes,
-    "sregs": bytes,
-    "xcrs": bytes,
-    "debugregs": bytes,
-    "lapic": bytes,
-    "events": bytes,
-}
-_NEEDS_KEYS: Final = {"version": int, "cpuid": list, "msrs": list, "xsave": int, "tsc_khz": int}
-_VM_KEYS: Final = {"version": int, "irqchips": list, "pit": bytes, "clock": int}
 _TSC_TOLERANCE: Final = 250e-6
 """As much may TSC frequencies differ and still count as one (KVM's own default)."""
 _ALWAYS: Final = (tsc.MSR, 0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0084, 0xC000_0102)
 """MSRs that every x86-64 KVM lists: TSC, SYSENTER's, STAR, LSTAR, FMASK, KERNEL_GS_BASE."""
-_U32, _U64 = 1 << 32, 1 << 64
+_STRUCTURE: Final = Bytes(most=1 << 16)
+"""One of the kernel's structures: its size is compared where it is handed over."""
+_CPUID: Final = ListOf(Row(*[U32] * 7))
+"""(function, index, flags, eax, ebx, ecx, edx) of each leaf."""
+_KHZ: Final = Int(1, (1 << 32) - 1)
+
+
+class SavedVcpu(Fields, version=1):
+    """What `save_vcpu` gives."""
+
+    mp_state = _STRUCTURE
+    regs = _STRUCTURE
+    sregs = _STRUCTURE
+    xsave = _STRUCTURE
+    xcrs = _STRUCTURE
+    debugregs = _STRUCTURE
+    lapic = _STRUCTURE
+    cpuid = _CPUID
+    tsc_khz = _KHZ
+    tsc_offset = OrNone(U64)
+    msrs = ListOf(Row(U32, U64))
+    """(index, value) of each."""
+    events = _STRUCTURE
+
+
+class Needs(Fields, version=1):
+    """What `needs` tells."""
+
+    cpuid = _CPUID
+    msrs = ListOf(U32)
+    xsave = U32
+    tsc_khz = _KHZ
+
+
+class SavedVm(Fields, version=1):
+    """What `save_vm` gives."""
+
+    irqchips = ListOf(_STRUCTURE, least=len(_CHIPS), most=len(_CHIPS))
+    pit = _STRUCTURE
+    clock = U64
 
 
 def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
     """The state of a drained vCPU. Raises `KvmError` where KVM does not give all of it."""
-    state: dict[str, Any] = {"version": VERSION, "mp_state": vcpu.state("mp_state")}
+    parts: dict[str, object] = {"mp_state": vcpu.state("mp_state")}
     for part in ("regs", "sregs"):
-        state[part] = vcpu.state(part)
-    state["xsave"] = vcpu.xsave(system.check("KVM_CAP_XSAVE2"))
-    for part in ("xcrs", "debugregs", "lapic"):
-        state[part] = vcpu.state(part)
-    state["cpuid"] = [list(leaf) for leaf in vcpu.cpuid()]
-    state["tsc_khz"] = vcpu.tsc_khz()
-    state["tsc_offset"] = vcpu.tsc_offset()
+        parts[part] = vcpu.state(part)
+    parts["xsave"] = vcpu.xsave(system.check("KVM_CAP_XSAVE2"))
+    for part in ("xcrs", "debugregs"):
+        parts[part] = vcpu.state(part)
+    lapic = vcpu.state("lapic")
+    parts["cpuid"] = [list(leaf) for leaf in vcpu.cpuid()]
+    parts["tsc_khz"] = vcpu.tsc_khz()
+    parts["tsc_offset"] = vcpu.tsc_offset()
     msrs = vcpu.msrs(system.msr_indices())
-    if _in_deadline_mode(state["lapic"]) and msrs.get(_TSC_DEADLINE) == 0:
+    if _in_deadline_mode(lapic) and msrs.get(_TSC_DEADLINE) == 0:
         msrs[_TSC_DEADLINE] = msrs[tsc.MSR]
-    state["msrs"] = [[index, value] for index, value in msrs.items()]
-    state["events"] = vcpu.state("events")
-    return state
+    parts["msrs"] = [[index, value] for index, value in msrs.items()]
+    parts["events"] = vcpu.state("events")
+    return SavedVcpu.plain(lapic=lapic, **parts)
 
 
 def needs(system: System, vcpu: Vcpu) -> dict[str, Any]:
     """What a host must have for this vCPU, as far as it can be told before its state is taken."""
-    return {
-        "version": VERSION,
-        "cpuid": [list(leaf) for leaf in vcpu.cpuid()],
-        "msrs": list(system.msr_indices()),
-        "xsave": len(vcpu.xsave(system.check("KVM_CAP_XSAVE2"))),
-        "tsc_khz": vcpu.tsc_khz(),
-    }
+    return Needs.plain(
+        cpuid=[list(leaf) for leaf in vcpu.cpuid()],
+        msrs=list(system.msr_indices()),
+        xsave=len(vcpu.xsave(system.check("KVM_CAP_XSAVE2"))),
+        tsc_khz=vcpu.tsc_khz(),
+    )
 
 
 def needs_of(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> dict[str, Any]:
     """The `needs` of a vCPU that has just been given this state, most of which are in it: asking
     KVM again would add a millisecond to the time that a guest stands still."""
-    return {
-        "version": VERSION,
-        "cpuid": state["cpuid"],
-        "msrs": list(system.msr_indices()),
-        "xsave": len(state["xsave"]),
-        "tsc_khz": vcpu.tsc_khz(),
-    }
+    return Needs.plain(
+        cpuid=state["cpuid"],
+        msrs=list(system.msr_indices()),
+        xsave=len(state["xsave"]),
+        tsc_khz=vcpu.tsc_khz(),
+    )
 
 
 def demand(system: System, vcpu: Vcpu, needed: Mapping[str, Any]) -> None:
     """Raise `StateError` where this host lacks what `needs` told of another one's vCPU."""
-    _check_shape("vCPU", needed, _NEEDS_KEYS)
-    features.demand(
-        [_numbers("cpuid", leaf, 7, _U32) for leaf in needed["cpuid"]], _offered(system, vcpu)
-    )
-    _demand_msrs(system, _numbers("msrs", needed["msrs"], len(needed["msrs"]), _U32))
-    _demand_xsave(system, vcpu, needed["xsave"])
-    _demand_frequency(needed["tsc_khz"])
+    needs_ = Needs.read(f"what vCPU {vcpu.index} needs", needed)
+    features.demand(needs_.cpuid, _offered(system, vcpu))
+    _demand_msrs(system, needs_.msrs)
+    _demand_xsave(system, vcpu, needs_.xsave)
 
 
 def _demand_msrs(system: System, wanted: Iterable[int]) -> None:
@@ -145,25 +164,26 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
 
     Raises `StateError` where it is no such state, or where this host lacks what it needs.
     """
-    _check_shape("vCPU", state, _VCPU_KEYS)
-    leaves = [_numbers("cpuid", leaf, 7, _U32) for leaf in state["cpuid"]]
-    features.demand(leaves, _offered(system, vcpu))
-    msrs = {msr[0]: msr[1] for msr in (_numbers("msrs", pair, 2, _U64) for pair in state["msrs"])}
+    saved = SavedVcpu.read(f"vCPU {vcpu.index}'s state", state)
+    features.demand(saved.cpuid, _offered(system, vcpu))
+    msrs = dict(saved.msrs)
     if lost := [f"{index:#x}" for index in _ALWAYS if index not in msrs]:
         raise StateError(f"the state holds no values of MSRs {', '.join(lost)}")
     _demand_msrs(system, msrs)
-    _demand_xsave(system, vcpu, len(state["xsave"]))
+    _demand_xsave(system, vcpu, len(saved.xsave))
     try:
-        vcpu.set_cpuid_leaves(leaves)
-        _set_frequency(system, vcpu, state["tsc_khz"])
-        for part in ("mp_state", "regs", "sregs"):
-            vcpu.set_state(part, state[part])
-        vcpu.set_xsave(state["xsave"])
-        for part in ("xcrs", "debugregs", "lapic"):
-            vcpu.set_state(part, state[part])
+        vcpu.set_cpuid_leaves(saved.cpuid)
+        _set_frequency(system, vcpu, saved.tsc_khz)
+        vcpu.set_state("mp_state", saved.mp_state)
+        vcpu.set_state("regs", saved.regs)
+        vcpu.set_state("sregs", saved.sregs)
+        vcpu.set_xsave(saved.xsave)
+        vcpu.set_state("xcrs", saved.xcrs)
+        vcpu.set_state("debugregs", saved.debugregs)
+        vcpu.set_state("lapic", saved.lapic)
         later = (tsc.MSR, _TSC_DEADLINE)
         vcpu.set_msrs({index: value for index, value in msrs.items() if index not in later})
-        vcpu.set_state("events", state["events"])
+        vcpu.set_state("events", saved.events)
         vcpu.clock_paused()
     except (KvmError, ValueError) as error:
         raise StateError(
@@ -185,13 +205,14 @@ _shown: Final[list[list[features.Leaf]]] = []
 
 
 def load_time(vcpus: Sequence[Vcpu], states: Sequence[Mapping[str, Any]]) -> None:
-    """Set the TSCs of all vCPUs going, and their deadlines; after `load_vcpu` of each.
+    """Set the TSCs of all vCPUs going, and their deadlines; after `load_vcpu` of each, which has
+    checked its state.
 
     Raises `StateError` as that does.
     """
     msrs = [dict(state["msrs"]) for state in states]
     saved = [
-        tsc.Saved(values[tsc.MSR], _offset(state))
+        tsc.Saved(values[tsc.MSR], state["tsc_offset"])
         for values, state in zip(msrs, states, strict=True)
     ]
     try:
@@ -203,44 +224,31 @@ def load_time(vcpus: Sequence[Vcpu], states: Sequence[Mapping[str, Any]]) -> Non
         raise StateError(f"this host's KVM refuses the guest's time: {error}") from error
 
 
-def _offset(state: Mapping[str, Any]) -> int | None:
-    offset = state.get("tsc_offset")
-    return None if offset is None else _numbers("tsc_offset", [offset], 1, _U64)[0]
-
-
 def save_vm(vm: Vm) -> dict[str, Any]:
     """PICs, IOAPIC, PIT and kvmclock, with all vCPUs parked and devices quiesced."""
-    return {
-        "version": VERSION,
-        "irqchips": [vm.irqchip(chip) for chip in _CHIPS],
-        "pit": vm.state("pit"),
-        "clock": vm.clock(),
-    }
+    return SavedVm.plain(
+        irqchips=[vm.irqchip(chip) for chip in _CHIPS], pit=vm.state("pit"), clock=vm.clock()
+    )
 
 
-def load_vm(vm: Vm, state: Mapping[str, Any]) -> None:
+def load_vm(vm: Vm, state: object) -> None:
     """Give a fresh VM the state that `save_vm` gave; before its vCPUs get theirs.
 
     Raises `StateError` as `load_vcpu` does.
     """
-    _check_shape("VM", state, _VM_KEYS)
-    chips = state["irqchips"]
-    if [type(chip) for chip in chips] != [bytes] * len(_CHIPS):
-        raise StateError(f"irqchips: expected the bytes of {len(_CHIPS)} interrupt chips")
-    if [int.from_bytes(chip[:4], "little") for chip in chips] != list(_CHIPS):
-        raise StateError("irqchips: expected two PICs and an IOAPIC, in this order")
-    _numbers("clock", [state["clock"]], 1, _U64)
+    saved = SavedVm.read("the VM's state", state)
+    if [int.from_bytes(chip[:4], "little") for chip in saved.irqchips] != list(_CHIPS):
+        raise saved.refusal("irqchips: expected two PICs and an IOAPIC, in this order")
     try:
-        for chip in chips:
+        for chip in saved.irqchips:
             vm.set_irqchip(chip)
-        vm.set_state("pit", state["pit"])
-        vm.set_clock(state["clock"])
-    except (KvmError, ValueError, TypeError) as error:
+        vm.set_state("pit", saved.pit)
+        vm.set_clock(saved.clock)
+    except (KvmError, ValueError) as error:
         raise StateError(f"this host's KVM refuses the state of the VM: {error}") from error
 
 
 def _set_frequency(system: System, vcpu: Vcpu, khz: int) -> None:
-    _demand_frequency(khz)
     here = vcpu.tsc_khz()
     if khz == here:
         return
@@ -255,33 +263,6 @@ def _set_frequency(system: System, vcpu: Vcpu, khz: int) -> None:
         )
 
 
-def _demand_frequency(khz: int) -> None:
-    if not 0 < khz < _U32:
-        raise StateError(f"tsc_khz is {khz:#x}: expected a frequency in kHz, above 0")
-
-
 def _in_deadline_mode(lapic: bytes) -> bool:
     timer = int.from_bytes(lapic[_LVT_TIMER : _LVT_TIMER + 4], "little")
     return timer & _TIMER_MODE == _MODE_DEADLINE
-
-
-def _check_shape(what: str, state: object, keys: Mapping[str, type]) -> None:
-    if not isinstance(state, Mapping):
-        raise StateError(f"no state of a {what}: {type(state).__name__}, expected a mapping")
-    if type(state.get("version")) is not int or state["version"] != VERSION:
-        raise StateError(
-            f"the {what}'s state has version {state.get('version')!r}, expected {VERSION}"
-        )
-    for key, kind in keys.items():
-        if type(state.get(key)) is not kind:
-            raise StateError(f"the {what}'s state has no {key} of type {kind.__name__}")
-
-
-def _numbers(key: str, values: object, count: int, limit: int) -> tuple[int, ...]:
-    if (
-        not isinstance(values, list | tuple)
-        or len(values) != count
-        or not all(type(value) is int and 0 <= value < limit for value in values)
-    ):
-        raise StateError(f"{key}: expected {count} numbers below {limit:#x}")
-    return tuple(values)

@@ -1,19 +1,20 @@
 """The real-time clock and CMOS memory of a PC: a Motorola MC146818 at 0x70 and 0x71.
 
-The time is the host's (UTC) plus an offset, which is what setting the clock changes: so a guest
-that was saved and restored reads the right time at once. Registers are worked out when they are
-read; no timer runs. While the guest holds the clock (register B's SET, or the divider in reset)
-they are plain bytes, and become a new offset when it lets go.
+The time is the host's (UTC) plus an offset. Setting the clock changes the offset. So a guest that
+was saved and restored reads the right time at once. Registers are computed when they are read; no
+timer runs. While the guest keeps the clock stopped (SET in register B, or the divider in reset),
+the registers are plain bytes. They become a new offset when it lets the clock run.
 
-**No interrupts.** The alarm registers are stored, nothing more, and the interrupt enables of
-register B cannot be set: they read back 0, so that a guest which looks knows. Guests have better
-timers, and a periodic one in Python would be a poor one. The flags UF and PF of register C do
-come, for guests that poll them; AF does not.
+**No interrupts.** The alarm registers are only stored. The interrupt enables in register B cannot
+be set: they read back as 0, so a guest that checks can tell. Guests have better timers, and a
+periodic timer in Python would be a poor one. The flags UF and PF of register C do come, for guests
+that poll them; AF does not.
 
-**Update in progress.** UIP is a function of the clock and so cannot stay set. The chip promises
-244 us after UIP was read 0 before the time changes, which is too short where every access is an
-exit of 10 us and more. So UIP is set for as long as the chip's whole update takes, 244 + 1984 us
-(MC146818A data sheet, table 5), but all of it before the change: a guest that read 0 has 2 ms.
+**Update in progress.** UIP is computed from the clock, so it cannot get stuck. The chip promises
+244 us after UIP was read 0 before the time changes, which is too short if every access is an exit
+that takes 10 us or more. So UIP is set for as long as the chip's whole update takes, 244 + 1984 us
+(MC146818A data sheet, table 5), and all of that time lies before the change. A guest that reads 0
+therefore has 2 ms.
 
 The bytes from 0x10 on follow QEMU (hw/i386/pc.c, `pc_cmos_init`) and SeaBIOS (src/hw/rtc.h).
 """
@@ -25,8 +26,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
 from avmm.devices.base import Device
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.errors import ConfigError
+from avmm.plain import Bytes, Int
 
 PORTS: Final = 2
 SIZE: Final = 128
@@ -43,7 +45,7 @@ REG_B: Final = 0x0B
 REG_C: Final = 0x0C
 REG_D: Final = 0x0D
 CENTURY: Final = 0x32
-_CENTURY_PS2: Final = 0x37  # where PS/2s have it; QEMU answers there, too
+_CENTURY_PS2: Final = 0x37  # its place on a PS/2; QEMU answers there, too
 _TIME: Final = frozenset({SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY})
 
 A_UIP: Final = 0x80
@@ -59,18 +61,27 @@ HOUR_PM: Final = 0x80
 _SECOND: Final = 1_000_000_000
 _UPDATE: Final = 244_000 + 1_984_000
 _DAY: Final = 86_400
-_OFFSET_LIMIT: Final = 1_000_000 * 365 * _DAY * _SECOND
+_OFFSET_LIMIT: Final = 1_000_000 * 365 * _DAY
+"""Seconds; more than a guest can set."""
 
 _KIB: Final = 1 << 10
 _MIB: Final = 1 << 20
 
 
 class Cmos(Device):
-    """The clock, and what firmware finds out about the machine.
+    """The clock, and the bytes in which firmware records what it finds out about the machine.
 
-    `low_memory` and `high_memory` are the bytes of RAM below and above 4 GiB, `clock` gives the
+    `low_memory` and `high_memory` are the bytes of RAM below and above 4 GiB, `clock` returns the
     time in nanoseconds since 1970 (UTC).
     """
+
+    class State(DeviceState, version=1):
+        index = Int(0, SIZE - 1)
+        # The offset has two parts: in nanoseconds alone it may have more than 64 bits, which no
+        # file can hold.
+        seconds = Int(-_OFFSET_LIMIT, _OFFSET_LIMIT)
+        nanoseconds = Int(0, _SECOND - 1)
+        data = Bytes(least=SIZE, most=SIZE)
 
     max_width: ClassVar[int] = 1
     acpi_hid: ClassVar[str] = "PNP0B00"
@@ -118,7 +129,7 @@ class Cmos(Device):
 
     def read(self, offset: int, size: int) -> int:
         if offset == 0:
-            return 0xFF  # the index cannot be read back (QEMU: the same)
+            return 0xFF  # the index cannot be read back, as in QEMU
         index = self._index
         if index == REG_A:
             return self._data[REG_A] | (A_UIP if self._updating() else 0)
@@ -143,7 +154,7 @@ class Cmos(Device):
             self._data[index] = value
 
     def _control(self, index: int, value: int) -> None:
-        """Registers A and B: what they change may stop the clock, or start it again."""
+        """Write register A or B. That may stop the clock or start it again."""
         self._refresh()
         was_running = self._running()
         if index == REG_A:
@@ -170,7 +181,7 @@ class Cmos(Device):
         return self._running() and self._now() % _SECOND >= _SECOND - _UPDATE
 
     def _flags(self) -> int:
-        """Register C: whether a second or a period has ended since it was read last."""
+        """Read register C: whether a second or a period has ended since the last read."""
         since, now = self._flags_read, self._now()
         self._flags_read = now
         if not self._running():
@@ -184,7 +195,7 @@ class Cmos(Device):
         return flags
 
     def _refresh(self) -> None:
-        """Write the time into the registers, where the clock runs."""
+        """If the clock runs, write the time into the registers."""
         if not self._running():
             return
         now = time.gmtime(self._now() // _SECOND)
@@ -207,8 +218,9 @@ class Cmos(Device):
             self._data[HOURS] |= HOUR_PM
 
     def _set(self, fraction: int | None = None) -> None:
-        """Take the registers for the time, where the clock runs; keeps the fraction of a second
-        unless another is given. What is no date (32 January) counts on, as in QEMU."""
+        """If the clock runs, take the time from the registers. Keeps the fraction of a second
+        unless another is given. An invalid date such as 32 January counts on into the next month,
+        as in QEMU."""
         if not self._running():
             return
         if fraction is None:
@@ -236,26 +248,28 @@ class Cmos(Device):
     # State.
 
     def save(self) -> Mapping[str, Any]:
-        return {"index": self._index, "offset": self._offset, "data": bytes(self._data)}
+        seconds, nanoseconds = divmod(self._offset, _SECOND)
+        return self.State.plain(
+            index=self._index, seconds=seconds, nanoseconds=nanoseconds, data=bytes(self._data)
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, self.save())
-        index = fields.number("index", SIZE - 1)
-        offset = fields.number("offset", _OFFSET_LIMIT, least=-_OFFSET_LIMIT)
-        data = fields.data("data", SIZE, least=SIZE)
+        saved = self.State.load(self.name, state)
+        data = saved.data
         if data[REG_A] & A_UIP or data[REG_B] & B_ENABLES or data[REG_C]:
-            raise fields.refusal(
+            raise saved.refusal(
                 f"registers A, B, C are {data[REG_A]:#x}, {data[REG_B]:#x}, {data[REG_C]:#x}"
             )
-        self._index, self._offset, self._data = index, offset, bytearray(data)
+        self._index, self._data = saved.index, bytearray(data)
+        self._offset = saved.seconds * _SECOND + saved.nanoseconds
         self._flags_read = self._now()
 
 
 def _days(year: int, month: int, day: int) -> int:
     """Days from 1970-01-01 to a date of the Gregorian calendar; month and day may overflow.
 
-    Howard Hinnant, "chrono-compatible low-level date algorithms", `days_from_civil`. Not
-    `datetime`, which refuses years above 9999: a guest may well write them.
+    Howard Hinnant, "chrono-compatible low-level date algorithms", `days_from_civil`. `datetime` is
+    not used, because it refuses years above 9999, which a guest may well write.
     """
     year += (month - 1) // 12
     month = (month - 1) % 12 + 1

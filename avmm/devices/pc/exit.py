@@ -1,8 +1,9 @@
 """Ports by which a guest ends the run and says how it went.
 
-For test guests and unikernels: no ACPI, no triple fault, one instruction. Both devices hand the
-status to a callback, in the vCPU's thread, and do nothing else: what ending means is the
-machine's business, and a guest that goes on writing until it is stopped calls it again.
+They are for test guests and unikernels, which then need a single instruction, and neither ACPI nor
+a triple fault. Both devices hand the status to a callback, in the vCPU's thread, and do nothing
+else: the machine decides what ending means. A guest that writes again before it is stopped causes
+another call.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class _ExitPort(Stateless):
         self._on_exit = on_exit
 
     def read(self, offset: int, size: int) -> int:
-        """0, as QEMU's `debug_exit_read`: guests tell by it that the device is there."""
+        """0, as in QEMU's `debug_exit_read`. Guests recognise the device by that."""
         return 0
 
 
@@ -37,7 +38,8 @@ class DebugExit(_ExitPort):
 
 
 class ExitStatus(_ExitPort):
-    """avmm's own: writing `v`, up to 32 bits wide, ends the run with just the status `v`."""
+    """avmm's own port: writing `v`, up to 32 bits wide, ends the run with exactly the status
+    `v`."""
 
     def write(self, offset: int, size: int, value: int) -> None:
         self._on_exit(value)

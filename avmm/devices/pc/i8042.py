@@ -1,20 +1,20 @@
 """A keyboard controller without a keyboard: 0x60 and 0x64, mostly for the reset line.
 
-PCs reset by it (command 0xfe), guests look for it early, and a guest that waits for an answer
-which never comes waits long: Linux half a second each time (drivers/input/serio/i8042.c). So
-the controller's own commands are all answered at once, with what a controller says whose
-keyboard and mouse sockets are empty. Commands to a keyboard or a mouse are taken and never
-answered. No interrupts: all that could cause one is the answer to a command, and drivers poll
-for that.
+PCs are reset through it (command 0xfe), and guests look for it early. A guest that waits for an
+answer which never comes waits for long: Linux for half a second each time
+(drivers/input/serio/i8042.c). So all commands to the controller itself are answered at once, with
+the answers of a controller that has no keyboard and no mouse. Commands to a keyboard or a mouse
+are accepted and never answered. There are no interrupts: only the answer to a command could cause
+one, and drivers poll for that.
 
-Linux's probe, and how it ends: the command byte can be read twice alike; the loop through
-the mouse port (0xd3) comes back, but not marked as from the mouse, and the test of the mouse
-port (0xa9) gives an error: "no mouse port", without waiting. The keyboard driver then asks a
-keyboard that does not answer, in a work queue of its own.
+Linux's probe goes like this. It reads the command byte twice and gets the same value. Its loopback
+through the mouse port (0xd3) comes back, but is not marked as coming from the mouse, and its test
+of the mouse port (0xa9) gives an error. So it concludes "no mouse port" without waiting. The
+keyboard driver then asks a keyboard that does not answer, in a work queue of its own.
 
 Sources: IBM PS/2 Hardware Interface Technical Reference, "Keyboard and Auxiliary Device
-Controller"; QEMU's hw/input/pckbd.c; Firecracker's and kvmtool's i8042, which do about as much
-but acknowledge whatever is sent to the keyboard.
+Controller"; QEMU's hw/input/pckbd.c; Firecracker's and kvmtool's i8042, which do about the same
+but acknowledge everything that is sent to the keyboard.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
 from avmm.devices.base import Device
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
+from avmm.plain import U8, OneOf
 
 DATA: Final = 0
 """Offset of port 0x60."""
@@ -69,10 +70,17 @@ _MODES: Final = {
 
 class I8042(Device):
     """The controller. `on_reset` is called, in the vCPU's thread, when the guest pulls the
-    processor's reset line; everything goes on until the machine acts on it.
+    processor's reset line; everything continues until the machine acts on it.
 
     A20 is remembered and read back; it masks nothing, as on every processor since Haswell.
     """
+
+    class State(DeviceState, version=1):
+        mode = U8
+        out = U8
+        status = U8
+        answer = U8
+        pending = OneOf(0, *sorted(_TAKES_A_BYTE))
 
     max_width: ClassVar[int] = 1
 
@@ -82,8 +90,8 @@ class I8042(Device):
         self._out = _OUT_AT_START
         self._status = STATUS_SYSTEM | STATUS_UNLOCKED
         self._answer = 0
-        """What 0x60 reads; a new answer replaces one that was not fetched, so that a driver
-        which gave up on one does not take it for the next."""
+        """The value that a read of 0x60 returns. A new answer replaces one that was not read, so
+        that a driver which gave up on an answer does not take it for the next one."""
         self._pending = 0
         """The command that waits for its byte, or 0."""
 
@@ -121,7 +129,8 @@ class I8042(Device):
             self._on_reset()
 
     def _take(self, command: int, value: int) -> None:
-        """A byte at 0x60: for `command`, or where that is 0 for the keyboard there is not."""
+        """A byte written to 0x60. It belongs to `command`; if that is 0, it is for the keyboard,
+        which does not exist."""
         if command == WRITE_MODE:
             self._mode = value
         elif command == WRITE_OUT:
@@ -130,7 +139,7 @@ class I8042(Device):
             self._say(value)
 
     def _write_out(self, value: int) -> None:
-        # The line is not left pulled: the reset that it causes sets it high again.
+        # The reset line does not stay low, because the reset that it causes sets it high again.
         self._out = value | OUT_NO_RESET
         if not value & OUT_NO_RESET:
             self._on_reset()
@@ -140,24 +149,20 @@ class I8042(Device):
         self._status |= STATUS_OUTPUT_FULL
 
     def save(self) -> Mapping[str, Any]:
-        return {
-            "mode": self._mode,
-            "out": self._out,
-            "status": self._status,
-            "answer": self._answer,
-            "pending": self._pending,
-        }
+        return self.State.plain(
+            mode=self._mode,
+            out=self._out,
+            status=self._status,
+            answer=self._answer,
+            pending=self._pending,
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, self.save())
-        status, out = fields.number("status", 0xFF), fields.number("out", 0xFF)
-        mode, answer = fields.number("mode", 0xFF), fields.number("answer", 0xFF)
-        pending = fields.number("pending", 0xFF)
+        saved = self.State.load(self.name, state)
         possible = STATUS_SYSTEM | STATUS_UNLOCKED | STATUS_COMMAND | STATUS_OUTPUT_FULL
-        if status & ~possible or not out & OUT_NO_RESET or pending not in _TAKES_A_BYTE | {0}:
-            raise fields.refusal(
-                f"status {status:#x}, output port {out:#x}, waiting for the byte of command "
-                f"{pending:#x}"
-            )
-        self._mode, self._out, self._status = mode, out, status
-        self._answer, self._pending = answer, pending
+        if saved.status & ~possible:
+            raise saved.wrong("status", f"no bits except those of {possible:#x}")
+        if not saved.out & OUT_NO_RESET:
+            raise saved.wrong("out", f"a number with bit {OUT_NO_RESET:#x} set")
+        self._mode, self._out, self._status = saved.mode, saved.out, saved.status
+        self._answer, self._pending = saved.answer, saved.pending

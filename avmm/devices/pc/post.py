@@ -1,8 +1,8 @@
-"""Ports that only tell something: POST codes at 0x80 and Bochs' debug console at 0xe9.
+"""Ports that only carry messages: POST codes at 0x80 and Bochs' debug console at 0xe9.
 
-Both go to `logging`, from the vCPU's thread: they are for debugging, and their order relative
-to what else the guest does is the point. A guest decides what it writes, so what is kept and
-what reaches a log is bounded and free of control characters.
+Both go to `logging`, from the vCPU's thread: they are for debugging, so their order among the
+guest's other actions matters. The guest decides what it writes. So what is kept and logged is
+bounded, and control characters are escaped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from avmm.devices.base import Device
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
+from avmm.plain import U8, Bytes
 
 _post_logger = logging.getLogger("avmm.post")
 _console_logger = logging.getLogger("avmm.debugcon")
@@ -24,7 +25,11 @@ _NEWLINE: Final = 0x0A
 
 
 class PostCode(Device):
-    """The port where firmware says how far it got, and Linux writes to lose a microsecond."""
+    """The port at which firmware reports its progress. Linux writes to it to pass a
+    microsecond."""
+
+    class State(DeviceState, version=1):
+        code = U8
 
     max_width: ClassVar[int] = 1
 
@@ -33,27 +38,31 @@ class PostCode(Device):
         """The code written last."""
 
     def read(self, offset: int, size: int) -> int:
-        """The code: the port is a latch (on a PC an unused page register of the DMA)."""
+        """The code written last, because the port is a latch (on a PC, an unused page register of
+        the DMA controller)."""
         return self.code
 
     def write(self, offset: int, size: int, value: int) -> None:
-        # Repeats are delays, not progress: Linux's io_delay writes the same code for ever.
+        # Repeats are delays, not progress: Linux's io_delay writes the same code again and again.
         if value != self.code:
             self.code = value
             _post_logger.debug("POST code %#04x", value)
 
     def save(self) -> Mapping[str, Any]:
-        return {"code": self.code}
+        return self.State.plain(code=self.code)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.code = Fields(self.name, state, ("code",)).number("code", 0xFF)
+        self.code = self.State.load(self.name, state).code
 
 
 class DebugConsole(Device):
     """Bochs' and QEMU's debugcon: bytes written become lines of the logger `avmm.debugcon`.
 
-    It reads 0xe9, by which a guest knows that it is there (Bochs, iodev/unmapped.cc).
+    It reads as 0xe9; guests recognise it by that (Bochs, iodev/unmapped.cc).
     """
+
+    class State(DeviceState, version=1):
+        line = Bytes(most=LINE_LIMIT - 1)
 
     max_width: ClassVar[int] = 1
 
@@ -84,8 +93,7 @@ class DebugConsole(Device):
         _console_logger.info("%s", text)
 
     def save(self) -> Mapping[str, Any]:
-        return {"line": bytes(self._line)}
+        return self.State.plain(line=bytes(self._line))
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, ("line",))
-        self._line = bytearray(fields.data("line", LINE_LIMIT - 1))
+        self._line = bytearray(self.State.load(self.name, state).line)

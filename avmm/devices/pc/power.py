@@ -18,9 +18,9 @@ _TYPE_SHIFT, _TYPE_MASK = 2, 7
 
 
 class Power(Stateless):
-    """Calls `off` where the guest enters the sleep type `off_type`, `reset` where it writes
-    `reset_value` to the reset register; both in the vCPU's thread. Other sleep types have no
-    meaning here and are ignored."""
+    """Calls `off` when the guest enters the sleep type `off_type`, and `reset` when it writes
+    `reset_value` to the reset register. Both are called in the vCPU's thread. Other sleep types
+    have no meaning here and are ignored."""
 
     max_width: ClassVar[int] = 1
 

@@ -1,1 +1,1 @@
-"""virtio devices: the rings, the contract, the transport, and one file a device."""
+"""virtio devices: the rings, the contract, the transport, and one file for each device."""

@@ -2,15 +2,16 @@
 
     await vm.balloon.set_target(256 << 20)   # returns when the guest has given as much
 
-The guest puts pages into its balloon (inflates it) and they go back to the host at once: when it
-takes them out again, RAM there reads as zeros, or, in a clone or out of a snapshot, as what was
-there when that began. With DEFLATE_ON_OOM it takes pages back by itself before it runs out of
-memory, whatever the target.
+The guest puts pages into its balloon (inflates it) and they go back to the host at once. When it
+takes them out again, they read as zeros. In a clone or a restored guest they read as what was
+there when that guest began. With DEFLATE_ON_OOM the guest takes pages back by itself before it
+runs out of memory, whatever the target is.
 
-Pages that are free in the guest need no balloon: its driver reports them, largest runs first, and
-they go back in the same way (5.5.6.7). What the guest finds in them later is zeros, or anything.
+Free pages of the guest need not be in the balloon: its driver reports them, the longest runs
+first, and they go back in the same way (5.5.6.7). The guest may find anything in them later.
 
-Page numbers are the guest's word: those that are not RAM are refused, the rest is its own loss.
+The guest chooses the page numbers. Numbers that are not RAM are refused; any other mistake harms
+only the guest.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from avmm.devices.state import Fields
-from avmm.devices.virtio.device import GuestQueue, Link, VirtioDevice
+from avmm.devices.state import DeviceState
+from avmm.devices.virtio.device import GuestQueue, VirtioDevice, VirtioLink
 from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
 from avmm.errors import ConfigError, GuestMemoryError
 from avmm.memory.pages import PAGE
+from avmm.plain import U32
 
 logger = logging.getLogger("avmm.virtio")
 
@@ -36,17 +38,17 @@ F_DEFLATE_ON_OOM: Final = 1 << 2
 F_PAGE_REPORTING: Final = 1 << 5
 _INFLATE = 0
 _OPTIONAL: Final = 2
-"""The first of the queues that are there only with their features."""
+"""The first queue that exists only if its feature was negotiated."""
 _AT_ONCE: Final = 32
-"""The runs that a driver reports in one chain; Linux's has no use for a shorter queue."""
+"""The runs that a driver reports in one chain; Linux's driver has no use for a shorter queue."""
 _CONFIG: Final = struct.Struct("<II")
 _ACTUAL: Final = 4
 _STAT: Final = struct.Struct("<HQ")
 _SLICE: Final = 4096
-"""Bytes of page numbers that are worked off before other tasks have their turn."""
+"""How many bytes of page numbers are processed before other tasks get their turn."""
 _PIECE: Final = 4 << 20
-"""Bytes that are given back before other tasks have their turn: what Linux reports as one."""
-_MOST_PAGES: Final = (1 << 32) - 1
+"""How many bytes are given back before other tasks get their turn: as much as Linux reports in one
+run."""
 _MOST_STATS: Final = 64
 _NAMES: Final = (
     "swap_in",
@@ -60,12 +62,16 @@ _NAMES: Final = (
     "hugetlb_allocations",
     "hugetlb_failures",
 )
-"""5.5.6.4, in the order of their tags; the ones of memory are in bytes."""
+"""The statistics of 5.5.6.4, in the order of their tags; those about memory are in bytes."""
 
 
 class Balloon(VirtioDevice):
-    """A balloon; `deflate_on_oom`: may the guest take pages back rather than run out of them?
-    `page_reporting`: may it tell which pages are free?"""
+    """A balloon. With `deflate_on_oom` the guest may take pages back before it runs out of memory.
+    With `page_reporting` it may report which pages are free."""
+
+    class State(DeviceState, version=1):
+        target = U32
+        actual = U32
 
     device_id: ClassVar[int] = 5
 
@@ -77,10 +83,11 @@ class Balloon(VirtioDevice):
         self._target = 0
         self._actual = 0
         self.refused = 0
-        """Pages that the guest gave which are none of its RAM."""
+        """How many pages the guest gave that are not its RAM."""
         self._changed = Waiters()
         self._stats: dict[str, int] = {}
-        # Rounds of asking: the one that somebody waits for, the last begun, the last ended.
+        # Rounds of asking for statistics, by number: the one that somebody waits for, the last one
+        # begun, and the last one ended.
         self._stats_wanted = self._stats_asked = self._stats_given = 0
         self._ask = Waiters()
 
@@ -99,7 +106,7 @@ class Balloon(VirtioDevice):
             self._actual = _CONFIG.unpack_from(both)[1]
             self._wakeup.set()
 
-    def attach(self, link: Link) -> None:
+    def attach(self, link: VirtioLink) -> None:
         super().attach(link)
         self._wakeup = link.wakeup()
 
@@ -107,20 +114,20 @@ class Balloon(VirtioDevice):
 
     @property
     def target(self) -> int:
-        """How large the balloon is to be, in bytes."""
+        """How large the balloon should be, in bytes."""
         return self._target * PAGE
 
     @property
     def actual(self) -> int:
-        """How large the guest says that it is, in bytes."""
+        """How large the guest says that the balloon is, in bytes."""
         return self._actual * PAGE
 
     async def set_target(self, size: int) -> None:
         """Ask the guest for a balloon of `size` bytes; returns when it has one, or when another
         size is asked for.
 
-        A guest without a driver, or without that much to give, lets it wait: cancelling leaves
-        what was asked for as it is. Raises `ConfigError` for a size that cannot be.
+        It waits as long as the guest has no driver, or cannot give that much. Cancelling does not
+        change the size that was asked for. Raises `ConfigError` for an impossible size.
         """
         memory = sum(region.size for region in self.link.memory.ram)
         if type(size) is not int or size % PAGE or not 0 <= size <= memory:
@@ -135,7 +142,7 @@ class Balloon(VirtioDevice):
             await self._changed.wait()
 
     async def stats(self) -> dict[str, int]:
-        """What the guest tells of its memory, by names like "free_memory" (bytes).
+        """What the guest reports about its memory, by names like "free_memory" (bytes).
 
         Waits for the guest's driver. Cancelling changes nothing.
         """
@@ -149,13 +156,13 @@ class Balloon(VirtioDevice):
     # -- queues --------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Tell who waits that the guest has told a new size."""
+        """Wake the tasks that wait: the guest has reported a new size."""
         while True:
             await self._wakeup.wait()
             self._changed.set()
 
     async def serve(self, queues: Mapping[int, GuestQueue], features: int) -> None:
-        # 5.5.2 numbers all queues that there may be; Linux only those whose features it took.
+        # 5.5.2 numbers all possible queues. Linux numbers only those whose features it accepted.
         optional = [(F_STATS_VQ, self._serve_stats), (F_PAGE_REPORTING, self._serve_reports)]
         by_index = dict(enumerate((serve for bit, serve in optional if features & bit), _OPTIONAL))
         async with trio.open_nursery() as nursery:
@@ -167,10 +174,10 @@ class Balloon(VirtioDevice):
             chain = await queue.next()
             if queue.index == _INFLATE:
                 await self._inflate(chain)
-            queue.push(chain)  # what is taken out comes back by being touched
+            queue.push(chain)  # pages that are taken out come back when the guest touches them
 
     async def _serve_reports(self, queue: GuestQueue) -> None:
-        """Until it gets a report back, the guest leaves those pages alone."""
+        """Give reported pages back. The guest does not use them until its report is returned."""
         while True:
             chain = await queue.next()
             for part in chain.writable:
@@ -180,7 +187,8 @@ class Balloon(VirtioDevice):
             queue.push(chain)
 
     async def _inflate(self, chain: Chain) -> None:
-        """Begun anew after a pause: giving back twice is as giving back once."""
+        """Give back the pages that the guest puts into its balloon. After a pause this begins
+        again with the whole chain; giving a page back twice does no harm."""
         while data := chain.take(_SLICE):
             for first, count in _runs(data):
                 self._give_back(first, count)
@@ -200,7 +208,8 @@ class Balloon(VirtioDevice):
             self.refused += 1
 
     async def _serve_stats(self, queue: GuestQueue) -> None:
-        """The driver's one buffer is kept until somebody asks; given back, it comes filled."""
+        """The driver's only buffer is kept until somebody asks. When it is given back, the driver
+        fills it."""
         while True:
             chain = await queue.next()
             self._stats = dict(_stats(chain.take(_MOST_STATS * _STAT.size)))
@@ -218,17 +227,16 @@ class Balloon(VirtioDevice):
         self._changed.set()
 
     def save(self) -> Mapping[str, Any]:
-        return {"target": self._target, "actual": self._actual}
+        return self.State.plain(target=self._target, actual=self._actual)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields("balloon", state, ("target", "actual"))
-        target, actual = (fields.number(name, _MOST_PAGES) for name in ("target", "actual"))
-        self._target, self._actual = target, actual
+        saved = self.State.load(self.name, state)
+        self._target, self._actual = saved.target, saved.actual
         self._changed.set()
 
 
 def _runs(data: bytes) -> Iterator[tuple[int, int]]:
-    """The page numbers in `data` as (first, count); Linux's come in falling order."""
+    """The page numbers in `data` as (first, count); Linux sends them in descending order."""
     numbers = sorted(number for (number,) in struct.iter_unpack("<I", data[: len(data) & ~3]))
     first = count = 0
     for number in numbers:
@@ -243,7 +251,7 @@ def _runs(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _stats(data: bytes) -> Iterator[tuple[str, int]]:
-    """What is known of `data`."""
+    """The (name, value) of each statistic in `data` whose tag is known."""
     for tag, value in struct.iter_unpack(_STAT.format, data[: len(data) // 10 * 10]):
         if tag < len(_NAMES):
             yield _NAMES[tag], value

@@ -1,12 +1,13 @@
 """The block device (VIRTIO 1.2, 5.2): one queue of requests to an `avmm.disks` disk.
 
-Everything found in the ring is begun before the guest is interrupted once for what was done at
-once. What the disk has to wait for goes on side by side, in tasks or where the disk takes it
-without one, and is given back in whichever order it ends: a write that ends in one of the disk's
-threads in that thread, for the guest need not wait for trio, too.
+The device begins every request that it finds in the ring, and then interrupts the guest once for
+all that could be done at once. Requests that the disk has to wait for run side by side, in tasks,
+or without a task if the disk can do that. They are returned in the order in which they end. A
+write that ends in one of the disk's threads is returned in that thread, so that the guest need not
+wait for trio as well.
 
-A request that was not given back at a pause is made again from its beginning. That is safe, for
-each kind can be made twice, and the guest has not been told that it was made at all.
+A request that was not returned before a pause is made again from its beginning. That is safe:
+every kind can be made twice, and the guest has not been told that it was made.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.queue import Chain, QueueError
 from avmm.disks.base import SECTOR, Disk
 from avmm.errors import ConfigError
+from avmm.plain import FLAG, MAPPING, U64
 
 logger = logging.getLogger("avmm.disk")
 
@@ -65,24 +67,30 @@ _UNMAP: Final = 1
 _ID_BYTES: Final = 20
 _RANGES: Final = 16
 _RANGE_SECTORS: Final = 1 << 16
-"""32 MiB: what a host without holes can write in a moment."""
+"""32 MiB, which a host can write quickly even if it cannot make holes."""
 _PHYSICAL: Final = 3
 """log2 of the sectors in a block that the host prefers: 4 KiB."""
 _AT_ONCE: Final = 64 * 1024
 """The largest request, in bytes, that is copied while other tasks of the program wait."""
 _BATCH: Final = 64
-"""The most requests begun before the guest is told of what was done."""
+"""The most requests that are begun before the guest is interrupted for those that have ended."""
 _LINES: Final = 64
 """The most lines in the log about one disk's errors."""
 _CONFIG: Final = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
 
 
 class VirtioBlock(VirtioDevice):
-    """A disk for the guest; what is behind it is `disk`, which stays its owner's to close.
+    """A disk for the guest, backed by `disk`. Whoever made `disk` closes it.
 
-    `serial` is what the guest can ask it for, at most 20 ASCII characters, and part of its name.
-    `queue_size` is how many requests can be in flight, a power of 2.
+    `serial` is the serial number that the guest can ask for: at most 20 ASCII characters. It is
+    also part of the device's name. `queue_size` is how many requests can be in flight, a power of
+    2.
     """
+
+    class State(DeviceState, version=1):
+        sectors = U64
+        read_only = FLAG
+        disk = MAPPING
 
     device_id: ClassVar[int] = 2
 
@@ -106,7 +114,7 @@ class VirtioBlock(VirtioDevice):
         self._failing: set[int] = set()
         self._lines_left = _LINES
         self._telling = threading.Lock()
-        """A write may fail in a thread of the disk's."""
+        """Protects the two above, because a write may fail in a thread of the disk."""
         discards = disk.can_discard and not disk.read_only
         self.supported = {IN, FLUSH, GET_ID}
         self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
@@ -127,7 +135,7 @@ class VirtioBlock(VirtioDevice):
             0,
             1 << _PHYSICAL,
             0,
-            0,  # write-through or not is told by F_FLUSH
+            0,  # F_FLUSH says whether writes go through
             0,
             _RANGE_SECTORS if discards else 0,
             _RANGES if discards else 0,
@@ -150,8 +158,8 @@ class VirtioBlock(VirtioDevice):
             await _Service(self, queues[0], flushes=bool(features & F_FLUSH)).run()
 
     def failed(self, kind: int, sector: int, error: OSError) -> None:
-        """One line, and no more until such a request has succeeded; bounded, for the guest
-        decides how often it asks."""
+        """Log one line, and then none until a request of that kind has succeeded. The number of
+        lines is bounded, because the guest decides how often it asks."""
         with self._telling:
             is_new = kind not in self._failing and self._lines_left > 0
             if is_new:
@@ -171,6 +179,10 @@ class VirtioBlock(VirtioDevice):
         """See `failed`."""
         self._failing.discard(kind)
 
+    @property
+    def saves_in_thread(self) -> bool:
+        return self.disk.saves_in_thread
+
     async def release(self) -> None:
         await self.disk.release()
 
@@ -178,23 +190,22 @@ class VirtioBlock(VirtioDevice):
         await self.disk.acquire()
 
     def save(self) -> Mapping[str, Any]:
-        return {
-            "sectors": self.sectors,
-            "read_only": self.disk.read_only,
-            "disk": dict(self.disk.save()),
-        }
+        return self.State.plain(
+            sectors=self.sectors, read_only=self.disk.read_only, disk=dict(self.disk.save())
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, ("sectors", "read_only", "disk"))
-        if fields.number("sectors", (1 << 64) - 1) != self.sectors:
-            raise fields.error("sectors", f"the {self.sectors} of {self.disk.name}")
-        if fields.flag("read_only") is not self.disk.read_only:
-            raise fields.error("read_only", f"{self.disk.read_only}, as {self.disk.name} is")
-        self.disk.load(state["disk"])
+        saved = self.State.load(self.name, state)
+        if saved.sectors != self.sectors:
+            raise saved.wrong("sectors", f"the {self.sectors} of {self.disk.name}")
+        if saved.read_only is not self.disk.read_only:
+            raise saved.wrong("read_only", f"{self.disk.read_only}, as {self.disk.name} is")
+        self.disk.load(saved.disk)
 
 
 async def _fail_with(error: Exception) -> None:
-    """Raise it where a task would have: no frame of ours knows it then, which it knows."""
+    """Raise `error` in a task, as the request would have done. The frame must not keep a reference
+    to the error, because the error's traceback refers to the frame."""
     try:
         raise error
     finally:
@@ -202,7 +213,7 @@ async def _fail_with(error: Exception) -> None:
 
 
 class _Request:
-    """What of a chain is left to be answered."""
+    """The part of a chain that remains to be answered."""
 
     __slots__ = ("chain", "kind", "sector", "status")
 
@@ -228,11 +239,12 @@ class _Service:
         self._begun = 0
         self._ended = trio.lowlevel.ParkingLot()
         self._without_task = 0
-        """How many of them the disk has, which no cancelled task would wait for."""
+        """How many of them the disk does without a task. `run` waits for these before it ends."""
         self._over: deque[tuple[int, Exception | None]] = deque()
-        """Those of them that are over, for trio to count, and what bug has ended them."""
+        """Those of them that have ended and that trio has not counted yet, each with the bug that
+        ended it, if any."""
         self._waiting = 0
-        """How many tasks wait for such an end."""
+        """How many tasks wait for one of these to end."""
         self._token = trio.lowlevel.current_trio_token()
         self._nursery: trio.Nursery
 
@@ -261,7 +273,8 @@ class _Service:
             self._signal()
 
     async def _tell(self) -> None:
-        """Interrupt the guest once for all that has ended in the same round of the scheduler."""
+        """Interrupt the guest once for all requests that ended in the same round of the
+        scheduler."""
         while True:
             await self._finished.wait()
             self._finished = trio.Event()
@@ -275,7 +288,7 @@ class _Service:
     # -- one request -----------------------------------------------------------------------------
 
     def _begin(self, chain: Chain) -> None:
-        """Do it, if that can be done at once, or start a task for it."""
+        """Do the request, if that can be done at once, or start a task for it."""
         header = chain.take(_HEADER.size)
         if len(header) < _HEADER.size or not chain.writable:
             raise QueueError("a disk's request without a header or without room for its status")
@@ -358,7 +371,7 @@ class _Service:
         self._nursery.start_soon(self._write, request, buffers, number)
 
     def _written(self, request: _Request, number: int, error: Exception | None) -> None:
-        """The end of a write without a task, in whichever thread."""
+        """End a write that has no task. Any thread."""
         try:
             if error is None:
                 self._answer(request, OK)
@@ -367,18 +380,20 @@ class _Service:
                 self._answer(request, IOERR)
                 error = None
             self._queue.signal()
-        except Exception as broken:  # raised in trio: here it would end a thread that others need
+        except Exception as broken:
+            # Raised in trio's thread: here it would end a thread that other requests need.
             error = broken
-        # The disk's thread still knows the request when trio has been told, and guest memory may
-        # go then.
+        # After trio has been told, guest memory may be unmapped, while the disk's thread still
+        # refers to the request.
         del request.chain, request.status
         self._over.append((number, error))
-        if error or self._waiting:  # who waits has said so before it looks at what is over
-            with suppress(trio.RunFinishedError):  # trio has crashed: nobody waits any more
+        # A task that waits counts itself before it looks at what has ended.
+        if error or self._waiting:
+            with suppress(trio.RunFinishedError):  # trio has crashed: nobody is waiting
                 self._token.run_sync_soon(self._count_ends)
 
     def _count_ends(self) -> None:
-        """In trio, of the writes that have ended without a task."""
+        """In trio: count the writes that have ended without a task."""
         while self._over:
             number, error = self._over.popleft()
             self._without_task -= 1
@@ -387,7 +402,7 @@ class _Service:
                 self._nursery.start_soon(_fail_with, error)
 
     async def _until(self, is_so: Callable[[], bool]) -> None:
-        """Return when it is so, which changes only with the end of a change."""
+        """Return when `is_so()` is true. That can only change when a change of the disk ends."""
         self._waiting += 1
         try:
             self._count_ends()
@@ -399,7 +414,7 @@ class _Service:
     async def _write(self, request: _Request, buffers: Sequence[memoryview], number: int) -> None:
         try:
             await self._disk.write(request.sector * SECTOR, buffers)
-            if not self._flushes:  # 5.2.6.2: such a driver takes a write for durable
+            if not self._flushes:  # 5.2.6.2: the driver assumes that finished writes are durable
                 await self._disk.flush()
         except OSError as error:
             self._fail(request, error)
@@ -409,7 +424,8 @@ class _Service:
         self._finished.set()
 
     async def _flush(self, request: _Request, begun: int) -> None:
-        """Wait for all changes that came before, not only for those that had ended."""
+        """Flush after all changes that were requested before, and not only those that have
+        ended."""
         try:
             await self._until(lambda: not self._changes or next(iter(self._changes)) > begun)
             await self._disk.flush()
@@ -474,15 +490,16 @@ class _Service:
         self._finish(request, IOERR)
 
     def _finish(self, request: _Request, status: int, written: int = 0) -> None:
-        """Answer it, and interrupt the guest later, for all that is answered in trio meanwhile."""
+        """Answer it now. The guest is interrupted later, once for everything that trio answers
+        until then."""
         self._answer(request, status, written)
         self._pushed = True
 
     def _answer(self, request: _Request, status: int, written: int = 0) -> None:
-        """Give it back; `written` bytes were put before its status. Any thread.
+        """Return the request to the guest; `written` bytes were put before its status. Any thread.
 
-        Told to the driver is what was written from the beginning of its buffers on without a gap
-        (2.7.8.2), and so the status only where all before it was.
+        The driver is told how many bytes were written without a gap from the beginning of its
+        buffers (2.7.8.2). So the status byte counts only if everything before it was written.
         """
         if status == OK:
             self._device.succeeded(request.kind)

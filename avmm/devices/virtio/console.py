@@ -1,8 +1,8 @@
 """The console device with its ports (VIRTIO 1.2, 5.3).
 
-A driver that does not know F_MULTIPORT sees the first port alone. To others ports are announced
-by control messages (5.3.6.2). Those that wait for the driver are kept one of a kind for each port,
-the latest, so that a driver which asks and never reads costs no memory.
+A driver that does not know F_MULTIPORT sees only the first port. To other drivers, control
+messages announce the ports (5.3.6.2). While messages wait for the driver, only the latest of each
+kind is kept for each port. So a driver that asks and never reads costs no memory.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.port import Port, Waiters
 from avmm.errors import ConfigError
+from avmm.plain import MAPPING, U16, Bytes, Int, ListOf, OneOf, Row, Text
 
 F_SIZE: Final = 1 << 0
 F_MULTIPORT: Final = 1 << 1
@@ -33,7 +34,7 @@ PORT_NAME: Final = 7
 _CONTROL: Final = struct.Struct("<IHH")
 _CONTROL_IN, _CONTROL_OUT = 2, 3
 _MOST_PORTS: Final = 31
-"""As many as Linux's early versions took; and each is two queues."""
+"""As many as early versions of Linux accepted. Each port has two queues."""
 _CHUNK: Final = 64 * 1024
 _AT_ONCE: Final = 256 * 1024
 """How many bytes go straight to a sink while other tasks of the program wait."""
@@ -43,12 +44,22 @@ _LONGEST: Final = 8 + 255
 
 
 class Console(VirtioDevice):
-    """A console: give it its ports, the first of which is the driver's console (hvc0).
+    """A console with these ports. The first port is the driver's console (hvc0).
 
-    Without ports it has the one, a console by the name of "hvc0". `columns` and `rows` are the
-    size that the guest is told, `queue_size` the entries of each queue. `rows_first` is for
-    Linux before 6.15, which reads a new size the wrong way round (its commit 5326ab737a47).
+    Without ports it gets one, a console named "hvc0". `columns` and `rows` are the size that the
+    guest is told; `queue_size` is the number of entries of each queue. `rows_first` is for Linux
+    before 6.15, which swaps rows and columns when it reads a new size (its commit 5326ab737a47).
     """
+
+    class State(DeviceState, version=1):
+        size = Row(U16, U16)
+        """[columns, rows]"""
+        ports = ListOf(Row(Text(), MAPPING), most=_MOST_PORTS)
+        """[name, state], in the order of their numbers."""
+        messages = ListOf(
+            Row(OneOf(*_SENT), Int(0, _MOST_PORTS - 1), Bytes(least=_CONTROL.size, most=_LONGEST))
+        )
+        """[event, port, message]"""
 
     device_id: ClassVar[int] = 3
     features = F_SIZE | F_MULTIPORT
@@ -65,7 +76,7 @@ class Console(VirtioDevice):
         if len(ports) > _MOST_PORTS:
             raise ConfigError(f"a console of {len(ports)} ports: expected at most {_MOST_PORTS}")
         self.ports = {port.name: port for port in ports}
-        """By their names; in the order of their numbers."""
+        """The ports by name, in the order of their numbers."""
         if len(self.ports) != len(ports):
             raise ConfigError("two ports of a console have the same name")
         self._ports = ports
@@ -73,7 +84,7 @@ class Console(VirtioDevice):
         self._size = _checked_size(columns, rows)
         self._rows_first = rows_first
         self._messages: dict[tuple[int, int], bytes] = {}
-        """What the driver is to be told: (event, port) → message; the oldest first."""
+        """The messages that wait for the driver: (event, port) → message, the oldest first."""
         self._told = Waiters()
         for number, port in enumerate(ports):
             port.on_close = partial(self._host_closed, number)
@@ -87,7 +98,7 @@ class Console(VirtioDevice):
         return struct.pack("<HHII", *self._size, len(self._ports), 0)
 
     def resize(self, columns: int, rows: int) -> None:
-        """Tell the guest that its terminal has this size now. From trio."""
+        """Tell the guest that its terminal has this size now. Call it in trio."""
         self._size = _checked_size(columns, rows)
         for number, port in enumerate(self._ports):
             if port.is_console and port.ready:
@@ -113,17 +124,19 @@ class Console(VirtioDevice):
                 nursery.start_soon(self._listen, queues[_CONTROL_OUT])
 
     async def _receive(self, queue: GuestQueue, port: Port) -> None:
-        """Input of the host's, to the guest."""
+        """Move input from the host to the guest."""
         while True:
             await port.some_input()
             chain = await queue.next()
-            data = await port.some_input()  # closed meanwhile, the chain waits for the next
+            # If the port was closed meanwhile, the chain is kept for its next input.
+            data = await port.some_input()
             written = chain.put(data[: chain.writable_bytes])
             port.took(written)
             queue.push(chain, written)
 
     async def _transmit(self, queue: GuestQueue, port: Port) -> None:
-        """Output of the guest's; how much of a chain was taken is noted as it is taken."""
+        """Move output from the guest to the host. `chain.done` counts the bytes as they are
+        taken."""
         while True:
             await queue.let_others_run()
             sink = port.sink
@@ -212,47 +225,30 @@ class Console(VirtioDevice):
             port.acquire()
 
     def save(self) -> Mapping[str, Any]:
-        return {
-            "size": list(self._size),
-            "ports": [[port.name, port.save()] for port in self._ports],
-            "messages": [[*key, message] for key, message in self._messages.items()],
-        }
+        return self.State.plain(
+            size=list(self._size),
+            ports=[[port.name, port.save()] for port in self._ports],
+            messages=[[*key, message] for key, message in self._messages.items()],
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, ("size", "ports", "messages"))
-        size, ports, messages = state["size"], state["ports"], state["messages"]
-        if type(size) is not list or [type(side) for side in size] != [int, int]:
-            raise fields.error("size", "[columns, rows]")
-        if not all(0 <= side <= _SIDE for side in size):
-            raise fields.error("size", "numbers up to 65535")
-        pairs = _rows(fields, "ports", ports, (str, dict))
-        if [name for name, _ in pairs] != list(self.ports):
-            raise fields.error("ports", f"those of {', '.join(self.ports)}")
-        for port, (_, port_state) in zip(self._ports, pairs, strict=True):
+        saved = self.State.load(self.name, state)
+        if [name for name, _ in saved.ports] != list(self.ports):
+            raise saved.wrong("ports", f"those of {', '.join(self.ports)}")
+        ports = [
             port.check(port_state)
-        loaded: dict[tuple[int, int], bytes] = {}
-        for event, number, message in _rows(fields, "messages", messages, (int, int, bytes)):
-            if not 0 <= number < len(self._ports) or len(message) < _CONTROL.size:
-                raise fields.error("messages", "control messages of ports that there are")
-            if event not in _SENT or (event, number) in loaded or len(message) > _LONGEST:
-                raise fields.error("messages", "each control message once")
-            loaded[event, number] = message
-        self._size = (size[0], size[1])
-        self._messages = loaded
-        for port, (_, port_state) in zip(self._ports, pairs, strict=True):
+            for port, (_, port_state) in zip(self._ports, saved.ports, strict=True)
+        ]
+        messages = {(event, port): message for event, port, message in saved.messages}
+        if len(messages) != len(saved.messages):
+            raise saved.wrong("messages", "each control message once")
+        if not all(port < len(self._ports) for _, port in messages):
+            raise saved.wrong("messages", f"those of ports up to {len(self._ports) - 1}")
+        self._size = saved.size
+        self._messages = messages
+        for port, port_state in zip(self._ports, ports, strict=True):
             port.load(port_state)
         self._told.set()
-
-
-def _rows(
-    fields: Fields, name: str, value: object, types: tuple[type, ...]
-) -> list[tuple[Any, ...]]:
-    """A list of rows with these types out of a hostile state."""
-    if type(value) is not list or not all(
-        type(row) is list and tuple(map(type, row)) == types for row in value
-    ):
-        raise fields.error(name, f"a list of {[kind.__name__ for kind in types]}")
-    return [tuple(row) for row in value]
 
 
 def _checked_size(columns: int, rows: int) -> tuple[int, int]:

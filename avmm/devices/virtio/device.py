@@ -13,21 +13,22 @@ A `VirtioDevice` says what it is (id, features, queue sizes, config space) and s
                 queue.push(chain, chain.put(chain.take(4096)))
 
 **Everything that stops a device is one cancellation.** At a reset, a pause, or when the guest
-breaks a rule, the transport cancels `serve` and waits until it has ended; then, and only then,
-the reset is done or the device quiesced. So whatever `serve` started (tasks in a nursery of its
-own, a thread) has ended, and nothing writes guest memory or interrupts the guest any more.
+breaks a rule, the transport cancels `serve` and waits until it has ended. Only then is the reset
+done, or the device quiesced. So whatever `serve` started (tasks in a nursery of its own, a thread)
+has ended, and nothing writes guest memory or interrupts the guest.
 
-**What is in flight is not lost.** Chains that were popped and not pushed when `serve` ended are
-given out again by `next` when it is called again: after `resume`, or after a `load` in another
-process. After a reset they are forgotten. So between `next` and `push` a device either can begin
-again (a read, a write of the same sector), or notes in `chain.done` how far it got, or allows no
-cancellation in between (no `await`, or a shield around a short one). Do not wait between them
-for what may never come, for only the guest's sake: pop a receive buffer when there is
-something to put into it (`await queue.wait()` tells that one is there).
+**What is in flight is not lost.** Chains that were popped but not pushed when `serve` ended are
+returned by `next` again when it is called after `resume`, or after a `load` in another process.
+After a reset they are forgotten. So between `next` and `push` a device must do one of three
+things: do only what it can begin again (a read, a write of the same sector), or note in
+`chain.done` how far it has got, or prevent cancellation (no `await`, or a shield around a short
+one). Do not wait between them for something that may never come. Pop a receive buffer only when
+there is something to put into it; `await queue.wait()` returns when there is a buffer.
 
-**All of a device runs in trio**, but for `config` and `write_config`, which are called in a vCPU's
-thread, with the lock held, and must only look at or change plain attributes. A device that
-waits for its backend simply awaits: its guest's queue fills up, and nobody else notices.
+**All of a device runs in trio**, except `config` and `write_config`, which are called in a vCPU's
+thread, with the lock held, and must only look at or change plain attributes. A device that has to
+wait for its backend simply awaits. The guest's queue fills up meanwhile, and nothing else is
+affected.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _YIELD_SECONDS: Final = 0.001
 """How long a queue that never runs empty may keep the other tasks of the program waiting."""
 
 
-class Link(Protocol):
+class VirtioLink(Protocol):
     """What a virtio device gets from its transport."""
 
     @property
@@ -58,17 +59,17 @@ class Link(Protocol):
         """Guest RAM, for devices that touch more of it than their chains."""
 
     def config_changed(self) -> None:
-        """Tell the driver that config space has changed; from trio, after it did."""
+        """Tell the driver that config space has changed. Call it in trio, after the change."""
 
     def wakeup(self) -> Wakeup:
-        """A new wake-up, by which `write_config` tells a task of the device."""
+        """A new wake-up, with which `write_config` wakes a task of the device."""
 
 
 class GuestQueue:
-    """A queue while `serve` runs. From trio only, and used by one task at a time, but for `push`
-    and `signal`: any thread may call these that has ended before `serve` does.
+    """A queue while `serve` runs. Use it from trio only, and from one task at a time. The
+    exceptions are `push` and `signal`: a thread may call these if it ends before `serve` does.
 
-    Where the guest breaks a rule, methods raise `QueueError`: let it pass, the transport
+    If the guest breaks a rule, methods raise `QueueError`. Do not catch it: the transport then
     stops the device and tells the guest (DEVICE_NEEDS_RESET).
     """
 
@@ -89,30 +90,30 @@ class GuestQueue:
         return chain
 
     def pop(self) -> Chain | None:
-        """The next chain, or None where there is none now."""
+        """The next chain, or None if there is none now."""
         return self._queue.pop()
 
     async def let_others_run(self) -> None:
-        """A checkpoint, where the last one was long ago or the task is cancelled."""
+        """Execute a checkpoint if the last one was long ago or the task is cancelled."""
         await trio.lowlevel.checkpoint_if_cancelled()
         if time.perf_counter() - self._yielded > _YIELD_SECONDS:
             await trio.lowlevel.checkpoint()
             self._yielded = time.perf_counter()
 
     async def wait(self) -> None:
-        """Return as soon as there is a chain. A checkpoint only where it waits."""
+        """Return as soon as there is a chain. This is a checkpoint only if it waits."""
         while not self._queue.listen():
             await self._bell.wait()
             self._yielded = time.perf_counter()
         self._queue.ignore()
 
     def send(self, sink: HostFd, most: int) -> Chain | None:
-        """Write what is readable of chains to `sink` and give them back, until there are none or
-        about `most` bytes were written: None. Or until `sink` takes no more at once, or has
-        failed: the chain that it did not take whole, with the bytes that it took added to
-        `done`.
+        """Write the readable parts of chains to `sink` and return the chains to the guest. Stops
+        and returns None when there are no more chains, or after about `most` bytes. If `sink`
+        accepts no more at once or has failed, returns the chain that was not written whole, with
+        the bytes written added to its `done`.
 
-        A `sink` that is a file is waited for, as long as `most` bytes take.
+        If `sink` is a file, this waits for it, for as long as writing `most` bytes takes.
         """
         pushed, chain = self._queue.send(sink.fd, sink.is_socket, most)
         if pushed:
@@ -122,11 +123,12 @@ class GuestQueue:
     def push(
         self, chain: Chain, written: int = 0, *, signal: bool = True, more: bool = False
     ) -> None:
-        """Give a chain back; `written` is how many bytes of it were written, from its beginning.
+        """Return a chain to the guest; `written` is how many bytes of it were written, from its
+        beginning.
 
-        Interrupts the guest where it wants that, unless `signal` is False: then call `signal`
-        after the last chain of several. With `more` the guest sees it only together with the
-        next one, before which there must be no `await`.
+        Interrupts the guest if it wants that. With `signal` False it does not: call `signal` after
+        the last of several chains. With `more` the guest sees it only together with the next one,
+        before which there must be no `await`.
         """
         if more:
             self._queue.stage(chain, written)
@@ -136,13 +138,13 @@ class GuestQueue:
             self._interrupt()
 
     def signal(self) -> None:
-        """Interrupt the guest for what was pushed, where it wants that."""
+        """Interrupt the guest for the chains that were pushed, if it wants that."""
         if self._queue.wants_interrupt():
             self._interrupt()
 
     def end(self) -> None:
-        """The session is over, for the transport to say: whoever still has this queue gets
-        nothing from it and does nothing to it."""
+        """The transport calls this when the session is over. From then on, whoever still has this
+        queue gets nothing from it and cannot change it."""
         self._queue = _Ended()
 
 
@@ -156,7 +158,7 @@ class _Ended:
         raise DeviceError("a virtqueue was used outside of serve()")
 
     def push(self, chain: Chain, written: int) -> None:
-        """Nothing: what was in flight is given out again, or forgotten."""
+        """Do nothing: chains that were in flight are returned by `next` again, or forgotten."""
 
     stage = push
 
@@ -167,7 +169,7 @@ class _Ended:
         return False
 
     def ignore(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class VirtioDevice:
@@ -180,9 +182,9 @@ class VirtioDevice:
     """The device's own feature bits that it offers; the transport adds those of the rings."""
 
     queue_sizes: Sequence[int] = ()
-    """The most entries of each queue, a power of 2; fixed once it is attached."""
+    """The most entries of each queue, a power of 2. It is fixed once the device is attached."""
 
-    link: Link
+    link: VirtioLink
     """Set by `attach`."""
 
     @property
@@ -198,7 +200,7 @@ class VirtioDevice:
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes config space; ignored unless overridden. In a vCPU's thread."""
 
-    def attach(self, link: Link) -> None:
+    def attach(self, link: VirtioLink) -> None:
         """Called once, before the guest runs."""
         self.link = link
 
@@ -207,9 +209,9 @@ class VirtioDevice:
         pauses, so it must not touch queues. Cancelled when the machine ends."""
 
     async def serve(self, queues: Mapping[int, GuestQueue], features: int) -> None:
-        """Serve the queues that the driver has set up, with the features it took.
+        """Serve the queues that the driver has set up, with the features that it accepted.
 
-        Cancelled at a reset or pause, and called again where the device goes on.
+        Cancelled at a reset or pause, and called again when the device goes on.
         """
         async with trio.open_nursery() as nursery:
             for queue in queues.values():
@@ -220,10 +222,11 @@ class VirtioDevice:
         raise DeviceError(f"{self.name} does not serve its queue {queue.index}")
 
     def reset(self) -> None:
-        """The driver has reset the device: forget what was its; `serve` has ended."""
+        """The driver has reset the device, and `serve` has ended. Forget what belonged to the
+        driver."""
 
     def finish(self) -> None:
-        """The guest has ended, however."""
+        """The guest has ended, for whatever reason."""
 
     async def release(self) -> None:
         """Let go of what only one machine may hold; see `avmm.devices.base.Device.release`."""
@@ -231,10 +234,16 @@ class VirtioDevice:
     async def acquire(self) -> None:
         """Take hold of it; see `avmm.devices.base.Device.acquire`."""
 
+    @property
+    def saves_in_thread(self) -> bool:
+        """See `avmm.devices.base.Device.saves_in_thread`."""
+        return False
+
     def save(self) -> Mapping[str, Any]:
-        """The device's own state as plain data, without its queues' and registers'."""
+        """The device's own state as plain data, without the state of its queues and registers."""
         raise DeviceError(f"{self.name} cannot be saved: it lacks save()")
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `save` gave: hostile input. Raises `DeviceError` where it is none."""
+        """Restore what `save` returned. The input is hostile: raises `DeviceError` if it is not
+        such a state."""
         raise DeviceError(f"{self.name} cannot be loaded: it lacks load()")

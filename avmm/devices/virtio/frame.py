@@ -1,6 +1,6 @@
 """Ethernet frames, and what carries them on the host's side of a network device.
 
-An embedder's own network is a `Backend`: `receive` and `send`, no more.
+An embedder's own network is a `Backend`, which needs only `receive` and `send`.
 """
 
 from __future__ import annotations
@@ -16,45 +16,48 @@ MOST_BYTES: Final = 65535 + 18
 class Frame:
     """An Ethernet frame, without its check sequence.
 
-    Where `start` is set its checksum is not complete: at `start + offset` there is what the
-    pseudo header gives, and the sum of what is from `start` on belongs there (5.1.6.2).
+    If `start` is set, the checksum is not complete: the field at `start + offset` holds the sum of
+    the pseudo header, and the sum over everything from `start` on belongs there (5.1.6.2).
     """
 
     data: bytes
     start: int | None = None
     offset: int = 0
     is_valid: bool = False
-    """Somebody has verified its checksums already."""
+    """True if somebody has already verified the frame's checksums."""
 
     @property
     def is_sound(self) -> bool:
-        """Do the places of its checksum lie within it?"""
+        """Does the checksum's field lie within the frame?"""
         if self.start is None:
             return True
         within = self.start >= 0 and self.offset >= 0
         return within and self.start + self.offset + 2 <= len(self.data)
 
     def complete(self) -> bytes:
-        """The frame with its checksum (RFC 1071). Raises `ValueError` where it is not sound."""
+        """The frame with its checksum completed (RFC 1071). Raises `ValueError` if it is not
+        `is_sound`."""
         if self.start is None:
             return self.data
         if not self.is_sound:
             raise ValueError(f"a frame of {len(self.data)} bytes has its checksum outside of it")
         summed = self.data[self.start :]
-        # Words added with their carries: the remainder of the number that they are by 0xffff.
+        # Adding 16-bit words with end-around carry gives the remainder modulo 0xffff of the number
+        # that the words form.
         total = int.from_bytes(summed, "big") << 8 * (len(summed) % 2)
         at = self.start + self.offset
-        # Never 0, which for UDP means that there is none; 0xffff is the same number.
+        # Never 0, because 0 means "no checksum" for UDP. 0xffff is the same number.
         return b"".join(
             (self.data[:at], (0xFFFF - total % 0xFFFF).to_bytes(2, "big"), self.data[at + 2 :])
         )
 
 
 class Backend:
-    """A network's end: one task calls `receive`, one `send`.
+    """The host's end of a network. One task calls `receive`, and one calls `send`.
 
-    Both must be checkpoints. Cancelled, `receive` has lost no frame, and `send` has taken none,
-    or is called again with the same one.
+    Both must be checkpoints. If `receive` is cancelled, no frame may be lost. If `send` is
+    cancelled, either it has not taken the frame, or it must accept a second call with the same
+    frame.
     """
 
     completes: bool = False
@@ -69,23 +72,24 @@ class Backend:
         """Return when there is somebody at the other end."""
 
     async def receive(self) -> Frame:
-        """The next frame for the guest. Raises `trio.EndOfChannel` where none will come any
-        more: the guest's link is down from then on."""
+        """The next frame for the guest. Raises `trio.EndOfChannel` if no more will come: the
+        guest's link is down from then on."""
         raise NotImplementedError
 
     async def send(self, frame: Frame) -> None:
-        """Send a frame of the guest's. While it waits the guest's queue fills up. Raises
-        `trio.BrokenResourceError` where the other end has gone: the guest's link is down."""
+        """Send a frame of the guest. While this waits, the guest's queue fills up. Raises
+        `trio.BrokenResourceError` if the other end has gone: the guest's link is then down."""
         raise NotImplementedError
 
     async def release(self) -> None:
-        """Let go of what only one machine may hold, for another that takes over.
+        """Let go of what only one machine may hold, so that another can take over.
 
         Neither `send` nor `receive` is called before `acquire`."""
 
     async def acquire(self) -> None:
-        """Take hold of it; does nothing where it is held. Raises `ConfigError` where that cannot
-        be."""
+        """Take hold of it again. Does nothing if it is held. Raises `ConfigError` if that is not
+        possible."""
 
     def close(self) -> None:
-        """Give back what it holds of the host; for who has made it, after all else."""
+        """Release what it holds on the host. Whoever made the backend calls this, after everything
+        else."""

@@ -2,19 +2,20 @@
 
 VIRTIO 1.2, 4.2, version 2 (no legacy interface), and 3.1 for the order of things.
 
-**Notifications** come by a doorbell for each queue (`Host.doorbell`), where KVM can without an
-exit; a write to QueueNotify that does arrive here rings the same bell.
+**Notifications** come through a doorbell for each queue (`Host.doorbell`), without an exit if KVM
+supports that. A write to QueueNotify that does arrive here rings the same doorbell.
 
-**A session** is the device at work: `VirtioDevice.serve` in a task of `run`, from DRIVER_OK to the
-next reset, pause, QueueReady = 0 or broken rule. Each of these cancels it and waits until it
-has ended, so nothing of it can touch guest memory later. A reset that has to wait is answered
-with an awaitable: only the vCPU that resets waits, and reads Status = 0 afterwards.
+**A session** is the time in which the device works: `VirtioDevice.serve` runs in a task of `run`,
+from DRIVER_OK to the next reset, pause, QueueReady = 0 or broken rule. Each of these cancels the
+session and waits until it has ended, so no part of it can touch guest memory later. A reset that
+has to wait is answered with an awaitable: only the vCPU that resets waits, and reads Status = 0
+afterwards.
 
-**Who touches what.** Registers belong to whoever holds `host.lock`; rings to the session, or,
-where there is none, to `host.lock` as well.
+**Who touches what.** Registers belong to whoever holds `host.lock`. Rings belong to the session;
+while there is none, they too belong to whoever holds `host.lock`.
 
-**Saving.** A session that starts, also after a load, looks at every queue first, whatever had
-been notified, and an interrupt that the guest has not acknowledged is raised again.
+**Saving.** A session that starts, also after a load, looks at every queue first, whether or not it
+was notified, and an interrupt that the guest has not acknowledged is raised again.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import trio
 
 from avmm.devices.base import Device, Doorbell, Host, ReadAnswer, Wakeup, WriteAnswer
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.queue import QueueError, Virtqueue
 from avmm.errors import ConfigError, DeviceError
+from avmm.plain import MAPPING, U8, U32, U64, Int, ListOf
 
 if TYPE_CHECKING:
     from avmm.memory.ram import GuestMemory
@@ -103,7 +105,7 @@ _SETTINGS: Final = frozenset({QUEUE_SIZE, *_PLACES})
 
 
 class _Session:
-    """The device at work."""
+    """A time in which the device works; see the top of this file."""
 
     def __init__(self) -> None:
         self.queues: dict[int, GuestQueue] = {}
@@ -114,9 +116,20 @@ class _Session:
 class VirtioMmio(Device):
     """Shows `model` to the guest; place it at `SIZE` bytes of address space with an interrupt.
 
-    `event_idx` and `indirect`: offer these features of rings. `doorbells`: let KVM take the
-    guest's notifications where it can; without, each is an exit.
+    `event_idx` and `indirect` offer these features of rings. With `doorbells`, KVM handles the
+    guest's notifications if it can; without, each causes an exit.
     """
+
+    class State(DeviceState, version=1):
+        status = U8
+        device_features_sel = U32
+        driver_features_sel = U32
+        driver_features = U64
+        queue_sel = U32
+        interrupt_status = Int(0, USED_BUFFER | CONFIG_CHANGE)
+        generation = U32
+        queues = ListOf(MAPPING, least=1)
+        model = MAPPING
 
     max_width: ClassVar[int] = 4
     acpi_hid: ClassVar[str] = "LNRO0005"
@@ -146,7 +159,7 @@ class VirtioMmio(Device):
         self._clear()
 
     def _clear(self) -> None:
-        """2.4.1: everything but what the device offers is as after power-on."""
+        """2.4.1: reset everything to its value after power-on, except what the device offers."""
         self._status = 0
         self._device_features_sel = 0
         self._driver_features_sel = 0
@@ -163,7 +176,7 @@ class VirtioMmio(Device):
 
     @property
     def memory(self) -> GuestMemory:
-        """Guest RAM; see `Link`."""
+        """Guest RAM; see `VirtioLink`."""
         return self.host.memory
 
     def attach(self, host: Host) -> None:
@@ -235,7 +248,7 @@ class VirtioMmio(Device):
         if offset == STATUS:
             return self._write_status(value)
         if self._resetting:
-            return None  # another vCPU, before the device has said that it is reset
+            return None  # another vCPU writes before the device has reported that it is reset
         return self._write(offset, value)
 
     def _write(self, offset: int, value: int) -> WriteAnswer:
@@ -277,7 +290,8 @@ class VirtioMmio(Device):
         """4.2.3.2: only while the queue is not ready."""
         queue = self._selected
         if queue is None or queue.ready:
-            self._report(("setting", offset), "a write at %#x for no queue that is idle", offset)
+            text = "a write at %#x, but no queue is selected, or one that is ready"
+            self._report(("setting", offset), text, offset)
         elif offset == QUEUE_SIZE:
             queue.size = value
         else:
@@ -296,7 +310,8 @@ class VirtioMmio(Device):
         return self._change_ready(queue, ready)
 
     async def _change_ready(self, queue: Virtqueue, ready: bool) -> None:
-        """The device is at work: it begins again with the queues that there are then."""
+        """Change whether the queue is ready while the device is at work: the session ends, and a
+        new one starts with the queues that are then ready."""
         await self._stop()
         with self.host.lock:
             self._set_ready(queue, ready)
@@ -344,11 +359,11 @@ class VirtioMmio(Device):
         return self._status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
 
     async def run(self) -> None:
-        """Run a session whenever the device is to be at work."""
+        """Run a session whenever the device should be at work."""
         async with trio.open_nursery() as nursery:
             if type(self.model).run is not VirtioDevice.run:
                 nursery.start_soon(self.model.run)
-            self._wake.set()  # it may have been loaded in the midst of its work
+            self._wake.set()  # the device may have been loaded while it was at work
             while True:
                 await self._wake.wait()
                 with self.host.lock:
@@ -369,7 +384,7 @@ class VirtioMmio(Device):
                     session.ended.set()
 
     async def _serve(self, queues: dict[int, GuestQueue]) -> None:
-        """Until cancelled, or until the guest has broken a rule: then the device needs a reset."""
+        """Run until cancelled, or until the guest breaks a rule. Then the device needs a reset."""
         features = self._driver_features
         event_idx, indirect = bool(features & F_EVENT_IDX), bool(features & F_INDIRECT_DESC)
         try:
@@ -391,7 +406,8 @@ class VirtioMmio(Device):
             await session.ended.wait()
 
     def _needs_reset(self, why: str) -> None:
-        """2.1.2: say so, and do nothing more until the driver resets the device."""
+        """2.1.2: report that the device needs a reset, and do nothing more until the driver resets
+        it."""
         with self.host.lock:
             self._status |= NEEDS_RESET
             self._interrupt_status |= CONFIG_CHANGE
@@ -404,7 +420,7 @@ class VirtioMmio(Device):
         self._pulse()
 
     def config_changed(self) -> None:
-        """Config space has changed; see `Link`."""
+        """Config space has changed; see `VirtioLink`."""
         with self.host.lock:
             self._generation = self._generation + 1 & _WORD
             tell = self._is_live and not self._resetting
@@ -414,12 +430,12 @@ class VirtioMmio(Device):
             self._pulse()
 
     def wakeup(self) -> Wakeup:
-        """See `Link`."""
+        """See `VirtioLink`."""
         return self.host.wakeup()
 
     def _pulse(self) -> None:
-        # Also where the bit is set already: a driver may look at its rings before it
-        # acknowledges, and would never hear of what came in between.
+        # Raise the interrupt even if the bit is already set. A driver may look at its rings before
+        # it acknowledges, and would then never learn of what came in between.
         assert self.host.interrupt is not None
         self.host.interrupt.pulse()
 
@@ -445,65 +461,59 @@ class VirtioMmio(Device):
     async def acquire(self) -> None:
         await self.model.acquire()
 
+    @property
+    def saves_in_thread(self) -> bool:
+        return self.model.saves_in_thread
+
     def save(self) -> Mapping[str, Any]:
+        model = dict(self.model.save())  # this may take long, so the lock is not held
         with self.host.lock:
-            return {
-                "version": 1,
-                "status": self._status,
-                "device_features_sel": self._device_features_sel,
-                "driver_features_sel": self._driver_features_sel,
-                "driver_features": self._driver_features,
-                "queue_sel": self._queue_sel,
-                "interrupt_status": self._interrupt_status,
-                "generation": self._generation,
-                "queues": [queue.save() for queue in self._queues],
-                "model": dict(self.model.save()),
-            }
+            return self.State.plain(
+                status=self._status,
+                device_features_sel=self._device_features_sel,
+                driver_features_sel=self._driver_features_sel,
+                driver_features=self._driver_features,
+                queue_sel=self._queue_sel,
+                interrupt_status=self._interrupt_status,
+                generation=self._generation,
+                queues=[queue.save() for queue in self._queues],
+                model=model,
+            )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields(self.name, state, self.save())
-        if fields.number("version", 1) != 1:
-            raise fields.error("version", "1")
-        status = fields.number("status", 0xFF)
-        features = fields.number("driver_features", (1 << 64) - 1)
+        saved = self.State.load(self.name, state)
+        status, features = saved.status, saved.driver_features
         if status & ~(_STATUS_BITS | NEEDS_RESET):
-            raise fields.error("status", "bits that a device has")
+            raise saved.wrong("status", "bits that a device has")
         if status & DRIVER_OK and not status & FEATURES_OK:
-            raise fields.error("status", "FEATURES_OK where there is DRIVER_OK")
+            raise saved.wrong("status", "FEATURES_OK if DRIVER_OK is set")
         if status & FEATURES_OK and (features & ~self._offered or not features & F_VERSION_1):
-            raise fields.error("driver_features", f"of {self._offered:#x}, with VERSION_1")
-        numbers = {
-            name: fields.number(name, most)
-            for name, most in (
-                ("device_features_sel", _WORD),
-                ("driver_features_sel", _WORD),
-                ("queue_sel", _WORD),
-                ("interrupt_status", USED_BUFFER | CONFIG_CHANGE),
-                ("generation", _WORD),
-            )
-        }
-        saved = state["queues"]
-        if type(saved) is not list or not 0 < len(saved) <= len(self._queues):
-            raise fields.error("queues", f"a list of {len(self._queues)}")
+            raise saved.wrong("driver_features", f"some of {self._offered:#x}, with VERSION_1")
+        if len(saved.queues) > len(self._queues):
+            raise saved.wrong("queues", f"a list of {len(self._queues)}")
         queues = [Virtqueue(self.host.memory, queue.max_size) for queue in self._queues]
-        # Fewer are of an avmm whose device had no more: its driver knows nothing of the others.
-        for queue, queue_state in zip(queues, saved, strict=False):
+        # A state with fewer queues comes from an avmm whose device had fewer. Its driver does not
+        # know the others.
+        for queue, queue_state in zip(queues, saved.queues, strict=False):
             queue.load(queue_state)
-        with self.host.lock:
-            if self._session is not None:
-                raise DeviceError(f"{self.name} is at work: it can be loaded when quiesced")
-            self.model.load(state["model"])
-            # Nothing is refused from here on.
+        if self._session is not None:
+            raise DeviceError(f"{self.name} is at work: it can be loaded when quiesced")
+        self.model.load(saved.model)
+        with self.host.lock:  # nothing is refused from here on
             self._status, self._driver_features = status, features
-            for name, value in numbers.items():
-                setattr(self, f"_{name}", value)
+            self._device_features_sel = saved.device_features_sel
+            self._driver_features_sel = saved.driver_features_sel
+            self._queue_sel = saved.queue_sel
+            self._interrupt_status = saved.interrupt_status
+            self._generation = saved.generation
             self._queues = queues
         if self._interrupt_status:
             self._pulse()
         self._wake.set()
 
     def _report(self, key: object, text: str, *values: object) -> None:
-        """Say once that the guest did something odd; bounded, for the guest decides how often."""
+        """Log once that the guest did something odd. The number of lines is bounded, because the
+        guest decides how often it does so."""
         if key not in self._reported and len(self._reported) < _REPORTED_AT_MOST:
             self._reported.add(key)
             logger.warning(f"{self.name}: {text}", *values)

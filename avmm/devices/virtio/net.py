@@ -1,19 +1,19 @@
 """The network device (VIRTIO 1.2, 5.1): one pair of queues between the guest and a `Backend`.
 
-**Checksums.** The guest may leave them to the device, and take frames whose checksum is not
-complete. Such frames go as they are to backends that can (a TAP), else they are completed here.
+**Checksums.** The guest may leave checksums to the device, and may accept frames whose checksum is
+not complete. Such frames go unchanged to backends that can handle them (a TAP); for the others,
+the checksum is completed here.
 
-**What waits.** A frame is only received from the backend when the last one has been given to the
-guest. So for a guest that gives no buffers, or has no driver yet, one frame waits here and the
-others at the backend, which has a bound of its own (a TAP's queue drops what does not fit, a
-socket's sender waits). Where the backend takes no frame, the guest's queue fills up.
+**What waits.** A frame is received from the backend only after the one before it was given to the
+guest. So if the guest gives no buffers, or has no driver yet, one frame waits here, and the others
+wait at the backend, which has its own limit: a TAP's queue drops what does not fit, and a socket's
+sender waits. If the backend accepts no frame, the guest's queue fills up.
 
-A frame that waits here when the state is taken is lost, as on any Ethernet.
+A frame that waits here when the machine is saved is lost, as may happen on any Ethernet.
 """
 
 from __future__ import annotations
 
-import re
 import secrets
 import struct
 from collections.abc import Mapping
@@ -21,12 +21,13 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
 from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
-from avmm.errors import ConfigError
+from avmm.options import DEFAULT_MTU, MTUS, parse_mac
+from avmm.plain import FLAG, Bytes, Int
 
 F_CSUM: Final = 1 << 0
 F_GUEST_CSUM: Final = 1 << 1
@@ -42,49 +43,37 @@ _GSO_NONE: Final = 0
 _RX, _TX = 0, 1
 _SHORTEST: Final = 14
 _MOST_BUFFERS: Final = 64
-"""Of which a frame for the guest may take up so many; Linux's hold 1500 bytes or more."""
-_LEAST_MTU, _MOST_MTU = 68, 65535
-_MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", re.IGNORECASE | re.ASCII)
-
-
-def parse_mac(text: str) -> bytes:
-    """The 6 bytes of an address like "52:54:00:12:34:56"; raises `ConfigError`."""
-    if not isinstance(text, str) or not _MAC.fullmatch(text):
-        raise ConfigError(f"mac {text!r}: expected six bytes like 52:54:00:12:34:56")
-    mac = bytes.fromhex(text.replace(":", ""))
-    if mac[0] & 1 or not any(mac):
-        raise ConfigError(f"mac {text!r}: expected the address of one station")
-    return mac
-
-
-def parse_mtu(mtu: object) -> int:
-    """`mtu`, where it is one; raises `ConfigError`."""
-    if type(mtu) is not int or not _LEAST_MTU <= mtu <= _MOST_MTU:
-        raise ConfigError(f"mtu {mtu!r}: expected a number from {_LEAST_MTU} to {_MOST_MTU}")
-    return mtu
+"""How many buffers one frame for the guest may take. Linux's buffers hold 1500 bytes or more."""
 
 
 class Net(VirtioDevice):
     """A network device whose other side is `backend`.
 
-    `mac` is the guest's address, by default a random one, or that of a state that is loaded; `mtu`
-    the longest packet, in bytes.
+    `mac` is the guest's address; by default it is random, and a loaded state sets it. `mtu` is the
+    longest packet, in bytes.
     """
+
+    class State(DeviceState, version=1):
+        mac = Bytes(least=6, most=6)
+        mtu = Int(MTUS.least, MTUS.most)
+        link = FLAG
 
     device_id: ClassVar[int] = 1
     features = F_CSUM | F_GUEST_CSUM | F_MTU | F_MAC | F_MRG_RXBUF | F_STATUS
     queue_sizes = (256, 256)
 
-    def __init__(self, backend: Backend, *, mac: str | None = None, mtu: int = 1500) -> None:
+    def __init__(
+        self, backend: Backend, *, mac: str | None = None, mtu: int = DEFAULT_MTU
+    ) -> None:
         self.backend = backend
-        # Local, of one station: of the range that QEMU uses.
+        # A locally administered address of one station, in the range that QEMU uses.
         self._has_given_mac = mac is not None
         self.mac = parse_mac(mac) if mac is not None else b"\x52\x54\0" + secrets.token_bytes(3)
         """The guest's address, 6 bytes."""
-        self.mtu = parse_mtu(mtu)
+        self.mtu = MTUS.check("mtu", mtu)
         self.dropped = 0
-        """Frames that went nowhere: malformed, too long for the guest's buffers, or while there
-        was no link."""
+        """How many frames were dropped: malformed ones, those too long for the guest's buffers,
+        and those that came while there was no link."""
         self._link_wanted = True
         self._plugged = backend.is_connected
         self._acquired = Waiters()
@@ -101,11 +90,13 @@ class Net(VirtioDevice):
 
     @property
     def link_up(self) -> bool:
-        """Has the guest a link: is it wanted, and is somebody at the other end?"""
+        """Does the guest have a link? It does if the link is wanted and somebody is at the other
+        end."""
         return self._link_wanted and self._plugged
 
     def set_link(self, up: bool) -> None:
-        """Plug the guest's cable in, or pull it: then frames go nowhere. From trio."""
+        """Plug the guest's cable in, or pull it. While it is pulled, frames are dropped. Call it
+        in trio."""
         self._change(up, self._plugged)
 
     def _change(self, wanted: bool, plugged: bool) -> None:
@@ -124,7 +115,7 @@ class Net(VirtioDevice):
             await self._acquired.wait()
 
     async def serve(self, queues: Mapping[int, GuestQueue], features: int) -> None:
-        if self._is_loaded:  # the link may not be what it was where the state was taken
+        if self._is_loaded:  # the link may differ from what it was when the state was saved
             self._is_loaded = False
             self.link.config_changed()
         async with trio.open_nursery() as nursery:
@@ -134,7 +125,7 @@ class Net(VirtioDevice):
                 nursery.start_soon(self._transmit, queues[_TX], features)
 
     async def _transmit(self, queue: GuestQueue, features: int) -> None:
-        """Frames of the guest's."""
+        """Send the guest's frames to the backend."""
         while True:
             chain = await queue.next()
             frame = _taken(chain, features)
@@ -151,7 +142,7 @@ class Net(VirtioDevice):
             queue.push(chain)
 
     async def _receive(self, queue: GuestQueue, features: int) -> None:
-        """Frames for the guest."""
+        """Give the backend's frames to the guest."""
         chains: list[Chain] = []
         most = _MOST_BUFFERS if features & F_MRG_RXBUF else 1
         while True:
@@ -167,7 +158,8 @@ class Net(VirtioDevice):
                 if len(chains) == most:
                     break
                 chains.append(await queue.next())
-            self._frame = None  # from here to the end there is no `await`: it is given once
+            # There is no `await` from here to the end, so the frame is given exactly once.
+            self._frame = None
             if room < needed or not self.link_up or not frame.is_sound:
                 self.dropped += 1
                 continue
@@ -192,21 +184,18 @@ class Net(VirtioDevice):
         self._acquired.set()
 
     def save(self) -> Mapping[str, Any]:
-        return {"mac": self.mac, "mtu": self.mtu, "link": self._link_wanted}
+        return self.State.plain(mac=self.mac, mtu=self.mtu, link=self._link_wanted)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        fields = Fields("net", state, ("mac", "mtu", "link"))
-        mac = fields.data("mac", 6, least=6)
-        mtu = fields.number("mtu", _MOST_MTU, least=_LEAST_MTU)
-        link = fields.flag("link")
+        saved = self.State.load(self.name, state)
         if not self._has_given_mac:
-            self.mac = mac
-        self.mtu, self._link_wanted, self._frame = mtu, link, None
+            self.mac = saved.mac
+        self.mtu, self._link_wanted, self._frame = saved.mtu, saved.link, None
         self._is_loaded = True
 
 
 def _packet(frame: Frame, features: int, buffers: int) -> bytes:
-    """What goes to the guest: the header and the frame."""
+    """The bytes that go to the guest: the header and the frame."""
     if frame.start is None:
         flags = _DATA_VALID if frame.is_valid and features & F_GUEST_CSUM else 0
         return _HEADER.pack(flags, _GSO_NONE, 0, 0, 0, 0, buffers) + frame.data
@@ -217,7 +206,7 @@ def _packet(frame: Frame, features: int, buffers: int) -> bytes:
 
 
 def _taken(chain: Chain, features: int) -> Frame | None:
-    """The frame that the guest sends, None where it is none."""
+    """The frame that the guest sends. None if it is malformed."""
     header = chain.take(_HEADER.size)
     if len(header) < _HEADER.size or not _SHORTEST <= chain.readable_bytes <= MOST_BYTES:
         return None

@@ -1,10 +1,11 @@
 """A port of a virtio console: two bounded buffers, and the host's end of them as a trio stream.
 
-**Output** (the guest's). While its buffer is full the device takes no more from the guest, which
+**Output** (the guest's). While its buffer is full, the device takes no more output, and the guest
 waits. Linux waits for hvc0 in a loop that holds a lock, so a console that nobody reads would hang
-its guest: if there was no room for `stall` seconds the port is *stalled*, and until somebody reads
-its buffer is a ring that keeps the newest, and counts what is `lost`. With `stall=0` it always
-is; with `stall=math.inf`, the default of ports that are no console, nothing is ever lost.
+its guest. So if there is no room for `stall` seconds, the port is *stalled*: until somebody reads,
+its buffer is a ring that keeps the newest output and counts what is `lost`. With `stall=0` it is
+always a ring. With `stall=math.inf`, the default for ports that are not consoles, nothing is ever
+lost.
 
 **Input** waits until the guest has the port open: Linux throws away what comes before.
 
@@ -25,17 +26,17 @@ import trio
 
 from avmm.devices.console import ConsoleStream
 from avmm.devices.hostfd import HostFd
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.errors import ConfigError
+from avmm.plain import FLAG, Bytes, Int
 
 logger = logging.getLogger("avmm.virtio")
 
 _LONGEST_NAME: Final = 255
-_FIELDS: Final = ("ready", "is_open", "output", "input", "stalled", "lost")
 
 
 class Waiters:
-    """Tasks that wait for something to have changed; who waits looks first, and looks again."""
+    """Lets tasks wait for a change. A task looks at the state first, waits, and looks again."""
 
     def __init__(self) -> None:
         self._lot = trio.lowlevel.ParkingLot()
@@ -49,11 +50,22 @@ class Waiters:
         self._lot.unpark_all()
 
 
+class PortState(DeviceState, version=1):
+    """The saved state of a port. `Port.check` bounds the two buffers by their sizes."""
+
+    ready = FLAG
+    is_open = FLAG
+    output = Bytes()
+    input = Bytes()
+    stalled = FLAG
+    lost = Int(0, 1 << 63)
+
+
 class Port(ConsoleStream):
     """The host's end of a port: a trio stream (see `ConsoleStream`), with events.
 
-    `name` is what the guest knows it by (Linux: /dev/virtio-ports/NAME); a `console` is one for
-    Linux as well, hvc0 the first. Sizes are in bytes, `stall` in seconds: see above.
+    `name` is its name in the guest (Linux: /dev/virtio-ports/NAME). With `console`, Linux uses the
+    port as a console; hvc0 is the first one. Sizes are in bytes, `stall` in seconds: see above.
     """
 
     def __init__(
@@ -83,18 +95,18 @@ class Port(ConsoleStream):
         self.lost = 0
         """How many bytes the guest wrote that nobody read in time."""
         self.is_open = False
-        """Has the guest the port open?"""
+        """Does the guest have the port open?"""
         self.is_connected = True
-        """Is there a host's end: not closed?"""
+        """Is the host's end open?"""
         self.ready = False
         """Does the guest's driver know the port?"""
         self.output = bytearray()
         self.input = bytearray()
         self.stalled = False
         self.drained = Waiters()
-        """For the device: there may be room for output."""
+        """Wakes the device: there may be room for output."""
         self.wanted = Waiters()
-        """For the device: there may be input for a guest that wants it."""
+        """Wakes the device: there may be input for a guest that wants it."""
         self._output = Waiters()
         self._room = Waiters()
         self._changed = Waiters()
@@ -104,17 +116,17 @@ class Port(ConsoleStream):
         self._sink: HostFd | None = None
         self._sink_error: OSError | None = None
         self.on_close: Callable[[], None] = lambda: None
-        """For the device: called when the host closes its end."""
+        """The device sets this; it is called when the host closes its end."""
 
     # -- the host's side ---------------------------------------------------------------------
 
     async def opened(self) -> None:
-        """Return when the guest has the port open. Raises `trio.BrokenResourceError` where the
-        guest ends without that."""
+        """Return when the guest has opened the port. Raises `trio.BrokenResourceError` if the
+        guest ends before that."""
         await self._until(True)
 
     async def closed(self) -> None:
-        """Return when the guest has the port closed, or has ended."""
+        """Return when the guest has closed the port, or has ended."""
         await self._until(False)
 
     async def _until(self, is_open: bool) -> None:
@@ -125,12 +137,12 @@ class Port(ConsoleStream):
             await self._changed.wait()
 
     async def write_to(self, fd: int) -> None:
-        """Receive all output, to the guest's end, and write it to `fd`: a file, pipe, terminal or
-        socket, which is left as it is; the near end of a pseudoterminal should not block.
+        """Receive all output until the guest ends, and write it to `fd`: a file, pipe, terminal or
+        socket, whose own mode is not changed. The near end of a pseudoterminal should not block.
 
-        What it takes at once goes there straight out of guest memory; only what it does not is
-        buffered. Cancelling loses nothing. Raises `OSError` where `fd` has failed; what it did
-        not take is still there to be received.
+        Bytes that `fd` accepts at once go there directly from guest memory. Only the rest is
+        buffered. Cancelling loses nothing. Raises `OSError` if `fd` fails. The bytes that it did
+        not accept can still be received.
         """
         with self._receiving, closing(HostFd(fd, os.O_WRONLY)) as sink:
             self._sink = sink
@@ -152,7 +164,7 @@ class Port(ConsoleStream):
             finally:
                 self._sink = self._sink_error = None
 
-    # What `ConsoleStream` needs of a cable.
+    # The methods that `ConsoleStream` needs of its cable.
 
     def _take(self, most: int | None) -> bytes | None:
         if not self.is_connected:
@@ -168,7 +180,7 @@ class Port(ConsoleStream):
         return bool(self.output) and not self._released
 
     def _has_read(self, count: int) -> None:
-        """So much of the output has a reader."""
+        """Take `count` bytes of output out of the buffer for the reader."""
         if count:
             del self.output[:count]
             self._full_since = None
@@ -206,7 +218,8 @@ class Port(ConsoleStream):
     # -- the device's side -------------------------------------------------------------------
 
     async def room(self) -> int:
-        """How many bytes of output to take from the guest next; waits until that is some."""
+        """How many bytes of output to take from the guest next. Waits until this is more than
+        0."""
         while True:
             if not self.is_connected or self.stalled:
                 return self.output_size
@@ -219,8 +232,8 @@ class Port(ConsoleStream):
                 self.stalled, self._full_since = True, None
                 if self.stall:
                     logger.warning(
-                        "port %s: nobody has read the guest's output for %g s: the oldest of it "
-                        "is lost now, until somebody does",
+                        "port %s: nobody has read the guest's output for %g s: from now on the "
+                        "oldest output is lost, until somebody reads",
                         self.name,
                         self.stall,
                     )
@@ -230,12 +243,13 @@ class Port(ConsoleStream):
 
     @property
     def sink(self) -> HostFd | None:
-        """Where output can go at once, because all that came before has gone there."""
+        """The sink to which output can go directly, because all earlier output has gone there.
+        None if there is none."""
         return None if self.output or self._sink is None or self._sink.may_block else self._sink
 
     def write_now(self, buffers: Sequence[memoryview]) -> int:
-        """Write output of the guest to the `sink`, as much as it takes at once, maybe none.
-        Where the sink has failed there is none any more."""
+        """Write the guest's output to the `sink`, as much as it accepts at once, possibly nothing.
+        If the sink fails, it is removed."""
         if (sink := self.sink) is None:
             return 0
         try:
@@ -246,7 +260,7 @@ class Port(ConsoleStream):
             return 0
 
     def give(self, data: bytes) -> None:
-        """Output of the guest, as much as `room` told at most."""
+        """Add output of the guest to the buffer: at most as much as `room` returned."""
         if not self.is_connected:
             self.lost += len(data)
             return
@@ -263,7 +277,7 @@ class Port(ConsoleStream):
         return self.input
 
     def took(self, count: int) -> None:
-        """The guest has got `count` bytes of the input."""
+        """The guest has received `count` bytes of the input."""
         del self.input[:count]
         self._room.set()
 
@@ -274,16 +288,17 @@ class Port(ConsoleStream):
         self.wanted.set()
 
     def forget(self) -> None:
-        """The driver has gone: it knows no port any more."""
+        """The driver has gone and no longer knows the port."""
         self.ready = False
         self.set_open(False)
 
     def release(self) -> None:
-        """What is under way goes along with the guest: nothing is received or accepted here."""
+        """The guest is leaving and takes all bytes under way along: nothing more is received or
+        accepted here."""
         self._released = True
 
     def acquire(self) -> None:
-        """The guest goes on here; does nothing where it has not gone."""
+        """The guest continues here. Does nothing if it was not leaving."""
         self._released = False
         for waiters in (self._output, self._room):
             waiters.set()
@@ -297,32 +312,33 @@ class Port(ConsoleStream):
 
     def save(self) -> dict[str, Any]:
         """Its state and all bytes under way."""
-        return {
-            "ready": self.ready,
-            "is_open": self.is_open,
-            "output": bytes(self.output),
-            "input": bytes(self.input),
-            "stalled": self.stalled,
-            "lost": self.lost,
-        }
+        return PortState.plain(
+            ready=self.ready,
+            is_open=self.is_open,
+            output=bytes(self.output),
+            input=bytes(self.input),
+            stalled=self.stalled,
+            lost=self.lost,
+        )
 
-    def check(self, state: Mapping[str, Any]) -> None:
-        """Raise `DeviceError` where `state` is none that `save` gives."""
-        fields = Fields(f"port {self.name}", state, _FIELDS)
-        for name in ("ready", "is_open", "stalled"):
-            fields.flag(name)
-        fields.data("output", self.output_size)
-        fields.data("input", self.input_size)
-        fields.number("lost", 1 << 63)
+    def check(self, state: Mapping[str, object]) -> PortState:
+        """Check what `save` returned, for `load`. Raises `DeviceError` if it is not a state of
+        this port."""
+        return PortState.load(
+            f"port {self.name}",
+            state,
+            output=Bytes(most=self.output_size),
+            input=Bytes(most=self.input_size),
+        )
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Become what `save` gave; `check` it before."""
-        self.ready, self.stalled, self.lost = state["ready"], state["stalled"], state["lost"]
-        self.output, self.input = bytearray(state["output"]), bytearray(state["input"])
+    def load(self, saved: PortState) -> None:
+        """Restore a checked state."""
+        self.ready, self.stalled, self.lost = saved.ready, saved.stalled, saved.lost
+        self.output, self.input = bytearray(saved.output), bytearray(saved.input)
         self._full_since = None
         if not self.is_connected:
             self.lost += len(self.output)
             self.output.clear()
-        self.set_open(state["is_open"])
+        self.set_open(saved.is_open)
         for waiters in (self._output, self._room):
             waiters.set()

@@ -1,46 +1,37 @@
 """A split virtqueue as a device uses it (VIRTIO 1.2, 2.7): chains out of guest memory, and back.
 
-A chain that was popped and not yet pushed is *in flight*. `hold` takes back what is in flight:
-it is given out again, in its old order, by later `pop`s, here or after a `load` elsewhere. So
-whoever works on a chain may be cancelled at any moment, and nothing of the guest's is lost.
+A chain that was popped and not yet pushed is *in flight*. `hold` takes back the chains in flight.
+Later `pop`s return them again in their old order, here or after a `load` elsewhere. So work on a
+chain may be cancelled at any moment, and nothing that the guest sent is lost.
 
-All checks are in C (avmm/kvm/vring.h). A chain may be longer than the queue where it lies in an
-indirect table, although 2.7.5.3.1 forbids that to drivers: Linux does it (its network driver
-sends up to 19 parts, whatever the queue's size), and other VMMs take up to 1024, too.
+All checks are in C (avmm/native/vring.h). A chain in an indirect table may be longer than the
+queue. 2.7.5.3.1 forbids drivers to do that, but Linux does it (its network driver sends up to 19
+parts, whatever the queue's size), and other VMMs also accept up to 1024 parts.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.errors import DeviceError
 from avmm.memory.ram import GuestMemory
 from avmm.native.vring import QueueError, SplitRing
+from avmm.plain import FLAG, U16, U32, U64, Int, ListOf, Row
 
 __all__ = ["Chain", "Queue", "QueueError", "Virtqueue"]
 
 MAX_SIZE: Final = 32768
-_FIELDS: Final = (
-    "size",
-    "desc",
-    "driver",
-    "device",
-    "ready",
-    "next_avail",
-    "next_used",
-    "in_flight",
-)
 
 
 class Chain:
     """A chain of descriptors: what the guest sends and where it wants its answer.
 
-    `readable` and `writable` are views of guest RAM itself, no copies: the guest may change what
-    is read at any moment, so what was checked must have been copied before (`take`). The
-    lists are this chain's own; `os.preadv`, `os.pwritev` and `sendmsg` take them as they are.
+    `readable` and `writable` are views of guest RAM itself, no copies. The guest may change these
+    bytes at any moment, so copy them (`take`) before you check them. The lists are this chain's
+    own; `os.preadv`, `os.pwritev` and `sendmsg` take them as they are.
     """
 
     __slots__ = ("_cut_off", "done", "head", "readable", "writable")
@@ -54,21 +45,22 @@ class Chain:
         self.writable = writable
         self._cut_off: list[memoryview] = []
         self.done = done
-        """How far its work has got, in the device's own units: survives `hold` and a save."""
+        """How far the work on it has got, in units of the device's choice. `hold` and a save keep
+        it."""
 
     @property
     def readable_bytes(self) -> int:
-        """How much there is (still) to be read."""
+        """How many bytes there are (still) to be read."""
         return sum(map(len, self.readable))
 
     @property
     def writable_bytes(self) -> int:
-        """How much may (still) be written."""
+        """How many bytes may (still) be written."""
         return sum(map(len, self.writable))
 
     def take(self, count: int) -> bytes:
-        """Copy the next `count` bytes of what is readable, or what is left; `readable` then
-        begins after them."""
+        """Return a copy of the next `count` readable bytes, or of all that are left. `readable`
+        then begins after them."""
         if self.readable and len(part := self.readable[0]) >= count:  # the usual header
             if len(part) == count:
                 return bytes(self.readable.pop(0))
@@ -77,7 +69,7 @@ class Chain:
         return b"".join(_cut(self.readable, count))
 
     def first(self, count: int) -> list[memoryview]:
-        """The next `count` bytes of what is readable, or what is left, which stay readable."""
+        """The next `count` readable bytes, or all that are left. They stay readable."""
         return _cut(self.readable.copy(), count)
 
     def skip(self, count: int) -> None:
@@ -85,7 +77,8 @@ class Chain:
         _cut(self.readable, count)
 
     def put(self, data: bytes | bytearray | memoryview) -> int:
-        """Write as much of `data` as fits; `writable` then begins after it. How much it was."""
+        """Write as much of `data` as fits; `writable` then begins after it. Returns how many bytes
+        were written."""
         view = memoryview(data).cast("B")
         at = 0
         for part in _cut(self.writable, len(view)):
@@ -94,7 +87,7 @@ class Chain:
         return at
 
     def cut_writable(self, count: int) -> list[memoryview]:
-        """Take the next `count` writable bytes, or what is left, out of `writable`."""
+        """Take the next `count` writable bytes, or all that are left, out of `writable`."""
         parts = _cut(self.writable, count)
         self._cut_off += parts
         return parts
@@ -111,17 +104,16 @@ class Chain:
         return last
 
     def release(self) -> None:
-        """Let go of guest memory: the views cannot be used any more.
-
-        Those that were cut off as well: whoever has them may be known to the traceback of an
-        error, and so not go before the garbage collector comes by.
+        """Let go of guest memory: the views cannot be used after this. Views that were cut off are
+        released as well, because a traceback may keep their holder alive until the garbage
+        collector runs.
         """
         for view in (*self.readable, *self.writable, *self._cut_off):
             view.release()
 
 
 def _cut(parts: list[memoryview], count: int) -> list[memoryview]:
-    """The first `count` bytes of `parts`, which lose them."""
+    """Remove the first `count` bytes from `parts`, and return them."""
     taken = []
     whole = 0
     for part in parts:
@@ -138,37 +130,52 @@ def _cut(parts: list[memoryview], count: int) -> list[memoryview]:
 
 
 class Queue(Protocol):
-    """What a device needs of a virtqueue, whatever its layout (split, or packed one day)."""
+    """What a device needs from a virtqueue, independent of its layout."""
 
     def pop(self) -> Chain | None:
-        """The next chain, None where there is none. Raises `QueueError`."""
+        """The next chain, or None if there is none. Raises `QueueError`."""
 
     def push(self, chain: Chain, written: int) -> None:
-        """Give a chain back, with `written` bytes written to it. Raises `QueueError`.
+        """Return a chain to the guest, with `written` bytes written to it. Raises `QueueError`.
 
         This and `wants_interrupt` may be called in any thread."""
 
     def stage(self, chain: Chain, written: int) -> None:
-        """As `push`, but the guest sees it only together with the next that is pushed."""
+        """As `push`, but the guest sees the chain only together with the next one that is
+        pushed."""
 
     def send(self, fd: int, is_socket: bool, most: int) -> tuple[int, Chain | None]:
-        """Write the readable bytes of chains to `fd` and push them: how many. Until there are none
-        or about `most` bytes were written (a file is waited for), or until `fd` takes no more at
-        once or has failed: then, too, the chain it did not take whole, the bytes that it took
-        added to its `done`. Raises `QueueError`."""
+        """Write the readable bytes of chains to `fd`, push the chains, and return how many chains
+        were pushed. Stops when there are no more chains, after about `most` bytes (it waits for a
+        file), or when `fd` accepts no more at once or has failed. In the last case it also returns
+        the chain that was not written whole, with the bytes written added to its `done`. Raises
+        `QueueError`."""
 
     def wants_interrupt(self) -> bool:
-        """Is the guest to be interrupted for what was pushed since this was last asked?"""
+        """Should the guest be interrupted for the chains that were pushed since this was last
+        called?"""
 
     def listen(self) -> bool:
-        """Ask to be notified; is there a chain already?"""
+        """Ask the guest for notifications. Returns whether there is a chain already."""
 
     def ignore(self) -> None:
-        """Ask not to be notified: `pop` is called anyway."""
+        """Ask the guest for no notifications, because `pop` will be called anyway."""
 
 
 class Virtqueue:
-    """A split virtqueue. The driver's settings first, then `start`; see `Queue` for the rest."""
+    """A split virtqueue. The driver's settings come first, then `start`. See `Queue` for the other
+    methods."""
+
+    class State(DeviceState, version=1):
+        size = U32
+        desc = U64
+        driver = U64
+        device = U64
+        ready = FLAG
+        next_avail = U16
+        next_used = U16
+        in_flight = ListOf(Row(Int(0, MAX_SIZE - 1), U32))
+        """[descriptor, progress] of each chain; at most as many as the queue has entries."""
 
     def __init__(self, memory: GuestMemory, max_size: int) -> None:
         if type(max_size) is not int or not 0 < max_size <= MAX_SIZE or max_size & (max_size - 1):
@@ -180,7 +187,7 @@ class Virtqueue:
         self.reset()
 
     def reset(self) -> None:
-        """Become as new; what is in flight is forgotten, and pushing it does nothing."""
+        """Reset the queue. Chains in flight are forgotten, and pushing them does nothing."""
         self._release()
         self.size = self.max_size
         self.desc = 0
@@ -193,8 +200,8 @@ class Virtqueue:
         self._position = (0, 0)
 
     def start(self, *, event_idx: bool, indirect: bool) -> None:
-        """Begin, or go on after `hold` or `load`. Raises `QueueError` where its settings are
-        such that it cannot be."""
+        """Begin, or go on after `hold` or `load`. Raises `QueueError` if the driver's settings are
+        not possible."""
         if self._ring is None:
             if self.size > self.max_size:
                 raise QueueError(f"a queue of {self.size} entries, {self.max_size} are possible")
@@ -212,21 +219,22 @@ class Virtqueue:
             self._event_idx = event_idx
 
     def stop(self) -> None:
-        """The driver takes the queue back, its settings stay (4.2.2.2, QueueReady)."""
+        """The driver takes the queue back. The queue keeps its settings (4.2.2.2, QueueReady)."""
         size, places = self.size, (self.desc, self.driver, self.device)
         self.reset()
         self.size = size
         self.desc, self.driver, self.device = places
 
     def hold(self) -> None:
-        """Take back what is in flight, to be popped again. Its views are released."""
+        """Take back the chains in flight, to be popped again. Their views are released."""
         self._again.extendleft(
             (chain.head, chain.done) for chain in reversed(self._in_flight.values())
         )
         self._release()
 
     def _release(self) -> None:
-        """Let go of the memory of what is in flight; some of it may have been written."""
+        """Release the chains in flight. Their memory is logged as dirty, because it may have been
+        written."""
         for chain in self._in_flight.values():
             if self._ring is not None:
                 self._ring.mark(chain.head)
@@ -235,7 +243,7 @@ class Virtqueue:
 
     @property
     def in_flight(self) -> int:
-        """How many chains are popped and not pushed."""
+        """How many chains have been popped and not pushed."""
         return len(self._in_flight)
 
     def pop(self) -> Chain | None:
@@ -253,7 +261,7 @@ class Virtqueue:
         return self._walked(ring, done)
 
     def _walked(self, ring: SplitRing, done: int) -> Chain:
-        """The chain that was walked last, in flight."""
+        """The chain that was walked last, which is now in flight."""
         fields, parts, whole = ring.struct, ring.parts, self._memory.whole
         count = fields.readable
         end = 2 * (count + fields.writable)
@@ -275,7 +283,8 @@ class Virtqueue:
     def push(self, chain: Chain, written: int) -> None:
         """See `Queue`. Does nothing with a chain that was taken back by `hold` or `reset`."""
         if self._ring is not None and self._in_flight.get(chain.head) is chain:
-            del self._in_flight[chain.head]  # before the guest can make it available again
+            # Before the push, because the guest may then make the chain available again.
+            del self._in_flight[chain.head]
             self._ring.push(chain.head, written)
 
     def stage(self, chain: Chain, written: int) -> None:
@@ -296,51 +305,35 @@ class Virtqueue:
 
     def ignore(self) -> None:
         """See `Queue`."""
-        # With EVENT_IDX not asking again is enough.
+        # With EVENT_IDX it is enough not to ask again.
         if self._ring is not None and not self._event_idx:
             self._ring.listen(False)
 
     def save(self) -> dict[str, Any]:
-        """Its state; what is in flight is saved to be popped again."""
+        """The queue's state. Chains in flight are saved so that they are popped again."""
         avail, used = self._position
         if self._ring is not None:
             avail, used = self._ring.struct.next_avail, self._ring.struct.next_used
         flying = [*((c.head, c.done) for c in self._in_flight.values()), *self._again]
-        return {
-            "size": self.size,
-            "desc": self.desc,
-            "driver": self.driver,
-            "device": self.device,
-            "ready": self.ready,
-            "next_avail": avail,
-            "next_used": used,
-            "in_flight": [list(pair) for pair in flying],
-        }
+        return self.State.plain(
+            size=self.size,
+            desc=self.desc,
+            driver=self.driver,
+            device=self.device,
+            ready=self.ready,
+            next_avail=avail,
+            next_used=used,
+            in_flight=[list(pair) for pair in flying],
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Become what `save` gave, or raise `DeviceError` and stay as it was."""
-        fields = Fields("a virtqueue", state, _FIELDS)
-        address = (1 << 64) - 1
-        size = fields.number("size", (1 << 32) - 1)
-        places = [fields.number(name, address) for name in ("desc", "driver", "device")]
-        ready = fields.flag("ready")
-        position = (fields.number("next_avail", 0xFFFF), fields.number("next_used", 0xFFFF))
-        again = list(_pairs(fields, state["in_flight"], self.max_size))
+        """Restore what `save` returned. If this raises `DeviceError`, nothing was changed."""
+        saved = self.State.load("a virtqueue", state)
+        heads = {head for head, _ in saved.in_flight}
+        if not len(heads) == len(saved.in_flight) <= self.max_size:
+            raise saved.wrong("in_flight", f"up to {self.max_size} chains, each once")
         self.reset()
-        self.size, self.ready, self._position = size, ready, position
-        self.desc, self.driver, self.device = places
-        self._again.extend(again)
-
-
-def _pairs(fields: Fields, value: object, most: int) -> Iterable[tuple[int, int]]:
-    heads = set()
-    if type(value) is not list or len(value) > most:
-        raise fields.error("in_flight", f"a list of at most {most} chains")
-    for pair in value:
-        if type(pair) is not list or [type(number) for number in pair] != [int, int]:
-            raise fields.error("in_flight", "a list of [descriptor, progress]")
-        head, done = pair
-        if not 0 <= head < MAX_SIZE or head in heads or not 0 <= done < 1 << 32:
-            raise fields.error("in_flight", "each descriptor once, and progress below 2^32")
-        heads.add(head)
-        yield head, done
+        self.size, self.ready = saved.size, saved.ready
+        self.desc, self.driver, self.device = saved.desc, saved.driver, saved.device
+        self._position = (saved.next_avail, saved.next_used)
+        self._again.extend(saved.in_flight)

@@ -1,4 +1,5 @@
-"""The entropy device (VIRTIO 1.2, 5.4): one queue, whose buffers come back full of noise."""
+"""The entropy device (VIRTIO 1.2, 5.4): it fills the buffers of its one queue with random
+bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar, Final
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.errors import DeviceError
 
@@ -15,7 +16,7 @@ MOST: Final = 4096
 
 
 async def _kernel(count: int) -> bytes:
-    """The kernel's; does not wait, once the host has booted."""
+    """Random bytes from the host's kernel. Does not wait once the host has booted."""
     return os.getrandom(count)
 
 
@@ -23,9 +24,12 @@ class Rng(VirtioDevice):
     """Gives the guest random bytes: the kernel's, or those of `source`.
 
     `source` is called in trio, with a number of bytes; what it returns (1 byte up to that many)
-    goes to the guest. While it waits the guest's requests wait. It is cancelled at a reset or
-    pause, and then asked anew.
+    goes to the guest. While it waits, the guest's requests wait. It is cancelled at a reset or a
+    pause; after a pause it is called again.
     """
+
+    class State(DeviceState, version=1):
+        """Nothing but the version, because random bytes need no state."""
 
     device_id: ClassVar[int] = 4
     queue_sizes = (16,)
@@ -47,7 +51,7 @@ class Rng(VirtioDevice):
             queue.push(chain, chain.put(data))
 
     def save(self) -> Mapping[str, Any]:
-        return {}
+        return self.State.plain()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        Fields("rng", state, ())
+        self.State.load(self.name, state)

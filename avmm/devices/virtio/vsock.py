@@ -4,16 +4,16 @@
     async with vm.vsock.listen(5000) as listener:       # the guest connects to host port 5000
         await trio.serve_listeners(handle, [listener])
 
-Streams alone, no SEQPACKET. The host is CID 2.
+Only streams are supported, not SEQPACKET. The host has CID 2.
 
-**Bounds.** A connection holds what `avmm.devices.virtio.vsock_stream` says, there are at most
-`MOST` of them, and a listener holds `BACKLOG` that nobody has accepted yet; what comes beyond is
-refused with a reset. Resets for what is no connection wait for a guest that takes none only up
-to a number; then its own packets wait (5.10.6.1.1).
+**Bounds.** `avmm.devices.virtio.vsock_stream` bounds what a connection holds. There are at most
+`MOST` connections, and a listener holds at most `BACKLOG` that nobody has accepted yet; more are
+refused with a reset. Resets that the guest does not fetch are kept up to a limit; beyond it, the
+guest's own packets wait (5.10.6.1.1).
 
-**After a load** there are no connections: a TRANSPORT_RESET event tells the guest, before
-anything else does, that all of its own are gone and to look at its CID anew (5.10.6.6). So the
-state is empty, and a machine may be loaded with a CID other than it was saved with.
+**After a load** there are no connections: before anything else, a TRANSPORT_RESET event tells the
+guest that all its connections are gone and that it should read its CID again (5.10.6.6). So the
+saved state is empty, and the machine may be loaded with another CID.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from avmm.devices.state import Fields
+from avmm.devices.state import DeviceState
 from avmm.devices.virtio import vsock_unix
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.port import Waiters
 from avmm.devices.virtio.queue import Chain
 from avmm.devices.virtio.vsock_stream import BOTH, BUFFER, Op, VsockStream
-from avmm.errors import ConfigError
+from avmm.options import CIDS
+from avmm.threads import in_thread, in_thread_shielded
 
 HOST_CID: Final = 2
 F_STREAM: Final = 1 << 0
 MOST: Final = 1024
-"""Connections at once."""
+"""The most connections at the same time."""
 BACKLOG: Final = 128
 _HEADER: Final = struct.Struct("<QQIIIHHIII")
 _STREAM: Final = 1
@@ -47,21 +48,22 @@ _RX, _TX, _EVENT = 0, 1, 2
 _TRANSPORT_RESET: Final = bytes(4)
 _REPLIES: Final = 256
 _LINGER_SECONDS: Final = 8.0
-"""How long a guest has to agree to the end of a connection, as Linux's own close has it."""
+"""How many seconds the guest has to confirm the end of a connection; the same as in Linux's own
+close."""
 _WORD: Final = 0xFFFF_FFFF
 _FIRST_PORT: Final = 1 << 30
-"""Ports of the host's end of connections to the guest: from here on, apart from those that
-people choose."""
+"""The first port number for the host's end of connections to the guest. It is far from the numbers
+that people choose."""
 _ANY_PORT: Final = _WORD
 
 
 class VsockListener(trio.abc.Listener[VsockStream]):
-    """Connections of the guest's to one port of the host's; see `Vsock.listen`."""
+    """The guest's connections to one port of the host; see `Vsock.listen`."""
 
     def __init__(self, vsock: Vsock, port: int | None) -> None:
         self._vsock = vsock
         self.port = port
-        """None: every port that nobody else listens at."""
+        """None for a listener on every port at which nobody else listens."""
         self._waiting: deque[VsockStream] = deque()
         self._changed = Waiters()
         self._closed = False
@@ -77,12 +79,12 @@ class VsockListener(trio.abc.Listener[VsockStream]):
             await self._changed.wait()
 
     async def aclose(self) -> None:
-        """Listen no more; connections that were not accepted are reset."""
+        """Stop listening. Connections that were not accepted are reset."""
         self.close()
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        """As `aclose`, from code that is not async; does nothing the second time."""
+        """As `aclose`, for code that is not async. Does nothing the second time."""
         if not self._closed:
             self._closed = True
             self._vsock.forget_listener(self)
@@ -93,7 +95,7 @@ class VsockListener(trio.abc.Listener[VsockStream]):
             self._changed.set()
 
     def offer(self, stream: VsockStream) -> bool:
-        """A connection of the guest's; is there room for it?"""
+        """Queue a connection from the guest. Returns whether there is room for it."""
         while self._waiting and self._waiting[0].is_gone:
             self._waiting.popleft().close()
         if len(self._waiting) >= BACKLOG:
@@ -106,35 +108,36 @@ class VsockListener(trio.abc.Listener[VsockStream]):
 
 
 class Vsock(VirtioDevice):
-    """A socket device whose guest is `cid`, 3 or more.
+    """A socket device. The guest's address is `cid`, 3 or more (`avmm.options.CIDS`).
 
-    `unix` is where its sockets are found as unix sockets; see `avmm.devices.virtio.vsock_unix`.
-    Without `held` they are not, before `acquire`.
+    `unix` is the path at which its sockets appear as unix sockets; see
+    `avmm.devices.virtio.vsock_unix`. With `held` False they do not appear before `acquire`.
     """
+
+    class State(DeviceState, version=1):
+        """Nothing but the version, because all connections are reset."""
 
     device_id: ClassVar[int] = 19
     features = F_STREAM
     queue_sizes = (128, 128, 8)
 
     def __init__(
-        self, cid: int = 3, *, unix: str | PathLike[str] | None = None, held: bool = True
+        self, cid: int = CIDS.least, *, unix: str | PathLike[str] | None = None, held: bool = True
     ) -> None:
-        if type(cid) is not int or not HOST_CID < cid < _WORD:
-            raise ConfigError(f"vsock cid {cid!r}: expected a number from 3 to {_WORD - 1:#x}")
-        self.cid = cid
+        self.cid = CIDS.check("vsock cid", cid)
         self._unix = unix
         self._is_acquired = trio.Event()
         if held:
             self._is_acquired.set()
         self._listener: socket.socket | None = None
-        """At `unix`, from `acquire` until it is served."""
+        """The socket at `unix`, from `acquire` until it is served."""
         self._serving = trio.CancelScope()
         self._served = trio.Event()
         self._served.set()
         self._streams: dict[tuple[int, int], VsockStream] = {}
-        """By (host port, guest port): what the guest may know of."""
+        """The connections that the guest may know of, by (host port, guest port)."""
         self._held = 0
-        """Streams that somebody in the host has, or that the guest may know of."""
+        """How many streams there are that somebody on the host holds or the guest may know of."""
         self._listeners: dict[int, VsockListener] = {}
         self._due: OrderedDict[VsockStream, None] = OrderedDict()
         self._some = Waiters()
@@ -157,11 +160,11 @@ class Vsock(VirtioDevice):
     # -- the host's side -----------------------------------------------------------------------
 
     async def connect(self, port: int) -> VsockStream:
-        """Connect to `port` of the guest's.
+        """Connect to `port` in the guest.
 
-        Waits for a guest whose driver does not run yet. Raises `ConnectionRefusedError` where
-        nobody in the guest listens there, or the guest ends, and `OSError` (EMFILE) where there
-        are as many connections as there can be. Cancelled, there is no connection.
+        Waits if the guest's driver does not run yet. Raises `ConnectionRefusedError` if nobody in
+        the guest listens there or if the guest ends, and `OSError` (EMFILE) if there are already
+        as many connections as possible. If it is cancelled, there is no connection.
         """
         stream = self.request(port)
         try:
@@ -172,7 +175,7 @@ class Vsock(VirtioDevice):
         return stream
 
     def request(self, port: int) -> VsockStream:
-        """Ask for a connection; `connect` without the waiting."""
+        """Ask for a connection. This is `connect` without the waiting."""
         if type(port) is not int or not 0 <= port < _ANY_PORT:
             raise ValueError(f"vsock port {port!r}: expected a number below {_ANY_PORT:#x}")
         if self._finished:
@@ -193,9 +196,9 @@ class Vsock(VirtioDevice):
     def listen(self, port: int | None) -> VsockListener:
         """Accept the guest's connections to `port`, from now on until the listener is closed.
 
-        With None: to all ports at which nobody else listens; each of these connections is to be
-        answered, by its `accept` or `refuse`. Raises `OSError` (EADDRINUSE) where somebody
-        listens already.
+        With None it accepts connections to all ports at which nobody else listens; answer each of
+        them with its `accept` or `refuse`. Raises `OSError` (EADDRINUSE) if somebody already
+        listens.
         """
         if port is not None and (type(port) is not int or not 0 <= port < _ANY_PORT):
             raise ValueError(f"vsock port {port!r}: expected a number below {_ANY_PORT:#x}")
@@ -224,7 +227,8 @@ class Vsock(VirtioDevice):
         self._some.set()
 
     def _forget_if_gone(self, stream: VsockStream) -> None:
-        """It keeps its place while the guest may know of it, and counts while the host has it."""
+        """A connection keeps its ports as long as the guest may know of it, and counts as long as
+        the host holds it."""
         key = (stream.host_port, stream.guest_port)
         if stream.is_gone:
             if self._streams.get(key) is stream:
@@ -247,17 +251,18 @@ class Vsock(VirtioDevice):
             while self._unix is not None:
                 while not self._is_acquired.is_set():  # it may have been released since
                     await self._is_acquired.wait()
-                listener = self._listener or vsock_unix.listen(self._unix)
-                self._listener = None
                 self._serving, self._served = trio.CancelScope(), trio.Event()
                 try:
                     with self._serving:
-                        await vsock_unix.serve(self, listener, self._unix)
+                        listener, self._listener = self._listener, None
+                        if listener is None:
+                            listener = await in_thread(vsock_unix.listen, self._unix)
+                        await vsock_unix.serve_sockets(self, listener, self._unix)
                 finally:
                     self._served.set()
 
     async def _reap(self) -> None:
-        """Give up, in time, what the guest does not let end."""
+        """After a while, reset connections whose end the guest does not confirm."""
         while True:
             while not self._closing:
                 await self._has_closing.wait()
@@ -278,14 +283,14 @@ class Vsock(VirtioDevice):
                 nursery.start_soon(self._send, queues[_RX])
 
     async def _send(self, queue: GuestQueue) -> None:
-        """Packets to the guest: replies first, then each connection's in turn."""
+        """Send packets to the guest: replies first, then those of the connections in turn."""
         chain: Chain | None = None
         while True:
             while not (self._replies or self._due):
                 await self._some.wait()
             if chain is None:
                 chain = await queue.next()
-                continue  # what there was may have gone meanwhile
+                continue  # the packet that was due may be gone meanwhile
             room = chain.writable_bytes - _HEADER.size
             if room < 0:
                 queue.push(chain)
@@ -323,7 +328,7 @@ class Vsock(VirtioDevice):
         return header + data
 
     async def _receive(self, queue: GuestQueue) -> None:
-        """Packets from the guest."""
+        """Take packets from the guest."""
         while True:
             while len(self._replies) >= _REPLIES:
                 await self._sent.wait()
@@ -343,7 +348,7 @@ class Vsock(VirtioDevice):
             if stream is not None:
                 self._lose(stream)
             return
-        # Never more than the credit that it was given, whatever it says.
+        # Never more than the credit that the guest was given, whatever the packet says.
         data = chain.take(min(length, BUFFER + 1)) if op == Op.RW else b""
         valid = kind == _STREAM and (op != Op.RW or len(data) == length)
         if op == Op.REQUEST and valid:
@@ -361,8 +366,8 @@ class Vsock(VirtioDevice):
     ) -> None:
         if old is not None:
             self._lose(old)
-        # A port that the guest uses anew while the host's close lingers is free; else it asks
-        # twice for the same.
+        # If the host has closed the old connection, the guest may reuse its port. Otherwise it
+        # asks twice for the same connection.
         is_free = old is None or old.is_closed
         listener = self._listeners.get(host_port) or self._listeners.get(_ANY_PORT)
         if listener is not None and self._held < MOST and is_free:
@@ -393,26 +398,29 @@ class Vsock(VirtioDevice):
     async def release(self) -> None:
         if self._unix is not None and self._is_acquired.is_set():
             self._is_acquired = trio.Event()
-            self.close()
+            listener, self._listener = self._listener, None
+            if listener is not None:
+                await in_thread_shielded(vsock_unix.close, listener, self._unix)
             self._serving.cancel()
             await self._served.wait()
 
     async def acquire(self) -> None:
         if self._unix is not None and not self._is_acquired.is_set():
-            # Here, while it may still be refused, and not when the guest runs.
-            self._listener = vsock_unix.listen(self._unix)
+            # Done here, where it can still be refused, and not when the guest runs.
+            self._listener = await in_thread(vsock_unix.listen, self._unix)
         self._is_acquired.set()
 
     def close(self) -> None:
-        """Let go of what `acquire` took and nobody serves; for who has made it. Idempotent."""
+        """Close the sockets that `acquire` opened and that nobody serves. Whoever made the device
+        calls this. Idempotent."""
         if self._listener is not None and self._unix is not None:
             vsock_unix.close(self._listener, self._unix)
             self._listener = None
 
     def save(self) -> Mapping[str, Any]:
-        return {}
+        return self.State.plain()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        Fields("vsock", state, ())
+        self.State.load(self.name, state)
         self.reset()
         self._tell_reset = True

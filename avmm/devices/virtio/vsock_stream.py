@@ -1,9 +1,9 @@
 """A connection between a guest's socket and the host (VIRTIO 1.2, 5.10.6): a trio stream.
 
-Both directions are bounded. **To the guest** `send_all` fills a buffer, and waits while that is
-full; out of it goes what the guest has room for, by the credit that it tells (5.10.6.3). **From
-the guest** comes no more than `BUFFER` bytes that nobody has received yet: a guest that sends
-more breaks the connection.
+Both directions are bounded. **To the guest**: `send_all` fills a buffer, and waits while it is
+full. The device sends from it as much as the guest has room for, by the credit that the guest
+reports (5.10.6.3). **From the guest**: at most `BUFFER` bytes wait to be received. If the guest
+sends more, the connection breaks.
 
 Everything here runs in trio, so there is no lock.
 """
@@ -21,14 +21,14 @@ from avmm.devices.console import OneTask
 from avmm.devices.virtio.port import Waiters
 
 BUFFER: Final = 256 * 1024
-"""Bytes of the guest's that wait to be received at most; as Linux has it for its own sockets."""
+"""The most bytes from the guest that wait to be received; the same as for Linux's own sockets."""
 _OUTPUT: Final = 64 * 1024
-"""Bytes accepted by `send_all` that wait for credit and buffers of the guest's, at most."""
+"""The most bytes accepted by `send_all` that wait for the guest's credit and buffers."""
 _MOST: Final = 64 * 1024
-"""The longest packet; as Linux has it."""
+"""The longest packet, in bytes; the same as for Linux."""
 _WORD: Final = 0xFFFF_FFFF
 _WINDOW: Final = 1 << 30
-"""The most that is ever under way, so that counters of 32 bits can be compared."""
+"""The most bytes under way at any time. The limit makes 32-bit counters comparable."""
 NO_MORE_RECEIVED: Final = 1
 NO_MORE_SENT: Final = 2
 BOTH: Final = NO_MORE_RECEIVED | NO_MORE_SENT
@@ -53,15 +53,16 @@ class _Stage(enum.Enum):
     """The guest has asked, the host has not answered."""
     OPEN = enum.auto()
     GONE = enum.auto()
-    """The guest knows nothing of it (any more); what was received before is still there."""
+    """The guest does not know the connection, or no longer knows it. Data that came before can
+    still be received."""
 
 
 class VsockStream(trio.abc.HalfCloseableStream):
     """The host's end of a connection. One task may send and one may receive at a time.
 
     When the guest has gone (its driver was reset, its machine loaded from a state, or it reset the
-    connection), what was received before can still be had; then `receive_some` raises
-    `trio.BrokenResourceError`, and `send_all` at once.
+    connection), data that came before can still be received. After that `receive_some` raises
+    `trio.BrokenResourceError`; `send_all` raises it at once.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self._on_due = due
         self._on_closed = closed
         self._ops = set[Op]() if offered else {Op.REQUEST}
-        """Packets without data that are to be sent; at most one of a kind."""
+        """Packets without data that are to be sent; at most one of each kind."""
         self._requested = False
         self._refused = False
         self._input = bytearray()
@@ -88,8 +89,8 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self._ending = False
         self._closed = False
         self._shut = 0
-        # Free-running counters of 32 bits: bytes sent, and of these what the guest has taken;
-        # bytes that were received here, and the latest number of them that it was told.
+        # 32-bit counters that wrap: bytes sent, and how many of these the guest has taken; bytes
+        # received here, and the last count of these that the guest was told.
         self._sent = self._taken = self._room = 0
         self._forwarded = self._told = 0
         self._asked = False
@@ -97,9 +98,9 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self._receiving = OneTask("receiving from this connection")
         self._changed = Waiters()
         self.deadline = float("inf")
-        """When the device gives up waiting for the guest to agree to its end."""
+        """The time at which the device stops waiting for the guest to confirm the end."""
         self.is_counted = True
-        """For the device: does it count among those that there are?"""
+        """For the device: is this connection counted?"""
 
     def __repr__(self) -> str:
         return f"<VsockStream host port {self.host_port}, guest port {self.guest_port}>"
@@ -107,8 +108,8 @@ class VsockStream(trio.abc.HalfCloseableStream):
     # -- the host's side -----------------------------------------------------------------------
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send `data`; returns when all of it is accepted for delivery. Cancelled, an unknown
-        part of it was. Raises as trio's streams do."""
+        """Send `data`; returns when all of it is accepted for delivery. If this is cancelled, an
+        unknown part of it was accepted. Raises as trio's streams do."""
         with self._sending, memoryview(data).cast("B") as view:
             await trio.lowlevel.checkpoint()
             at = 0
@@ -141,8 +142,8 @@ class VsockStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Wait for data: at least one byte, at most `max_bytes`, or b"" at the guest's end of it.
-        Cancelling loses nothing."""
+        """Wait for data: at least one byte, at most `max_bytes`, or b"" once the guest sends no
+        more. Cancelling loses nothing."""
         if max_bytes is not None and (max_bytes := operator.index(max_bytes)) < 1:
             raise ValueError("max_bytes must be at least 1")
         with self._receiving:
@@ -162,12 +163,13 @@ class VsockStream(trio.abc.HalfCloseableStream):
                 await self._changed.wait()
 
     async def aclose(self) -> None:
-        """Close it: what was accepted still reaches a guest that reads it. Never waits."""
+        """Close the connection. Data that was accepted still reaches a guest that reads it. Never
+        waits."""
         self.close()
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        """As `aclose`, from code that is not async; does nothing the second time."""
+        """As `aclose`, for code that is not async. Does nothing the second time."""
         if self._closed:
             return
         self._closed = True
@@ -192,7 +194,8 @@ class VsockStream(trio.abc.HalfCloseableStream):
 
     def _forward(self, count: int) -> None:
         self._forwarded = self._forwarded + count & _WORD
-        # Not at once: a packet for each read would cost the guest more than reading.
+        # The credit is not sent at once, because a packet for each read would cost the guest more
+        # than the reading.
         untold = self._forwarded - self._told & _WORD
         if untold >= BUFFER // 4 and self._stage is _Stage.OPEN:
             self._ops.add(Op.CREDIT_UPDATE)
@@ -205,7 +208,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
     # -- the device's side ---------------------------------------------------------------------
 
     async def connected(self) -> None:
-        """Return when the guest has accepted; raises `ConnectionRefusedError`."""
+        """Return when the guest has accepted. Raises `ConnectionRefusedError` if it does not."""
         while self._stage is _Stage.REQUESTED:
             await self._changed.wait()
         if self._refused or self._closed:
@@ -214,14 +217,14 @@ class VsockStream(trio.abc.HalfCloseableStream):
             )
 
     def accept(self) -> None:
-        """Answer the guest that it is connected; does nothing where it has gone meanwhile."""
+        """Tell the guest that it is connected. Does nothing if the guest has gone meanwhile."""
         if self._stage is _Stage.OFFERED:
             self._stage = _Stage.OPEN
             self._ops.add(Op.RESPONSE)
             self._tell()
 
     def refuse(self) -> None:
-        """End it with a reset; what is buffered for the guest is dropped."""
+        """End the connection with a reset. Data that is buffered for the guest is dropped."""
         if self._stage is _Stage.GONE:
             return
         known = self._stage is not _Stage.REQUESTED or self._requested
@@ -231,7 +234,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
             self._tell()
 
     def lose(self) -> None:
-        """The guest does not know it any more."""
+        """The guest no longer knows the connection."""
         self._refused |= self._stage is _Stage.REQUESTED
         self._stage = _Stage.GONE
         self._output.clear()
@@ -250,7 +253,8 @@ class VsockStream(trio.abc.HalfCloseableStream):
 
     @property
     def is_unanswered(self) -> bool:
-        """Has the guest not been asked yet? Then a guest that begins anew still can be."""
+        """Is the guest still to be asked for the connection? If so, a restarted guest can be asked
+        too."""
         return self._stage is _Stage.REQUESTED and not self._requested
 
     @property
@@ -271,8 +275,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
         return bool(self._output) and (self._credit > 0 or not self._asked)
 
     def next_packet(self, most: int) -> tuple[Op, int, bytes]:
-        """What to send next where something `is_due`: (op, flags, data of at most `most`
-        bytes)."""
+        """What to send next if something `is_due`: (op, flags, data of at most `most` bytes)."""
         for op in (Op.RST, Op.REQUEST, Op.RESPONSE):
             if op in self._ops:
                 self._ops.remove(op)
@@ -295,13 +298,13 @@ class VsockStream(trio.abc.HalfCloseableStream):
         return Op.CREDIT_UPDATE, 0, b""
 
     def told(self) -> int:
-        """How much was taken of what the guest has sent: goes along with each packet."""
+        """How many of the guest's bytes were taken. Every packet carries this number."""
         self._told = self._forwarded
         self._ops.discard(Op.CREDIT_UPDATE)
         return self._forwarded
 
     def take(self, op: int, flags: int, data: bytes, room: int, taken: int) -> bool:
-        """A packet of the guest's, with its credit; False where it breaks the rules."""
+        """Take a packet from the guest, with its credit. Returns False if it breaks the rules."""
         if not self.take_credit(room, taken):
             return False
         if op == Op.RESPONSE and self._stage is _Stage.REQUESTED and self._requested:
@@ -318,7 +321,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
                 self._output.clear()
             self._changed.set()
             if not (self._guest_sends or self._guest_receives):
-                self.refuse()  # 5.10.6.5: that is how its end is agreed to
+                self.refuse()  # 5.10.6.5: a reset confirms the end
         elif op == Op.CREDIT_REQUEST:
             self._ops.add(Op.CREDIT_UPDATE)
         elif op != Op.CREDIT_UPDATE:
@@ -327,13 +330,13 @@ class VsockStream(trio.abc.HalfCloseableStream):
         return True
 
     def take_credit(self, room: int, taken: int) -> bool:
-        """What the guest tells of its buffer; False where it cannot be so."""
+        """Take the guest's report about its buffer. False if the report is impossible."""
         under_way = self._sent - self._taken & _WORD
         if (self._sent - taken & _WORD) <= under_way:
             self._taken = taken
         elif (taken - self._sent & _WORD) <= _WINDOW:
-            return False  # it has taken more than there was
-        # Else it is older than what was told: Linux's senders overtake each other.
+            return False  # it claims to have taken more than was sent
+        # Otherwise the report is older than the last one: Linux's senders overtake each other.
         self._room = room
         if self._credit > 0:
             self._asked = False

@@ -1,13 +1,12 @@
-"""A guest's sockets as unix sockets of the host, as Firecracker and cloud-hypervisor have them.
+"""A guest's sockets as unix sockets of the host, as with Firecracker and cloud-hypervisor.
 
-- A program on the host connects to PATH and sends "CONNECT <port>\\n". When somebody in the guest
-  listens at that port, it gets "OK <host port>\\n", and from there on it is the connection. Else
-  it is closed.
-- A program in the guest that connects to port P of the host's reaches the unix socket PATH_P.
-  Where nobody listens there it is refused, as it is where the program on the host does not
-  accept.
+- A program on the host connects to PATH and sends "CONNECT <port>\\n". If somebody in the guest
+  listens at that port, the program gets "OK <host port>\\n", and from then on its socket is the
+  connection. Otherwise its socket is closed.
+- A program in the guest that connects to port P on the host reaches the unix socket PATH_P. It is
+  refused if nobody listens there, or if the program on the host does not accept it.
 
-The end of one direction (a half-close) is passed on in both.
+If one side ends its direction (a half-close), the other side is told.
 """
 
 from __future__ import annotations
@@ -19,28 +18,36 @@ from collections.abc import Iterator
 from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
 from avmm.devices import sockets
 from avmm.errors import ConfigError
+from avmm.threads import in_thread_shielded
 
 if TYPE_CHECKING:
-    from avmm.devices.virtio.vsock import Vsock
     from avmm.devices.virtio.vsock_stream import VsockStream
 
 _CONNECT: Final = re.compile(rb"CONNECT (\d{1,10})\r?\n")
 _LONGEST_LINE: Final = 32
 _LINE_SECONDS: Final = 10.0
 _CLIENTS: Final = 256
-"""Programs that are served at once, in either direction; others wait or are refused."""
+"""The most programs that are served at the same time, in each direction. Others wait or are
+refused."""
 _BROKEN: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 _LONGEST_PATH: Final = 107 - len("_4294967295")
 
 
+class GuestSockets(Protocol):
+    """What the guest's sockets must offer; `avmm.devices.virtio.vsock.Vsock` does."""
+
+    async def connect(self, port: int) -> VsockStream: ...
+    def listen(self, port: int | None) -> trio.abc.Listener[VsockStream]: ...
+
+
 def listen(path: str | PathLike[str]) -> socket.socket:
-    """Listen at PATH, until `close`. Raises `ConfigError` where that cannot be."""
+    """Listen at PATH, until `close`. Raises `ConfigError` if that is not possible."""
     path = fspath(path)
     if len(path.encode()) > _LONGEST_PATH:
         raise ConfigError(f"vsock socket {path}: expected a path of at most {_LONGEST_PATH} bytes")
@@ -48,13 +55,15 @@ def listen(path: str | PathLike[str]) -> socket.socket:
 
 
 def close(listener: socket.socket, path: str | PathLike[str]) -> None:
-    """End `listen`."""
+    """Close the socket that `listen` returned, and remove PATH."""
     listener.close()
     with suppress(FileNotFoundError):
         Path(path).unlink()
 
 
-async def serve(vsock: Vsock, listener: socket.socket, path: str | PathLike[str]) -> None:
+async def serve_sockets(
+    vsock: GuestSockets, listener: socket.socket, path: str | PathLike[str]
+) -> None:
     """Serve PATH until cancelled, and close it."""
     path = fspath(path)
     free = trio.Semaphore(_CLIENTS)
@@ -66,10 +75,12 @@ async def serve(vsock: Vsock, listener: socket.socket, path: str | PathLike[str]
                 client, _ = await trio.socket.from_stdlib_socket(listener).accept()
                 nursery.start_soon(_serve_client, vsock, trio.SocketStream(client), free)
     finally:
-        close(listener, path)
+        await in_thread_shielded(close, listener, path)
 
 
-async def _serve_client(vsock: Vsock, client: trio.SocketStream, free: trio.Semaphore) -> None:
+async def _serve_client(
+    vsock: GuestSockets, client: trio.SocketStream, free: trio.Semaphore
+) -> None:
     with _one_of(free), suppress(*_BROKEN, OSError):
         async with client:
             port, rest = await _read_line(client)
@@ -82,7 +93,8 @@ async def _serve_client(vsock: Vsock, client: trio.SocketStream, free: trio.Sema
 
 
 async def _read_line(client: trio.SocketStream) -> tuple[int | None, bytes]:
-    """The port that is asked for, and what came after the line; None for no proper request."""
+    """The port that was asked for, and the bytes that came after the line. None if the request is
+    malformed."""
     data = b""
     with trio.move_on_after(_LINE_SECONDS):
         while b"\n" not in data:
@@ -97,7 +109,7 @@ async def _read_line(client: trio.SocketStream) -> tuple[int | None, bytes]:
 
 
 async def _serve_guest(
-    vsock: Vsock, path: str, free: trio.Semaphore, nursery: trio.Nursery
+    vsock: GuestSockets, path: str, free: trio.Semaphore, nursery: trio.Nursery
 ) -> None:
     async with vsock.listen(None) as requests:
         while True:
@@ -123,7 +135,7 @@ async def _serve_request(path: str, stream: VsockStream, free: trio.Semaphore) -
 
 
 async def _join(host: trio.SocketStream, guest: VsockStream) -> None:
-    """Until both have ended, or one of them is broken."""
+    """Copy in both directions, until both have ended or one of them is broken."""
     async with trio.open_nursery() as nursery:
 
         async def copy(source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream) -> None:

@@ -13,17 +13,16 @@ from support.images import Elf, Segment, pvh_elf
 
 import avmm
 from avmm.arch.x86_64 import acpi, aml, layout
-from avmm.arch.x86_64.acpi import Described
+from avmm.arch.x86_64.acpi import AcpiDevice
+from avmm.arch.x86_64.boot.load import load
 from avmm.boot import Protocol
-from avmm.boot.formats import load
 from avmm.devices.pc.power import Power
 from avmm.errors import ConfigError
 from avmm.memory.ram import GuestMemory
-from avmm.parts.machine_parts import _described
 
 Write = Callable[..., Path]
-UART = Described("PNP0501", ports=[(0x3F8, 8)], gsi=4)
-VIRTIO = Described("LNRO0005", windows=[(0xD000_0000, 0x200)], gsi=20)
+UART = AcpiDevice("PNP0501", ports=[(0x3F8, 8)], gsi=4)
+VIRTIO = AcpiDevice("LNRO0005", windows=[(0xD000_0000, 0x200)], gsi=20)
 
 
 class Tables:
@@ -132,7 +131,7 @@ def eisa(value: int) -> str:
     return "".join(chr((high >> shift & 31) + 0x40) for shift in (10, 5, 0)) + f"{low:04X}"
 
 
-def made(cpus: int, devices: list[Described]) -> Tables:
+def made(cpus: int, devices: list[AcpiDevice]) -> Tables:
     area = acpi.tables(cpus, devices, 0x600, layout.ACPI)
     return Tables(lambda at, n: area[at - layout.ACPI : at - layout.ACPI + n], layout.ACPI)
 
@@ -159,7 +158,7 @@ def test_the_power_switch_is_where_the_fadt_says() -> None:
 
 
 def test_devices_have_their_ids_and_resources() -> None:
-    high = Described("LNRO0005", windows=[(0x1_0000_0000, 0x1000)])
+    high = AcpiDevice("LNRO0005", windows=[(0x1_0000_0000, 0x1000)])
     scope = terms(made(1, [UART, VIRTIO, high]).dsdt)["_SB_"]
     uart, virtio, far = scope["D000"], scope["D001"], scope["D002"]
     assert eisa(uart["_HID"]) == "PNP0501"
@@ -189,12 +188,12 @@ def test_hundreds_of_devices_are_told_or_refused(write: Write) -> None:
 @pytest.mark.parametrize("hid", ["", "pnp0501", "PNP05", "PNP0501X0", "LNRO000G", "P\0P0501"])
 def test_what_is_no_hardware_id_is_refused(hid: str) -> None:
     with pytest.raises(ConfigError, match="expected a hardware id like"):
-        Described(hid)
+        AcpiDevice(hid)
 
 
 def test_ports_that_acpi_cannot_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="256 ports at 0x300; ACPI names at most 255"):
-        Described("PNP0501", ports=[(0x300, 256)])
+        AcpiDevice("PNP0501", ports=[(0x300, 256)])
 
 
 @pytest.mark.parametrize("value", [0, 1, 2, 255, 256, 65535, 65536, 1 << 32, (1 << 64) - 1])
@@ -240,8 +239,8 @@ def test_a_placement_is_described_with_all_its_regions() -> None:
         avmm.pio(Silent(), 0x300, 4),
         avmm.pio(disk, 0x310, 4),
     ]
-    assert _described(places) == [
-        Described("AVMM0001", ports=[(0x310, 4)], windows=[(0xD000_0000, 0x1000)], gsi=5)
+    assert acpi.devices(places) == [
+        AcpiDevice("AVMM0001", ports=[(0x310, 4)], windows=[(0xD000_0000, 0x1000)], gsi=5)
     ]
 
 

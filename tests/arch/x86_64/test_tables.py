@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avmm.arch.x86_64 import layout, tables
-from avmm.memory.ram import HOLE_START, GuestMemory
+from avmm.arch.x86_64.layout import HOLE_START
+from avmm.memory.ram import GuestMemory
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from avmm import plain
 from avmm.devices.pc.cmos import Cmos
 from avmm.errors import ConfigError, DeviceError
 
@@ -311,14 +312,30 @@ def test_state(port, cpu, clock):
     assert word(other, 0x34) == 240 * 16
 
 
+@pytest.mark.parametrize(("century", "year"), [(0x99, 0x99), (0x00, 0x01)])
+def test_a_guest_that_sets_its_clock_far_away_can_be_saved(port, cpu, clock, century, year):
+    put(port, 0x32, century)
+    put(port, 0x09, year)
+    state = plain.decode(plain.encode(port.device.save()), "the state of Cmos")
+    other = cpu(Cmos(low_memory=MIB, clock=clock))
+    other.device.load(state)
+    clock.now += 10 * SECOND
+    assert [get(other, index) for index in (0x32, 9)] == [century, year]
+    for index in (0, 2, 4, 6, 7, 8):
+        assert get(other, index) == get(port, index)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"index": 128},
         {"index": -1},
         {"index": "0"},
-        {"offset": 10**30},
-        {"offset": 0.5},
+        {"seconds": 10**30},
+        {"seconds": -(10**30)},
+        {"seconds": 0.5},
+        {"nanoseconds": 10**9},
+        {"nanoseconds": -1},
         {"data": bytes(127)},
         {"data": bytes(129)},
         {"data": "x" * 128},

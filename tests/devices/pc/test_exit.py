@@ -44,9 +44,9 @@ def test_reads_give_zero_and_end_nothing(cpu, kind):
 @pytest.mark.parametrize("kind", [DebugExit, ExitStatus])
 def test_there_is_no_state(kind):
     device = kind(print)
-    assert device.save() == {}
-    device.load({})
-    for wrong in ({"status": 1}, None, []):
+    assert device.save() == {"version": 1}
+    device.load({"version": 1})
+    for wrong in ({}, {"version": 1, "status": 1}, None, []):
         with pytest.raises(DeviceError, match=kind.__name__):
             device.load(wrong)
 

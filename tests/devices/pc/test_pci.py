@@ -68,8 +68,8 @@ def test_all_ports_read_all_ones_whatever_is_written(cpu, size):
 def test_there_is_no_state():
     device = PciConfig()
     device.write(0, 4, 0x80001234)
-    assert device.save() == {}
-    device.load({})
-    for wrong in ({"address": 0}, None, [], 0):
+    assert device.save() == {"version": 1}
+    device.load({"version": 1})
+    for wrong in ({}, {"version": 1, "address": 0}, None, [], 0):
         with pytest.raises(DeviceError, match="PciConfig"):
             device.load(wrong)

@@ -27,12 +27,14 @@ def test_post_codes_are_kept_and_logged_where_they_change(cpu, caplog):
 
 def test_post_code_state():
     device = PostCode()
-    device.load({"code": 0xAB})
+    device.load({"version": 1, "code": 0xAB})
     assert device.code == 0xAB
-    assert device.save() == {"code": 0xAB}
-    for wrong in ({}, {"code": 256}, {"code": -1}, {"code": "1"}, {"code": 1, "x": 1}, None):
+    assert device.save() == {"version": 1, "code": 0xAB}
+    for wrong in ({"code": 256}, {"code": -1}, {"code": "1"}, {"code": 1, "x": 1}, {}):
         with pytest.raises(DeviceError, match="PostCode"):
-            device.load(wrong)
+            device.load({"version": 1, **wrong})
+    with pytest.raises(DeviceError, match="PostCode"):
+        device.load(None)
     assert device.code == 0xAB
 
 
@@ -81,6 +83,8 @@ def test_console_state(console, caplog):
     for byte in b"un\n":
         other.write(0, 1, byte)
     assert texts(caplog) == ["begun"]
-    for wrong in ({}, {"line": "x"}, {"line": bytes(LINE_LIMIT)}, {"line": b"", "x": 1}, None):
+    for wrong in ({}, {"line": "x"}, {"line": bytes(LINE_LIMIT)}, {"line": b"", "x": 1}):
         with pytest.raises(DeviceError, match="DebugConsole"):
-            other.load(wrong)
+            other.load({"version": 1, **wrong})
+    with pytest.raises(DeviceError, match="DebugConsole"):
+        other.load(None)

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.virtio_driver import EVENT_IDX, VERSION_1, Bench, Driver, settle
 
+from avmm.arch.x86_64.layout import HOLE_END, HOLE_START, RAM
 from avmm.devices.virtio.balloon import Balloon
 from avmm.errors import ConfigError, DeviceError, GuestMemoryError
 from avmm.memory.pages import PAGE, Bitmap, own_pages
-from avmm.memory.ram import HOLE_END, HOLE_START, GuestMemory
+from avmm.memory.ram import GuestMemory
 
 STATS, OOM, REPORTING = 2, 4, 32
 FEATURES = VERSION_1 | EVENT_IDX | STATS | OOM
@@ -238,7 +239,7 @@ async def test_whatever_the_guest_tells(queue: int, messages: list[bytes], asked
 
 
 def test_what_memory_gives_back() -> None:
-    memory = GuestMemory(HOLE_START + 64 * PAGE)
+    memory = GuestMemory(HOLE_START + 64 * PAGE, layout=RAM)
     memory.add_readonly(0xFFFF_0000, b"rom")
     memory.write(HOLE_END + PAGE, b"x" * PAGE)
     memory.discard(HOLE_END + PAGE, PAGE)

@@ -483,7 +483,7 @@ async def test_saved_for_a_disk_of_this_size_alone(disk: Disk) -> None:
         {"sectors": True},
         {"read_only": True},
         {"disk": None},
-        {"disk": {"changes": [[0, b"x"]]}},
+        {"disk": {"version": 1, "changes": [[0, b"x"]]}},
         {"more": 1},
     ):
         with pytest.raises(DeviceError):

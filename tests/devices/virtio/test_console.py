@@ -358,6 +358,8 @@ async def test_a_half_sent_chain_is_neither_lost_nor_sent_twice() -> None:
         {"ports": []},
         {"ports": [["other", {}]]},
         {"ports": [["hvc0", {}]]},
+        {"ports": [["hvc0", {**Port("hvc0").save(), "output": bytes(65_537)}]]},
+        {"ports": [["hvc0", {**Port("hvc0").save(), "input": bytes(4097)}]]},
         {"messages": [[1, 9, bytes(8)]]},
         {"messages": [[9, 0, bytes(8)]]},
         {"messages": [[1, 0, bytes(7)]]},

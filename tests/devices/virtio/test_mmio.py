@@ -9,13 +9,15 @@ import trio
 from support.virtio_driver import EVENT_IDX, INDIRECT_DESC, VERSION_1, Bench, settle
 
 import avmm
+from avmm.arch.x86_64 import acpi
+from avmm.arch.x86_64.board import VIRTIO
+from avmm.arch.x86_64.boot.load import named
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.mmio import SIZE, VirtioMmio
 from avmm.devices.virtio.rng import Rng
 from avmm.errors import ConfigError, DeviceError
 from avmm.machine import Machine
-from avmm.parts.machine_parts import _described
-from avmm.parts.placing import allocate, named
+from avmm.parts.placing import allocate
 
 MAGIC, VERSION, ID, VENDOR = 0x0, 0x4, 0x8, 0xC
 QUEUE_READY = 0x44
@@ -350,7 +352,7 @@ def test_devices_without_more_refuse_by_name() -> None:
 
 def test_places_are_given_in_order_around_what_is_taken() -> None:
     mine = avmm.mmio(VirtioMmio(Rng()), 0xC000_1000, SIZE, irq=6)
-    places = allocate([avmm.virtio(Rng()), mine, avmm.virtio(Rng())], [])
+    places = allocate([avmm.virtio(Rng()), mine, avmm.virtio(Rng())], [], VIRTIO)
     found = [(place.base, place.irq) for place in places]
     assert found == [(0xC000_0000, 5), (0xC000_1000, 6), (0xC000_2000, 7)]
     assert named("quiet", places[:1]) == "quiet virtio_mmio.device=0x200@0xc0000000:5"
@@ -359,14 +361,14 @@ def test_places_are_given_in_order_around_what_is_taken() -> None:
 
 
 def test_acpi_tells_where_they_are() -> None:
-    (described,) = _described(allocate([avmm.virtio(Rng())], []))
+    (described,) = acpi.devices(allocate([avmm.virtio(Rng())], [], VIRTIO))
     assert described.hid == "LNRO0005"
     assert (described.windows, described.gsi) == ([(0xC000_0000, 0x200)], 5)
 
 
 def test_interrupts_run_out() -> None:
     with pytest.raises(ConfigError, match=r"virtio rng: no interrupt"):
-        allocate([avmm.virtio(Rng()) for _ in range(18)], [])
+        allocate([avmm.virtio(Rng()) for _ in range(18)], [], VIRTIO)
 
 
 @pytest.mark.usefixtures("kvm")

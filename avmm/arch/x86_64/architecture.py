@@ -1,0 +1,106 @@
+"""x86-64 with a PC's board, as the contract of an architecture has it.
+
+Each part is in a file beside this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from avmm.arch.contract import Architecture, Board, BoardOptions, GuestImage, Probe
+from avmm.arch.x86_64 import board, cpu, layout, probes, report, state, vm
+from avmm.kvm import System, Vcpu, Vm, constants
+from avmm.vcpu.calls import KINDS
+
+if TYPE_CHECKING:
+    from avmm.boot.entry import Entry
+    from avmm.bus.space import Placement
+    from avmm.memory.ram import GuestMemory
+    from avmm.outcome import Outcome
+
+
+class X86_64(Architecture):  # noqa: N801 - as the field writes it
+    """A PC without firmware: PICs, IOAPIC, LAPICs and PIT in the kernel, a serial port at COM1."""
+
+    name = "x86_64"
+    ram = layout.RAM
+    spaces = board.SPACES
+    in_kernel = board.IN_KERNEL
+    pins = board.PINS
+    virtio = board.VIRTIO
+    own_window = board.OWN_WINDOW
+    exit_reasons = frozenset(
+        {
+            constants.KVM_EXIT_IO,
+            constants.KVM_EXIT_MMIO,
+            constants.KVM_EXIT_X86_RDMSR,
+            constants.KVM_EXIT_X86_WRMSR,
+            constants.KVM_EXIT_SHUTDOWN,
+            constants.KVM_EXIT_SYSTEM_EVENT,
+            constants.KVM_EXIT_INTR,
+            *KINDS,
+        }
+    )
+    probe_names = probes.NAMES
+    probe_end = probes.END
+
+    def board(
+        self, options: BoardOptions, memory_size: int, end: Callable[[Outcome], None]
+    ) -> Board:
+        return board.board(options, memory_size, end)
+
+    def load_image(
+        self, memory: GuestMemory, image: GuestImage, devices: Sequence[Placement]
+    ) -> Entry:
+        # Reading images is most of what there is to import, and only needed from here on.
+        from avmm.arch.x86_64.boot.load import load_image  # noqa: PLC0415
+
+        return load_image(memory, image, devices)
+
+    def create_vm(self, system: System) -> Vm:
+        return vm.create_vm(system)
+
+    def set_up(self, system: System, vcpus: Sequence[Vcpu], entry: Entry) -> None:
+        for vcpu in vcpus:
+            cpu.set_up(system, vcpu, len(vcpus), entry if vcpu.index == 0 else None)
+
+    def enable_exits(
+        self, vm_: Vm, devices: Sequence[Placement], *, xen: bool, has_calls: bool
+    ) -> None:
+        vm.enable_exits(vm_, devices, xen=xen, has_calls=has_calls)
+
+    def needs(self, system: System, vcpu: Vcpu) -> dict[str, Any]:
+        return state.needs(system, vcpu)
+
+    def needs_of(self, system: System, vcpu: Vcpu, state_: Mapping[str, Any]) -> dict[str, Any]:
+        return state.needs_of(system, vcpu, state_)
+
+    def demand(self, system: System, vcpu: Vcpu, needs: Mapping[str, Any]) -> None:
+        state.demand(system, vcpu, needs)
+
+    def clock_khz(self, needs: Mapping[str, Any]) -> int:
+        return int(needs["tsc_khz"])
+
+    def save_vcpu(self, system: System, vcpu: Vcpu) -> dict[str, Any]:
+        return state.save_vcpu(system, vcpu)
+
+    def save_vm(self, vm_: Vm) -> dict[str, Any]:
+        return state.save_vm(vm_)
+
+    def load_vm(self, vm_: Vm, state_: object) -> None:
+        state.load_vm(vm_, state_)
+
+    def load_vcpus(self, system: System, vcpus: Sequence[Vcpu], states: Sequence[Any]) -> None:
+        for vcpu, vcpu_state in zip(vcpus, states, strict=True):
+            state.load_vcpu(system, vcpu, vcpu_state)
+        state.load_time(vcpus, states)
+
+    def registers(self, vcpu: Vcpu, memory: GuestMemory) -> str:
+        return report.registers(vcpu, memory)
+
+    def probes(self, origin: int, port: int, window: int, register: int) -> list[Probe]:
+        return probes.probes(origin, port, window, register)
+
+
+ARCHITECTURE: Final = X86_64()

@@ -1,0 +1,87 @@
+"""The board of a PC's guest: the devices that every PC has, and where KVM answers by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from avmm.arch.contract import Board, BoardOptions, KernelRange, Space, VirtioRoom
+from avmm.arch.x86_64 import acpi, layout, mptable
+from avmm.bus.interrupts import Pins
+from avmm.bus.space import Placement, pio
+from avmm.devices.pc.cmos import Cmos
+from avmm.devices.pc.exit import DebugExit, ExitStatus
+from avmm.devices.pc.i8042 import I8042
+from avmm.devices.pc.pci import PciConfig
+from avmm.devices.pc.post import DebugConsole, PostCode
+from avmm.devices.pc.power import SIZE as POWER_PORTS
+from avmm.devices.pc.power import Power
+from avmm.devices.serial import Serial
+from avmm.options import IO_PORTS
+from avmm.outcome import Cause, Outcome
+
+SERIAL_PORT: Final = 0x3F8
+SERIAL_IRQ: Final = 4
+EXIT_STATUS_PORT: Final = 0xF8
+"""Where a guest of avmm's own writes the status that the run is to end with."""
+
+_PORTS: Final = IO_PORTS.most + 1
+SPACES: Final = {
+    "pio": Space("port", _PORTS),
+    "mmio": Space("address", layout.GPA_LIMIT),
+    "msr": Space("MSR", 1 << 32, unit=8),
+}
+IN_KERNEL: Final = (
+    KernelRange("pio", 0x20, 0x21, "PIC"),
+    KernelRange("pio", 0xA0, 0xA1, "PIC"),
+    KernelRange("pio", 0x4D0, 0x4D1, "PIC"),
+    KernelRange("pio", 0x40, 0x43, "PIT"),
+    KernelRange("pio", 0x61, 0x61, "PIT"),
+    KernelRange("mmio", layout.IOAPIC, layout.IOAPIC + 0xFF, "IOAPIC"),
+    KernelRange("mmio", layout.LAPIC, layout.LAPIC + 0xFFF, "LAPIC"),
+    KernelRange("mmio", layout.KVM_IDENTITY_MAP, layout.KVM_PAGES_END - 1, "TSS"),
+    KernelRange("msr", 0x800, 0x8FF, "LAPIC"),
+)
+PINS: Final = Pins(mptable.IRQ_PINS, {0: "the timer", 2: "the second PIC"})
+"""Those of the IOAPIC; the first 16 are the two PICs' as well, as KVM lays them out by itself."""
+VIRTIO: Final = VirtioRoom(
+    range(layout.VIRTIO, layout.VIRTIO_END, layout.VIRTIO_STEP),
+    # Inputs of the IOAPIC at which no device of a PC's is expected.
+    (5, 6, 7, 9, 10, 11, 12, 14, 15, *range(16, 24)),
+)
+OWN_WINDOW: Final = range(layout.MMIO, layout.MMIO_END)
+
+
+def board(options: BoardOptions, memory_size: int, end: Callable[[Outcome], None]) -> Board:
+    """The devices that a guest finds on every PC and may not be able to do without."""
+
+    def end_with(status: int) -> None:
+        end(Outcome(Cause.EXIT, status))
+
+    def reset() -> None:
+        end(Outcome(Cause.RESET))
+
+    def power_off() -> None:
+        end(Outcome(Cause.SHUTDOWN))
+
+    serial = Serial()
+    keyboard = I8042(reset)
+    high = layout.RAM.above_hole(memory_size)
+    cmos = Cmos(low_memory=memory_size - high, high_memory=high, cpus=options.cpus)
+    places: list[Placement] = [
+        pio(serial, SERIAL_PORT, 8, irq=SERIAL_IRQ),
+        pio(cmos, 0x70, 2),
+        pio(keyboard, 0x60, 1, offset=0),
+        pio(keyboard, 0x64, 1, offset=4),
+        pio(PostCode(), 0x80, 1),
+        pio(DebugConsole(), 0xE9, 1),
+        pio(PciConfig(), 0xCF8, 8),
+        pio(ExitStatus(end_with), EXIT_STATUS_PORT, 4),
+    ]
+    if options.acpi:
+        power = Power(power_off, reset, off_type=acpi.SLEEP_TYPE_OFF, reset_value=acpi.RESET_VALUE)
+        places.append(pio(power, layout.POWER_PORT, POWER_PORTS))
+    if options.debug_exit is not None:
+        width = min(4, _PORTS - options.debug_exit)
+        places.append(pio(DebugExit(end_with), options.debug_exit, width))
+    return Board(serial, places)

@@ -1,0 +1,159 @@
+"""Loading a guest: from a file and a command line to memory that is ready to run.
+
+`load` looks at the file and takes the first of these that fits:
+
+1. *Flat*, only where the caller says so: nothing in the file could.
+2. *Multiboot with address fields* (`multiboot`): they are there to be used whatever else the
+   file is, an ELF included (multiboot 3.1.3). 64-bit kernels boot so, and what their ELF
+   headers say may well not be meant for a loader.
+3. *PVH* (`pvh`): an ELF with Xen's note. It comes before multiboot's plain header because it
+   serves 32- and 64-bit images alike, and before plain ELF because who puts the note there
+   means it; Linux's vmlinux cannot be entered in any other way that is not its own.
+4. *Multiboot* (`multiboot`): a 32-bit ELF with the header.
+5. *ELF* (`elf`): a 64-bit ELF, entered in long mode by our own contract (`longmode`), of which
+   Linux's 64-bit boot protocol is a part.
+6. *bzImage* (`bzimage`): the vmlinux inside of it, entered in the same way.
+
+7. *libkrunfw* (`krunfw`): a shared object with a kernel in it, entered in the same way.
+
+Files are taken compressed as well (`compressed`). All else is refused in words that say what it
+looks like. A caller that wants a vmlinux with a PVH note entered by the 64-bit protocol, or
+to be sure that PVH is used, says so (`Protocol`).
+
+Where `load` fails, guest memory is partly written and of no further use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from avmm.arch import contract
+from avmm.arch.x86_64 import acpi as acpi_tables
+from avmm.arch.x86_64.acpi import AcpiDevice
+from avmm.arch.x86_64.boot import bzimage, elf, flat, krunfw, multiboot, pvh
+from avmm.arch.x86_64.boot.assembly import Assembly
+from avmm.boot.describe import HEAD, describe
+from avmm.boot.elf_headers import MAGIC, parse
+from avmm.boot.entry import Entry, FlatOptions, Protocol
+from avmm.boot.image import SLACK, Image, open_image
+from avmm.bus.space import Placement
+from avmm.devices.virtio.mmio import VirtioMmio
+from avmm.memory.ram import GuestMemory
+
+StrPath = str | os.PathLike[str]
+
+
+def load_image(
+    memory: GuestMemory, asked: contract.GuestImage, devices: Sequence[Placement]
+) -> Entry:
+    """`load` for a machine with these devices; see `avmm.arch.contract.Architecture`."""
+    has_acpi = asked.acpi and not asked.is_bundled
+    return load(
+        memory,
+        asked.kernel,
+        cmdline=asked.cmdline if has_acpi else named(asked.cmdline, devices),
+        initrd=asked.initrd,
+        modules=asked.modules,
+        cpus=asked.cpus,
+        flat=asked.flat,
+        protocol=asked.protocol,
+        acpi=acpi_tables.devices(devices) if asked.acpi else None,
+    )
+
+
+def named(cmdline: str, devices: Sequence[Placement]) -> str:
+    """`cmdline`, and after it where Linux finds the virtio devices (for boots without ACPI)."""
+    found = [
+        f"virtio_mmio.device={place.size:#x}@{place.base:#x}:{place.irq}"
+        for place in devices
+        if isinstance(place.device, VirtioMmio)
+    ]
+    return " ".join([*([cmdline] if cmdline else []), *found])
+
+
+def load(
+    memory: GuestMemory,
+    image: StrPath,
+    *,
+    cmdline: str = "",
+    initrd: StrPath | None = None,
+    modules: Sequence[StrPath] = (),
+    cpus: int = 1,
+    flat: FlatOptions | None = None,
+    protocol: Protocol = Protocol.AUTO,
+    acpi: Sequence[AcpiDevice] | None = None,
+) -> Entry:
+    """Load `image` into fresh guest memory and say where the boot processor starts.
+
+    The guest is told of `cmdline`, of the memory map and of the `modules`, of which `initrd`
+    is the first, in its format's own way; of its `cpus` in an MP table and, with the devices of
+    `acpi`, in ACPI tables, unless that is None. A compressed image is decompressed (not a flat
+    one, nor initrd and modules, which are the guest's business).
+
+    Blocks while it reads the files. Raises `ImageError` where a file cannot be loaded, and
+    `ConfigError` where the command line, the number of CPUs or `flat` cannot be.
+    """
+    files = [os.fspath(path) for path in ([] if initrd is None else [initrd])]
+    files += [os.fspath(path) for path in modules]
+    assembly = Assembly(memory, os.fspath(image), cmdline, files)
+    assembly.write_mp_table(cpus)
+    assembly.write_reset_vector()
+    if acpi is not None:
+        assembly.write_acpi(cpus, acpi)
+    limit = None if flat is not None else memory.size + SLACK
+    with open_image(image, unpack_limit=limit) as content:
+        return _load_image(assembly, content, flat, protocol)
+
+
+def _load_image(
+    assembly: Assembly, image: Image, options: FlatOptions | None, protocol: Protocol
+) -> Entry:
+    if options is not None:
+        return flat.load(assembly, image, options)
+    if protocol is not Protocol.AUTO:
+        return _load_linux(assembly, image, protocol)
+    header = multiboot.find(image)
+    if header is not None and header.addresses is not None:
+        return multiboot.load(assembly, image, header)
+    if (bundle := krunfw.find(image)) is not None:
+        return krunfw.load(assembly, image, bundle)
+    if image.head(4) == MAGIC:
+        executable = parse(image)
+        ip = pvh.entry_point(executable)
+        if ip is not None:
+            return pvh.load(assembly, executable, ip)
+        if header is not None:
+            return multiboot.load(assembly, image, header)
+        return elf.load(assembly, executable)
+    if bzimage.is_bzimage(image):
+        return _load_linux(assembly, image, Protocol.LINUX64)
+    looks = describe(image.head(HEAD))
+    raise image.error(
+        f"looks like {looks}. Expected an ELF (PVH, multiboot or 64-bit), a multiboot image or a "
+        f"bzImage, compressed or not"
+    )
+
+
+def _load_linux(assembly: Assembly, image: Image, protocol: Protocol) -> Entry:
+    """A vmlinux, or the one in a bzImage, entered as it is asked for."""
+    if bzimage.is_bzimage(image):
+        limit = assembly.memory.size + SLACK
+        with bzimage.unpack(image, limit) as (vmlinux, header):
+            return _load_vmlinux(assembly, vmlinux, protocol, header)
+    if image.head(4) != MAGIC:
+        looks = describe(image.head(HEAD))
+        raise image.error(f"looks like {looks}. Expected a vmlinux or bzImage: {protocol.value}")
+    return _load_vmlinux(assembly, image, protocol, None)
+
+
+def _load_vmlinux(
+    assembly: Assembly, image: Image, protocol: Protocol, header: bytes | None
+) -> Entry:
+    executable = parse(image)
+    if protocol is Protocol.LINUX64:
+        return elf.load(assembly, executable, header)
+    ip = pvh.entry_point(executable)
+    if ip is None:
+        raise image.error("has no PVH note; expected one, as that protocol was asked for")
+    return pvh.load(assembly, executable, ip)

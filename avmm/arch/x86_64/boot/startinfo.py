@@ -1,0 +1,51 @@
+"""hvm_start_info, version 1: what a PVH guest is told, and a long mode guest of ours too.
+
+Xen's public header xen/include/public/arch-x86/hvm/start_info.h: all fields little endian, an
+address of 0 means "not there".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from avmm.arch.x86_64 import layout
+from avmm.arch.x86_64.boot.assembly import Assembly, Module
+from avmm.arch.x86_64.boot.infoblock import InfoBlock
+
+MAGIC: Final = 0x336E_C578
+VERSION: Final = 1
+_START_INFO: Final = struct.Struct("<IIIIQQQQII")
+"""magic, version, flags, nr_modules, modlist, cmdline, rsdp, memmap, memmap_entries, 0"""
+_MODULE: Final = struct.Struct("<QQQQ")
+"""paddr, size, cmdline, 0"""
+_MEMMAP: Final = struct.Struct("<QQII")
+"""addr, size, type, 0"""
+
+
+def write_start_info(assembly: Assembly, modules: Sequence[Module]) -> int:
+    """Write the structure with all it points to; return its address.
+
+    A module's command line is its path. The ranges must have been claimed
+    (`Assembly.claim_boot_info`), and all other claims made.
+    """
+    assembly.write_cmdline(assembly.cmdline)
+    block = InfoBlock(_START_INFO.size)
+    listed = [_MODULE.pack(m.gpa, m.size, block.add_string(m.name), 0) for m in modules]
+    memory_map = assembly.claims.memory_map()
+    return block.write(
+        assembly.memory,
+        _START_INFO.pack(
+            MAGIC,
+            VERSION,
+            0,
+            len(modules),
+            block.add(b"".join(listed)) if listed else 0,
+            layout.CMDLINE,
+            assembly.rsdp,
+            block.add(b"".join(_MEMMAP.pack(e.gpa, e.size, e.kind, 0) for e in memory_map)),
+            len(memory_map),
+            0,
+        ),
+    )

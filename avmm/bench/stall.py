@@ -1,0 +1,308 @@
+"""How long the program's other tasks have to wait while avmm is at something.
+
+A task sleeps a millisecond, over and over, and notes how late it was woken. One thing after the
+other is done beside it: a guest is made, booted, cloned, saved, restored, paused, moved here and
+away, and left. What counts is the longest lateness meanwhile, less what the same task has in 99 of
+100 cases while nothing is done. A round does everything once, and the median over the rounds is
+reported, with the most of any round.
+
+On a busy host the thread also waits for a core, which is not avmm's doing. Linux counts that
+(/proc/thread-self/schedstat), so it is told how long the thread was kept otherwise, too.
+
+What is done is prepared before, and the garbage is collected: neither is counted. In a migration
+the other side is another process.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Final
+
+import trio
+
+from avmm import guests
+from avmm.arrivals import receive, restore
+from avmm.bench import shell
+from avmm.bench.row import StallRow
+from avmm.errors import AvmmError
+from avmm.machine import Machine
+
+_TICK: Final = 0.001
+_SETTLE: Final = 0.02
+"""Before and after what is measured, in seconds: several ticks."""
+_IDLE_SECONDS: Final = 0.5
+_PAUSES: Final = 20
+_BETWEEN_PAUSES: Final = 0.005
+_SMALL: Final = "64M"
+_BOOTED: Final = "256M"
+"""RAM of the guest whose kernel is compressed: room for what the kernel unpacks to."""
+_PADDING: Final = 32 << 20
+"""Bytes after the bundled guest in the image that stands for a compressed kernel; they take as
+long to unpack as Debian's kernel does."""
+
+
+class Lateness:
+    """The task that sleeps. `run` it in the background."""
+
+    def __init__(self) -> None:
+        self._late: list[float] = []
+        self._blocked: list[float] = []
+        self.seconds = 0.0
+        """The longest lateness in the last `watched` block."""
+        self.blocked: float | None = None
+        """The same without waiting for a core; None where Linux does not count that."""
+
+    async def run(self) -> None:
+        """Tick, until cancelled."""
+        with ExitStack() as stack:
+            with suppress(FileNotFoundError):
+                counts = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, counts)
+
+                def core() -> float:
+                    """For how many seconds this thread has waited for a core so far."""
+                    return int(os.pread(counts, 100, 0).split()[1]) / 1e9
+
+                await self._tick(core)
+            await self._tick(None)
+
+    async def _tick(self, core: Callable[[], float] | None) -> None:
+        while True:
+            waited = core() if core else 0.0
+            before = time.perf_counter()
+            await trio.sleep(_TICK)
+            late = time.perf_counter() - before - _TICK
+            self._late.append(late)
+            if core:
+                self._blocked.append(max(0.0, late - (core() - waited)))
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """What is done in the block is measured."""
+        gc.collect()
+        gc.disable()
+        try:
+            await trio.sleep(_SETTLE)
+            self._late.clear()
+            self._blocked.clear()
+            yield
+            await trio.sleep(_SETTLE)  # the tick that it has delayed comes to its end
+            self.seconds, self.blocked = max(self._late), max(self._blocked, default=None)
+        finally:
+            gc.enable()
+
+    async def idle(self) -> float:
+        """The 99th percentile while nothing is done."""
+        async with self.watched():
+            await trio.sleep(_IDLE_SECONDS)
+        return quantiles(self._late, n=100)[-1]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    lateness: Lateness
+    kernel: Path
+    memory: int
+    """Bytes of RAM that the guests have that write to all of it."""
+    folder: Path
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One case of one round, in seconds."""
+
+    late: float
+    blocked: float | None
+    idle: float
+
+
+async def measure(
+    kernel: Path | None, memory: int, rounds: int, progress: Callable[[], None]
+) -> list[StallRow]:
+    """All cases. `kernel` is a compressed one; without, the bundled guest is made into one.
+
+    `progress` is called at each of `steps(rounds)` steps. Raises `AvmmError` where a guest does
+    not do what it is to.
+    """
+    found: dict[str, list[_Round]] = {name: [] for name in CASES}
+    with tempfile.TemporaryDirectory(prefix="avmm-bench-") as name:
+        folder = Path(name)
+        bench = _Bench(Lateness(), kernel or _compressed(folder), memory, folder)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.lateness.run)
+            for _ in range(rounds):
+                base = await bench.lateness.idle()
+                for case, run in CASES.items():
+                    await run(bench)
+                    lateness = bench.lateness
+                    late = max(0.0, lateness.seconds - base)
+                    found[case].append(_Round(late, lateness.blocked, base))
+                    progress()
+            nursery.cancel_scope.cancel()
+    return [_row(case, rounds_) for case, rounds_ in found.items()]
+
+
+def _row(case: str, rounds: Sequence[_Round]) -> StallRow:
+    late = [each.late for each in rounds]
+    blocked = [each.blocked for each in rounds if each.blocked is not None]
+    return StallRow(
+        case,
+        1e3 * median(late),
+        1e3 * max(late),
+        1e3 * median(blocked) if blocked else None,
+        1e3 * median(each.idle for each in rounds),
+    )
+
+
+def steps(rounds: int) -> int:
+    """How often `measure` calls `progress`."""
+    return len(CASES) * rounds
+
+
+def _compressed(folder: Path) -> Path:
+    """The bundled guest with much behind it that the loader unpacks and does not load."""
+    image = folder / "shell.gz"
+    packer = zlib.compressobj(level=1, wbits=31)
+    with image.open("wb") as file:
+        file.write(packer.compress(guests.path("shell").read_bytes()))
+        for _ in range(_PADDING >> 20):  # half of each byte is random: neither stored nor a run
+            file.write(packer.compress(secrets.token_hex(1 << 19).encode()))
+        file.write(packer.flush())
+    return image
+
+
+# -- the cases ---------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _filled(bench: _Bench) -> AsyncIterator[Machine]:
+    """A guest that has written to all of its RAM."""
+    async with Machine(memory=bench.memory, acpi=False) as vm:
+        await shell.fill(vm.console, bench.memory)
+        yield vm
+
+
+async def _new(bench: _Bench) -> None:
+    async with AsyncExitStack() as stack, bench.lateness.watched():
+        await stack.enter_async_context(Machine(memory=_SMALL))
+
+
+async def _boot(bench: _Bench) -> None:
+    async with AsyncExitStack() as stack, bench.lateness.watched():
+        await stack.enter_async_context(Machine(kernel=bench.kernel, memory=_BOOTED))
+
+
+async def _clone(bench: _Bench) -> None:
+    async with _filled(bench) as vm, AsyncExitStack() as stack, bench.lateness.watched():
+        await stack.enter_async_context(vm.clone())
+
+
+async def _clone_again(bench: _Bench) -> None:
+    """Of a guest that has been cloned, and has written to all of its RAM again."""
+    async with _filled(bench) as vm:
+        async with vm.clone():
+            pass
+        await vm.console.send_all(b"\r")
+        await shell.fill(vm.console, bench.memory)
+        async with AsyncExitStack() as stack, bench.lateness.watched():
+            await stack.enter_async_context(vm.clone())
+
+
+async def _snapshot(bench: _Bench) -> None:
+    async with _filled(bench) as vm, bench.lateness.watched():
+        await vm.snapshot(bench.folder / "snap")
+
+
+async def _restore(bench: _Bench) -> None:
+    """Of what `_snapshot` has left."""
+    async with AsyncExitStack() as stack, bench.lateness.watched():
+        await stack.enter_async_context(restore(bench.folder / "snap"))
+
+
+async def _pause(bench: _Bench) -> None:
+    async with Machine(memory=_SMALL) as vm:
+        await shell.read_until(vm.console, shell.PROMPT)
+        async with bench.lateness.watched():
+            for _ in range(_PAUSES):
+                async with vm.paused():
+                    pass
+                await trio.sleep(_BETWEEN_PAUSES)
+
+
+async def _source(bench: _Bench) -> None:
+    async with (
+        _filled(bench) as vm,
+        _peer("receive", bench.memory) as (stream, _),
+        bench.lateness.watched(),
+    ):
+        await vm.migrate(stream)
+
+
+async def _destination(bench: _Bench) -> None:
+    async with (
+        _peer("send", bench.memory) as (stream, go),
+        AsyncExitStack() as stack,
+        bench.lateness.watched(),
+    ):
+        go()
+        await stack.enter_async_context(receive(stream))
+
+
+async def _leaving(bench: _Bench) -> None:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(_filled(bench))
+        async with bench.lateness.watched():
+            await stack.aclose()
+
+
+CASES: Final[dict[str, Callable[[_Bench], Awaitable[None]]]] = {
+    "new guest": _new,
+    "boot, compressed kernel": _boot,
+    "clone": _clone,
+    "clone, written again": _clone_again,
+    "snapshot": _snapshot,
+    "restore": _restore,
+    "pause": _pause,
+    "migration, source": _source,
+    "migration, destination": _destination,
+    "leaving": _leaving,
+}
+
+
+@asynccontextmanager
+async def _peer(
+    what: str, memory: int
+) -> AsyncIterator[tuple[trio.SocketStream, Callable[[], None]]]:
+    """Another process that is ready (`avmm.bench.peer`): a line to it, and what lets it begin."""
+    here, there = socket.socketpair()
+    async with trio.SocketStream(trio.socket.from_stdlib_socket(here)) as stream:
+        with there:
+            fd = there.fileno()
+            process = subprocess.Popen(  # noqa: ASYNC220 - nothing is measured yet
+                [sys.executable, "-m", "avmm.bench.peer", what, str(fd), str(memory)],
+                pass_fds=[fd],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+        with process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                if await trio.to_thread.run_sync(process.stdout.readline) != b"ready\n":
+                    raise AvmmError(f"the process that is to {what} a guest has failed")
+                yield stream, process.stdin.close
+            finally:
+                process.kill()

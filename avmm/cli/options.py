@@ -1,0 +1,91 @@
+"""The settings as options of commands: derived from what `avmm.config` declares.
+
+Each value is checked where it is read, so that a mistake is told with the option that it was
+given to. What a command gets is the same that Python's users give, by the settings' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from avmm.config import SETTINGS
+from avmm.settings import ChoiceKind, FlagKind, ListKind, PathKind, Setting, Side
+
+PATH: Final = click.Path(path_type=Path)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def booting(command: _Command) -> _Command:
+    """All settings that a command takes which boots a guest."""
+    for setting in reversed(list(SETTINGS.values())):
+        if not setting.no_option:
+            command = _option(setting, setting.help, setting.shown_default)(command)
+    return command
+
+
+def arriving(command: _Command) -> _Command:
+    """Those of a command to which a guest comes that has run before: of this host's side."""
+    for setting in reversed(list(SETTINGS.values())):
+        if setting.side.is_hosts or setting.side is Side.COMMAND:
+            default = "as it was" if setting.side is Side.HOST else setting.shown_default
+            command = _option(setting, setting.help_anew or setting.help, default)(command)
+    return command
+
+
+def console_target(settings: dict[str, Any]) -> str:
+    """Where the guest's console goes, taken out of the options of a command."""
+    target: str | None = settings.pop("console")
+    return str(SETTINGS["console"].default) if target is None else target
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that somebody has given."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+def _option(setting: Setting[Any], text: str, default: str) -> Callable[[_Command], _Command]:
+    one, is_list = setting.one, isinstance(setting.kind, ListKind)
+    if setting.argument:
+        return click.argument(
+            setting.name, metavar=f"[{setting.argument}]", required=False, type=PATH
+        )
+    notes = ["repeatable"] if is_list else []
+    if isinstance(one, FlagKind):
+        shown = {"true": setting.option[2:], "false": ""}.get(default, default)
+        notes += [f"default: {shown}"] if shown else []
+        names = f"{setting.option}/--no-{setting.option[2:]}"
+        return click.option(names, setting.name, default=None, help=_noted(text, notes))
+    notes += [f"default: {default}"] if default else []
+    kind: click.ParamType[Any] | None = None
+    if isinstance(one, ChoiceKind):
+        kind = click.Choice(list(one.choices))
+    elif isinstance(one, PathKind):
+        kind = PATH
+    return click.option(
+        setting.option,
+        setting.name,
+        type=kind,
+        metavar=setting.metavar or one.metavar or None,
+        multiple=is_list,
+        callback=lambda context, parameter, value: _checked(setting, value),
+        help=_noted(text, notes),
+    )
+
+
+def _noted(text: str, notes: list[str]) -> str:
+    return f"{text}  [{', '.join(notes)}]" if notes else text
+
+
+def _checked(setting: Setting[Any], value: Any) -> Any:
+    """`value` as somebody would give it in Python. Raises `ConfigError` where it cannot be."""
+    if value is None or value == ():
+        return None
+    texts = value if isinstance(value, tuple) else (value,)
+    values = [setting.one.from_text(t) if isinstance(t, str) else t for t in texts]
+    result = values if isinstance(value, tuple) else values[0]
+    setting.kind.check(setting.option, result)
+    return result

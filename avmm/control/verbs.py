@@ -1,0 +1,404 @@
+"""The verbs: what can be asked of a running machine from outside.
+
+Each verb is a class, which alone knows all about it. Its fields are the verb's arguments, each
+with a check and a help text; its docstring is the verb's help; `run` does what was asked and
+returns the answer, in a form that JSON can hold. `parse` makes a verb out of plain data that may
+come from anywhere. The control socket (`avmm.control.protocol` has its lines) and `avmm ctl` get
+their names, arguments and help from here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Final, TypeAlias, TypedDict
+
+import trio
+
+from avmm.control.holds import CONTROL, Holds
+from avmm.errors import AvmmError, ConfigError, HandOverUnknownError
+from avmm.machine import Machine
+from avmm.progress import MigrationProgress, SnapshotProgress
+from avmm.transfer import transports
+from avmm.transfer.targets import Target
+from avmm.transfer.tls import Tls
+
+logger = logging.getLogger(__name__)
+
+_NOBODY_KNOWS: Final = "nobody knows where it runs"
+
+Progress: TypeAlias = Mapping[str, Any]
+"""How far a snapshot or a migration is: the fields of `avmm.SnapshotProgress` or of
+`avmm.MigrationProgress`. A migration adds `seconds`, the time since it began. JSON has no
+infinity: None stands for it."""
+Emit: TypeAlias = Callable[[Progress], None]
+
+
+class RequestError(ConfigError):
+    """What was asked is not a verb, or its arguments are wrong: names the argument, and what was
+    expected."""
+
+
+class Control:
+    """One machine as the verbs see it: who holds it paused, and what is under way."""
+
+    def __init__(self, vm: Machine, holds: Holds) -> None:
+        self.vm = vm
+        self.holds = holds
+        self.target: Target | None = None
+        """Where it is being migrated to."""
+        self.progress: Progress = {}
+        """How far that is."""
+        self.unsettled = ""
+        """Why nobody knows where the guest runs; empty if that is known."""
+        self.moved_to = ""
+        """Where the guest was last handed over to, even if that may have failed."""
+        self._copied = ""
+
+    @contextmanager
+    def copying(self, what: str) -> Iterator[None]:
+        """RAM is copied inside the block. Raises `AvmmError` if it is being copied already."""
+        if self._copied:
+            raise AvmmError(f"not now: {self._copied}")
+        self._copied = what
+        try:
+            yield
+        finally:
+            self._copied = ""
+
+
+# -- answers ------------------------------------------------------------------------------------
+
+
+class Status(TypedDict):
+    """What the guest is and does."""
+
+    state: str
+    """running, paused, migrating or unsettled."""
+    pauses: dict[str, int]
+    """How many pauses of each holder there are."""
+    cpus: int
+    memory: int
+    """In bytes."""
+    pid: int
+    """The process that it runs in."""
+    migration: dict[str, Any] | None
+    """While it is being migrated: `target`, and the latest `Progress`."""
+    unsettled: str | None
+    """If it waits for `settle`: why."""
+
+
+class Pauses(TypedDict):
+    """Who holds the guest now, and how often."""
+
+    pauses: dict[str, int]
+
+
+class SnapshotTaken(TypedDict):
+    """A snapshot has been written."""
+
+    seconds: float
+
+
+class Moved(TypedDict):
+    """The guest has moved: where to, and the fields of an `avmm.Report`."""
+
+    target: str
+    downtime: float
+    total: float
+    bytes_sent: int
+    rounds: int
+
+
+class Settled(TypedDict):
+    """The operator has decided where the guest runs."""
+
+    runs: str
+
+
+class Stopped(TypedDict):
+    """The guest has ended."""
+
+
+Answer: TypeAlias = Status | Pauses | SnapshotTaken | Moved | Settled | Stopped
+
+
+# -- what arguments take --------------------------------------------------------------------------
+
+
+def _text(name: str, value: object) -> str:
+    if type(value) is str and value and "\0" not in value:
+        with suppress(UnicodeEncodeError):
+            os.fsencode(value)
+            return value
+    raise RequestError(f"{name}: expected text")
+
+
+def _positive(name: str, value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1 << 63:
+        return float(value)
+    raise RequestError(f"{name}: expected a number above 0 and below 2**63")
+
+
+def _absolute(name: str, value: object) -> Path:
+    path = Path(_text(name, value))
+    if not path.is_absolute():
+        raise RequestError(f"{name} {str(path)!r}: expected an absolute path")
+    return path
+
+
+def _target(name: str, value: object) -> Target:
+    return Target.parse(_text(name, value), fd=False)
+
+
+def _tls(name: str, value: object) -> Tls:
+    if not isinstance(value, dict) or set(value) != {"cert", "key", "ca"}:
+        raise RequestError(f"{name}: expected cert, key and ca")
+    return Tls(**{part: _text(f"{name} {part}", path) for part, path in value.items()})
+
+
+def _place(name: str, value: object) -> str:
+    text = _text(name, value)
+    if text not in ("here", "there"):
+        raise RequestError(f"{name} {text!r}: expected 'here' or 'there'")
+    return text
+
+
+def _takes(takes: Callable[[str, object], object], text: str) -> dict[str, object]:
+    """An argument's metadata: the function that checks it, and its help."""
+    return {"takes": takes, "help": text}
+
+
+# -- the verbs ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Something that can be asked, with the arguments that it was asked with."""
+
+    name: ClassVar[str]
+    is_long: ClassVar[bool] = False
+    """Is it given up when the client that asked for it has gone?"""
+
+    async def run(self, control: Control, emit: Emit) -> Answer:
+        """Do what was asked, and tell `emit` how far it is. Raises `AvmmError` if that fails.
+        Cancelling it leaves the guest running as before."""
+        raise NotImplementedError
+
+    @classmethod
+    def help(cls, argument: str = "") -> str:
+        """What the verb does, or what one of its arguments means, in a sentence."""
+        if argument:
+            return next(str(f.metadata["help"]) for f in fields(cls) if f.name == argument)
+        return (cls.__doc__ or "").partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class GetStatus(Verb):
+    """Tell what the guest is and does."""
+
+    name = "status"
+
+    async def run(self, control: Control, emit: Emit) -> Status:
+        """See `Verb`."""
+        vm = control.vm
+        state = "paused" if vm.is_paused else "running"
+        moving = None
+        if control.target is not None:
+            state, moving = "migrating", {"target": str(control.target), **control.progress}
+        if vm.is_unsettled:
+            state = "unsettled"
+        await trio.lowlevel.checkpoint()
+        return {
+            "state": state,
+            "pauses": control.holds.counts,
+            "cpus": vm.config.cpus,
+            "memory": vm.config.memory,
+            "pid": os.getpid(),
+            "migration": moving,
+            "unsettled": (control.unsettled or _NOBODY_KNOWS) if vm.is_unsettled else None,
+        }
+
+
+_DEADLINE: Final = "Give up if the guest has not come to a standstill by then."
+
+
+@dataclass(frozen=True)
+class Pause(Verb):
+    """Let the guest stand still until `resume`."""
+
+    name = "pause"
+    is_long = True
+    deadline: float | None = field(default=None, metadata=_takes(_positive, _DEADLINE))
+
+    async def run(self, control: Control, emit: Emit) -> Pauses:
+        """See `Verb`. The pause outlives the client that asked for it."""
+        await control.holds.hold(CONTROL, self.deadline)
+        return {"pauses": control.holds.counts}
+
+
+@dataclass(frozen=True)
+class Resume(Verb):
+    """Undo one `pause`."""
+
+    name = "resume"
+
+    async def run(self, control: Control, emit: Emit) -> Pauses:
+        """See `Verb`."""
+        holds = control.holds
+        if not holds.counts[CONTROL]:
+            others = f"; it is paused by {holds}" if str(holds) else ""
+            raise AvmmError(f"no pause of the control socket's holds the guest{others}")
+        await holds.let_go(CONTROL)
+        return {"pauses": holds.counts}
+
+
+@dataclass(frozen=True)
+class TakeSnapshot(Verb):
+    """Write the guest to a file, for `avmm restore`; it runs on."""
+
+    name = "snapshot"
+    is_long = True
+    file: Path = field(metadata=_takes(_absolute, "Where to: an absolute path."))
+    deadline: float | None = field(default=None, metadata=_takes(_positive, _DEADLINE))
+
+    async def run(self, control: Control, emit: Emit) -> SnapshotTaken:
+        """See `Verb`."""
+
+        def tell(progress: SnapshotProgress) -> None:
+            emit(asdict(progress))
+
+        begin = trio.current_time()
+        with control.copying("a snapshot is being written"):
+            await control.vm.snapshot(self.file, deadline=self.deadline, on_progress=tell)
+        return {"seconds": trio.current_time() - begin}
+
+
+@dataclass(frozen=True)
+class Migrate(Verb):
+    """Hand the guest over to an `avmm receive`."""
+
+    name = "migrate"
+    is_long = True
+    target: Target = field(
+        metadata=_takes(_target, "Where an `avmm receive` waits: unix:PATH or tcp:HOST:PORT.")
+    )
+    bandwidth: float | None = field(
+        default=None, metadata=_takes(_positive, "At most so many bytes a second.")
+    )
+    downtime: float = field(
+        default=0.1, metadata=_takes(_positive, "How long the guest may stand still, in seconds.")
+    )
+    deadline: float | None = field(default=None, metadata=_takes(_positive, _DEADLINE))
+    tls: Tls | None = field(
+        default=None, metadata=_takes(_tls, "Files in PEM, for TCP: cert, key and ca.")
+    )
+
+    async def run(self, control: Control, emit: Emit) -> Moved:
+        """See `Verb`."""
+        vm, holds = control.vm, control.holds
+        if vm.is_unsettled:
+            raise AvmmError("the guest was handed over, and waits for settle")
+        if str(holds):
+            raise AvmmError(
+                f"the guest is paused by {holds}, and would run at its destination: "
+                "let it run on first"
+            )
+        with control.copying("the guest is being migrated"):
+            control.target, holds.refusal = self.target, "it is being migrated"
+            control.moved_to = str(self.target)
+            try:
+                return await self._hand_over(control, emit)
+            except HandOverUnknownError as error:
+                control.unsettled = str(error)
+                logger.error("%s", error)
+                raise
+            finally:
+                control.target, control.progress = None, {}
+                holds.refusal = _NOBODY_KNOWS if vm.is_unsettled else ""
+
+    async def _hand_over(self, control: Control, emit: Emit) -> Moved:
+        target = str(self.target)
+        stream = await transports.connect(target, tls=self.tls)
+        begin = trio.current_time()
+
+        def tell(progress: MigrationProgress) -> None:
+            told = asdict(progress) | {"seconds": trio.current_time() - begin}
+            control.progress = {
+                name: None if math.isinf(value) else value for name, value in told.items()
+            }
+            emit(control.progress)
+
+        try:
+            report = await control.vm.migrate(
+                stream,
+                target_downtime=self.downtime,
+                bandwidth=self.bandwidth,
+                deadline=self.deadline,
+                on_progress=tell,
+            )
+        finally:
+            await transports.close(stream)
+        return {
+            "target": target,
+            "downtime": report.downtime,
+            "total": report.total,
+            "bytes_sent": report.bytes_sent,
+            "rounds": report.rounds,
+        }
+
+
+@dataclass(frozen=True)
+class Settle(Verb):
+    """Say where a guest runs that was handed over without an answer."""
+
+    name = "settle"
+    runs: str = field(metadata=_takes(_place, "here or there; see `avmm.Machine.settle`."))
+
+    async def run(self, control: Control, emit: Emit) -> Settled:
+        """See `Verb`."""
+        await control.vm.settle(runs_here=self.runs == "here")
+        control.unsettled = control.holds.refusal = ""
+        return {"runs": self.runs}
+
+
+@dataclass(frozen=True)
+class Stop(Verb):
+    """End the guest, as if its power had gone."""
+
+    name = "stop"
+
+    async def run(self, control: Control, emit: Emit) -> Stopped:
+        """See `Verb`."""
+        control.vm.stop()
+        await control.vm.wait()
+        return {}
+
+
+VERBS: Final[Mapping[str, type[Verb]]] = {
+    verb.name: verb for verb in (GetStatus, Pause, Resume, TakeSnapshot, Migrate, Settle, Stop)
+}
+"""All of them, by their names."""
+
+
+def parse(name: object, arguments: Mapping[str, object]) -> Verb:
+    """The verb of this name with these arguments: hostile input. Raises `RequestError`, and
+    `ConfigError` for a wrong target."""
+    verb = VERBS.get(name) if isinstance(name, str) else None
+    if verb is None:
+        raise RequestError(f"no such command; known are {', '.join(VERBS)}")
+    known = {f.name: f for f in fields(verb)}
+    if unknown := set(arguments) - set(known):
+        takes = ", ".join(known) or "no arguments"
+        raise RequestError(f"{name}: unknown argument {min(unknown)[:40]!r}; it takes {takes}")
+    required = {f.name for f in known.values() if f.default is MISSING}
+    if missing := required - set(arguments):
+        raise RequestError(f"{name}: expected {', '.join(sorted(missing))}")
+    return verb(
+        **{key: known[key].metadata["takes"](key, value) for key, value in arguments.items()}
+    )

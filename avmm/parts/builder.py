@@ -1,0 +1,245 @@
+"""The steps from a config to a machine that could run, in order. See `avmm.parts`.
+
+**Where a step runs.** What waits for files or for KVM runs in a worker thread: most of all the
+decompression of a kernel, memory slots (KVM waits for the kernel's grace period) and the closing
+of a VM. What calls a user's code (`Device.attach` and `Device.load`) runs in trio's thread, where
+its author expects to be.
+
+**Failure and cancellation.** Each step puts what it has opened on the machine's exit stack before
+it does anything that could fail. A step that was begun in a thread runs to its end; between two
+steps building can be cancelled. However it ends, all that was opened is closed again, in a worker
+thread, too, before `build` raises.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
+
+from avmm import arch, guests
+from avmm.arch.contract import Architecture, BoardOptions, GuestImage
+from avmm.bus.coalesced import CoalescedWrites
+from avmm.config import MachineConfig
+from avmm.errors import ConfigError
+from avmm.kvm import System
+from avmm.kvm.parking import ParkingLot
+from avmm.kvm.ring import WriteRing
+from avmm.loop import VcpuGroup, VcpuLoop
+from avmm.memory.layout import RamLayout
+from avmm.memory.ram import GuestMemory
+from avmm.outcome import Outcome
+from avmm.parts import memory as ram
+from avmm.parts import wiring
+from avmm.parts.configured import configured
+from avmm.parts.description import Described
+from avmm.parts.parts import Parts
+from avmm.parts.placing import Unplaced, allocate, attach
+from avmm.parts.saving import load
+from avmm.threads import in_thread, in_thread_shielded
+from avmm.vcpu.calls import CallHandler
+from avmm.vcpu.completion import CompletionMode, CompletionPolicy
+
+if TYPE_CHECKING:
+    from avmm.boot.entry import Entry
+    from avmm.bus.space import Placement
+    from avmm.kvm import Vcpu, Vm
+    from avmm.parts.placing import Attached
+
+logger = logging.getLogger(__name__)
+
+_Value = TypeVar("_Value")
+_Args = TypeVarTuple("_Args")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a machine goes on from where it does not boot."""
+
+    state: object = None
+    """What `Parts.save` gave, of a machine like this one."""
+    open_memory: Callable[[RamLayout], GuestMemory] | None = None
+    """Gives the RAM that belongs to the state; the machine closes it. Else it is in the state."""
+    described: Described | None = None
+    """Which devices and read-only regions the guest knows."""
+    needs: object = None
+    """What its vCPUs demand of this host (`Parts.needs`)."""
+    standby: bool = False
+    """Its state comes later, by `Parts.load`. Until then the machine holds nothing that another
+    one may still need (`Parts.acquire`)."""
+
+    @property
+    def boots(self) -> bool:
+        """Does the machine start an image, rather than go on from a state?"""
+        return self.state is None and not self.standby
+
+
+BOOT: Final = Origin()
+"""A machine that boots goes on from nowhere."""
+
+
+async def build(
+    config: MachineConfig,
+    devices: Sequence[Placement | Unplaced] = (),
+    end: Callable[[Outcome], None] = lambda outcome: None,
+    calls: CallHandler | None = None,
+    origin: Origin = BOOT,
+) -> Parts:
+    """Put a machine together. `end` is called, in a vCPU's thread, when the guest ends the run.
+
+    Raises `ConfigError` for what cannot be, `StateError` where it cannot go on from `origin`,
+    `KvmError` where KVM fails, and leaves nothing behind then, nor where it is cancelled.
+    """
+    stack = ExitStack()
+    try:
+        return await _build(stack, config, devices, end, calls, origin)
+    except BaseException:
+        await in_thread_shielded(stack.close)
+        raise
+
+
+async def dismantle(parts: Parts) -> None:
+    """Give everything back to the host, after all that ran has ended. Shielded; idempotent."""
+    await in_thread_shielded(parts.close)
+
+
+async def _build(
+    stack: ExitStack,
+    config: MachineConfig,
+    devices: Sequence[Placement | Unplaced],
+    end: Callable[[Outcome], None],
+    calls: CallHandler | None,
+    origin: Origin,
+) -> Parts:
+    kind = await in_thread(arch.host)  # which imports it
+    # First: what it is opened from is closed with it.
+    memory = await in_thread(ram.open_memory, stack, kind.ram, config, origin)
+    system = await in_thread(_open_system, stack, config, calls)
+    board = kind.board(_board_options(config), config.memory, end)
+    own = await in_thread(_configured, stack, config, not origin.standby)
+    added = allocate([*devices, *own], board.places, kind.virtio)
+    places = [*board.places, *added]
+    if origin.described is not None:
+        origin.described.demand_devices(places)
+    entry = None
+    if origin.boots:
+        entry = await in_thread(kind.load_image, memory, _image(config), places)
+    vm = await in_thread(wiring.create_vm, stack, kind, system, memory)
+    attached = attach(stack, kind, config, memory, places)
+    await in_thread(wiring.wire, kind, vm, attached, added, config.xen, calls is not None)
+    vcpus = await in_thread(_create_vcpus, stack, vm, config.cpus)
+    parts = Parts(
+        config=config,
+        arch=kind,
+        system=system,
+        memory=memory,
+        serial=board.serial,
+        places=places,
+        attached=attached,
+        vm=vm,
+        vcpus=vcpus,
+        policy=_policy(vm, config),
+        coalesced=_coalesced(attached, vm, vcpus),
+        end=end,
+        calls=calls,
+    )
+    if entry is not None:
+        parts.needs = await in_thread(_set_up, kind, system, vcpus, entry)
+    elif origin.state is not None:
+        await load(parts, origin.state)
+    if origin.needs is not None:
+        await in_thread(parts.demand, origin.needs)
+    parts.group = _loops(stack, parts)
+    parts.owns(stack)
+    return parts
+
+
+# -- the steps that are nobody else's -----------------------------------------------------------
+
+
+def _open_system(stack: ExitStack, config: MachineConfig, calls: CallHandler | None) -> System:
+    """/dev/kvm, where it can run what the config asks for."""
+    if config.xen and calls is None:
+        raise ConfigError("xen: nobody answers the hypercalls; expected a handler of calls")
+    system = System()
+    stack.callback(system.close)
+    if config.cpus > system.max_vcpus:
+        raise ConfigError(f"cpus {config.cpus}: this host's KVM allows 1 to {system.max_vcpus}")
+    return system
+
+
+def _configured(stack: ExitStack, config: MachineConfig, held: bool) -> list[Unplaced]:
+    return configured(config, stack, held=held)
+
+
+def _board_options(config: MachineConfig) -> BoardOptions:
+    return BoardOptions(config.cpus, config.acpi, config.debug_exit)
+
+
+def _image(config: MachineConfig) -> GuestImage:
+    return GuestImage(
+        kernel=config.kernel or guests.path("shell"),
+        cmdline=config.cmdline,
+        initrd=config.initrd,
+        modules=config.modules,
+        cpus=config.cpus,
+        flat=config.flat,
+        protocol=config.protocol,
+        acpi=config.acpi,
+        is_bundled=config.kernel is None,
+    )
+
+
+def _create_vcpus(stack: ExitStack, vm: Vm, count: int) -> list[Vcpu]:
+    vcpus = []
+    for index in range(count):
+        vcpu = vm.create_vcpu(index)
+        stack.callback(vcpu.close)
+        vcpus.append(vcpu)
+    return vcpus
+
+
+def _policy(vm: Vm, config: MachineConfig) -> CompletionPolicy:
+    """Which exits are completed; see `avmm.vcpu.completion`."""
+    number = config.completion_capability
+    announced = number is not None and vm.announces(number)
+    if number is not None and not announced:
+        logger.warning(
+            "completion: this KVM does not announce capability %d: the documented list decides, "
+            "until the kernel's flag has proved itself",
+            number,
+        )
+    return CompletionPolicy(
+        CompletionMode(config.completion), capability=number, announced=announced
+    )
+
+
+def _coalesced(attached: Attached, vm: Vm, vcpus: list[Vcpu]) -> CoalescedWrites | None:
+    """Where the writes go that KVM collects; None where it collects none."""
+    if not attached.has_ring:
+        return None
+    posted = [host.posted for host in attached.hosts if host.posted is not None]
+    buses = {True: attached.buses["pio"], False: attached.buses["mmio"]}
+    return CoalescedWrites(WriteRing(vm, vcpus[0]), buses, posted)
+
+
+def _set_up(
+    kind: Architecture, system: System, vcpus: list[Vcpu], entry: Entry
+) -> list[dict[str, Any]]:
+    """Bring the vCPUs to the image's entry; gives what a host must have for each of them. It is
+    noted at once: a vCPU that runs answers no ioctl before it leaves the guest."""
+    kind.set_up(system, vcpus, entry)
+    return [kind.needs(system, vcpu) for vcpu in vcpus]
+
+
+def _loops(stack: ExitStack, parts: Parts) -> VcpuGroup:
+    lot = ParkingLot(parts.vcpus, always=parts.policy.mode is CompletionMode.ALWAYS)
+    stack.callback(lot.close)
+    loops = []
+    for vcpu, spot in zip(parts.vcpus, lot.spots, strict=True):
+        loop = VcpuLoop(vcpu, parts.exits(vcpu), parts.policy, spot)
+        stack.callback(loop.close)
+        loops.append(loop)
+    return VcpuGroup(lot, loops)

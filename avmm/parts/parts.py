@@ -1,0 +1,276 @@
+"""The parts of a machine: all that exists before anything runs, and while it runs.
+
+`avmm.parts.builder` puts them together; `avmm.machine` runs them in a nursery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from avmm.bus.host import DeviceHost
+from avmm.bus.interrupts import Interrupts
+from avmm.devices.base import Device
+from avmm.errors import GuestMemoryError, StateError
+from avmm.memory.dirty import DirtyLog
+from avmm.parts import description
+from avmm.parts.description import STATE_VERSION
+from avmm.plain import MAPPING, U64, Bytes, Fields, ListOf, OrMissing, Row, Text
+from avmm.threads import in_thread, in_thread_shielded
+from avmm.vcpu.exits import Exits
+
+if TYPE_CHECKING:
+    from avmm.arch.contract import Architecture
+    from avmm.bus.coalesced import CoalescedWrites
+    from avmm.bus.space import Placement
+    from avmm.config import MachineConfig
+    from avmm.devices.serial import Serial
+    from avmm.kvm import System, Vcpu, Vm
+    from avmm.loop import VcpuGroup
+    from avmm.memory.ram import GuestMemory
+    from avmm.outcome import Outcome
+    from avmm.parts.placing import Attached
+    from avmm.vcpu.calls import CallHandler
+    from avmm.vcpu.completion import CompletionPolicy
+
+
+_MOST_RUNS: Final = 1 << 28
+"""Of RAM; a guest that has touched every second page has as many as half of its pages."""
+
+
+class MachineState(Fields, version=STATE_VERSION):
+    """What `Parts.save` gives."""
+
+    memory_size = U64
+    vcpus = ListOf(MAPPING)
+    vm = MAPPING
+    devices = ListOf(Row(Text(), MAPPING))
+    memory = OrMissing(ListOf(Row(U64, Bytes()), most=_MOST_RUNS))
+    """Runs of RAM, as (GPA, contents)."""
+
+
+class Parts:
+    """A machine's VM, memory, devices and vCPUs. `close` gives all of them back."""
+
+    group: VcpuGroup
+    """What runs the vCPUs."""
+
+    def __init__(
+        self,
+        *,
+        config: MachineConfig,
+        arch: Architecture,
+        system: System,
+        memory: GuestMemory,
+        serial: Serial,
+        places: Sequence[Placement],
+        attached: Attached,
+        vm: Vm,
+        vcpus: Sequence[Vcpu],
+        policy: CompletionPolicy,
+        coalesced: CoalescedWrites | None,
+        end: Callable[[Outcome], None],
+        calls: CallHandler | None,
+    ) -> None:
+        self.config = config
+        self.arch = arch
+        self.system = system
+        self.memory = memory
+        self.serial = serial
+        self.places = places
+        self.vm = vm
+        self.vcpus = vcpus
+        self.policy = policy
+        self.coalesced = coalesced
+        self.buses = attached.buses
+        self.interrupts: Interrupts = attached.interrupts
+        self.devices: list[Device] = attached.devices
+        self.hosts: list[DeviceHost] = attached.hosts
+        self.needs: list[dict[str, Any]] = []
+        """What a host must have for each vCPU; empty before there is a state."""
+        self._end = end
+        self._calls = calls
+        self._stack = ExitStack()
+
+    def owns(self, stack: ExitStack) -> None:
+        """From now on `close` gives back what is on this stack."""
+        self._stack = stack
+
+    def close(self) -> None:
+        """Give everything back to the host; idempotent, after all that ran has ended. Blocks."""
+        self._stack.close()
+
+    # -- what runs ------------------------------------------------------------------------------
+
+    def exits(self, vcpu: Vcpu) -> Exits:
+        """What serves the exits of `vcpu`."""
+        return Exits(
+            vcpu,
+            self.buses,
+            self.arch.exit_reasons,
+            self._end,
+            partial(self.arch.registers, vcpu, self.memory),
+            self._calls,
+            self.coalesced,
+        )
+
+    def deliver_coalesced(self) -> None:
+        """Let the devices have what the guest has written that no exit has shown."""
+        if self.coalesced is not None:
+            self.coalesced.deliver()
+
+    @property
+    def quiescable(self) -> Iterable[Device]:
+        """The devices that are to be asked at a pause, as of whenever it is gone through."""
+        return _Quiescable(self)
+
+    @asynccontextmanager
+    async def dirty_log(self) -> AsyncIterator[DirtyLog]:
+        """Log, inside the block, which pages of RAM are written. Raises as `DirtyLog`."""
+        log = DirtyLog(self.vm, self.memory)
+        try:
+            await in_thread(log.open)
+            yield log
+        finally:
+            await in_thread_shielded(log.close)
+
+    @property
+    def clock_khz(self) -> int:
+        """The frequency of the guest's own counter, in kHz."""
+        return self.arch.clock_khz(self.needs[0])
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What the machine is; see `avmm.parts.description`."""
+        regions = [region for region in self.memory.regions if region.readonly]
+        roms = [(region.gpa, self.memory.read(region.gpa, region.size)) for region in regions]
+        return description.describe(self.config, self.places, roms)
+
+    def demand(self, needs: object) -> None:
+        """Raise `StateError` where this host lacks what `needs` told of another machine's."""
+        if not isinstance(needs, list) or len(needs) != len(self.vcpus):
+            raise StateError(f"the needs of {len(self.vcpus)} vCPUs are expected")
+        for vcpu, needed in zip(self.vcpus, needs, strict=True):
+            self.arch.demand(self.system, vcpu, needed)
+
+    # -- its state ------------------------------------------------------------------------------
+
+    def save(self, *, with_memory: bool = True) -> dict[str, Any]:
+        """All state, as plain data, of a machine that stands still; RAM only `with_memory`."""
+        return self.save_machine(with_memory=with_memory) | self.save_devices()
+
+    def save_machine(self, *, with_memory: bool = True) -> dict[str, Any]:
+        """The part of the state that KVM has, and RAM. Blocks, some milliseconds; any thread."""
+        state: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "memory_size": self.memory.size,
+            "vcpus": [self.arch.save_vcpu(self.system, vcpu) for vcpu in self.vcpus],
+            "vm": self.arch.save_vm(self.vm),
+        }
+        if with_memory:
+            state["memory"] = [[gpa, data] for gpa, data in self.memory.contents()]
+        return state
+
+    def save_devices(self, saved: Mapping[int, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """The devices' part of the state. Calls `save` of those that are not `saved` already, by
+        their numbers: in trio's thread."""
+        states = saved or {}
+        return {
+            "devices": [
+                [device.name, dict(states[number] if number in states else device.save())]
+                for number, device in enumerate(self.devices)
+            ]
+        }
+
+    def load(self, state: object) -> None:
+        """Take over what `save` gave; RAM that is not in it is taken as it is.
+
+        Raises `StateError` where it is not of such a machine, `DeviceError` where a device does
+        not take its part.
+        """
+        self.load_machine(state)
+        for device, device_state in self.device_states(state):
+            device.load(device_state)
+
+    def load_machine(self, state: object) -> None:
+        """All of `load` but the devices' part, which is only looked at. Blocks, some milliseconds;
+        any thread. Raises `StateError`."""
+        saved = self._read(state)
+        for gpa, data in saved.memory or ():
+            try:
+                self.memory.write(gpa, data)
+            except GuestMemoryError as error:
+                raise saved.refusal(f"its memory does not fit: {error}") from None
+        self.arch.load_vm(self.vm, saved.vm)
+        self.arch.load_vcpus(self.system, self.vcpus, saved.vcpus)
+        self.needs = [
+            self.arch.needs_of(self.system, vcpu, vcpu_state)
+            for vcpu, vcpu_state in zip(self.vcpus, saved.vcpus, strict=True)
+        ]
+
+    def device_states(self, state: object) -> list[tuple[Device, Any]]:
+        """Each device with its part of the state, to be loaded in this order after all else.
+        Raises `StateError` where they are not of this machine's devices.
+
+        They are last because an edge that one raised just before the save may still have been on
+        its way through a work queue of the kernel's (irqfd), in no state that could be read. So a
+        device that has cause to interrupt does so again when it is loaded; interrupt chips that
+        were loaded after it would forget that.
+        """
+        states = self._read(state).devices
+        return [
+            (device, device_state)
+            for device, (_, device_state) in zip(self.devices, states, strict=True)
+        ]
+
+    def _read(self, state: object) -> MachineState:
+        """A state, where it is of a machine of this shape; else raises `StateError`."""
+        saved = MachineState.read("the machine's state", state)
+        if saved.memory_size != self.memory.size:
+            raise saved.wrong("memory_size", f"{self.memory.size}, as the machine has")
+        if len(saved.vcpus) != len(self.vcpus):
+            raise saved.wrong("vcpus", f"a list of {len(self.vcpus)}")
+        names = [device.name for device in self.devices]
+        if [name for name, _ in saved.devices] != names:
+            raise saved.wrong("devices", f"the states of {', '.join(names)}")
+        return saved
+
+    # -- what only one machine may hold ---------------------------------------------------------
+
+    async def release(self) -> None:
+        """Let go of it (disks' locks, interfaces), for a machine that takes over. Only while this
+        one stands still."""
+        for device in self.devices:
+            await device.release()
+
+    async def acquire(self) -> None:
+        """Take hold of it, again or, on standby, for the first time.
+
+        Raises `ConfigError` where somebody else has it; then, or cancelled, this machine holds
+        nothing of it.
+        """
+        try:
+            for device in self.devices:
+                await device.acquire()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.release()
+            raise
+
+
+class _Quiescable:
+    """The devices that may be at something by themselves: with a task, or a way to quiesce."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[Device]:
+        for device, host in zip(self._parts.devices, self._parts.hosts, strict=True):
+            own = (type(device).run, type(device).quiesce)
+            if host.has_tasks or own != (Device.run, Device.quiesce):
+                yield device

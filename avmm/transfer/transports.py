@@ -1,0 +1,242 @@
+"""Streams for a guest to move over: unix sockets, TCP, TLS, and descriptors from elsewhere.
+
+`Machine.migrate` and `avmm.receive` take any other trio stream as well. Whoever can write to the
+stream can read and change the guest. So without TLS, use a unix socket, which only its user may
+connect to, or a network that nobody else is on.
+
+Nothing here blocks trio's thread: certificates are read and names are looked up in threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import ssl
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from avmm.devices import sockets
+from avmm.errors import ConfigError, MigrationError
+from avmm.threads import in_thread
+from avmm.transfer import tls as security
+from avmm.transfer.targets import Target
+from avmm.transfer.tls import Tls, shake_hands
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_SECONDS: Final = 1.0
+_BACKLOG: Final = 16
+
+
+async def connect(target: str, *, tls: Tls | None = None) -> trio.abc.Stream:
+    """Connect to `target`, for example to an `avmm.listen` in another process.
+
+        async with await avmm.connect("tcp:host:4711", tls=tls) as stream:
+            await vm.migrate(stream)
+
+    `target` is "unix:PATH", "tcp:HOST:PORT" or "fd:N". With "fd:N" this takes over descriptor N
+    of this process, which must be a connected stream socket, and closes it with the stream.
+
+    `tls` works with tcp only. Then both sides speak TLS 1.3, and each proves who it is: the other
+    side must show a certificate for HOST that `tls.ca` has signed, and is shown `tls.cert`.
+
+    Close the stream when you are done with it. Raises `ConfigError` if `target` or the files of
+    `tls` are not valid, and `MigrationError` if nobody listens at `target`, or if the handshake
+    fails or takes longer than 10 seconds. If it is cancelled, nothing stays open; descriptor N
+    stays as it was.
+    """
+    to = Target.parse(target)
+    context = await _context(to, tls, server=False)
+    if to.kind == "fd":
+        await trio.lowlevel.checkpoint()
+        return trio.SocketStream(_adopt(to, listening=False))
+    try:
+        if to.kind == "unix":
+            return await sockets.connect(to.path)
+        stream = await trio.open_tcp_stream(to.host, to.port)
+    except OSError as error:
+        raise MigrationError(f"{to}: {_why(error)}") from None
+    if context is None:
+        return stream
+    secure = trio.SSLStream(stream, context, server_hostname=to.host)
+    await shake_hands(secure, to, security.CALLING_SECONDS)
+    return secure
+
+
+async def listen(target: str, *, tls: Tls | None = None) -> Listener:
+    """Listen at `target` for connections, for example from `avmm.connect` in another process.
+
+        async with await avmm.listen("unix:/run/line") as listener:
+            async with await listener.accept() as stream, avmm.receive(stream) as vm:
+                ...
+
+    `target` is "unix:PATH", "tcp:HOST:PORT" or "fd:N". Only this user may connect to the socket
+    at PATH. PORT 0 chooses a free port; `Listener.target` says which. With "fd:N" this takes over
+    descriptor N of this process, which must be a listening stream socket, and closes it with the
+    listener.
+
+    `tls` works with tcp only. Then both sides speak TLS 1.3, and each proves who it is: whoever
+    connects must show a certificate that `tls.ca` has signed, for whatever name, and is shown
+    `tls.cert`.
+
+    Close the listener when you are done with it. Raises `ConfigError` if `target` or the files of
+    `tls` are not valid, or if `target` cannot be listened at. If it is cancelled, nothing stays
+    open; descriptor N stays as it was.
+    """
+    at = Target.parse(target)
+    context = await _context(at, tls, server=True)
+    if at.kind == "fd":
+        await trio.lowlevel.checkpoint()
+        return Listener(at, [trio.SocketListener(_adopt(at, listening=True))], context)
+    if at.kind == "unix":
+        await trio.lowlevel.checkpoint()
+        waiting = trio.socket.from_stdlib_socket(sockets.listen(at.path, "migration", _BACKLOG))
+        return Listener(at, [trio.SocketListener(waiting)], context)
+    try:
+        listeners = await trio.open_tcp_listeners(at.port, host=at.host)
+    except OSError as error:
+        raise ConfigError(f"{at}: {_why(error)}") from None
+    if at.port == 0:  # each address got a port of its own, and `target` has room for one
+        for listener in listeners[1:]:
+            listener.socket.close()
+        port = listeners[0].socket.getsockname()[1]
+        return Listener(Target("tcp", host=at.host, port=port), listeners[:1], context)
+    return Listener(at, listeners, context)
+
+
+class Listener(trio.abc.Listener[trio.abc.Stream]):
+    """Accepts connections; made by `avmm.listen`.
+
+    Several tasks may await `accept` at the same time. `trio.serve_listeners` works with it, too.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        listeners: Sequence[trio.SocketListener],
+        context: ssl.SSLContext | None,
+    ) -> None:
+        self._target = target
+        self._listeners = listeners
+        self._context = context
+        self._called: deque[trio.SocketStream] = deque()
+        self._turn = trio.Lock()  # trio lets one task wait at a socket
+
+    @property
+    def target(self) -> str:
+        """Where it listens, in the form that `avmm.connect` takes. The port is never 0."""
+        return str(self._target)
+
+    async def accept(self) -> trio.abc.Stream:
+        """Wait for the next connection, and return its stream. Close the stream when you are done
+        with it.
+
+        With TLS, this does the handshake as well. A connection whose handshake fails, or takes
+        longer than 4 seconds, is logged and closed, and the wait goes on. If it is cancelled
+        during a handshake, that connection is closed; no other connection is lost. Raises
+        `trio.ClosedResourceError` when the listener is closed, and `OSError` as trio's own
+        listeners do.
+        """
+        while True:
+            stream = await self._next()
+            if self._context is None:
+                return stream
+            secure = trio.SSLStream(stream, self._context, server_side=True)
+            try:
+                await shake_hands(secure, "who called", security.CALLED_SECONDS)
+            except MigrationError as error:
+                logger.warning("%s", error)
+            else:
+                return secure
+
+    async def _next(self) -> trio.SocketStream:
+        """The first connection at any of the sockets. A second one at the same moment is kept for
+        the next call."""
+        async with self._turn:
+            if not self._called:
+                await self._wait()
+            return self._called.popleft()
+
+    async def _wait(self) -> None:
+        failures: list[Exception] = []
+
+        async def accept(listener: trio.SocketListener) -> None:
+            try:
+                self._called.append(await listener.accept())
+            except (OSError, trio.ClosedResourceError) as error:
+                failures.append(error)
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for listener in self._listeners:
+                nursery.start_soon(accept, listener)
+        if failures and not self._called:
+            raise failures[0]
+
+    async def aclose(self) -> None:
+        """Stop listening, and remove the unix socket's PATH. Connections that nobody has accepted
+        are closed."""
+        for listener in self._listeners:
+            listener.socket.close()
+        while self._called:
+            await trio.aclose_forcefully(self._called.popleft())
+        if self._target.kind == "unix":
+            with suppress(FileNotFoundError):
+                Path(self._target.path).unlink()
+        await trio.lowlevel.checkpoint()
+
+
+async def close(stream: trio.abc.Stream) -> None:
+    """Close the stream: in an orderly way if that takes no longer than a second."""
+    with (
+        trio.CancelScope(shield=True),
+        trio.move_on_after(_CLOSE_SECONDS),
+        suppress(trio.BrokenResourceError),
+    ):
+        await stream.aclose()
+
+
+async def _context(target: Target, tls: Tls | None, *, server: bool) -> ssl.SSLContext | None:
+    if tls is None:
+        return None
+    if target.kind != "tcp":
+        raise ConfigError(f"target {target}: TLS is for tcp:HOST:PORT")
+    return await in_thread(partial(tls.context, server=server))
+
+
+def _adopt(target: Target, *, listening: bool) -> trio.socket.SocketType:
+    """The socket with this descriptor. A descriptor that is anything else stays as it was."""
+    expected = "a listening stream socket" if listening else "a connected stream socket"
+    try:
+        adopted = socket.socket(fileno=target.fd)
+    except OSError as error:
+        raise ConfigError(f"target {target}: {_why(error)}; expected {expected}") from None
+    try:
+        is_stream = adopted.type == socket.SOCK_STREAM
+        accepts = is_stream and adopted.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if not listening:
+            adopted.getpeername()
+    except OSError as error:
+        adopted.detach()
+        raise ConfigError(f"target {target}: {_why(error)}; expected {expected}") from None
+    if not is_stream or bool(accepts) is not listening:
+        adopted.detach()
+        raise ConfigError(f"target {target}: expected {expected}")
+    os.set_inheritable(target.fd, False)
+    return trio.socket.from_stdlib_socket(adopted)
+
+
+def _why(error: OSError) -> str:
+    cause = error.__cause__
+    if error.strerror is None and isinstance(cause, OSError):
+        return _why(cause)
+    if isinstance(cause, BaseExceptionGroup) and isinstance(cause.exceptions[0], OSError):
+        return _why(cause.exceptions[0])
+    return security.why(error)

@@ -1,0 +1,348 @@
+"""Streams by unix sockets, TCP, TLS and descriptors: `avmm.connect` and `avmm.listen`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+import trustme
+
+import avmm
+from avmm.transfer import tls as security
+from avmm.transfer import transports
+
+pytestmark = pytest.mark.timeout(30)
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def proof(folder: Path, signer: trustme.CA, trusts: trustme.CA, host: str) -> avmm.Tls:
+    """Files of a certificate for `host`, and of who is trusted."""
+    certificate = signer.issue_cert(host)
+    where = folder / os.urandom(4).hex()
+    where.mkdir()
+    certificate.cert_chain_pems[0].write_to_path(where / "cert")
+    certificate.private_key_pem.write_to_path(where / "key")
+    trusts.cert_pem.write_to_path(where / "ca")
+    return avmm.Tls(where / "cert", str(where / "key"), where / "ca")
+
+
+async def exchange(calling: trio.abc.Stream, called: trio.abc.Stream) -> None:
+    """A few bytes each way, and the end."""
+    for one, other in ((calling, called), (called, calling)):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.send_all, b"hello")
+            assert await other.receive_some() == b"hello"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(calling.aclose)
+        assert await called.receive_some() == b""
+    await called.aclose()
+
+
+@asynccontextmanager
+async def joined(
+    listener: avmm.Listener, tls: avmm.Tls | None = None
+) -> AsyncIterator[tuple[trio.abc.Stream, trio.abc.Stream]]:
+    calling: list[trio.abc.Stream] = []
+
+    async def call() -> None:
+        calling.append(await avmm.connect(listener.target, tls=tls))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call)
+        called = await listener.accept()
+    async with calling[0], called:
+        yield calling[0], called
+
+
+async def test_a_unix_socket_is_its_users_alone_and_goes_with_its_listener(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "line"
+    async with await avmm.listen(f"unix:{path}") as listener:
+        assert listener.target == f"unix:{path}"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        for _ in range(2):
+            async with joined(listener) as both:
+                await exchange(*both)
+        with pytest.raises(avmm.ConfigError, match=r"line: Address already in use"):
+            await avmm.listen(f"unix:{path}")
+    assert not path.exists()
+    with pytest.raises(avmm.MigrationError, match=f"^unix:{path}: No such file"):
+        await avmm.connect(f"unix:{path}")
+    with pytest.raises(trio.ClosedResourceError):
+        await listener.accept()
+
+
+async def test_a_socket_that_nobody_serves_any_more_is_taken_over(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "line"))
+    async with (
+        await avmm.listen(f"unix:{tmp_path / 'line'}") as listener,
+        joined(listener) as both,
+    ):
+        await exchange(*both)
+
+
+async def test_who_calls_waits_where_as_many_wait_as_may(tmp_path: Path) -> None:
+    """Linux says EAGAIN then, and trio takes the socket for connected."""
+    path = str(tmp_path / "line")
+    with socket.socket(socket.AF_UNIX) as full, socket.socket(socket.AF_UNIX) as first:
+        full.bind(path)
+        full.listen(0)
+        first.connect(path)
+        with pytest.raises(avmm.ConfigError, match="in use"):  # it is served, if slowly
+            await avmm.listen(f"unix:{path}")
+        async with trio.open_nursery() as nursery:
+
+            async def call() -> None:
+                async with await avmm.connect(f"unix:{path}") as stream:
+                    assert await stream.receive_some() == b"at last"
+
+            nursery.start_soon(call)
+            await trio.sleep(0.1)
+            full.accept()[0].close()
+            full.settimeout(10)
+            second = await trio.to_thread.run_sync(lambda: full.accept()[0])
+            with second:
+                second.sendall(b"at last")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_tcp_tells_the_port_that_was_free(host: str) -> None:
+    async with await avmm.listen(f"tcp:{host}:0") as listener:
+        assert listener.target.startswith(f"tcp:{host}:")
+        assert not listener.target.endswith(":0")
+        async with joined(listener) as both:
+            await exchange(*both)
+    with pytest.raises(avmm.MigrationError, match=f"^{listener.target}: "):
+        await avmm.connect(listener.target)
+
+
+async def test_a_host_with_several_addresses_is_waited_at_by_several_tasks() -> None:
+    """Who calls at the same moment, at two addresses, is lost for none of them."""
+    found: list[trio.abc.Stream] = []
+    sockets = [await trio.open_tcp_listeners(0, host="127.0.0.1") for _ in range(2)]
+    both = [listener for (listener,) in sockets]
+    async with avmm.Listener(transports.Target("tcp", host="x", port=1), both, None) as listener:
+
+        async def take() -> None:
+            found.append(await listener.accept())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take)
+            nursery.start_soon(take)
+            await trio.testing.wait_all_tasks_blocked()
+            callers = []
+            for one in both:
+                caller = socket.socket()
+                caller.connect(one.socket.getsockname())
+                callers.append(caller)
+        assert len(found) == 2
+        with trio.move_on_after(0.01):
+            await listener.accept()
+        for caller, stream in zip(callers, found, strict=True):
+            caller.close()
+            await stream.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await listener.accept()
+
+
+async def test_tls_shows_both_sides_who_the_other_is(
+    tmp_path: Path, authority: trustme.CA
+) -> None:
+    there = proof(tmp_path, authority, authority, "127.0.0.1")
+    here = proof(tmp_path, authority, authority, "whoever.example")
+    async with (
+        await avmm.listen("tcp:127.0.0.1:0", tls=there) as listener,
+        joined(listener, here) as both,
+    ):
+        assert isinstance(both[0], trio.SSLStream)
+        await exchange(*both)
+
+
+async def refused(there: avmm.Tls, here: avmm.Tls, host: str = "127.0.0.1") -> str:
+    """What who calls is told."""
+    async with await avmm.listen("tcp:127.0.0.1:0", tls=there) as listener:
+        port = listener.target.rpartition(":")[2]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listener.accept)
+            with pytest.raises(avmm.MigrationError) as caught:
+                async with await avmm.connect(f"tcp:{host}:{port}", tls=here) as stream:
+                    # TLS 1.3: who calls is done before it hears what the other side makes of it.
+                    with pytest.raises(trio.BrokenResourceError):
+                        await stream.receive_some()
+                    raise avmm.MigrationError("it was closed")
+            nursery.cancel_scope.cancel()
+    return str(caught.value)
+
+
+async def test_certificates_of_others_are_refused(
+    tmp_path: Path, authority: trustme.CA, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = trustme.CA()
+    there = proof(tmp_path, authority, authority, "127.0.0.1")
+    assert "unable to get local issuer" in await refused(
+        proof(tmp_path, other, authority, "127.0.0.1"),
+        proof(tmp_path, authority, authority, "127.0.0.1"),
+    )
+    elsewhere = proof(tmp_path, authority, authority, "another.example")
+    assert "IP address mismatch" in await refused(elsewhere, there)
+    caplog.clear()
+    assert "it was closed" in await refused(there, proof(tmp_path, other, authority, "127.0.0.1"))
+    assert "who called: TLS: the other side's certificate: " in caplog.text
+
+
+async def test_who_never_shakes_hands_is_waited_for_in_vain(
+    tmp_path: Path, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then it is the next one's turn."""
+    monkeypatch.setattr(security, "CALLED_SECONDS", 0.2)
+    tls = proof(tmp_path, authority, authority, "127.0.0.1")
+    async with await avmm.listen("tcp:127.0.0.1:0", tls=tls) as listener:
+        port = int(listener.target.rpartition(":")[2])
+        async with await trio.open_tcp_stream("127.0.0.1", port), joined(listener, tls) as both:
+            await exchange(*both)
+    monkeypatch.setattr(security, "CALLING_SECONDS", 0.1)
+    async with await avmm.listen("tcp:127.0.0.1:0") as listener:
+        with pytest.raises(avmm.MigrationError, match=r"no handshake within 0.1 s"):
+            await avmm.connect(listener.target, tls=tls)
+
+
+@pytest.mark.parametrize("which", ["cert", "key", "ca"])
+async def test_files_that_are_none(tmp_path: Path, authority: trustme.CA, which: str) -> None:
+    tls = proof(tmp_path, authority, authority, "127.0.0.1")
+    Path(getattr(tls, which)).write_text("nonsense")
+    for way in (avmm.connect, avmm.listen):
+        with pytest.raises(avmm.ConfigError, match=f"^TLS: .*{getattr(tls, which)}"):
+            await way("tcp:127.0.0.1:1", tls=tls)
+        with pytest.raises(avmm.ConfigError, match=r"^target unix:/x: TLS is for tcp"):
+            await way("unix:/x", tls=tls)
+
+
+async def test_reading_files_does_not_stall_the_loop(
+    tmp_path: Path, authority: trustme.CA
+) -> None:
+    """The certificate is a pipe: it is there when the loop has gone on meanwhile."""
+    tls = proof(tmp_path, authority, authority, "127.0.0.1")
+    content = Path(tls.cert).read_bytes()
+    Path(tls.cert).unlink()
+    os.mkfifo(tls.cert)
+    async with trio.open_nursery() as nursery:
+
+        async def write() -> None:
+            await trio.sleep(0.05)
+            await trio.to_thread.run_sync(Path(tls.cert).write_bytes, content)
+
+        nursery.start_soon(write)
+        async with await avmm.listen("tcp:127.0.0.1:0", tls=tls):
+            pass
+
+
+async def test_descriptors_are_taken_over() -> None:
+    ours, theirs = socket.socketpair()
+    here = await avmm.connect(f"fd:{ours.detach()}")
+    there = await avmm.connect(f"fd:{theirs.detach()}")
+    await exchange(here, there)
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    number = server.detach()
+    async with await avmm.listen(f"fd:{number}") as listener:
+        assert listener.target == f"fd:{number}"
+        async with await avmm.connect(f"tcp:127.0.0.1:{port}") as caller:
+            await exchange(caller, await listener.accept())
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(number)
+
+
+Opened = Callable[[], socket.socket]
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [
+        partial(socket.socket, socket.AF_UNIX),
+        partial(socket.socket, socket.AF_INET, socket.SOCK_DGRAM),
+        lambda: socket.create_server(("127.0.0.1", 0)),
+    ],
+    ids=["unconnected", "datagrams", "listening"],
+)
+async def test_descriptors_that_are_something_else_stay_as_they_are(opened: Opened) -> None:
+    with opened() as something:
+        target = f"fd:{something.fileno()}"
+        with pytest.raises(avmm.ConfigError, match="expected a connected stream socket"):
+            await avmm.connect(target)
+        os.fstat(something.fileno())
+    with socket.socket(socket.AF_UNIX) as something:
+        with pytest.raises(avmm.ConfigError, match="expected a listening stream socket"):
+            await avmm.listen(f"fd:{something.fileno()}")
+        os.fstat(something.fileno())
+    with pytest.raises(avmm.ConfigError, match="fd:987654: Bad file descriptor"):
+        await avmm.connect("fd:987654")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("", "unix:", "unix:a\0b", "udp:host:1"),
+        *("tcp:host", "tcp:host:70000", "tcp::1", "tcp:a..b:5", "tcp:host:²"),
+        *("fd:", "fd:-1", "fd:x", "fd:99999999999"),
+    ],
+)
+async def test_targets_that_are_none(target: str) -> None:
+    for way in (avmm.connect, avmm.listen):
+        with pytest.raises(avmm.ConfigError, match="expected unix:PATH, tcp:HOST:PORT or fd:N"):
+            await way(target)
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_cancelling_leaves_nothing_open(tmp_path: Path) -> None:
+    before = descriptors()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await avmm.listen(f"unix:{tmp_path / 'line'}")
+    assert scope.cancelled_caught
+    assert not (tmp_path / "line").exists()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await avmm.connect(f"fd:{ours.fileno()}")
+        assert scope.cancelled_caught
+        os.fstat(ours.fileno())
+    async with await avmm.listen(f"unix:{tmp_path / 'line'}") as listener:
+        with trio.move_on_after(0.01) as scope:
+            await listener.accept()
+        assert scope.cancelled_caught
+    assert descriptors() == before
+
+
+@pytest.mark.usefixtures("kvm", "nothing_left")
+async def test_a_guest_moves_over_them(tmp_path: Path) -> None:
+    async with (
+        await avmm.listen(f"unix:{tmp_path / 'line'}") as listener,
+        avmm.Machine(memory="16M") as vm,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def leave() -> None:
+            async with await avmm.connect(listener.target) as stream:
+                await vm.migrate(stream)
+
+        nursery.start_soon(leave)
+        async with await listener.accept() as stream, avmm.receive(stream) as moved:
+            await moved.console.send_all(b"exit 3\r")
+            assert (await moved.wait()).status == 3
