@@ -158,6 +158,12 @@ def _nothing() -> None:
     pass
 
 
+def refusal(operation: str, actual: Enum, needed: Set[Enum], expected: str) -> RunstateError:
+    """The error for an operation that cannot be done in this state; `expected` is in words."""
+    text = f"{operation}: this machine {actual.value}; expected {expected}"
+    return RunstateError(text, operation=operation, actual=actual, needed=needed)
+
+
 class Life:
     """The state of one machine, and how its guest has ended."""
 
@@ -196,7 +202,7 @@ class Life:
     def _demand(self, operation: str, allowed: Set[Runstate], words: str) -> None:
         actual = self.state
         if actual not in allowed:
-            raise RunstateError(operation, actual, allowed, words)
+            raise refusal(operation, actual, allowed, words)
 
     # -- trio's side -----------------------------------------------------------------------
 
