@@ -102,10 +102,13 @@ class _Inside:
             needed, expected = OPERATIONS[name]
             raise RunstateError(name, Runstate.LEFT, needed, expected)
 
-    async def cancel_operations(self) -> None:
-        """Return when none is going on any more."""
+    def cancel_operations(self) -> None:
+        """Cancel those that are going on. A hand-over that has begun is decided first."""
         for scope in self._ongoing:
             scope.cancel()
+
+    async def operations_over(self) -> None:
+        """Return when none is going on any more."""
         while self._ongoing:
             await self._calm.park()
 
@@ -472,12 +475,13 @@ class Machine:
                         except BaseException as error:
                             for kept, part in zip((cancelled, own), parted(error), strict=True):
                                 kept.extend([] if part is None else [part])
+                        self._inside.cancel_operations()
                         nursery.cancel_scope.cancel()
                         raise left
                 except BaseException as error:
                     failures.errors.extend(_strays(error, left))
                 with trio.CancelScope(shield=True):
-                    await self._inside.cancel_operations()
+                    await self._inside.operations_over()
                 if cancelled and not own and not failures.errors:
                     # Whoever outside has cancelled the block gets this. Where nobody has, a
                     # device has cancelled the nursery: then it ends here.

@@ -6,6 +6,8 @@ import os
 import resource
 import subprocess
 import sys
+import threading
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from support.guest import EXIT, machine
 
 import avmm
 from avmm import Cause, Device
+from avmm.loop import VcpuState
 
 pytestmark = [pytest.mark.lab(also="stock"), pytest.mark.usefixtures("kvm", "nothing_left")]
 
@@ -115,6 +118,92 @@ async def test_a_vcpu_whose_exit_was_given_up_cannot_be_paused(tmp_path: Path) -
                     except avmm.AvmmError as error:
                         refused.append(str(error))
     assert refused == ["vCPU 0 has failed in the midst of an exit"]
+
+
+class Late(Null):
+    """A plain handler that returns an awaitable when trio is too late to begin it."""
+
+    def __init__(self, later: Callable[[], Awaitable[int]]) -> None:
+        self.may_return, self.returned = threading.Event(), threading.Event()
+        self._later = later
+
+    def read(self, offset: int, size: int) -> Awaitable[int]:  # type: ignore[override]
+        assert self.may_return.wait(20)
+        self.returned.set()
+        return self._later()
+
+    async def let(self) -> None:
+        """Let it return, while trio stands still."""
+        while not any(one.name == "avmm vCPU 0" for one in threading.enumerate()):
+            await trio.lowlevel.checkpoint()
+        self.may_return.set()
+        assert self.returned.wait(20)
+
+
+async def test_an_awaitable_that_never_waits_is_an_answer_even_of_a_machine_that_is_left(
+    tmp_path: Path,
+) -> None:
+    async def later() -> int:
+        return 7
+
+    device = Late(later)
+    async with machine(tmp_path, COUNT_INPUTS, devices=[avmm.pio(device, 0x300, 4)]) as vm:
+        (loop,) = vm._inside.parts.group.loops
+        await device.let()
+    assert loop.state is VcpuState.ENDED
+
+
+class Odd(BaseException):
+    """What nobody expects of an awaitable."""
+
+
+async def test_whatever_an_awaitable_raises_when_a_machine_is_left_its_vcpu_ends(
+    tmp_path: Path,
+) -> None:
+    """Its thread waits for an answer and would wait for ever, and the loop for the thread."""
+
+    async def later() -> int:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise Odd
+
+    device = Late(later)
+    with pytest.raises(Odd):
+        async with machine(tmp_path, COUNT_INPUTS, devices=[avmm.pio(device, 0x300, 4)]) as vm:
+            (loop,) = vm._inside.parts.group.loops
+            await device.let()
+    assert loop.state is VcpuState.FAILED
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_a_vcpu_that_gets_no_thread_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == f"avmm vCPU {which}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(avmm.VcpuError, match=f"^vCPU {which} gets no thread: can't start new"):
+        async with machine(tmp_path, FOREVER, cpus=2) as vm:
+            loops = vm._inside.parts.group.loops
+            await trio.sleep_forever()
+    assert [loop.state for loop in loops] == [VcpuState.ENDED] * 2
+
+
+async def test_a_vcpu_that_is_stopped_where_it_stands_parked_ends(tmp_path: Path) -> None:
+    """In C, mostly; for its thread it was running."""
+    async with machine(tmp_path, FOREVER) as vm:
+        (loop,) = vm._inside.parts.group.loops
+        async with vm.paused():
+            assert (loop.state, loop.is_parked) == (VcpuState.RUNNING, True)
+            vm.stop()
+            await vm.wait()
+    assert loop.state is VcpuState.ENDED
 
 
 async def test_a_stop_before_the_start_is_not_forgotten(tmp_path: Path) -> None:

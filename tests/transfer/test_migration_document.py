@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import socket
 import struct
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -14,6 +16,7 @@ import xxhash
 
 import avmm
 from avmm.outcome import Cause
+from avmm.transfer.protocol import DestinationState, SourceState
 
 pytestmark = [pytest.mark.usefixtures("kvm", "nothing_left"), pytest.mark.timeout(60)]
 
@@ -199,3 +202,11 @@ async def test_a_guest_waits_stopped_for_who_has_got_commit_and_says_nothing() -
         await vm.settle(runs_here=True)
         await vm.console.send_all(b"exit 3\r")
         assert (await vm.wait()).status == 3
+
+
+@pytest.mark.parametrize("states", [SourceState, DestinationState])
+def test_each_state_of_a_side_has_a_row_of_its_table(states: type[Enum]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
+    table = text[text.index(f"`{states.__name__}`") :].split("\n\n")[1]
+    named = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert named == [state.name for state in states]
