@@ -162,9 +162,8 @@ def watched(loop: Any, broken: Callable[[str], None], steps: set[tuple[str, str]
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "_state" and name in vars(self):
                 before, thread = vars(self)[name], threading.current_thread().name
-                side = (
-                    loop.Writer.THREAD if thread == f"avmm vCPU {self.index}" else loop.Writer.TASK
-                )
+                is_thread = thread == f"avmm vCPU {self.index}"
+                side = loop.Writer.THREAD if is_thread else loop.Writer.TASK
                 if loop.TRANSITIONS[before].get(value) is not side:
                     broken(f"vCPU {self.index}: {side.value} makes {value} of {before}")
                 steps.add((before.name, value.name))
