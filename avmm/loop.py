@@ -247,7 +247,7 @@ class VcpuLoop:
             page.immediate_exit = 0
             if spot.asked or spot.stopping:
                 self._state = _DRAINING
-                if status < 0 or self._needs_completion(status):
+                if self._needs_completion(status):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
                 if not spot.stopping:

@@ -34,7 +34,7 @@ _LOOK: Final = """\
             page.immediate_exit = 0
             if spot.asked or spot.stopping:
                 self._state = _DRAINING
-                if status < 0 or self._needs_completion(status):
+                if self._needs_completion(status):
                     drain(self._vcpu, self._serve_draining, self._policy)
                 page.immediate_exit = 0
                 if not spot.stopping:
@@ -175,8 +175,8 @@ BUGS: Final = (
         (
             (
                 "loop",
-                "            self._hand_over(pending)\n\n    @in_thread\n    def _hand_over",
-                "            pending.close()\n\n    @in_thread\n    def _hand_over",
+                "            self._hand_over(pending)\n\n    @in_vcpu_thread\n    def _hand_over",
+                "            pending.close()\n\n    @in_vcpu_thread\n    def _hand_over",
             ),
         ),
         "world",
