@@ -1,13 +1,13 @@
-"""How long the program's other tasks have to wait while avmm is at something.
+"""Measures how long the program's other tasks have to wait while avmm works.
 
-A task sleeps a millisecond, over and over, and notes how late it was woken. One thing after the
-other is done beside it: a guest is made, booted, cloned, saved, restored, paused, moved here and
-away, and left. What counts is the longest lateness meanwhile, less what the same task has in 99 of
-100 cases while nothing is done. A round does everything once. The median over the rounds tells
-what avmm does, the most of any round what the host adds where it is busy.
+A task sleeps a millisecond, over and over, and notes how late it was woken. Beside it, avmm does
+one thing after another: it makes a guest, boots it, clones, saves, restores and pauses it, moves
+it here and away, and leaves it. The result for each is the longest lateness meanwhile, minus the
+99th percentile of the lateness while nothing is done. A round does everything once. The median
+over the rounds shows what avmm costs. The maximum also shows what a busy host adds.
 
-What is done is prepared before, and the garbage is collected: neither is counted. In a migration
-the other side is another process.
+Preparations and garbage collection happen before the measurement and are not counted. In a
+migration the other side is another process.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ from avmm.machine import Machine
 
 _TICK: Final = 0.001
 _SETTLE: Final = 0.02
-"""Before and after what is measured, in seconds: several ticks."""
+"""Seconds to wait before and after each measurement, which are several ticks."""
 _IDLE_SECONDS: Final = 0.5
 _PAUSES: Final = 20
 _BETWEEN_PAUSES: Final = 0.005
 _SMALL: Final = "64M"
 _BOOTED: Final = "256M"
-"""RAM of the guest whose kernel is compressed: room for what the kernel unpacks to."""
+"""RAM of the guest whose kernel is compressed. The unpacked kernel must fit."""
 _PADDING: Final = 32 << 20
-"""Bytes after the bundled guest in the image that stands for a compressed kernel; they take as
-long to unpack as Debian's kernel does."""
+"""Bytes that follow the bundled guest in the image that stands in for a compressed kernel.
+Unpacking them takes as long as unpacking Debian's kernel.
+"""
 
 
 class Lateness:
@@ -59,7 +60,7 @@ class Lateness:
         """The longest lateness in the last `watched` block."""
 
     async def run(self) -> None:
-        """Tick, until cancelled."""
+        """Sleep again and again, and note each lateness, until cancelled."""
         while True:
             before = time.perf_counter()
             await trio.sleep(_TICK)
@@ -67,20 +68,20 @@ class Lateness:
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """What is done in the block is measured."""
+        """Measure the lateness while the block runs."""
         gc.collect()
         gc.disable()
         try:
             await trio.sleep(_SETTLE)
             self._late.clear()
             yield
-            await trio.sleep(_SETTLE)  # the tick that it has delayed comes to its end
+            await trio.sleep(_SETTLE)  # so that a tick which was delayed ends
             self.seconds = max(self._late)
         finally:
             gc.enable()
 
     async def idle(self) -> float:
-        """The 99th percentile while nothing is done."""
+        """The 99th percentile of the lateness while nothing is done, in seconds."""
         async with self.watched():
             await trio.sleep(_IDLE_SECONDS)
         return quantiles(self._late, n=100)[-1]
@@ -91,17 +92,18 @@ class _Bench:
     lateness: Lateness
     kernel: Path
     memory: int
-    """Bytes of RAM that the guests have that write to all of it."""
+    """Bytes of RAM of the guests that write to all of their RAM."""
     folder: Path
 
 
 async def measure(
     kernel: Path | None, memory: int, rounds: int, progress: Callable[[], None]
 ) -> list[StallRow]:
-    """All cases. `kernel` is a compressed one; without, the bundled guest is made into one.
+    """All cases. `kernel` is a compressed kernel. If it is None, one is made from the bundled
+    guest.
 
-    `progress` is called at each of `steps(rounds)` steps. Raises `AvmmError` where a guest does
-    not do what it is to.
+    `progress` is called at each of `steps(rounds)` steps. Raises `AvmmError` if a guest does not
+    do what it should.
     """
     found: dict[str, list[float]] = {name: [] for name in CASES}
     idle: dict[str, list[float]] = {name: [] for name in CASES}
@@ -130,12 +132,16 @@ def steps(rounds: int) -> int:
 
 
 def _compressed(folder: Path) -> Path:
-    """The bundled guest with much behind it that the loader unpacks and does not load."""
+    """The bundled guest, compressed, followed by padding that the loader unpacks but does not
+    load.
+    """
     image = folder / "shell.gz"
     packer = zlib.compressobj(level=1, wbits=31)
     with image.open("wb") as file:
         file.write(packer.compress(guests.path("shell").read_bytes()))
-        for _ in range(_PADDING >> 20):  # half of each byte is random: neither stored nor a run
+        # Half the bits of each byte are random, so the compressor neither stores the bytes as they
+        # are nor finds runs in them.
+        for _ in range(_PADDING >> 20):
             file.write(packer.compress(secrets.token_hex(1 << 19).encode()))
         file.write(packer.flush())
     return image
@@ -168,7 +174,7 @@ async def _clone(bench: _Bench) -> None:
 
 
 async def _clone_again(bench: _Bench) -> None:
-    """Of a guest that has been cloned, and has written to all of its RAM again."""
+    """Clone a guest that was cloned before, and has written to all of its RAM since then."""
     async with _filled(bench) as vm:
         async with vm.clone():
             pass
@@ -184,7 +190,7 @@ async def _snapshot(bench: _Bench) -> None:
 
 
 async def _restore(bench: _Bench) -> None:
-    """Of what `_snapshot` has left."""
+    """Restore the snapshot that `_snapshot` has left."""
     async with AsyncExitStack() as stack, bench.lateness.watched():
         await stack.enter_async_context(restore(bench.folder / "snap"))
 
@@ -243,7 +249,9 @@ CASES: Final[dict[str, Callable[[_Bench], Awaitable[None]]]] = {
 async def _peer(
     what: str, memory: int
 ) -> AsyncIterator[tuple[trio.SocketStream, Callable[[], None]]]:
-    """Another process that is ready (`avmm.bench.peer`): a line to it, and what lets it begin."""
+    """Start another process (`avmm.bench.peer`), and wait until it is ready. Yields a stream to
+    it, and the function that lets it begin.
+    """
     here, there = socket.socketpair()
     async with trio.SocketStream(trio.socket.from_stdlib_socket(here)) as stream:
         with there:
@@ -259,7 +267,7 @@ async def _peer(
             assert process.stdout is not None
             try:
                 if await trio.to_thread.run_sync(process.stdout.readline) != b"ready\n":
-                    raise AvmmError(f"the process that is to {what} a guest has failed")
+                    raise AvmmError(f"the process that should {what} a guest has failed")
                 yield stream, process.stdin.close
             finally:
                 process.kill()
