@@ -31,23 +31,26 @@ class DeviceError(AvmmError):
 
 
 class RunstateError(AvmmError):
-    """A machine cannot do this in the state that it is in: says which, and in which it could."""
+    """A machine cannot do this in the state that it is in. The text says what was asked for, what
+    the machine is and what was expected."""
 
     def __init__(
-        self, operation: str, actual: Enum, needed: Iterable[Enum], expected: str
+        self,
+        text: str,
+        *,
+        operation: str = "",
+        actual: Enum | None = None,
+        needed: Iterable[Enum] = (),
     ) -> None:
-        super().__init__(operation, actual, frozenset(needed), expected)
+        super().__init__(text)
         self.operation = operation
         """What was asked for: "snapshot", "memory", ..."""
         self.actual = actual
         """What the machine was at: an `avmm.Runstate`, or for `save` where the machine does not
-        stand still an `avmm.migration.Stand`."""
+        stand still an `avmm.migration.Stand`. None: a control socket has told, by the text alone.
+        """
         self.needed = frozenset(needed)
-        """Those in which it can be done."""
-        self._expected = expected
-
-    def __str__(self) -> str:
-        return f"{self.operation}: this machine {self.actual.value}; expected {self._expected}"
+        """The states in which it can be done."""
 
 
 class VcpuError(AvmmError):

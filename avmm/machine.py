@@ -48,15 +48,16 @@ from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.vsock import Vsock
-from avmm.errors import AvmmError, ConfigError, RunstateError
+from avmm.errors import AvmmError, ConfigError
 from avmm.failures import Failures, parted, raise_together
 from avmm.memory.ram import GuestMemory
 from avmm.migration import Coordinator, Stand
 from avmm.outcome import Cause, Outcome
 from avmm.parts import Origin, Parts, build, description, dismantle
+from avmm.parts.description import Described
 from avmm.parts.placing import Unplaced
 from avmm.parts.saving import saved
-from avmm.runstate import OPERATIONS, Life, Runstate
+from avmm.runstate import OPERATIONS, Life, Runstate, refusal
 from avmm.sides import anywhere, in_trio
 from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.calls import CallHandler
@@ -100,7 +101,7 @@ class _Inside:
                 self._calm.unpark_all()
         if scope.cancelled_caught:
             needed, expected = OPERATIONS[name]
-            raise RunstateError(name, Runstate.LEFT, needed, expected)
+            raise refusal(name, Runstate.LEFT, needed, expected)
 
     def cancel_operations(self) -> None:
         """Cancel those that are going on. A hand-over that has begun is decided first."""
@@ -281,7 +282,7 @@ class Machine:
         """
         parts = self._use("save")
         if not self.is_paused:
-            raise RunstateError(
+            raise refusal(
                 "save",
                 self._inside.coordinator.stand,
                 {Stand.STILL},
@@ -590,10 +591,8 @@ async def _clone(
     deadline: float | None,
 ) -> AsyncIterator[Machine]:
     life = Life()
-    told = await in_thread(machine._use("clone").describe)
-    described = description.read(told, settings, own_addresses=True)
     async with AsyncExitStack() as stack:
-        state, memory = await _copied(machine, deadline, stack)
+        described, state, memory = await _copied(machine, settings, deadline, stack)
         origin = Origin(state, lambda layout: memory, described)
         parts = await build(described.config, devices, life.end, calls, origin)
         stack.pop_all()  # the memory is the parts' now
@@ -605,18 +604,20 @@ async def _clone(
 
 
 async def _copied(
-    machine: Machine, deadline: float | None, stack: AsyncExitStack
-) -> tuple[dict[str, Any], GuestMemory]:
-    """The state of `machine`, and a fork of its RAM that `stack` closes."""
+    machine: Machine, settings: HostSettings, deadline: float | None, stack: AsyncExitStack
+) -> tuple[Described, dict[str, Any], GuestMemory]:
+    """What `machine` is, its state, and a fork of its RAM that `stack` closes."""
     parts, inside, life = machine._use("clone"), machine._inside, machine._life
     with inside.operation("clone", life):
+        told = await in_thread(parts.describe)
+        described = description.read(told, settings, own_addresses=True)
         async with inside.coordinator.paused(deadline):
             life.demand_meanwhile("clone")
             state = await saved(parts)
             memory = await _forked(parts.memory)
             stack.push_async_callback(in_thread_shielded, memory.close)
             life.demand_meanwhile("clone")  # it may have been stopped meanwhile
-        return state, memory
+        return described, state, memory
 
 
 async def _forked(memory: GuestMemory) -> GuestMemory:

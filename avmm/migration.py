@@ -36,7 +36,7 @@ from avmm.errors import DeviceError, PauseTimeout, VcpuError
 logger = logging.getLogger(__name__)
 
 _THROTTLE_SECONDS: Final = 0.04
-"""A period of throttling: as long may a pause have to wait for it."""
+"""A period of throttling. A pause may have to wait that long for it."""
 RESUME_SECONDS: Final = 10.0
 """How long the vCPUs wait for devices to resume; then they run on without."""
 

@@ -32,6 +32,13 @@ guest that runs elsewhere was not stopped). Both sides first write and then look
 outcome and then the state, the other the state and then the outcomes. Under the GIL one of them
 sees the other, so every outcome in a state of `AT_END` has the vCPUs stopped.
 
+**What threads share** is three things. `_outcomes` only grows: `append` and `insert` are atomic,
+and an outcome that is there stays. `_state` is one reference that trio's thread alone writes; who
+else reads it sees what was true a moment ago. `_stop` is set before the first state in which it is
+called, and then never again; what it does (`VcpuGroup.stop`) any thread may do, at any time. The
+event and the parking lot are for trio's side only. There is no lock, so a signal handler may stop
+a machine, too.
+
 **A refused operation changes nothing**, and says what the machine is and what it would have to
 be. One that takes its time (a snapshot, a clone, a migration) is demanded again at the machine's
 standstill, where the guest can end no more, in the states of `MEANWHILE`: what began on a guest
@@ -158,6 +165,12 @@ def _nothing() -> None:
     pass
 
 
+def refusal(operation: str, actual: Enum, needed: Set[Enum], expected: str) -> RunstateError:
+    """The error for an operation that cannot be done in this state; `expected` is in words."""
+    text = f"{operation}: this machine {actual.value}; expected {expected}"
+    return RunstateError(text, operation=operation, actual=actual, needed=needed)
+
+
 class Life:
     """The state of one machine, and how its guest has ended."""
 
@@ -196,7 +209,7 @@ class Life:
     def _demand(self, operation: str, allowed: Set[Runstate], words: str) -> None:
         actual = self.state
         if actual not in allowed:
-            raise RunstateError(operation, actual, allowed, words)
+            raise refusal(operation, actual, allowed, words)
 
     # -- trio's side -----------------------------------------------------------------------
 

@@ -70,12 +70,18 @@ def main(arguments: list[str] | None = None) -> Any:
 
     try:
         return cli.main(arguments, prog_name="avmm")
-    except ConfigError as error:
-        click.echo(f"avmm: {error}", err=True)
-        sys.exit(2)
-    except AvmmError as error:
-        click.echo("\n".join(["avmm: " + str(error), *getattr(error, "__notes__", ())]), err=True)
-        sys.exit(FAILED)
+    except (AvmmError, BaseExceptionGroup) as error:
+        alone: BaseException = error
+        while isinstance(alone, BaseExceptionGroup) and len(alone.exceptions) == 1:
+            alone = alone.exceptions[0]  # the commands run nurseries, and each adds a group
+        if isinstance(alone, ConfigError):
+            click.echo(f"avmm: {alone}", err=True)
+            sys.exit(2)
+        if isinstance(alone, AvmmError):
+            lines = ["avmm: " + str(alone), *getattr(alone, "__notes__", ())]
+            click.echo("\n".join(lines), err=True)
+            sys.exit(FAILED)
+        raise
 
 
 def _fill_standard_descriptors() -> None:

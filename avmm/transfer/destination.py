@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COMMIT_SECONDS: Final = 20.0
-"""As long may COMMIT take: a source that hears nothing any more wants back what is held here."""
+"""How long COMMIT may take. A source that hears nothing more wants back what is held here."""
 _LONG: Final = (MessageKind.OFFER, MessageKind.STATE_END)
 """What is decoded, in a thread. All else is taken at once. To put a MiB of pages into RAM takes
 some tenths of a millisecond; the way to a thread and back, for each frame, would add to that."""

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TAKE_BACK_SECONDS: Final = 5.0
-"""As long may a destination that has died take to let go of a disk."""
+"""How long a destination that has died may take to let go of a disk."""
 _TAKE_BACK_STEP: Final = 0.05
 _GIVEN_UP: Final = (SourceState.ABORTED, SourceState.TAKING_BACK)
 _SAMPLE_SECONDS: Final = 0.1

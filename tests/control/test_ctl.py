@@ -156,7 +156,7 @@ def test_a_mistyped_place_ends_no_guest(
         (b'{"command": "migrate", "target": "x"}', "target 'x': expected unix:PATH or tcp:"),
         (b'{"command": "migrate", "target": "tcp:a:1", "tls": {"ca": "/x"}}', "expected cert"),
         (b'{"command": "settle", "runs": "anywhere"}', "expected 'here' or 'there'"),
-        (b'{"command": "settle", "runs": "here"}', "nothing to settle"),
+        (b'{"command": "settle", "runs": "here"}', "expected one whose hand-over got no answer"),
         (b'{"command": "resume"}', "the control socket has not paused the guest"),
     ],
 )

@@ -160,7 +160,7 @@ async def test_errors_come_over_as_what_they_are(tmp_path: Path) -> None:
         with pytest.raises(avmm.ConfigError, match=r"^TLS: /nowhere/cert"):
             tls = avmm.Tls("/nowhere/cert", "/nowhere/key", "/nowhere/ca")
             await client.migrate("tcp:127.0.0.1:1", tls=tls)
-        with pytest.raises(avmm.AvmmError, match="nothing to settle"):
+        with pytest.raises(avmm.RunstateError, match=r"^settle: this machine runs; expected one"):
             await client.settle(runs_here=True)
         with pytest.raises(avmm.control.RequestError, match="deadline: expected a number above 0"):
             await client.pause(deadline=-1)
