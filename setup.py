@@ -1,7 +1,7 @@
-"""The parts of the build that are C: the border to the kernel and the bundled guests.
+"""The parts of the build that compile C: the extensions and the bundled guests.
 
-Everything else stands in pyproject.toml. A missing compiler or header is said before it is
-missed, with the names of the Debian packages that hold it.
+Everything else is in pyproject.toml. A missing compiler or header is reported before anything is
+compiled, with the names of the Debian packages that contain it.
 """
 
 import compileall
@@ -22,7 +22,7 @@ PACKAGES = "gcc libc6-dev linux-libc-dev python3-dev"
 
 
 def load(path: Path):
-    """Import a build script by its path: avmm itself cannot be imported yet."""
+    """Import a build script by its path, because avmm itself cannot be imported yet."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -51,7 +51,7 @@ def demand_toolchain() -> None:
 
 
 class BuildNative(build_ext):
-    """Compile the extension, then what guests run, beside each other in the package."""
+    """Compile the extensions, then the programs that guests run, and put them into the package."""
 
     def run(self) -> None:
         demand_toolchain()
@@ -64,7 +64,7 @@ class BuildNative(build_ext):
         except guests.BuildError as error:
             sys.exit(str(error))
         if self.editable_mode:
-            # pip compiles what it copies, but not what it only points to.
+            # pip compiles the Python files that it copies, but not those that it only refers to.
             compileall.compile_dir(ROOT / "avmm", quiet=1)
 
     def get_outputs(self) -> list[str]:

@@ -1,9 +1,9 @@
-"""What a machine is to be: its settings, each declared once, from Python or from TOML.
+"""The settings of a machine, from Python or from TOML. Each is declared once.
 
-Every value is checked here, before anything is created, so that a mistake is told in terms of
-what the user wrote. What only the host or the image can tell (too many vCPUs for this KVM, an
-image that does not fit) is checked where it shows. What a declaration says is in `avmm.settings`;
-docs/settings.md has them as a table.
+Every value is checked here, before anything is created, so that an error can name what the user
+wrote. Mistakes that depend on the host or the image (too many vCPUs for this KVM, an image that
+does not fit) are found later. `avmm.settings` explains what a declaration says. docs/settings.md
+lists the settings in a table.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ UNCLAIMED: Final = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
-"""How loudly accesses that no device claims are reported, by name."""
+"""The log levels, by name, at which accesses that no device claims are reported. 0 reports
+none.
+"""
 
 
 class HostSettings(TypedDict, total=False):
@@ -81,10 +83,10 @@ class Settings(HostSettings, total=False):
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """A machine's settings; raises `ConfigError` for a value that cannot be meant.
+    """A machine's settings. Raises `ConfigError` for a value that makes no sense.
 
-    Each may be given as people write it (`Settings`), and is kept in the one form that the types
-    here say.
+    Each may be given in the forms that `Settings` allows, and is kept in the one form that its
+    type here says.
     """
 
     kernel: Path | None = setting(
@@ -92,32 +94,38 @@ class MachineConfig:
         OptionalKind(PathKind()),
         Side.BOOT,
         "The image to boot: vmlinux, bzImage, ELF, multiboot or a flat binary; may be compressed. "
-        "Without one it is the bundled shell.",
+        "Without it, the bundled shell is booted.",
         argument="IMAGE",
     )
     initrd: Path | None = setting(
-        None, OptionalKind(PathKind()), Side.BOOT, "Initial RAM disk, or the first module."
+        None, OptionalKind(PathKind()), Side.BOOT, "The initial RAM disk, or the first module."
     )
     modules: tuple[Path, ...] = setting(
         (),
         ListKind(PathKind(), "of paths"),
         Side.BOOT,
-        "Another module, where the image takes any.",
+        "A further module, for images that take several.",
     )
     cmdline: str = setting("", TextKind(), Side.BOOT, "The guest's command line.")
     flat: FlatOptions | None = setting(
-        None, OptionalKind(FlatKind()), Side.BOOT, "Run the image as it is, like real@0x7c00."
+        None,
+        OptionalKind(FlatKind()),
+        Side.BOOT,
+        "The image is a flat binary: the CPU mode in which to enter it, and its address, "
+        "like real@0x7c00.",
     )
     protocol: Protocol = setting(
-        Protocol.AUTO, one_of(Protocol), Side.BOOT, "How a Linux kernel is entered."
+        Protocol.AUTO, one_of(Protocol), Side.BOOT, "The boot protocol for a Linux kernel."
     )
     roms: tuple[tuple[int, Path], ...] = setting(
         (),
         ListKind(RomKind(), "like ['0xfff00000=bios.bin']"),
         Side.BOOT,
-        "A file that the guest finds as read-only memory at ADDRESS.",
+        "A file that the guest sees as read-only memory at ADDRESS.",
     )
-    """What was read is in a description of the machine; the files are not needed again."""
+    """A description of the machine contains the files' contents, so the files are not needed
+    again.
+    """
     memory: int = setting(64 << 20, SizeKind(), Side.GUEST, "RAM, like 64M or 2G.")
     """In bytes."""
     cpus: int = setting(1, NumberKind(Bounds(1)), Side.GUEST, "Number of vCPUs.", metavar="N")
@@ -125,53 +133,59 @@ class MachineConfig:
         "stdio",
         TextKind(),
         Side.COMMAND,
-        "Where the console goes: stdio, pty, unix:PATH or file:PATH. With virtio, or virtio: "
-        "before one of these, it is hvc0.",
+        "Where the console goes: stdio, pty, unix:PATH or file:PATH. With virtio, or with "
+        "virtio: in front of one of these, the guest's console is hvc0.",
         metavar="TARGET",
-        help_anew="Where the guest's console goes, be it the serial port or hvc0: stdio, pty, "
+        help_anew="Where the guest's console (the serial port or hvc0) goes: stdio, pty, "
         "unix:PATH or file:PATH.",
     )
-    """Embedders use `Machine.console`."""
+    """Python programs use `Machine.console` instead."""
     disks: tuple[DiskOptions, ...] = setting(
         (),
         ListKind(OptionsKind(DiskOptions), "like ['root.img,overlay']"),
         Side.LINK,
-        "A virtio disk (vda, vdb, ...); ro: read-only, overlay: changes are thrown away.",
+        "A virtio disk (vda, vdb, ...). With ro it is read-only; with overlay the guest's "
+        "changes are thrown away.",
         metavar="FILE[,ro][,overlay][,serial=NAME]",
-        help_anew="What a disk of the guest's is here, one for each that it has, in its order.",
+        help_anew="The file on this host for one of the guest's disks. Give one for each disk, in "
+        "the guest's order.",
     )
     net: tuple[NetOptions, ...] = setting(
         (),
         ListKind(OptionsKind(NetOptions), "like ['tap=tap0']"),
         Side.LINK,
-        "A virtio network device; LINK is tap=NAME, unix=PATH or listen=PATH.",
+        "A virtio network device. LINK is tap=NAME, unix=PATH or listen=PATH.",
         metavar="LINK[,mac=..][,mtu=..]",
-        help_anew="What a network device of the guest's is linked to here, one for each that it "
-        "has, in its order; LINK is tap=NAME, unix=PATH or listen=PATH.",
+        help_anew="The link on this host for one of the guest's network devices. Give one for "
+        "each device, in the guest's order. LINK is tap=NAME, unix=PATH or listen=PATH.",
     )
     vsock: VsockOptions | None = setting(
         None,
         OptionalKind(OptionsKind(VsockOptions)),
         Side.LINK,
-        "A virtio socket device; the guest's CID is N, and PATH is where unix sockets lead to it.",
+        "A virtio socket device. The guest's CID is N, and the unix socket at PATH leads to "
+        "the guest.",
         metavar="cid=N[,unix=PATH]",
-        help_anew="What the guest's socket device is here.",
+        help_anew="The guest's CID, and its unix socket, on this host.",
     )
     rng: bool = setting(
-        False, FlagKind(), Side.GUEST, "A virtio source of entropy, fed by the host's kernel."
+        False,
+        FlagKind(),
+        Side.GUEST,
+        "A virtio entropy device, which gets its random bytes from the host's kernel.",
     )
     balloon: bool = setting(
         False,
         FlagKind(),
         Side.GUEST,
-        "A virtio memory balloon; the guest's free memory goes back to the host, too.",
+        "A virtio memory balloon. Memory that is free in the guest also goes back to the host.",
     )
     """See `Machine.balloon`."""
     debug_exit: int | None = setting(
         0xF4,
         OptionalKind(NumberKind(IO_PORTS), word="none"),
         Side.GUEST,
-        "Port that ends the run with status (value << 1 | 1), or none.",
+        "The port through which the guest ends the run with status (value << 1 | 1), or none.",
         metavar="PORT",
     )
     """QEMU's isa-debug-exit."""
@@ -179,13 +193,14 @@ class MachineConfig:
         True,
         FlagKind(),
         Side.GUEST,
-        "Tell the guest of CPUs, devices and the power switch by ACPI tables, too.",
+        "Describe CPUs, devices and the power switch to the guest in ACPI tables as well.",
     )
     xen: bool = setting(
         False,
         FlagKind(),
         Side.GUEST,
-        "The guest's hypercalls are Xen's, not KVM's, and all answered by `Machine`'s `calls`.",
+        "The guest's hypercalls are Xen's, not KVM's. The `calls` of `Machine` answers all "
+        "of them.",
         no_option="only Python code can answer the hypercalls",
     )
     """See `avmm.vcpu.calls`."""
@@ -193,50 +208,53 @@ class MachineConfig:
         "info",
         named(*UNCLAIMED),
         Side.HOST,
-        "Level at which accesses that no device claims are reported.",
+        "The log level for accesses that no device claims.",
     )
     completion: str = setting(
         CompletionMode.AUTO.value,
         named(*(mode.value for mode in CompletionMode)),
         Side.HOST,
-        "Which exits are completed before a state is saved.",
+        "Which exits are completed before the state is saved.",
     )
     completion_capability: int | None = setting(
         None,
         OptionalKind(NumberKind(Bounds(1, 0x7FFF_FFFF)), word="none"),
         Side.HOST,
-        "KVM_CAP_NEEDS_COMPLETION's number in this host's kernel, if it has one.",
+        "The number of KVM_CAP_NEEDS_COMPLETION in this host's kernel, if it has that capability.",
     )
-    """For "auto". `avmm.vcpu.completion` says why avmm believes no number by itself."""
+    """For "auto". `avmm.vcpu.completion` says why avmm does not trust any number by default."""
 
     def __post_init__(self) -> None:
-        # A frozen dataclass whose fields also accept what people write: they are normalised
-        # here, once, so that the rest of the program sees one type each.
+        # The fields also accept what people write. It is converted here, once, so that the rest of
+        # the program sees one type for each field.
         for name, one in SETTINGS.items():
             object.__setattr__(self, name, one.kind.check(name, getattr(self, name)))
         if self.flat is not None and self.kernel is None:
             raise ConfigError(
-                "flat: expected a kernel to run so; the bundled shell is no flat one"
+                "flat: expected a kernel, because the bundled shell is not a flat binary"
             )
         number, auto = self.completion_capability, CompletionMode.AUTO.value
         if number is not None and self.completion != auto:
             raise ConfigError(
-                f"completion_capability {number}: with completion {self.completion!r} nobody "
-                f"looks at it; expected {auto!r}"
+                f"completion_capability {number}: it has no effect with completion "
+                f"{self.completion!r}; expected {auto!r}"
             )
 
     @classmethod
     def make(cls, **settings: Any) -> MachineConfig:
-        """A config from `Settings`, TOML's or the command's. Raises `ConfigError` where one is
-        unknown."""
+        """Make a config from `Settings`, which may come from Python, TOML or a command. Raises
+        `ConfigError` if one is unknown or has a value that makes no sense.
+        """
         for name in settings:
             if name not in SETTINGS:
-                raise ConfigError(f"unknown setting {name!r}; known are {', '.join(SETTINGS)}")
+                raise ConfigError(
+                    f"unknown setting {name!r}; expected one of {', '.join(SETTINGS)}"
+                )
         return cls(**settings)
 
 
 SETTINGS: Final[Mapping[str, Setting[Any]]] = declared(MachineConfig)
-"""The declarations, by name, in their order."""
+"""The declarations by name, in the order in which they are declared."""
 _CANNOT_CHANGE: Final = {
     Side.BOOT: "the guest has booted with it; it cannot be changed",
     Side.GUEST: "the guest has seen it; it cannot be changed",
@@ -245,11 +263,11 @@ _CANNOT_CHANGE: Final = {
 
 
 def demand_hosts(settings: Mapping[str, object]) -> None:
-    """Raise `ConfigError` unless these are `HostSettings`, each with a value that can be."""
+    """Raise `ConfigError` unless these are `HostSettings`, each with a valid value."""
     hosts = [name for name, one in SETTINGS.items() if one.side.is_hosts]
     for name, value in settings.items():
         if name not in SETTINGS:
-            raise ConfigError(f"unknown setting {name!r}; known here are {', '.join(hosts)}")
+            raise ConfigError(f"unknown setting {name!r}; expected one of {', '.join(hosts)}")
         if name not in hosts:
             raise ConfigError(f"{name}: {_CANNOT_CHANGE[SETTINGS[name].side]}")
         SETTINGS[name].kind.check(name, value)
@@ -258,9 +276,10 @@ def demand_hosts(settings: Mapping[str, object]) -> None:
 def read_toml(path: str | PathLike[str]) -> dict[str, Any]:
     """The settings in a TOML file, for `MachineConfig.make`.
 
-    Keys are those of the command's options, lists in the plural (`debug-exit = 0xf4`); paths are
-    relative to the file. Raises `ConfigError`, which begins with the file, where it cannot be
-    read, is no TOML, or has an unknown key or a value that cannot be.
+    The keys are the names of the command's options, such as `debug-exit = 0xf4`; keys of lists are
+    in the plural. Paths are relative to the file. Raises `ConfigError`, whose text begins with the
+    file's name, if the file cannot be read, is not TOML, or has an unknown key or a value that
+    makes no sense.
     """
     import tomllib  # noqa: PLC0415 - only needed here, and slow to import
 
@@ -279,7 +298,9 @@ def read_toml(path: str | PathLike[str]) -> dict[str, Any]:
     settings = {}
     for key, value in table.items():
         if key not in known:
-            raise ConfigError(f"config {path}: unknown key {key!r}; known are {', '.join(known)}")
+            raise ConfigError(
+                f"config {path}: unknown key {key!r}; expected one of {', '.join(known)}"
+            )
         kind = known[key].kind
         try:
             settings[known[key].name] = kind.beside(kind.check(key, value), path.parent)

@@ -1,4 +1,4 @@
-"""Ends for a console or port: who connects, and when, is up to them.
+"""Ends for a console or port, to which clients may connect at any time.
 
     async with trio.open_nursery() as nursery:
         log = Scrollback(vm.ports["hvc0"], size=65536)
@@ -7,8 +7,8 @@
         nursery.start_soon(write_file, log, "/var/log/guest")
 
 A `Scrollback` reads the stream all the time, so that the guest never waits for anybody, and keeps
-the newest `size` bytes. Whoever follows it gets those first and then what comes; who is slower
-than the guest misses what has left the buffer meanwhile. Nothing else is buffered.
+the newest `size` bytes. A follower gets these bytes first, and then the new ones. A follower that
+is slower than the guest misses what has left the buffer meanwhile. Nothing else is buffered.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _CHUNK: Final = 16 * 1024
 
 
 class Scrollback:
-    """The newest output of `stream`, for any number of followers; nobody else may read it."""
+    """The newest output of `stream`, for any number of followers. Nothing else may read the
+    stream.
+    """
 
     def __init__(self, stream: trio.abc.Stream, size: int = 64 * 1024) -> None:
         if type(size) is not int or size < 1:
@@ -44,11 +46,13 @@ class Scrollback:
 
     @property
     def contents(self) -> bytes:
-        """What is kept now, oldest first."""
+        """The bytes that are kept now, oldest first."""
         return bytes(self._kept)
 
     async def run(self) -> None:
-        """Read the stream until its end. Cancelling loses what was not read yet for nobody."""
+        """Read the stream until its end. If this is cancelled, output that it has not read yet
+        stays in the stream.
+        """
         with suppress(trio.ClosedResourceError):
             while data := await self._stream.receive_some():
                 self._kept += data
@@ -59,7 +63,9 @@ class Scrollback:
         self._news.unpark_all()
 
     async def follow(self, send: Callable[[bytes], Awaitable[object]]) -> None:
-        """Await `send` with what is kept, then with what comes, until the stream has ended."""
+        """Await `send` with the bytes that are kept, then with new ones as they come, until the
+        stream has ended.
+        """
         at = 0
         while True:
             first = self._end - len(self._kept)
@@ -73,7 +79,7 @@ class Scrollback:
                 await self._news.park()
 
     async def send(self, data: bytes) -> None:
-        """Input for the guest, from whichever follower."""
+        """Send input from any follower to the guest."""
         await self._stream.send_all(data)
 
     async def ended(self) -> None:
@@ -82,9 +88,9 @@ class Scrollback:
 
 
 async def write_file(log: Scrollback, path: str | os.PathLike[str]) -> None:
-    """Write what the guest prints to the file at `path`, until its end.
+    """Write what the guest prints to the file at `path`, until the stream has ended.
 
-    Raises `AvmmError` where that fails.
+    Raises `AvmmError` if that fails.
     """
     try:
         async with await trio.open_file(path, "wb", buffering=0) as file:
@@ -101,9 +107,9 @@ async def serve_unix(
 ) -> None:
     """Let any number of clients connect to a socket at `path` that only its user may use.
 
-    Started by `nursery.start`, it can be connected to when that returns. Returns when the
-    stream has ended and the clients have its last output, or have left it for a second. Raises
-    `ConfigError` where there can be no such socket. The socket is removed.
+    If it is started with `nursery.start`, clients can connect when that returns. It returns when
+    the stream has ended and the clients have its last output, or a second after the end. Raises
+    `ConfigError` if there can be no such socket. The socket is removed at the end.
     """
     listener = listen(os.fspath(path))
     task_status.started()
@@ -121,7 +127,9 @@ async def serve_unix(
 
 
 async def serve_pty(log: Scrollback, announce: Callable[[str], None]) -> None:
-    """Make a terminal of it; `announce` gets its path. Returns at the end of the stream."""
+    """Offer the console as a terminal, whose path is passed to `announce`. Returns when the stream
+    has ended and its last output is written, or a second after the end.
+    """
     # Our own descriptor of the far end stays open: without it, the near end would give an
     # error whenever nobody is connected.
     near, far = os.openpty()
@@ -146,7 +154,7 @@ async def _accept(
 
 
 async def _exchange(log: Scrollback, client: trio.abc.Stream) -> None:
-    """Both ways, until the client leaves or the stream has ended."""
+    """Pass data in both directions until the client leaves or the stream has ended."""
 
     async def listen_to() -> None:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):

@@ -1,4 +1,4 @@
-"""What can go wrong, one type a concern; the text of each is what the user reads."""
+"""What can go wrong: one type of error for each concern. Users read the text of each error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ class AvmmError(Exception):
 
 
 class ConfigError(AvmmError, ValueError):
-    """What the user asked for cannot be: names the input and what was expected."""
+    """The user asked for something impossible. The text names the input and says what was
+    expected.
+    """
 
 
 class ImageError(ConfigError):
@@ -19,7 +21,9 @@ class ImageError(ConfigError):
 
 
 class GuestMemoryError(AvmmError, IndexError):
-    """A guest-physical range that is not RAM (or not writable) was touched from the host."""
+    """The host tried to access a guest-physical range that is not RAM, or to write to one that is
+    read-only.
+    """
 
 
 class DeviceError(AvmmError):
@@ -58,19 +62,25 @@ class PauseTimeout(AvmmError, TimeoutError):
 
 
 class MsrFault(AvmmError):
-    """Raised by a device that stands for MSRs: the guest gets a general protection fault."""
+    """Raised by a device that answers for MSRs. The guest gets a general protection fault."""
 
 
 class SnapshotError(AvmmError):
-    """A snapshot cannot be written, or is none that can be read: names the file and why."""
+    """A snapshot cannot be written, or a file cannot be read as a snapshot. The text names the
+    file and the reason.
+    """
 
 
 class MigrationError(AvmmError):
-    """A migration failed: says why, and the guest runs on at its source, or never arrived."""
+    """A migration failed. The text says why. At the source, the guest runs on; at the destination,
+    it has not arrived.
+    """
 
 
 class ProtocolError(MigrationError):
-    """The other side, or the line, said what cannot be."""
+    """The other side of a migration sent something that the protocol does not allow, or the line
+    damaged it.
+    """
 
 
 class PeerAbortedError(MigrationError):
@@ -78,9 +88,12 @@ class PeerAbortedError(MigrationError):
 
 
 class HandOverUnknownError(MigrationError):
-    """The guest was handed over and no answer came: it stays stopped here until its operator has
-    decided (`Machine.settle`)."""
+    """The guest was handed over and no answer came. It stays stopped here until its operator
+    decides where it runs (`Machine.settle`).
+    """
 
 
 class StateError(AvmmError, ValueError):
-    """A saved state cannot be loaded: it is none, or this host lacks what it needs."""
+    """A saved state cannot be loaded: it is not a valid state, or this host lacks something that
+    it needs.
+    """

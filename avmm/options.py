@@ -1,8 +1,9 @@
-"""What people write for sizes, disks, networks and sockets: pure data, checked here once.
+"""Sizes, disks, networks and sockets as people write them: pure data, checked here once.
 
-Disks, networks and sockets are text as the command takes it ("cid=3,unix=PATH"), or the same as a
-table (in TOML) or a mapping. A path with a comma in it needs the latter. `avmm.parts.configured`
-makes devices out of them; the devices take their bounds from here.
+Disks, networks and sockets are text, as on the command line ("cid=3,unix=PATH"), or the same as a
+table (in TOML) or a mapping. A path that contains a comma needs a table or a mapping.
+`avmm.parts.configured` makes devices from these data, and the devices use the bounds that are
+declared here.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ _SIZE: Final = re.compile(r"\s*(\d{1,20})\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE
 _MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", re.IGNORECASE | re.ASCII)
 _BACKENDS: Final = ("tap", "unix", "listen")
 _TOO_LITTLE: Final = 64 << 10
-"""Bytes of memory. Somebody who asks for less has forgotten the unit."""
+"""Bytes of memory. A user who asks for less has forgotten the unit."""
 
 
 # -- numbers -------------------------------------------------------------------------------
 
 NO_END: Final = (1 << 63) - 1
-"""As the most that a number may be: more than anybody means."""
+"""The `most` of a number without an upper bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The whole numbers that something may be: from `least` to `most`, both included."""
+    """The whole numbers that are allowed: from `least` to `most`, both included."""
 
     least: int
     most: int = NO_END
@@ -52,24 +53,30 @@ class Bounds:
         return f"{number:#x}" if self.in_hex and number else str(number)
 
     def check(self, what: str, value: object) -> int:
-        """`value`, where it is a number within them. Raises `ConfigError` that begins with
-        `what`."""
+        """`Return `value` if it is a number within the bounds. Otherwise raises `ConfigError`,
+        whose text begins with `what`.
+        """
         if isinstance(value, int) and not isinstance(value, bool) and value in self:
             return value
         raise ConfigError(f"{what} {value!r}: expected {self}")
 
 
 CIDS: Final = Bounds(3, 0xFFFF_FFFE)
-"""Of guests; those below belong to the hypervisor, to loopback and to the host (VIRTIO 1.2,
-5.10.4), and all ones means any."""
+"""The CIDs of guests. Lower ones belong to the hypervisor, to loopback and to the host (VIRTIO
+1.2, 5.10.4), and all ones means any CID.
+"""
 MTUS: Final = Bounds(68, 65535)
-"""In bytes: what IPv4 demands, and what the device's configuration can hold."""
+"""In bytes, from the least that IPv4 demands to the most that the device's configuration can
+hold.
+"""
 DEFAULT_MTU: Final = 1500
 IO_PORTS: Final = Bounds(0, 0xFFFF, "port", in_hex=True)
 
 
 def number_of(text: str) -> int | None:
-    """The number that this text is, as Python or C writes numbers (`12`, `0xf4`)."""
+    """The number in a text like `12` or `0xf4`, as Python and C write it; None if it is not a
+    number.
+    """
     try:
         return int(text, 0)
     except ValueError:
@@ -85,30 +92,32 @@ def _number(what: str, value: object, bounds: Bounds) -> int:
 
 
 def parse_size(size: int | str, what: str = "") -> int:
-    """Bytes meant by a size as people write it: `67108864`, `"64M"`, `"64MiB"`, `"1g"`.
+    """The number of bytes in a size as people write it: `67108864`, `"64M"`, `"64MiB"`, `"1g"`.
 
-    Units are powers of 1024; text without one means bytes. Raises `ConfigError` naming the text
-    that is no size, and `what` it is of.
+    Units are powers of 1024; text without a unit means bytes. Raises `ConfigError` if the text is
+    not a size. The error names the text, and begins with `what`.
     """
     if isinstance(size, int) and not isinstance(size, bool):
         return size
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if match is None:
         raise ConfigError(
-            f"{what} {size!r} is no size: expected a number with K, M, G or T, like '64M'".lstrip()
+            f"{what} {size!r} is not a size: expected a number with K, M, G or T, "
+            f"like '64M'".lstrip()
         )
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
 def format_size(size: int) -> str:
-    """The shortest text from which `parse_size` makes `size` again: "64M"."""
+    """The shortest text that `parse_size` turns into `size` again, like "64M"."""
     unit = max((u for u in _UNITS if size % _UNITS[u] == 0), key=_UNITS.__getitem__)
     return f"{size // _UNITS[unit]}{unit}" if size else "0"
 
 
 def meant_by(size: int, multiple: int = 1) -> str:
-    """What somebody meant who asked for `size` bytes of memory, where these are fewer than anybody
-    means, or not the `multiple` that they must be. The end of a message, empty without a guess."""
+    """A guess at what the user meant by `size` bytes of memory, as the end of a message: if they
+    are too few to be meant, or are not a multiple of `multiple`. Empty if there is no guess.
+    """
     if 0 < size < _TOO_LITTLE:
         return f"; did you mean '{size}M'?"  # the unit was forgotten
     if size > 0 and size % multiple:
@@ -120,24 +129,24 @@ def meant_by(size: int, multiple: int = 1) -> str:
 
 
 def check_path(what: str, value: object) -> Path:
-    """`value` as a path. Raises `ConfigError` that begins with `what`."""
+    """`value` as a path. Raises `ConfigError`, whose text begins with `what`, if it is not one."""
     if not isinstance(value, str | PathLike) or not str(value):
         raise ConfigError(f"{what} {value!r}: expected a path")
     return Path(value)
 
 
 def parse_mac(text: object) -> bytes:
-    """The 6 bytes of an address like "52:54:00:12:34:56"; raises `ConfigError`."""
+    """The 6 bytes of a unicast address like "52:54:00:12:34:56". Raises `ConfigError`."""
     if not isinstance(text, str) or not _MAC.fullmatch(text):
         raise ConfigError(f"mac {text!r}: expected six bytes like 52:54:00:12:34:56")
     mac = bytes.fromhex(text.replace(":", ""))
     if mac[0] & 1 or not any(mac):
-        raise ConfigError(f"mac {text!r}: expected the address of one station")
+        raise ConfigError(f"mac {text!r}: expected a unicast address")
     return mac
 
 
 def _fields(what: str, value: object, known: tuple[str, ...], expected: str) -> dict[str, Any]:
-    """The fields of a table, or of text like "cid=3,unix=PATH"."""
+    """The fields of a table, or of text like "cid=3,unix=PATH". Raises `ConfigError`."""
     if isinstance(value, str):
         pairs = [part.partition("=") for part in value.split(",")]
         fields = {name.strip().lower(): text for name, equals, text in pairs if equals and text}
@@ -156,7 +165,7 @@ def _fields(what: str, value: object, known: tuple[str, ...], expected: str) -> 
 # -- disks ---------------------------------------------------------------------------------
 
 _DISK_WORDS: Final = "ro, overlay or serial=NAME"
-_DISK: Final = f"expected FILE, and after commas {_DISK_WORDS}, like 'root.img,overlay'"
+_DISK: Final = f"expected FILE, followed by {_DISK_WORDS} after commas, like 'root.img,overlay'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +175,11 @@ class DiskOptions:
     file: Path
     read_only: bool = False
     overlay: bool = False
-    """Throw away what the guest changes; the file is only read."""
+    """The guest's changes are thrown away, and the file is only read."""
     serial: str = ""
-    """Empty: "disk0", "disk1" and so on, by its place."""
+    """The serial number that the guest sees. If it is empty, the disk's position makes it "disk0",
+    "disk1" and so on.
+    """
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "file", check_path("disk file", self.file))
@@ -182,8 +193,9 @@ class DiskOptions:
 
     @classmethod
     def parse(cls, value: object) -> DiskOptions:
-        """From text "FILE[,ro][,overlay][,serial=NAME]", or a table with these as keys (`file`,
-        `ro`, `overlay`, `serial`). Raises `ConfigError`."""
+        """Make it from text like "FILE[,ro][,overlay][,serial=NAME]", or from a table with the
+        keys `file`, `ro`, `overlay` and `serial`. Raises `ConfigError`.
+        """
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
@@ -204,7 +216,7 @@ class DiskOptions:
         return cls(Path(file), "ro" in words, "overlay" in words, serial)
 
     def beside(self, folder: Path) -> DiskOptions:
-        """The same, with its path taken as relative to `folder`."""
+        """The same, but with its path taken as relative to `folder`."""
         return replace(self, file=folder / self.file)
 
 
@@ -215,7 +227,9 @@ _VSOCK: Final = "expected cid=NUMBER or cid=NUMBER,unix=PATH"
 
 @dataclass(frozen=True)
 class VsockOptions:
-    """A socket device: the guest's number, and where it is found as unix sockets."""
+    """A socket device: the guest's CID, and the path at which its sockets appear as unix
+    sockets.
+    """
 
     cid: int = CIDS.least
     unix: Path | None = None
@@ -227,8 +241,9 @@ class VsockOptions:
 
     @classmethod
     def parse(cls, value: object, *, demand_cid: bool = False) -> VsockOptions:
-        """From text or a table. Raises `ConfigError`; with `demand_cid` also where no CID is
-        said."""
+        """Make it from text or a table. Raises `ConfigError` if they are not valid, or, with
+        `demand_cid`, if they contain no CID.
+        """
         if isinstance(value, cls):
             return value
         fields = _fields("vsock", value, ("cid", "unix"), _VSOCK)
@@ -238,13 +253,15 @@ class VsockOptions:
         return cls(cid, fields.get("unix"))
 
     def beside(self, folder: Path) -> VsockOptions:
-        """The same, with its path taken as relative to `folder`."""
+        """The same, but with its path taken as relative to `folder`."""
         return replace(self, unix=folder / self.unix) if self.unix is not None else self
 
 
 # -- networks ------------------------------------------------------------------------------
 
-_NET: Final = "expected one of tap=NAME, unix=PATH and listen=PATH, then mac=ADDRESS, mtu=N"
+_NET: Final = (
+    "expected one of tap=NAME, unix=PATH and listen=PATH, and perhaps mac=ADDRESS and mtu=N"
+)
 
 
 @dataclass(frozen=True)
@@ -271,14 +288,14 @@ class NetOptions:
         MTUS.check("net mtu", self.mtu)
 
     def __str__(self) -> str:
-        """As the command has it."""
+        """As it is written on the command line."""
         fields = [(name, getattr(self, name)) for name in (*_BACKENDS, "mac")]
         fields += [("mtu", self.mtu)] if self.mtu != DEFAULT_MTU else []
         return ",".join(f"{name}={value}" for name, value in fields if value is not None)
 
     @classmethod
     def parse(cls, value: object) -> NetOptions:
-        """From text or a table. Raises `ConfigError`."""
+        """Make it from text or a table. Raises `ConfigError`."""
         if isinstance(value, cls):
             return value
         fields = _fields("net", value, (*_BACKENDS, "mac", "mtu"), _NET)
@@ -287,7 +304,7 @@ class NetOptions:
         return cls(**fields)
 
     def beside(self, folder: Path) -> NetOptions:
-        """The same, with its paths taken as relative to `folder`."""
+        """The same, but with its paths taken as relative to `folder`."""
         unix = folder / self.unix if self.unix is not None else None
         listen = folder / self.listen if self.listen is not None else None
         return replace(self, unix=unix, listen=listen)

@@ -16,13 +16,15 @@ class Cause(Enum):
     RESET = "reset"
     """The guest asked to be reset (keyboard controller, reset port, firmware call)."""
     TRIPLE_FAULT = "triple fault"
-    """The guest reset by a triple fault: Linux's `reboot=t`, or a crash."""
+    """The guest was reset by a triple fault: Linux does that for `reboot=t`, or the guest
+    crashed.
+    """
     CRASH = "crash"
     """The guest reported that it had crashed."""
     STOPPED = "stopped"
-    """The host stopped it."""
+    """The host stopped the guest."""
     MOVED = "moved"
-    """It runs on in another process."""
+    """The guest runs on in another process."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
-"""Plain data, which is what states, descriptions and messages are made of: as bytes, and checked.
+"""Plain data, of which states, descriptions and messages are made: how they become bytes, and how
+they are checked.
 
 Plain data is numbers, bytes, text, lists, dicts with text as keys, true, false and None, and
-nothing else. What is read of it may come from anybody, so it passes two gates.
+nothing else. Plain data that are read may come from anybody, so they pass two gates.
 
-**`decode`** makes it of bytes: MessagePack, with limits. Whatever the bytes claim to be long must
-be there, so a few bytes never make much memory.
+**`decode`** makes plain data from bytes: MessagePack, with limits. Every length that the bytes
+claim must be backed by bytes, so a few bytes never use much memory.
 
-**`Fields`** checks what it holds. A reader declares what it expects, once:
+**`Fields`** checks what the data contain. A reader declares once what it expects:
 
     class PortState(Fields, version=1):
         divisor = U16
@@ -19,14 +20,16 @@ be there, so a few bytes never make much memory.
     found = PortState.read("the port's state", state)
     found.divisor  # an int, for a type checker as well
 
-`plain` gives a dict with these fields and their version. `read` accepts what has that version,
-just these keys and values of these kinds, and raises `StateError` for everything else. The message
-says what was read, where in it something is wrong, what was found there and what was expected:
+`plain` returns a dict with these fields and their version. `read` accepts a mapping with that
+version, exactly these keys and values of these kinds, and raises `StateError` for everything else.
+The message says what was read, where in it the mistake is, what was found there and what was
+expected:
 
     the port's state: entries[3][0] is -1, expected a number from 0 to 0xffffffff
 
-Types are exact: True is no number, and a subclass of bytes is no bytes. A value is checked by its
-kind alone; what must fit together is for the reader to look at, who refuses with `Fields.wrong`.
+Types are exact: True is not a number, and an instance of a subclass of bytes is not bytes. Each
+value is checked alone. If several values must fit together, the reader checks that, and raises the
+error that `Fields.wrong` or `Fields.refusal` makes.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ from typing import Any, ClassVar, Final, Generic, NoReturn, Self, TypeVar, cast,
 from avmm.errors import AvmmError, StateError
 
 MOST_ENTRIES: Final = 1 << 16
-"""Of a list or dict: more than any state has, and little enough to be set aside unseen."""
+"""The most entries of a list or dict: more than any state has, and few enough to allocate before
+the data are seen.
+"""
 _SCALARS: Final = frozenset((int, bool, bytes, str, float, type(None)))
 _SHOWN: Final = 40
 """Characters of a text, and bytes, that a message shows."""
@@ -52,9 +57,10 @@ _MOST_NAMES: Final = 8
 
 
 def encode(value: object) -> bytes:
-    """`value` as bytes. Raises `StateError` where it is no plain data, that `decode` would
-    refuse: once it is in a file that is too late."""
-    import msgpack  # noqa: PLC0415 - for who needs it: this module is imported with avmm
+    """`value` as bytes. Raises `StateError` if `decode` would refuse the bytes, because it would
+    be too late to learn that when they are read.
+    """
+    import msgpack  # noqa: PLC0415 - only when it is needed, because `import avmm` imports this module
 
     try:
         _demand_readable(value, (msgpack.Timestamp, msgpack.ExtType))
@@ -65,7 +71,9 @@ def encode(value: object) -> bytes:
 
 
 def decode(data: bytes | bytearray | memoryview, what: str) -> object:
-    """The value that `encode` was given. Raises `StateError` naming `what` where it is none."""
+    """The value that `encode` was given. Raises `StateError`, which names `what`, if the data do
+    not contain such a value.
+    """
     import msgpack  # noqa: PLC0415 - as above
 
     most = len(data)
@@ -80,36 +88,39 @@ def decode(data: bytes | bytearray | memoryview, what: str) -> object:
         )
         _demand_plain(value)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        why = str(error) or type(error).__name__  # msgpack's for depth has no text
-        raise StateError(f"{what} is damaged, or none: {why}") from None
+        # msgpack's error for too much nesting has no text.
+        why = str(error) or type(error).__name__
+        raise StateError(f"{what} is damaged or not valid: {why}") from None
     return value
 
 
 def _demand_readable(value: object, refused: tuple[type, ...]) -> None:
-    """What msgpack writes, it does not always read."""
+    """Refuse values that msgpack can write, but refuses to read."""
     if isinstance(value, refused):
-        raise TypeError(f"{type(value).__name__} is no plain data")
+        raise TypeError(f"{type(value).__name__} is not plain data")
     if not isinstance(value, list | tuple | dict):
         return
     if len(value) > MOST_ENTRIES:
-        raise ValueError(f"{len(value)} entries in one, at most {MOST_ENTRIES} can be read")
+        raise ValueError(
+            f"one list or mapping has {len(value)} entries; at most {MOST_ENTRIES} can be read"
+        )
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"a key is {key!r}, no text")
+                raise TypeError(f"a key is {key!r}, which is not text")
         value = list(value.values())
     for item in value:
         _demand_readable(item, refused)
 
 
 def _demand_plain(value: object) -> None:
-    """MessagePack knows times and keys of bytes, too."""
+    """Refuse what MessagePack can hold, but plain data cannot, such as times and keys of bytes."""
     if type(value) is list:
         items: Iterable[object] = value
     elif type(value) is dict:
         for key in value:
             if type(key) is not str:
-                raise TypeError(f"a key is {key!r}, no text")
+                raise TypeError(f"a key is {key!r}, which is not text")
         items = value.values()
     else:
         items = (value,)
@@ -117,11 +128,11 @@ def _demand_plain(value: object) -> None:
         if type(item) in (list, dict):
             _demand_plain(item)
         elif type(item) not in _SCALARS:
-            raise TypeError(f"{type(item).__name__} is no plain data")
+            raise TypeError(f"{type(item).__name__} is not plain data")
 
 
 def _refuse(value: object) -> NoReturn:
-    raise TypeError(f"{type(value).__name__} is no plain data")
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
 def _refuse_extension(code: int, data: bytes) -> NoReturn:
@@ -140,7 +151,7 @@ Value_co = TypeVar("Value_co", covariant=True)
 
 
 class Mismatch(Exception):
-    """A value is not of its kind. `Fields.read` makes an `AvmmError` of it."""
+    """A value is not of its kind. `Fields.read` turns it into an `AvmmError`."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
@@ -149,22 +160,24 @@ class Mismatch(Exception):
 
     @property
     def is_within(self) -> bool:
-        """Is it about a part of the value that was checked, not about all of it?"""
+        """Is it about a part of the checked value, not about the whole value?"""
         return bool(self._path)
 
     def within(self, step: str) -> Mismatch:
-        """The same, told of what holds the value: at `.key` or `[number]` in it."""
+        """The same error, as one of the list or mapping that holds the value at `step`, which is
+        `.key` or `[number]`.
+        """
         self._path = step + self._path
         return self
 
     def text(self, what: str) -> str:
-        """The message, of a `what` in which this was found."""
+        """The message. `what` names the data in which this was found."""
         path = self._path.removeprefix(".")
         return f"{what}: {path} {self._problem}" if path else f"{what} {self._problem}"
 
 
 def shown(value: object) -> str:
-    """`value` for a message: short, on one line, with nothing in it that a terminal obeys."""
+    """`value` for a message: short, on one line, and without characters that a terminal obeys."""
     kind = type(value)
     if isinstance(value, bool | None):
         return str(value)
@@ -185,17 +198,17 @@ def shown(value: object) -> str:
 
 
 class Kind(Generic[Value_co]):
-    """What a value has to be. As an attribute of `Fields` it declares a field."""
+    """The kind of a value, which checks it. As an attribute of `Fields` it declares a field."""
 
     expected: str
-    """What a message says of it, as in "a number from 0 to 255"."""
+    """What a message says was expected, like "a number from 0 to 255"."""
 
     def check(self, value: object) -> Value_co:
-        """`value`, where it is of this kind; else raises `Mismatch`."""
+        """`Return `value` if it is of this kind. Otherwise raises `Mismatch`."""
         raise NotImplementedError
 
     def refuse(self, value: object) -> Mismatch:
-        """What to raise for a `value` that is not."""
+        """The error to raise for a `value` that is not of this kind."""
         return Mismatch(f"is {shown(value)}, expected {self.expected}")
 
     @overload
@@ -203,7 +216,7 @@ class Kind(Generic[Value_co]):
     @overload
     def __get__(self, instance: Fields, owner: type, /) -> Value_co: ...
     def __get__(self, instance: Fields | None, owner: type, /) -> object:
-        # For type checkers: what was read has values of its own, which Python finds before this.
+        # This is for type checkers. An instance has values of its own, which Python finds first.
         return self
 
 
@@ -263,7 +276,7 @@ def _count(least: int, most: int | None, noun: str) -> str:
 
 
 class Bytes(Kind[bytes]):
-    """`least` to `most` bytes; without `most`, as many as there are."""
+    """`From `least` to `most` bytes; without `most`, any number from `least` on."""
 
     def __init__(self, *, least: int = 0, most: int | None = None) -> None:
         self._least = least
@@ -277,7 +290,7 @@ class Bytes(Kind[bytes]):
 
 
 class Text(Kind[str]):
-    """`least` to `most` characters; without `most`, as many as there are."""
+    """`From `least` to `most` characters; without `most`, any number from `least` on."""
 
     def __init__(self, *, least: int = 0, most: int | None = None) -> None:
         self._least = least
@@ -309,7 +322,7 @@ class OneOf(Kind[T]):
 
 
 class OrNone(Kind[T | None]):
-    """What `kind` is, or None."""
+    """A value of `kind`, or None."""
 
     def __init__(self, kind: Kind[T]) -> None:
         self._kind = kind
@@ -327,7 +340,7 @@ class OrNone(Kind[T | None]):
 
 
 class OrMissing(Kind[T | None]):
-    """For a field whose key may be missing, which reads as None; else what `kind` is."""
+    """A field of `kind` whose key may be missing. It is then read as None."""
 
     def __init__(self, kind: Kind[T]) -> None:
         self._kind = kind
@@ -338,7 +351,7 @@ class OrMissing(Kind[T | None]):
 
 
 class ListOf(Kind[list[T]]):
-    """A list with `least` to `most` entries, each of which is what `kind` is."""
+    """A list of `least` to `most` entries, all of `kind`."""
 
     def __init__(self, kind: Kind[T], *, least: int = 0, most: int = MOST_ENTRIES) -> None:
         self._kind = kind
@@ -358,7 +371,9 @@ class ListOf(Kind[list[T]]):
 
 
 def _demand_entries(checks: Iterable[Callable[[object], object]], items: list[object]) -> None:
-    """What is known to be wrong in `items` is looked for once more, to tell where it is."""
+    """One of `items` is known to be wrong. Find it, and raise a `Mismatch` that says where it
+    is.
+    """
     for number, (check, item) in enumerate(zip(checks, items, strict=False)):
         try:
             check(item)
@@ -370,7 +385,7 @@ Entries = TypeVar("Entries", bound=tuple[object, ...])
 
 
 class Row(Kind[Entries]):
-    """A list with one entry for each of `kinds`, in their order; reads as a tuple."""
+    """A list with one entry for each of `kinds`, in their order. It is read as a tuple."""
 
     @overload
     def __init__(self: Row[tuple[A, B]], a: Kind[A], b: Kind[B], /) -> None: ...
@@ -403,7 +418,7 @@ class Row(Kind[Entries]):
 
 
 class MappingOf(Kind[dict[str, T]]):
-    """A mapping with just these keys, where each value is what `kind` is."""
+    """A mapping with exactly these keys, and values of `kind`."""
 
     def __init__(self, keys: Collection[str], kind: Kind[T]) -> None:
         self._kinds = dict.fromkeys(keys, kind)
@@ -426,7 +441,7 @@ class _Mapping(Kind[Mapping[str, object]]):
 
 
 MAPPING: Final = _Mapping()
-"""A mapping whose contents somebody else checks."""
+"""A mapping whose contents are checked elsewhere."""
 
 
 class _Anything(Kind[object]):
@@ -437,7 +452,7 @@ class _Anything(Kind[object]):
 
 
 ANYTHING: Final = _Anything()
-"""Any value: somebody else checks it."""
+"""Any value. It is checked elsewhere."""
 
 
 def _demand_keys(
@@ -469,14 +484,15 @@ def _checked(value: Mapping[Any, object], kinds: Mapping[str, Kind[T]]) -> dict[
 
 
 class Fields:
-    """A mapping that was read and checked; a subclass declares its fields, see above.
+    """A mapping that was read and checked. A subclass declares its fields, as shown at the top.
 
-    A subclass is given the `version` of what it reads, the `error` to raise, and with
-    `ignores_more` leaves alone what it does not know: for what another version of avmm may send.
+    The arguments of a subclass are the `version` that it reads, the `error` that it raises, and
+    `ignores_more`, with which it ignores unknown keys, because another version of avmm may send
+    more.
     """
 
     version: ClassVar[int | None] = None
-    """What a mapping must have under the key "version"; None: there is no such key."""
+    """The value that a mapping must have under the key "version". None if there is no such key."""
     _kinds: ClassVar[Mapping[str, Kind[object]]] = {}
     _keys: ClassVar[Mapping[str, None]] = {}
     _may_lack: ClassVar[frozenset[str]] = frozenset()
@@ -510,7 +526,7 @@ class Fields:
 
     @classmethod
     def plain(cls, /, **values: object) -> dict[str, object]:
-        """The mapping that has these values in its fields, and the version."""
+        """The mapping with these values in its fields, and with the version."""
         if values.keys() != cls._kinds.keys():
             lacking = cls._kinds.keys() - values.keys() - cls._may_lack
             if lacking or values.keys() - cls._kinds.keys():
@@ -521,8 +537,9 @@ class Fields:
     def read(cls, what: str, value: object, /, **narrower: Kind[object]) -> Self:
         """The fields of `value`, which messages call `what`.
 
-        `narrower` gives fields, by their names, a kind for this one time: a bound that is only
-        known now. Raises `StateError`, or the class's own `error`, where `value` is none of these.
+        `narrower` replaces the kinds of the fields with these names for this call, for bounds that
+        are only known now. Raises `StateError`, or the class's own `error`, if `value` does not
+        have these fields.
         """
         kinds = {**cls._kinds, **narrower} if narrower else cls._kinds
         try:
@@ -554,11 +571,13 @@ class Fields:
         return found
 
     def refusal(self, why: str) -> AvmmError:
-        """What to raise where the fields, each right by itself, are wrong together."""
+        """The error to raise if the fields do not fit together, although each one is right by
+        itself.
+        """
         return self._error(f"{self._what}: {why}")
 
     def wrong(self, name: str, expected: str) -> AvmmError:
-        """What to raise where the field `name` is not what was `expected`."""
+        """The error to raise if the field `name` is not what was `expected`."""
         return self.refusal(f"{name} is {shown(getattr(self, name))}, expected {expected}")
 
 
@@ -566,12 +585,12 @@ F = TypeVar("F", bound=Fields)
 
 
 class Nested(Kind[F]):
-    """A mapping with the fields of a class of its own, which messages call `what`: "a disk"."""
+    """A mapping that is read by a class of its own. Messages call it `what`, like "a disk"."""
 
     def __init__(self, fields: type[F], what: str) -> None:
         self._fields = fields
         self._what = what
-        self.expected = f"a mapping that tells of {what}"
+        self.expected = f"a mapping that describes {what}"
 
     def check(self, value: object) -> F:
         if not isinstance(value, Mapping):

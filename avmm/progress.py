@@ -1,4 +1,4 @@
-"""How far a snapshot or a migration is, and what it has taken: what users are told, plain data."""
+"""Plain data for users: the progress of a snapshot or a migration, and what a migration cost."""
 
 from __future__ import annotations
 
@@ -7,44 +7,46 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SnapshotProgress:
-    """How far a snapshot is; `Machine.snapshot` tells it before each piece that is written."""
+    """How far a snapshot is. `Machine.snapshot` reports it before it writes each piece."""
 
     round: int
     """The round of copying, from 1. The guest stands still for the last one."""
     pages_left: int
-    """What of this round is left to write, in pages of 4096 bytes."""
+    """Pages of 4096 bytes that are left to write in this round."""
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationProgress:
-    """How far a migration is; `Machine.migrate` tells it some ten times a second."""
+    """How far a migration is. `Machine.migrate` reports it about ten times a second."""
 
     round: int
     """The round of copying, from 1. The guest stands still for the last one."""
     pages_sent: int
-    """What of this round was sent, in pages of 4096 bytes."""
+    """Pages of 4096 bytes that were sent in this round."""
     pages_left: int
-    """What of this round is left to send, in pages."""
+    """Pages that are left to send in this round."""
     rate: float
-    """How fast the last round went over, in bytes a second; 0 in the first round."""
+    """How fast the last round was sent, in bytes per second; 0 in the first round."""
     dirty_rate: float
-    """How fast the guest wrote to its RAM during the last round, in bytes a second."""
+    """How fast the guest wrote to its RAM during the last round, in bytes per second."""
     expected_downtime: float
-    """How long sending `pages_left` takes at `rate`, in seconds; infinite where that is 0."""
+    """The seconds that sending `pages_left` takes at `rate`. Infinite if `rate` is 0."""
     throttle: float
-    """The share of its time that the guest is made to stand still, 0 to 1."""
+    """The share of its time for which the guest is made to stand still, from 0 to 1."""
     bytes_sent: int
-    """What was sent since the migration began, in bytes."""
+    """Bytes that were sent since the migration began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a migration has taken, as `Machine.migrate` returns it."""
+    """What a migration cost, as `Machine.migrate` returns it."""
 
     downtime: float
-    """From the guest's standstill here to the answer that it runs there, in seconds."""
+    """Seconds from the guest's standstill at the source to the answer that it runs at the
+    destination.
+    """
     total: float
-    """From the first byte to that answer, in seconds."""
+    """Seconds from the first byte to that answer."""
     bytes_sent: int
     rounds: int
-    """Rounds of copying, with that of the standstill."""
+    """Rounds of copying, including the one at the standstill."""

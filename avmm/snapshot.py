@@ -1,22 +1,24 @@
-"""A whole machine in a file, and back out of it. docs/snapshot-format.md tells the format.
+"""Writes a whole machine to a file, and reads it back. docs/snapshot-format.md specifies the
+format.
 
     await vm.snapshot("guest.snap")
 
     async with avmm.restore("guest.snap") as twin:      # now, or in another process
         ...
 
-**Writing** lets the guest run: RAM is copied into the file while the dirty log is open, round
-after round, until little is left; that and the state are taken at a standstill, and the guest runs
-on while the file is finished. It appears under its name only when it is whole and safe on the
-disk, so a crash at any byte leaves the one that was there before, or none.
+**Writing.** While the guest runs, RAM is copied into the file in rounds, and the dirty log records
+what the guest writes meanwhile, until little is left. The rest and the state are saved while the
+guest stands still. The guest runs on while the file is finished. The file appears under its name
+only when it is complete and safe on disk, so a crash at any byte leaves the file that was there
+before, or none.
 
-**Reading** maps RAM out of the file copy-on-write and lets the guest run at once; pages come when
-they are touched. The file must stay as it is meanwhile (it is locked; to replace it by a newer
-snapshot is no change). All but RAM is checked against its checksum on opening, RAM only where
-`verify` asks for it, since that means to read all of it.
+**Reading.** RAM is mapped from the file copy-on-write, and the guest runs at once; pages are read
+when they are touched. The file must not change meanwhile. It is locked. Replacing it with a newer
+snapshot does not change it. On opening, everything except RAM is checked against its checksum. RAM
+is checked only if `verify` asks for it, because that means reading all of it.
 
-A snapshot is hostile input: its lengths are held against the file's own before anything is made
-of them, and no path in it is opened (`avmm.parts.description`).
+A snapshot is hostile input: its lengths are compared with the file's size before anything is
+allocated for them, and no path in it is opened (`avmm.parts.description`).
 """
 
 from __future__ import annotations
@@ -61,16 +63,17 @@ HEADER_BYTES: Final = 4096
 CHUNK: Final = 2 << 20
 """Bytes of RAM that have a checksum of their own."""
 ROUNDS: Final = 4
-"""Times that RAM is gone over before the guest is stopped; each is shorter than the last, unless
-the guest writes as fast as the file takes it."""
+"""The most rounds of copying. The last round is made while the guest stands still. Each round is
+shorter than the one before, unless the guest writes as fast as the file.
+"""
 _FEW_PAGES: Final = 2048
-"""So little is left for the standstill as soon as it can be."""
+"""When no more pages than this are left, they are copied while the guest stands still."""
 _HEADER: Final = struct.Struct("<8sII 9Q Q")
 _MOST_BODY: Final = 4 << 30
 
 
 class _Body(Fields, error=SnapshotError):
-    """All that is not RAM; read by `avmm.parts`."""
+    """Everything that is not RAM. `avmm.parts` reads it."""
 
     description = ANYTHING
     state = MAPPING
@@ -78,8 +81,9 @@ class _Body(Fields, error=SnapshotError):
 
 @dataclass(frozen=True)
 class Header:
-    """The file's first bytes: where its parts are, in bytes, and their checksums (XXH3, 64
-    bits)."""
+    """The beginning of the file: the offsets and lengths of its parts, in bytes, and their
+    checksums (XXH3, 64 bits).
+    """
 
     memory_offset: int
     memory_bytes: int
@@ -92,16 +96,20 @@ class Header:
     body_sum: int
 
     def pack(self) -> bytes:
-        """As it stands in the file."""
+        """The header as bytes, as they are in the file."""
         data = _HEADER.pack(MAGIC, VERSION, HEADER_BYTES, *astuple(self), 0)[:-8]
         data += xxhash.xxh3_64_intdigest(data).to_bytes(8, "little")
         return data.ljust(HEADER_BYTES, b"\0")
 
     @classmethod
     def unpack(cls, data: bytes, file_bytes: int, name: str) -> Header:
-        """Raises `SnapshotError` where it is no header of a file of so many bytes."""
+        """Parse a header. Raises `SnapshotError` if it is not the header of a file with
+        `file_bytes` bytes.
+        """
         if data[: len(MAGIC)] != MAGIC:
-            raise SnapshotError(f"snapshot {name}: it is none: it does not begin with {MAGIC!r}")
+            raise SnapshotError(
+                f"snapshot {name}: this is not a snapshot: it does not begin with {MAGIC!r}"
+            )
         if len(data) < HEADER_BYTES:
             raise SnapshotError(f"snapshot {name}: it is cut off within its header")
         _, version, length, *fields, total = _HEADER.unpack_from(data)
@@ -115,7 +123,7 @@ class Header:
         if header.file_bytes != file_bytes:
             raise SnapshotError(
                 f"snapshot {name}: it is {file_bytes} bytes long, expected {header.file_bytes}: "
-                "it is cut off, or was not written to its end"
+                "it was cut off, or not written completely"
             )
         chunks = -(-header.memory_bytes // CHUNK)
         parts = (
@@ -130,7 +138,9 @@ class Header:
             or not 0 < header.body_bytes <= _MOST_BODY
             or any(start < HEADER_BYTES or start + size > file_bytes for start, size in parts)
         ):
-            raise SnapshotError(f"snapshot {name}: its header tells of parts that cannot be")
+            raise SnapshotError(
+                f"snapshot {name}: its header describes parts that cannot be in this file"
+            )
         return header
 
 
@@ -178,7 +188,7 @@ async def write(
 
 
 class _Writer:
-    """Fills the file, in threads, one at a time. Raises `SnapshotError`."""
+    """Fills the file. Each call runs in a thread, one after the other. Raises `SnapshotError`."""
 
     def __init__(self, fd: int, memory: GuestMemory, target: Path) -> None:
         self._fd = fd
@@ -189,15 +199,16 @@ class _Writer:
     async def copy(
         self, left: Bitmap, tell: Callable[[], object], *, skip_zeros: bool = False
     ) -> None:
-        """Write these pages, and `tell` before each piece of them; `left` is empty then. A
-        cancellation waits for a piece to be done."""
+        """Write the pages in `left`, which is empty afterwards. Calls `tell` before each piece. A
+        cancellation waits until the current piece is written.
+        """
         self._packer.rewind()
         tell()
         while await self._in_thread(self._copy_some, left, skip_zeros):
             tell()
 
     async def finish(self, content: object) -> None:
-        """Add all that is not RAM, and put the whole where no loss of power takes it away."""
+        """Add everything except RAM, and make the file safe from a loss of power."""
         await self._in_thread(self._finish, await in_thread(encode, content))
 
     async def _in_thread(self, function: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
@@ -236,7 +247,7 @@ class _Writer:
             xxhash.xxh3_64_intdigest(sums),
             xxhash.xxh3_64_intdigest(body),
         )
-        os.fsync(self._fd)  # all before what makes it valid
+        os.fsync(self._fd)  # sync everything else before the header, which makes the file valid
         _write_fully(self._fd, memoryview(header.pack()), 0)
         os.fsync(self._fd)
 
@@ -250,9 +261,9 @@ def _write_fully(fd: int, data: memoryview, offset: int) -> None:
 def _sums(fd: int, offset: int, size: int) -> Iterator[int]:
     """The checksum of each chunk of RAM in the file; 0 for one that is zeros.
 
-    Whether these are a hole or not: programs that copy files make the one of the other. It is
-    read, not mapped: looking into a hole takes room where the file system is a tmpfs, and is a
-    SIGBUS where that is full.
+    That holds for holes and for written zeros alike, because programs that copy files turn one
+    into the other. The file is read, not mapped: on a tmpfs, touching a mapped hole takes memory,
+    and is a SIGBUS if the tmpfs is full.
     """
     buffer = memoryview(bytearray(min(CHUNK, size)))
     zeros = {length: xxhash.xxh3_64_intdigest(bytes(length)) for length in (CHUNK, size % CHUNK)}
@@ -277,7 +288,9 @@ def _is_hole(fd: int, offset: int, length: int) -> bool:
 
 @contextmanager
 def _errors_named(target: Path) -> Iterator[None]:
-    """Around what touches the file, and nothing else: a `PauseTimeout` is an `OSError`, too."""
+    """Use it only around code that touches the file, because a `PauseTimeout` is also an
+    `OSError`.
+    """
     try:
         yield
     except OSError as error:
@@ -286,9 +299,11 @@ def _errors_named(target: Path) -> Iterator[None]:
 
 @asynccontextmanager
 async def _replacement(target: Path, size: int) -> AsyncIterator[int]:
-    """A new file of that size, to be written in the block, which takes `target`'s place after it.
+    """A new file of `size` bytes, to be written inside the block. When the block ends, it takes
+    the place of `target`.
 
-    Cancelled, it leaves what was there before, and once the new one is to take its place, that.
+    If this is cancelled, the file that was there before stays, unless the replacement has begun:
+    then the new one takes its place.
     """
     if not target.name:
         raise SnapshotError(f"snapshot {target}: expected the name of a file")
@@ -306,10 +321,14 @@ async def _replacement(target: Path, size: int) -> AsyncIterator[int]:
 def _create(target: Path, partial_path: Path, size: int) -> int:
     with suppress(FileNotFoundError):
         mode = target.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder, renaming refuses
-            raise SnapshotError(f"snapshot {target}: expected no device, pipe or socket there")
+        # A folder is not refused here: renaming a file over it fails by itself.
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise SnapshotError(
+                f"snapshot {target}: expected a regular file or nothing there, not a device, "
+                "pipe or socket"
+            )
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(partial_path, flags, 0o600)  # it holds all that the guest knows
+    fd = os.open(partial_path, flags, 0o600)  # it contains the guest's secrets
     try:
         os.ftruncate(fd, size)
     except BaseException:
@@ -342,9 +361,9 @@ class Snapshot:
     description: object
     state: Mapping[str, object]
     open_memory: Callable[[RamLayout], GuestMemory]
-    """Maps its RAM, once, and closes the file."""
+    """Maps its RAM and closes the file. Call it only once."""
     close: Callable[[], None]
-    """Closes the file where nobody is to map it."""
+    """Closes the file, if RAM is not going to be mapped."""
 
 
 def read(
@@ -353,10 +372,12 @@ def read(
     verify: bool = False,
     on_chunk: Callable[[], object] = lambda: None,
 ) -> Snapshot:
-    """Open a snapshot. Raises `SnapshotError` where it cannot be read, or is none, or damaged.
+    """Open a snapshot. Raises `SnapshotError` if it cannot be read, is not a snapshot, or is
+    damaged.
 
-    Blocks; with `verify` as long as reading all of it takes. `on_chunk` is called meanwhile again
-    and again, and what it raises ends that.
+    Blocks for some milliseconds; with `verify`, for as long as it takes to read the whole file.
+    With `verify` it calls `on_chunk` again and again, and an error that `on_chunk` raises ends the
+    reading.
     """
     name = os.fspath(path)
     with ExitStack() as stack:
@@ -376,7 +397,9 @@ def read(
 
 
 def _body(file: BinaryIO, header: Header, name: str) -> _Body:
-    """What is in it. It is not copied: a file of holes may be long and hold nothing."""
+    """The decoded body. Its bytes are not copied first, because a file of holes may be long and
+    contain nothing.
+    """
     start = header.body_offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     end = header.body_offset + header.body_bytes
     with (
@@ -394,7 +417,7 @@ def _body(file: BinaryIO, header: Header, name: str) -> _Body:
 
 def _demand_sum(data: bytes | memoryview, expected: int, name: str) -> None:
     if xxhash.xxh3_64_intdigest(data) != expected:
-        raise SnapshotError(f"snapshot {name}: it is damaged: a checksum does not fit")
+        raise SnapshotError(f"snapshot {name}: it is damaged: a checksum is wrong")
 
 
 def _verify(file: BinaryIO, header: Header, name: str, on_chunk: Callable[[], object]) -> None:

@@ -1,21 +1,20 @@
-"""Threads for what may block: files, a guest's memory, and KVM where it waits for the kernel.
+"""Threads for calls that may block: on files, on a guest's memory, and in KVM.
 
 Nothing that may take longer than a millisecond runs in trio's thread, because every other task of
 the program would wait for it. It goes through `in_thread` instead. vCPUs (`avmm.loop`) and
 requests of disks (`avmm.disks.pool`) have threads of their own.
 
-**The limiter is avmm's own.** Users fill trio's default one with whatever they like to do in
-threads. A pause or a snapshot that had to wait for their threads would keep the guest stopped.
+**The limiter is avmm's own.** A program may fill trio's default limiter with its own threads. A
+pause or a snapshot that had to wait for these would keep the guest stopped.
 
 **Cancelling.** Until the call has begun, cancelling prevents it. A call that has begun runs to its
 end, and its result is returned: the cancellation is delivered at the next checkpoint. So a
-function that opens something always gets to give it to its caller.
+function that opens something can always hand it to its caller.
 
-**What a thread holds.** Its function and arguments are let go of in the thread, before the caller
-goes on, and so are the frames of an expected error (`AvmmError`, `OSError`). They may know views
-of guest memory, and trio keeps an error that leaves a thread in a reference circle: the memory
-would stay mapped until the garbage collector comes round. Errors that nobody expects keep their
-traceback.
+**What a thread holds.** The thread drops its function, its arguments and the frames of an expected
+error (`AvmmError`, `OSError`) before the caller goes on. They may refer to views of guest memory,
+and trio keeps an error that leaves a thread in a reference circle: the memory would stay mapped
+until the garbage collector runs. Unexpected errors keep their traceback.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ _Result = TypeVar("_Result")
 _Args = TypeVarTuple("_Args")
 
 MOST: Final = 64
-"""How many such calls run at the same time in one run of trio; others wait for their turn."""
+"""The most calls that run at the same time in one run of trio. Others wait for their turn."""
 _limiters: Final[trio.lowlevel.RunVar[trio.CapacityLimiter]] = trio.lowlevel.RunVar(
     "avmm's threads"
 )
 
 
 async def in_thread(function: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
-    """Call `function(*args)` in a thread, and return or raise what it does.
+    """Call `function(*args)` in a thread. Returns what it returns, and raises what it raises.
 
-    Raises `AvmmError` where the system has no thread to give. For cancelling see the top of this
-    file.
+    Also raises `AvmmError` if the system cannot start a thread. The top of this file says what
+    cancelling does.
     """
     job = [(function, args)]
     del function, args
@@ -51,13 +50,14 @@ async def in_thread(function: Callable[[*_Args], _Result], *args: *_Args) -> _Re
     except RuntimeError as error:
         if not job:
             raise  # the function's own
-        raise AvmmError(f"the system has no thread to give: {error}") from None
+        raise AvmmError(f"the system cannot start another thread: {error}") from None
 
 
 async def in_thread_shielded(function: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
-    """`in_thread` for what has to be done even while the caller is cancelled, such as closing.
+    """`Like `in_thread`, for work that must be done even if the caller is cancelled, such as
+    closing.
 
-    Where the system has no thread to give, the call is made in trio's thread.
+    If the system cannot start a thread, the call is made in trio's thread.
     """
     job = [(function, args)]
     del function, args
@@ -91,7 +91,7 @@ def _work(
 
 
 def _drop_frames(error: BaseException | None) -> None:
-    """Forget where an error was raised, and all those that it was raised from."""
+    """Drop the traceback of an error, and of all errors that led to it."""
     known: set[int] = set()
     left = [error]
     while left:

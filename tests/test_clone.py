@@ -47,7 +47,9 @@ async def test_each_has_a_disk_of_its_own(tmp_path: Path) -> None:
     disk = f"{image},overlay"
     async with avmm.Machine(memory="8M", disks=[disk]) as vm:
         await greeted(vm)
-        with pytest.raises(ConfigError, match=r"disks.*which file each of them is here, not 0"):
+        with pytest.raises(
+            ConfigError, match=r"expected disks to name a file here for each of them, got 0"
+        ):
             async with vm.clone():
                 pytest.fail("it has no disk")
         async with vm.clone(disks=[disk]) as twin:

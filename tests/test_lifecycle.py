@@ -335,7 +335,7 @@ class TooWide(Null):
     ("place", "message"),
     [
         (Null(), "is not placed"),
-        (avmm.pio(Null(), 0x20, 2), "overlaps the PIC at 0x20-0x21, which is in the kernel"),
+        (avmm.pio(Null(), 0x20, 2), "overlaps the PIC at 0x20-0x21, where the kernel answers"),
         (avmm.pio(Null(), 0x42, 1), "overlaps the PIT"),
         (avmm.mmio(Null(), 0xFEE0_0000, 4096), "overlaps the LAPIC"),
         (avmm.mmio(TooWide(), ADDRESS, 4), "max_width 3, expected 1, 2, 4 or 8"),

@@ -88,17 +88,17 @@ def test_a_size_may_be_written_as_people_do(text: int | str, size: int) -> None:
 def test_what_is_no_size_is_refused_by_its_text(text: object) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_size(text)  # type: ignore[arg-type]
-    assert str(caught.value).startswith(f"{text!r} is no size: expected")
+    assert str(caught.value).startswith(f"{text!r} is not a size: expected")
 
 
 @pytest.mark.parametrize("text", ["1\u212a", "9" * 5000], ids=["kelvin sign", "5000 digits"])
 def test_a_strange_size_is_refused_as_any_other(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size"):
+    with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
 
 
 def test_what_a_size_is_of_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"^most_memory 'x' is no size: expected"):
+    with pytest.raises(ConfigError, match=r"^most_memory 'x' is not a size: expected"):
         parse_size("x", "most_memory")
 
 
@@ -201,8 +201,12 @@ def test_a_disk_may_be_a_table(table: dict[str, object], options: DiskOptions) -
 @pytest.mark.parametrize(
     ("table", "why"),
     [
-        ({}, "expected FILE, and after commas ro, overlay or serial=NAME, like 'root.img,over"),
-        ({"ro": True}, "expected FILE, and after commas"),
+        (
+            {},
+            "expected FILE, followed by ro, overlay or serial=NAME after commas, "
+            "like 'root.img,over",
+        ),
+        ({"ro": True}, "expected FILE, followed by"),
         ({"file": 5}, "disk file 5: expected a path"),
         ({"file": "a", "read_only": True}, "'read_only' is unknown; expected FILE"),
         ({"file": "a", "ro": 1}, "disk a: ro 1: expected true or false"),

@@ -74,7 +74,7 @@ def test_any_bytes_are_plain_data_or_refused_by_name(data: bytes) -> None:
     try:
         value = decode(data, "the thing")
     except StateError as error:
-        assert str(error).startswith("the thing is damaged, or none: ")
+        assert str(error).startswith("the thing is damaged or not valid: ")
         assert not str(error).endswith(": ")
     else:
         assert same(decode(encode(value), "it"), value) or "nan" in repr(value)
@@ -111,7 +111,7 @@ HOSTILE = {
 def test_hostile_bytes_are_refused_and_take_no_memory(data: bytes) -> None:
     tracemalloc.start()
     try:
-        with pytest.raises(StateError, match=r"it is damaged, or none: ."):
+        with pytest.raises(StateError, match=r"it is damaged or not valid: ."):
             decode(data, "it")
         _, most = tracemalloc.get_traced_memory()
     finally:
@@ -275,7 +275,10 @@ HUGE = 1 << 100_000
             "leaf[3] is 0x100000000, expected a number from 0 to 42949",
         ),
         ({"maybe": -1}, "maybe is -1, expected a number from 0 to 65535 or None"),
-        ({"disks": [{"name": "x", "size": 0}, 5]}, "disks[1] is 5, expected a mapping that tells"),
+        (
+            {"disks": [{"name": "x", "size": 0}, 5]},
+            "disks[1] is 5, expected a mapping that describes",
+        ),
         ({"disks": [{"name": "x"}]}, "disks[0] lacks size, expected the keys name, size"),
         ({"disks": [{"name": 1, "size": 0}]}, "disks[0].name is 1, expected text of 0 to 8 char"),
         ({"flags": {"a": True}}, "flags lacks b, expected the keys a, b"),

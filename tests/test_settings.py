@@ -244,7 +244,7 @@ def test_mypy_takes_what_a_setting_takes_and_what_it_is_kept_as(tmp_path: Path) 
 async def test_a_setting_that_is_unknown_is_not_one_that_the_guest_has_seen(
     tmp_path: Path,
 ) -> None:
-    unknown = "^unknown setting 'memroy'; known here are disks, net, vsock, unclaimed, "
+    unknown = "^unknown setting 'memroy'; expected one of disks, net, vsock, unclaimed, "
     seen = "^memory: the guest has seen it; it cannot be changed$"
     async with avmm.Machine(memory="4M") as vm:
         await vm.snapshot(tmp_path / "snap")

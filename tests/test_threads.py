@@ -142,7 +142,7 @@ async def test_a_system_without_threads(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(trio.to_thread, "run_sync", refuse)
-    with pytest.raises(AvmmError, match="no thread to give: can't start new thread"):
+    with pytest.raises(AvmmError, match="cannot start another thread: can't start new thread"):
         await in_thread(threading.get_ident)
     assert await in_thread_shielded(threading.get_ident) == threading.get_ident()
 

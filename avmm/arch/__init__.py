@@ -1,7 +1,7 @@
-"""The architectures: what differs between guests of one kind of processor and of another.
+"""The architectures: everything that differs between guests of different kinds of processor.
 
-`contract` says what an architecture must tell; each is a folder beside it. To add one, write the
-folder and add its line to `_KNOWN`.
+`contract` says what an architecture must provide. Each architecture is a folder beside it. To add
+one, write the folder and add its line to `_KNOWN`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from avmm.errors import AvmmError
 _KNOWN: Final = {
     "x86_64": "avmm.arch.x86_64.architecture",
 }
-"""By the name that `uname -m` gives the host: the module that holds its `ARCHITECTURE`."""
+"""For each name that `uname -m` may print, the module that holds the `ARCHITECTURE`."""
 
 
 def host() -> Architecture:
-    """The architecture of this host, which KVM runs guests of.
+    """The architecture of this host. KVM runs guests of the same architecture.
 
-    Raises `AvmmError` where avmm knows none for it.
+    Raises `AvmmError` if avmm does not support it.
     """
     name = platform.machine()
     if name not in _KNOWN:
         raise AvmmError(
-            f"this host is a machine of type {name!r}: avmm runs guests on {', '.join(_KNOWN)}"
+            f"this host is a machine of type {name!r}; avmm runs guests only on "
+            f"{', '.join(_KNOWN)}"
         )
     found: Architecture = import_module(_KNOWN[name]).ARCHITECTURE
     return found

@@ -1,21 +1,23 @@
-"""The contract of an architecture: all that avmm must know of a kind of processor and its board.
+"""The contract of an architecture: everything that avmm must know about a kind of processor and
+its board.
 
-Whatever runs a guest goes through an `Architecture` for these questions, and names no processor:
+All code that runs a guest asks an `Architecture` these questions, and names no processor itself:
 
 - **Where things are.** RAM and its holes, the address spaces in which devices can be placed, the
-  ranges where KVM answers by itself, the interrupt pins, and the room for virtio devices.
+  ranges in which KVM itself answers, the interrupt pins, and the room for virtio devices.
 - **What the board has.** The devices that a guest expects to find, each with its place.
-- **How a guest starts.** The image goes into memory, with what tells the guest of its devices; the
-  VM gets its interrupt controllers; each vCPU is set up for the way in which it is entered.
-- **What leaves the guest.** The exit reasons that KVM can give on this architecture, and which of
-  them have to be asked for.
-- **What is state.** A vCPU and a VM are saved and loaded in an order whose reasons stand above the
-  code that obeys them, and a host can be asked beforehand whether it has what a guest needs.
+- **How a guest starts.** The image goes into memory, together with a description of the devices
+  for the guest. The VM gets its interrupt controllers. Each vCPU is set up for the way in which it
+  starts.
+- **What leaves the guest.** The exit reasons that avmm serves on this architecture, and which of
+  them KVM has to be asked for.
+- **What is state.** A vCPU and a VM are saved and loaded in a certain order, and the code says
+  why. A host can be asked beforehand whether it has what a guest needs.
 - **What an error shows.** A vCPU's registers and the instruction at which it stands.
 
-Methods block: most of them make ioctls, `load_image` reads files. None of them is called in trio's
-thread, except `board` and those that say so. None keeps anything between two calls but what is
-the same for every guest of a host.
+Methods block: most of them make ioctls, and `load_image` reads files. So they are not called in
+trio's thread, except `board` and those that say so. They keep nothing between two calls except
+facts that are the same for all guests of a host.
 """
 
 from __future__ import annotations
@@ -49,8 +51,9 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class KernelRange:
-    """A range in which KVM answers by itself, so that a device there would never be called: from
-    `first` to `last`, which belongs to it."""
+    """A range from `first` to `last`, both included, in which KVM itself answers. A device there
+    would never be called.
+    """
 
     space: str
     first: int
@@ -60,8 +63,9 @@ class KernelRange:
 
 @dataclass(frozen=True, slots=True)
 class VirtioRoom:
-    """Where virtio devices go that have no place of their own: the next free window, which begins
-    at one of `bases`, and the next free interrupt of `interrupts`."""
+    """The room for virtio devices without a place of their own. Each gets the next free window,
+    which begins at one of `bases`, and the next free one of `interrupts`.
+    """
 
     bases: range
     interrupts: tuple[int, ...]
@@ -69,17 +73,17 @@ class VirtioRoom:
 
 @dataclass(frozen=True, slots=True)
 class BoardOptions:
-    """What a user can say about the board."""
+    """The user's choices for the board."""
 
     cpus: int
     acpi: bool
     debug_exit: int | None
-    """The port of QEMU's isa-debug-exit; None: there is none."""
+    """The port of QEMU's isa-debug-exit; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """The devices that a guest expects to find: `serial` is the one that its console is on."""
+    """The devices that a guest expects to find. Its console is on `serial`."""
 
     serial: Serial
     places: list[Placement]
@@ -87,7 +91,7 @@ class Board:
 
 @dataclass(frozen=True, slots=True)
 class GuestImage:
-    """What is to be loaded, and how: see the settings of these names."""
+    """What to load, and how. The settings of the same names explain the fields."""
 
     kernel: Path
     cmdline: str
@@ -98,34 +102,35 @@ class GuestImage:
     protocol: Protocol
     acpi: bool
     is_bundled: bool
-    """Is it a guest of avmm's own? These read no tables of firmware."""
+    """Is it one of avmm's bundled guests? These do not read firmware tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A guest of one instruction, for `avmm doctor --completion`: its machine code, and the
-    registers that it starts with."""
+    """A guest of one instruction, for `avmm doctor --completion`: its machine code, and the values
+    of registers with which it starts.
+    """
 
     name: str
     code: bytes
     registers: Mapping[str, int] = field(default_factory=dict)
     capability: Capability | None = None
-    """What KVM must offer for it."""
+    """The capability that KVM must offer for it."""
     xen: bool = False
-    """Are hypercalls Xen's?"""
+    """Are its hypercalls Xen's?"""
 
 
 class Architecture(ABC):
     """One architecture and the board that its guests run on. See the top of this file."""
 
     name: str
-    """As `uname -m` has it."""
+    """The name that `uname -m` prints."""
 
     # -- where things are ------------------------------------------------------------------
 
     ram: RamLayout
     spaces: Mapping[str, Space]
-    """The address spaces by the names that `Placement.space` has."""
+    """The address spaces, by the names that `Placement.space` uses."""
     in_kernel: Sequence[KernelRange]
     pins: Pins
     virtio: VirtioRoom
@@ -138,8 +143,9 @@ class Architecture(ABC):
     def board(
         self, options: BoardOptions, memory_size: int, end: Callable[[Outcome], None]
     ) -> Board:
-        """Make the board's own devices; `end` is what a device calls, in a vCPU's thread, by which
-        the guest ends the run. Does not block. Raises `ConfigError`."""
+        """Make the board's own devices. Devices through which the guest ends the run call `end`,
+        in a vCPU's thread. Does not block. Raises `ConfigError`.
+        """
 
     # -- how a guest starts --------------------------------------------------------------------
 
@@ -147,14 +153,16 @@ class Architecture(ABC):
     def load_image(
         self, memory: GuestMemory, image: GuestImage, devices: Sequence[Placement]
     ) -> Entry:
-        """Load the image into fresh memory, with what tells the guest of all `devices`: the
-        board's, then the user's. Raises `ImageError` and `ConfigError`; memory is of no use
-        then."""
+        """Load the image into fresh memory, together with a description of all `devices` for the
+        guest: the board's first, then the user's. Raises `ImageError` and `ConfigError`; do not
+        use the memory any further then.
+        """
 
     @abstractmethod
     def create_vm(self, system: System) -> Vm:
-        """A VM with its interrupt controllers and timers, without memory. Raises `KvmError`, and
-        leaves nothing open then."""
+        """A VM with its interrupt controllers and timers, but without memory. If it raises
+        `KvmError`, it leaves nothing open.
+        """
 
     @abstractmethod
     def set_up(self, system: System, vcpus: Sequence[Vcpu], entry: Entry) -> None:
@@ -163,37 +171,41 @@ class Architecture(ABC):
     # -- what leaves the guest ----------------------------------------------------------------
 
     exit_reasons: frozenset[int]
-    """The exits that are served here (`KVM_EXIT_*`); any other one is an error of the vCPU's."""
+    """The exits that are served here (`KVM_EXIT_*`). Any other exit is an error of the vCPU."""
 
     @abstractmethod
     def enable_exits(
         self, vm: Vm, devices: Sequence[Placement], *, xen: bool, has_calls: bool
     ) -> None:
-        """Ask KVM for the exits that do not come by themselves, only where somebody answers them:
-        registers of the processor that `devices` stand for, and hypercalls (Xen's, with `xen`).
+        """Ask KVM for the exits that it only makes on request, if somebody answers them: accesses
+        to processor registers that `devices` answer for, and hypercalls (Xen's, with `xen`).
 
-        Raises `ConfigError` where this host's KVM cannot hand them over.
+        Raises `ConfigError` if this host's KVM cannot make these exits.
         """
 
     # -- what is state ---------------------------------------------------------------------------
 
     @abstractmethod
     def needs(self, system: System, vcpu: Vcpu) -> dict[str, Any]:
-        """What a host must have for this vCPU, as far as that is known before there is a state."""
+        """What a host must have to run this vCPU, as far as it is known before the vCPU's state is
+        read.
+        """
 
     @abstractmethod
     def needs_of(self, system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The `needs` of a vCPU that has just been loaded with `state`, which costs less than to
-        ask KVM again."""
+        """The `needs` of a vCPU that has just been loaded with `state`. This is cheaper than
+        asking KVM again.
+        """
 
     @abstractmethod
     def demand(self, system: System, vcpu: Vcpu, needs: Mapping[str, Any]) -> None:
-        """Raise `StateError` where this host lacks something of `needs`, which are hostile; `vcpu`
-        is a fresh one."""
+        """Raise `StateError` if this host lacks something in `needs`, which is hostile input.
+        `vcpu` must be fresh.
+        """
 
     @abstractmethod
     def clock_khz(self, needs: Mapping[str, Any]) -> int:
-        """The frequency of the guest's own counter, in kHz, out of its `needs`."""
+        """The frequency of the guest's own counter in kHz, taken from its `needs`."""
 
     @abstractmethod
     def save_vcpu(self, system: System, vcpu: Vcpu) -> dict[str, Any]:
@@ -201,34 +213,40 @@ class Architecture(ABC):
 
     @abstractmethod
     def save_vm(self, vm: Vm) -> dict[str, Any]:
-        """The state that belongs to no vCPU, with all vCPUs parked and all devices quiesced."""
+        """The state of the VM that belongs to no vCPU. Call it while all vCPUs are parked and all
+        devices are quiesced.
+        """
 
     @abstractmethod
     def load_vm(self, vm: Vm, state: object) -> None:
-        """Give a fresh VM what `save_vm` gave, before its vCPUs get theirs. Hostile input: raises
-        `StateError`."""
+        """Give a fresh VM what `save_vm` returned. Call it before the vCPUs get their states. The
+        state is hostile input: raises `StateError`.
+        """
 
     @abstractmethod
     def load_vcpus(self, system: System, vcpus: Sequence[Vcpu], states: Sequence[Any]) -> None:
-        """Give fresh vCPUs what `save_vcpu` gave, and set their clocks going together. Hostile
-        input: raises `StateError`, also where this host lacks what a state needs."""
+        """Give fresh vCPUs what `save_vcpu` returned, and start their clocks together. The states
+        are hostile input: raises `StateError`, also if this host lacks something that they need.
+        """
 
     # -- what an error shows ------------------------------------------------------------------
 
     @abstractmethod
     def registers(self, vcpu: Vcpu, memory: GuestMemory) -> str:
-        """Registers and the instruction, as lines of text for a person; only while the vCPU is not
-        inside `KVM_RUN`. Any thread."""
+        """The registers and the instruction, as lines of text for people. Call it only while the
+        vCPU is not inside `KVM_RUN`. May be called in any thread.
+        """
 
     # -- for experiments -----------------------------------------------------------------------
 
     @abstractmethod
     def probes(self, origin: int, port: int, window: int, register: int) -> list[Probe]:
-        """Guests of one instruction, loaded at `origin`, for each way in which an access leaves
-        the guest: at an I/O port, in a window of MMIO of two pages, at a register of the
-        processor, and by hypercalls. Raises `KvmUnavailable`."""
+        """Guests of one instruction, loaded at `origin`. There is one for each kind of access that
+        leaves the guest: to the I/O port `port`, to the two pages of MMIO at `window`, to the
+        processor's register `register`, and by hypercalls. Raises `KvmUnavailable`.
+        """
 
     probe_names: Sequence[str]
-    """The names of all probes, also where there is no KVM."""
+    """The names of all probes. They are known even if there is no KVM."""
     probe_end: bytes
-    """The machine code by which such a guest says what it got, and ends."""
+    """The machine code with which such a guest reports the value that it got, and ends the run."""

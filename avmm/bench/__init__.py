@@ -1,1 +1,1 @@
-"""Measurements, each against a baseline that is taken in turn in the same run."""
+"""Measurements. Each is compared with a baseline that is measured in the same run, in turn."""

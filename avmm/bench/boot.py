@@ -1,7 +1,7 @@
 """How long a guest takes from start to its own end: `avmm run` against QEMU's microvm.
 
 Both are started as commands, in turn, with the same kernel, initrd, command line and memory, and
-timed to their exit; QEMU's microvm is the machine of its that starts fastest.
+are timed until they exit. Of QEMU's machines, microvm starts the fastest.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def measure(
     rounds: int,
     progress: Callable[[], None],
 ) -> list[BenchRow]:
-    """One row: medians over `rounds`, and the median of the rounds' own ratios.
+    """Return one row, with medians over `rounds` and the median of the rounds' own ratios.
 
-    `progress` is called at each of `steps(rounds)` steps. Raises `ConfigError` where there is no
-    QEMU, `AvmmError` where either ends with another status than 0.
+    `progress` is called at each of `steps(rounds)` steps. Raises `ConfigError` if QEMU is not
+    installed, and `AvmmError` if either of the two ends with a status other than 0.
     """
     if shutil.which(QEMU) is None:
         raise ConfigError(f"{QEMU} is not installed (Debian: apt-get install qemu-system-x86)")

@@ -1,9 +1,10 @@
-"""What an exit costs: avmm's ways to serve one, against a loop in C that does nothing else.
+"""What an exit costs: each of avmm's ways to serve one, compared with a loop in C that does
+nothing else.
 
-The bundled guest `exits` measures itself with the TSC, so the figures hold nothing of the
-start. In each round every way is measured once, the C loop first; what is reported are medians
-over the rounds, and the ratio is the median of the rounds' own ratios, because on a busy
-machine rounds differ by more than ways do.
+The bundled guest `exits` measures itself with the TSC, so the figures do not include starting it.
+Each round measures every way once, the C loop first. The report gives medians over the rounds. The
+ratio is the median of the rounds' own ratios, because on a busy machine rounds differ more than
+ways do.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class AtOnce(Device):
 
 
 class InTask(Device):
-    """Answers in a trio task, without waiting for anything there."""
+    """Answers in a trio task that waits for nothing."""
 
     async def write(self, offset: int, size: int, value: int) -> None:
         return None
 
 
 class Awaiting(Device):
-    """Answers in a trio task after one round of trio's scheduler."""
+    """Answers in a trio task that first waits for one round of trio's scheduler."""
 
     async def write(self, offset: int, size: int, value: int) -> None:
         await trio.lowlevel.checkpoint()
@@ -114,8 +115,8 @@ def _place(kind: str, device: Device) -> Placement:
 
 
 def _microseconds(output: bytes, khz: int) -> float:
-    """An exit's time from the guest's result line."""
+    """The time of one exit in microseconds, from the guest's result line."""
     match = re.search(rb"exits .*\bcount=(\d+) .*\bcycles=(\d+)", output)
     if match is None:
-        raise AvmmError(f"the guest 'exits' gave no result but {output!r}")
+        raise AvmmError(f"the guest 'exits' printed no result, only {output!r}")
     return int(match[2]) / int(match[1]) / khz * 1000

@@ -1,11 +1,13 @@
-"""What a live migration takes, in all and in downtime, against QEMU's microvm with the same guest.
+"""The total time and the downtime of a live migration, compared with QEMU's microvm and the same
+guest.
 
 Both move the bundled shell between two processes over a unix socket, each as fast as it goes, with
 the same downtime allowed. The guest has written to all of its RAM, so no page is zero; it then
 does nothing, or goes on writing pages. Afterwards it must answer on its console.
 
-Downtime is from the vCPUs' stop at the source to their start at the destination: QEMU's events
-STOP and RESUME tell it more exactly than its `query-migrate`, in whole milliseconds.
+Downtime is the time from the stop of the vCPUs at the source to their start at the destination.
+QEMU's events STOP and RESUME give it more exactly than its `query-migrate`, which counts whole
+milliseconds.
 """
 
 from __future__ import annotations
@@ -32,24 +34,27 @@ from avmm.machine import Machine
 from avmm.transfer.transports import connect
 
 RATES: Final = (0, 200)
-"""MiB of pages a second that the guest writes to meanwhile."""
+"""How much the guest writes meanwhile, as MiB of pages per second."""
 TARGET_DOWNTIME: Final = 0.1
 _WARM_SECONDS: Final = 0.5
-"""How long it has been writing when the migration begins."""
+"""How long the guest writes before the migration begins."""
 _ENOUGH: Final = 0.4
-"""As much of the rate must it have reached, standstill and first touches of pages included."""
+"""The guest must have reached this share of the rate, counting its standstill and its first touch
+of each page.
+"""
 _Measured = tuple[float, float, float]
-"""Total and downtime, in microseconds, and how fast the guest has written, in MiB a second."""
+"""Total time and downtime in microseconds, and how fast the guest wrote, in MiB per second."""
 
 
 async def measure(
     memory: int, rounds: int, progress: Callable[[], None]
 ) -> list[BenchRow | SpeedRow]:
-    """Two rows a rate: medians over the rounds, and the median of the rounds' own ratios. And how
-    fast the guest has written, from before its migration to after it.
+    """For each rate, two rows of medians over the rounds with the median of the rounds' own
+    ratios, and one row that says how fast the guest wrote from before its migration until after
+    it.
 
-    `progress` is called at each of `steps(rounds)` steps. Raises `AvmmError` where a guest does
-    not go on after its migration.
+    `progress` is called at each of `steps(rounds)` steps. Raises `AvmmError` if a guest does not
+    continue after its migration.
     """
     has_qemu = shutil.which(QEMU) is not None
     rows: list[BenchRow | SpeedRow] = []
@@ -109,7 +114,7 @@ async def _theirs(memory: int, rate: int) -> _Measured:
         folder = Path(name)
         line = f"unix:{folder}/line"
         with (
-            # Stopped until somebody listens to its console.
+            # It stays stopped until its console is connected.
             Qemu(folder, "source", [*options, "-S"]) as source,
             Qemu(folder, "destination", [*options, "-incoming", line]) as destination,
         ):
@@ -131,12 +136,14 @@ async def _prepare(console: trio.abc.Stream, memory: int, rate: int) -> None:
 
 
 def _written(said: str, rate: int) -> float:
-    """How fast it has written, as it says itself; raises `AvmmError` where it has not gone on."""
+    """How fast the guest reports that it wrote, in MiB per second. Raises `AvmmError` if it did
+    not continue after its migration, or wrote too slowly.
+    """
     if shell.PROMPT.decode() not in said:
-        raise AvmmError(f"the guest does not go on after its migration: {said!r}")
+        raise AvmmError(f"the guest did not continue after its migration: {said!r}")
     if not rate:
         return 0.0
     reached = re.search(r"wrote to .*: (\d+) MiB/s", said)
     if reached is None or int(reached[1]) < rate * _ENOUGH:
-        raise AvmmError(f"the guest was to write to {rate} MiB/s, and has not: {said!r}")
+        raise AvmmError(f"the guest was told to write {rate} MiB/s, but wrote less: {said!r}")
     return float(reached[1])

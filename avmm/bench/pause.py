@@ -1,9 +1,10 @@
-"""What a pause costs: from asking for it to all vCPUs parked, against a kick in C.
+"""What a pause costs: the time from the request until all vCPUs are parked, compared with a kick
+in C.
 
-The guest `exits kind=spin` counts for ever on all its CPUs, so every vCPU is in the guest, or
-waits for a core (to run on there, or to come back from the last pause), when it is asked. In each
-round the C kick is measured first; medians over the rounds are reported, and the ratio is the
-median of the rounds' own ratios.
+The guest `exits kind=spin` counts for ever on all its CPUs. So when a vCPU is asked to pause, it
+is either in the guest, or it waits for a core on which to run or to return from the last pause. In
+each round the C kick is measured first. The report gives medians over the rounds, and the median
+of the rounds' own ratios.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ CPUS: Final = (1, 2, 4, 16)
 _FOR_EVER: Final = b"\xf3\x90\xeb\xfc"
 """`1: pause; jmp 1b`"""
 _GUEST_SECONDS: Final = 0.0005
-"""How long the guest runs between two pauses: long enough that the vCPUs are in it again, or wait
-for a core; of sixteen on two cores some have not come back from the last pause."""
+"""How long the guest runs between two pauses: long enough for the vCPUs to be in the guest again
+or to wait for a core. With sixteen vCPUs on two cores, some have not come back from the last
+pause.
+"""
 
 
 async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list[BenchRow]:

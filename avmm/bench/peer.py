@@ -2,9 +2,9 @@
 
     python -m avmm.bench.peer receive|send FD MEMORY
 
-FD is a socket to the other side, MEMORY how many bytes of RAM the guest has. When it is ready it
-prints "ready". Who is to send waits for the end of standard input then. It lives, with the guest
-that has come, until it is killed.
+FD is a socket to the other side, and MEMORY is the guest's RAM in bytes. The process prints
+"ready" when it is ready. A sender then waits for the end of standard input. A receiver keeps the
+guest running until the process is killed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""QEMU's microvm, the machine of its that is most like ours."""
+"""QEMU's microvm. Of QEMU's machines, it is the most similar to avmm's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""QEMU as far as migrations need it: a microvm with its serial console on a socket, driven by QMP.
+"""What the migration benchmark needs of QEMU: a microvm with its serial console on a socket,
+driven by QMP.
 
-QMP (docs/interop/qmp-spec.rst in QEMU): JSON objects, a line each. A command's answer comes in
-order; events come in between and are kept, with the time that QEMU gives them.
+QMP (docs/interop/qmp-spec.rst in QEMU): one JSON object per line. Commands are answered in order.
+Events may come in between; they are kept with the time that QEMU gives them.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from avmm.bench.qemu import MICROVM, QEMU
 from avmm.errors import AvmmError
 
 _SECONDS: Final = 60
-"""As long may anything take that QEMU is asked for."""
+"""The most seconds that QEMU may take to answer a command."""
 _POLL: Final = 0.005
-"""Between two questions for how a migration is."""
+"""Seconds between two queries of a migration's progress."""
 
 
 class Qemu:
     """A running QEMU. Use it as a context manager, which ends it."""
 
     def __init__(self, folder: Path, name: str, options: Sequence[str]) -> None:
-        """Its sockets lie in `folder`, by this name; a socket's path may not be long."""
+        """Its sockets are in `folder` under this name. Keep both short: the length of a socket's
+        path is limited.
+        """
         monitor, self.console = folder / f"{name}.qmp", folder / f"{name}.serial"
         command = [QEMU, *_without_stdio(MICROVM), *options]
         command += ["-qmp", f"unix:{monitor},server=on,wait=off"]
@@ -39,7 +42,7 @@ class Qemu:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         self.events: dict[str, float] = {}
-        """When each kind of event came last, in seconds of the clock that QEMU goes by."""
+        """When each kind of event came last, in seconds of QEMU's clock."""
         try:
             self._monitor = self._connect(monitor)
             self._lines = self._monitor.makefile("r", encoding="utf-8")
@@ -59,7 +62,7 @@ class Qemu:
             except OSError:
                 stream.close()
                 if self._process.poll() is not None or time.monotonic() > give_up:
-                    raise AvmmError(f"{QEMU} does not run: {self._said()!r}") from None
+                    raise AvmmError(f"{QEMU} did not start: {self._said()!r}") from None
                 time.sleep(_POLL)
             else:
                 return stream
@@ -69,7 +72,9 @@ class Qemu:
         return self._process.communicate()[1][-500:]
 
     def execute(self, command: str, **arguments: Any) -> Any:
-        """What the command returns. Raises `AvmmError` where QEMU refuses it or has died."""
+        """Run a QMP command, and return its result. Raises `AvmmError` if QEMU refuses it or has
+        died.
+        """
         request = json.dumps({"execute": command, "arguments": arguments})
         self._monitor.sendall(request.encode() + b"\n")
         while True:
@@ -90,13 +95,15 @@ class Qemu:
         return message
 
     def wait_for(self, event: str) -> float:
-        """When the event came, or comes."""
+        """The time at which the event came, in seconds of QEMU's clock. Waits until it has
+        come.
+        """
         while event not in self.events:
             self._next()
         return self.events[event]
 
     def migrate(self, uri: str, downtime: float) -> dict[str, Any]:
-        """Migrate, as fast as it can be, and tell what `query-migrate` says when it is done."""
+        """Migrate as fast as possible. Returns the answer of `query-migrate` at the end."""
         self.execute(
             "migrate-set-parameters",
             **{"downtime-limit": round(downtime * 1000), "max-bandwidth": 1 << 40},
@@ -105,11 +112,12 @@ class Qemu:
         give_up = time.monotonic() + _SECONDS
         while True:
             told = self.execute("query-migrate")
-            # It is "completed" a moment before it has reckoned how long it took: 0 ms until then.
+            # QEMU says "completed" a moment before it has computed how long the migration took;
+            # until then it says 0 ms.
             if told["status"] == "completed" and told["total-time"] > 0:
                 return dict(told)
             if told["status"] in ("failed", "cancelled") or time.monotonic() > give_up:
-                raise AvmmError(f"{QEMU} does not migrate: {told}")
+                raise AvmmError(f"{QEMU} did not complete the migration: {told}")
             time.sleep(_POLL)
 
     def __enter__(self) -> Self:

@@ -1,9 +1,9 @@
-"""The other process of `avmm bench migration`: takes a guest in and shows that it lives.
+"""The other process of `avmm bench migration`: receives a guest, and shows that it runs.
 
     python -m avmm.bench.receiver FD
 
-FD is a socket to the source. When the guest runs here, and has answered on its console what is
-typed, the answer goes to standard output, and that is the end.
+FD is a socket to the source. When the guest runs here, the process types a line on its console,
+prints the answer and ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from avmm.transfer.transports import connect
 
 
 async def main(fd: int) -> None:
-    """Take the guest that comes over the socket `fd`."""
+    """Receive the guest that comes over the socket `fd`."""
     async with await connect(f"fd:{fd}") as stream, receive(stream) as vm:
         print(await ask(vm.console, b"\r"), flush=True)
 

@@ -1,4 +1,4 @@
-"""What a measurement reports."""
+"""The rows that measurements report."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from statistics import median
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One case: microseconds by avmm and by its baseline, and the ratio of the two; None where
-    the baseline is QEMU, and there is none."""
+    """One case: microseconds for avmm and for the baseline, and their ratio. The last two are None
+    if the baseline is QEMU and QEMU is not installed.
+    """
 
     case: str
     us: float
@@ -20,8 +21,9 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class RateRow(BenchRow):
-    """A row of a request: `raw_us` is QEMU's. And how many of them, and how many megabytes, avmm
-    does in a second."""
+    """The row of a kind of request, where `raw_us` is QEMU's time. It also says how many requests
+    and megabytes avmm does per second.
+    """
 
     per_second: float
     mb_per_second: float
@@ -29,7 +31,9 @@ class RateRow(BenchRow):
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One case: MiB a second by avmm and by its baseline, and the ratio of the two."""
+    """One case: MiB per second of avmm and of its baseline, and the ratio of the two. The last two
+    are None if QEMU is not installed.
+    """
 
     case: str
     mib_per_second: float
@@ -64,7 +68,9 @@ class StallRow:
 def medians(
     pairs: Sequence[tuple[float, float | None]],
 ) -> tuple[float, float | None, float | None]:
-    """Of the rounds' (ours, baseline): ours, the baseline, and the rounds' own ratios."""
+    """The medians of a list of (ours, baseline), one for each round: of ours, of the baseline, and
+    of the rounds' own ratios.
+    """
     ours = median(ours for ours, _ in pairs)
     bases = [base for _, base in pairs if base is not None]
     if not bases:

@@ -1,14 +1,16 @@
-"""What snapshots and clones take: writing, against QEMU; restores and clones, against a boot.
+"""What snapshots and clones cost. Writing a snapshot is compared with QEMU, restores and clones
+with a boot.
 
 **Writing**: the bundled shell has written to all of its RAM. QEMU's microvm with the same guest
-migrates into a file, which is then synced, as avmm's is. Left out where there is no QEMU.
+migrates into a file, which is then synced like avmm's file. This is left out if QEMU is not
+installed.
 
-**Restores and clones** are timed in this process, to the moment at which the guest goes on: the
-guest `exits kind=spin` counts at a place in RAM that is watched. The baseline is the boot of the
-same guest; for one with eight times the RAM it is the restore of the small one.
+**Restores and clones** are timed in this process, until the guest continues: the guest `exits
+kind=spin` counts at a place in RAM that is watched. The baseline is the boot of the same guest.
+For a guest with eight times the RAM, the baseline is the restore of the small guest.
 
-**Resident memory** is that of the last tenth of many clones of an idle shell, each; the baseline
-is what booting that shell has added.
+**Resident memory** is what each of the last tenth of many clones of an idle shell adds. The
+baseline is what booting that shell added.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ from avmm.machine import Machine
 
 _COUNTER: Final = 0x9000
 _LOOK: Final = 0.0001
-"""Between two looks at it, in seconds: a core that only looks is one that the guest lacks."""
+"""Seconds between two looks at the counter. Looking all the time would take a core away from the
+guest.
+"""
 _DOWNTIME: Final = 0.1
 _LARGE: Final = 8
-"""Times the RAM of the small guest."""
+"""The large guest has this many times the RAM of the small one."""
 
 
 async def measure(
@@ -60,7 +64,7 @@ async def measure(
 
 
 def steps(rounds: int, clones: int) -> int:
-    """How often `measure` calls `progress`, where there is a QEMU."""
+    """How often `measure` calls `progress` if QEMU is installed."""
     return 3 * rounds + clones
 
 
@@ -88,7 +92,7 @@ async def _writing(
 
 
 async def _theirs(folder: Path, memory: int) -> tuple[float, float]:
-    """Total and downtime, in seconds."""
+    """QEMU's total time and downtime, in seconds."""
     options = ["-kernel", str(guests.path("shell")), "-machine", "acpi=off", "-S"]
     with Qemu(folder, "qemu", [*options, "-m", f"{memory >> 20}M"]) as qemu:
         async with await trio.open_unix_socket(qemu.console) as console:
@@ -104,10 +108,12 @@ async def _theirs(folder: Path, memory: int) -> tuple[float, float]:
 
 
 def _make_room(file: Path, size: int) -> None:
-    """Take away what the last round has written; written it was a moment ago, the first time, too.
+    """Write the file and remove it, so that in the first round, too, its memory was in use a
+    moment before.
 
-    A virtual host's free memory may be its own host's, lent to others: whoever uses it first waits
-    for it, ten times as long as writing to the cache takes. Both sides find enough that is there.
+    On a virtual host, the outer host may have lent free memory to others. Whoever uses it first
+    waits for it, ten times as long as it takes to write to the cache. This way both sides find
+    enough memory that is present.
     """
     with file.open("wb") as old:
         for _ in range(size >> 20):
@@ -130,7 +136,7 @@ async def _going_on(
         await _counts(origin)
         await _timed(origin.clone)  # the first makes the origin copy-on-write
         for _ in range(rounds):
-            async with origin.paused():  # that it does not take a core from the others
+            async with origin.paused():  # so that it does not take a core away from the others
                 boots.append(await _timed(lambda: Machine(_spinning(memory))))
                 restores.append(await _timed(lambda: restore(folder / "small")))
                 large.append(await _timed(lambda: restore(folder / "large")))
@@ -156,7 +162,7 @@ async def _timed(make: Callable[[], AbstractAsyncContextManager[Machine]]) -> fl
 
 
 async def _counts(vm: Machine) -> None:
-    """Return when the guest has counted on."""
+    """Return when the guest's counter has changed."""
     with vm.memory.view(_COUNTER, 8) as view, view.cast("Q") as counter:
         before = counter[0]
         while counter[0] == before:  # noqa: ASYNC110 - only the guest could tell

@@ -1,8 +1,8 @@
 """What virtio requests cost: the bundled guest `rings` on avmm's devices, and on QEMU's.
 
-The guest drives the rings itself, polling, and takes the time of its requests by the TSC. QEMU's
+The guest drives the rings itself by polling, and measures its requests with the TSC. QEMU's
 microvm runs the same guest on its own devices with the same backend: consoles write to /dev/null,
-disks are a raw file that is in the page cache. Where there is no QEMU there is no ratio.
+and disks are a raw file in the page cache. If QEMU is not installed, there is no ratio.
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ _MODERN: Final = (
 
 @dataclass(frozen=True)
 class Case:
-    """What the guest is to do; `bytes` are a request's."""
+    """What the guest should do. `bytes` is the size of one request."""
 
     kind: str
     op: str
     bytes: int
     depth: int
     share: float = 1.0
-    """How many of the requests asked for it makes; large ones take longer."""
+    """The share of the `count` requests that this case makes. It is smaller for large requests,
+    because they take longer.
+    """
 
     @property
     def name(self) -> str:
@@ -79,8 +81,8 @@ CASES: Final = (
 def measure(count: int, rounds: int, progress: Callable[[], None]) -> list[RateRow]:
     """All cases, `count` requests (fewer of large ones) in each of `rounds` rounds.
 
-    Rows hold medians over the rounds and the median of the rounds' own ratios. `progress` is
-    called at each of `steps(rounds)` steps. Raises `AvmmError` where a guest gives no result.
+    The rows have medians over the rounds, and the median of the rounds' own ratios. `progress` is
+    called at each of `steps(rounds)` steps. Raises `AvmmError` if a guest reports no result.
     """
     has_qemu = shutil.which(QEMU) is not None
     rows = []
@@ -115,7 +117,7 @@ def steps(rounds: int) -> int:
 
 
 async def _ours(case: Case, count: int, disk: Path) -> tuple[float, int]:
-    """Cycles of a request, and kHz of the TSC."""
+    """The cycles that a request takes on avmm, and the frequency of the TSC in kHz."""
     with closing(RawDisk(disk)) as backend, ExitStack() as stack:
         null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         stack.callback(os.close, null)
@@ -138,7 +140,7 @@ async def _ours(case: Case, count: int, disk: Path) -> tuple[float, int]:
 
 
 def _theirs(case: Case, count: int, disk: Path) -> float:
-    """Cycles of a request."""
+    """The cycles that a request takes on QEMU."""
     if case.kind == "block":
         devices = ["-drive", f"if=none,id=disk,file={disk},format=raw,cache=writeback"]
         devices += ["-device", "virtio-blk-device,drive=disk"]
@@ -160,5 +162,5 @@ def _theirs(case: Case, count: int, disk: Path) -> float:
 def _cycles(output: bytes) -> float:
     match = re.search(rb"rings count=(\d+) bytes=\d+ errors=(\d+) cycles=(\d+)", output)
     if match is None or int(match[2]):
-        raise AvmmError(f"the guest 'rings' gave no good result but {output!r}")
+        raise AvmmError(f"the guest 'rings' printed no result without errors, only {output!r}")
     return int(match[3]) / int(match[1])

@@ -1,11 +1,11 @@
-"""The claims: who gets which guest memory while a guest is put together.
+"""The claims: what gets which range of guest memory while a guest is put together.
 
-A guest's image says where it wants to be; avmm's own tables have fixed places; initrd and
-modules go wherever there is room. Each claims its range here before anything is written, so
-that no two of them can meet unnoticed: the second claim fails and names both.
+A guest's image says where it wants to be; avmm's own tables have fixed places; initrd and modules
+go wherever there is room. Each claims its range here before anything is written. If two ranges
+overlap, the second claim fails and names both.
 
-When all have claimed, the same book tells the guest what it may use: `memory_map`, in the
-terms of the e820 interface that PVH, multiboot and Linux's zero page have all taken over.
+When all claims are made, the same record tells the guest what it may use: `memory_map` returns it
+in terms of the e820 interface, which PVH, multiboot and Linux's zero page all use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from avmm.memory.pages import PAGE
 
 
 class MapKind(IntEnum):
-    """What a range is, by its number in e820 (ACPI 6.5, 15.1), PVH and multiboot alike."""
+    """The kind of a range, with its number in e820 (ACPI 6.5, 15.1), which is the same in PVH and
+    multiboot.
+    """
 
     RAM = 1
     RESERVED = 2
@@ -56,16 +58,16 @@ _Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What holds for all guests of a board; spans are (first GPA, first GPA after)."""
+    """Rules for all guests of a board. A span is (first GPA, first GPA after it)."""
 
     reserved: tuple[_Span, ...] = ()
-    """Told as reserved, whether anybody claims something there or not."""
+    """Reported as reserved, even if nothing is claimed there."""
     never_ram: _Span = (0, 0)
-    """Never told as RAM, though RAM may back it."""
+    """Never reported as RAM, even if RAM backs it."""
     lowest: int = 0
     """Nothing is placed below it (`Claims.place`)."""
     limit: int = 1 << 52
-    """What is placed ends at or below it, unless its caller says a lower limit."""
+    """Everything that is placed ends at or below it, unless the caller gives a lower limit."""
 
 
 def _merged(spans: Iterable[_Span]) -> list[_Span]:
@@ -80,7 +82,7 @@ def _merged(spans: Iterable[_Span]) -> list[_Span]:
 
 
 def _without(span: _Span, holes: Iterable[_Span]) -> list[_Span]:
-    """What is left of `span` outside of `holes`, which must be as `_merged` gives them."""
+    """What is left of `span` without `holes`, which must be in the form that `_merged` returns."""
     left: list[_Span] = []
     at, end = span
     for hole_start, hole_end in holes:
@@ -103,17 +105,19 @@ class Claims:
         self._claims: list[_Claim] = []  # by address; no two overlap
 
     def claim(self, gpa: int, size: int, what: str, *, reserved: bool = False) -> None:
-        """Take `size` bytes at `gpa` for `what`; where `reserved`, the guest is told so.
+        """Take `size` bytes at `gpa` for `what`. If `reserved`, the guest is told that they are
+        reserved.
 
-        Raises `ImageError` where they are not all RAM or one is taken already: `what` should
-        name the file. An empty range takes nothing and is never refused.
+        Raises `ImageError` if some of the bytes are not RAM or are taken already. Since the error
+        contains `what`, that should name the file. An empty range claims nothing and is never
+        refused.
         """
         if size == 0:
             return
         claim = _Claim(gpa, gpa + size, what, reserved)
         if not any(lo <= gpa and claim.end <= hi for lo, hi in self._ram):
             ram = ", ".join(f"{lo:#x}-{hi:#x}" for lo, hi in self._ram)
-            raise ImageError(f"{claim} lies outside of guest RAM ({ram})")
+            raise ImageError(f"{claim} lies outside guest RAM ({ram})")
         at = bisect(self._claims, gpa, key=lambda other: other.gpa)
         for other in self._claims[max(at - 1, 0) : at + 1]:
             if gpa < other.end and other.gpa < claim.end:
@@ -123,7 +127,7 @@ class Claims:
     def place(self, size: int, what: str, *, limit: int | None = None) -> int:
         """Claim the highest page-aligned room for `size` bytes below `limit`; return its GPA.
 
-        Raises `ImageError` where no room is big enough, telling the biggest there is.
+        Raises `ImageError`, which gives the size of the biggest free range, if none is big enough.
         """
         limit = self._rules.limit if limit is None else min(limit, self._rules.limit)
         taken = [(0, self._rules.lowest), *((claim.gpa, claim.end) for claim in self._claims)]
@@ -137,12 +141,14 @@ class Claims:
                     self.claim(gpa, size, what)
                     return gpa
         raise ImageError(
-            f"{what} is {size} bytes and finds no room in guest RAM below {limit:#x}: "
-            f"the biggest free run is {biggest} bytes"
+            f"{what} has {size} bytes, for which there is no room in guest RAM below "
+            f"{limit:#x}: the biggest free range has {biggest} bytes"
         )
 
     def memory_map(self) -> list[MapEntry]:
-        """RAM and reserved ranges, by address, none overlapping, as few as can be."""
+        """The ranges of RAM and the reserved ranges: in order of address, without overlaps, and as
+        few as possible.
+        """
         reserved = _merged(
             [*self._rules.reserved, *((c.gpa, c.end) for c in self._claims if c.reserved)]
         )

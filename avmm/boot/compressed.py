@@ -1,8 +1,8 @@
-"""Decompression of kernels on the host: a guest that unpacks itself does so at its own speed.
+"""Decompression of kernels on the host, because a guest would be slower at unpacking itself.
 
-The formats are those that Linux's build offers for its payload, and what distributions wrap
-whole images in. Each is recognised by its magic and decoded by a library, piece by piece, into
-a memfd: a small file can claim to hold a thousand times its own size, so `limit` bounds what
+The formats are those that Linux's build offers for its payload, and those in which distributions
+compress whole images. Each is recognised by its magic and decoded by a library, piece by piece,
+into a memfd: a small file can claim to hold a thousand times its own size, so `limit` bounds what
 comes out, and the decoders' own memory is bounded as well.
 """
 
@@ -21,16 +21,17 @@ _CHUNK: Final = 1 << 18
 _DECODER_MEMORY: Final = 1 << 28
 """The most that an xz or zstd dictionary may take; Linux's own kernels stay below half of it."""
 _LZ4_LEGACY_BLOCK: Final = 8 << 20
-"""The legacy format's blocks hold at most so much, compressed at most a little more."""
+"""The most bytes that a block of the legacy format holds. Compressed, it may be a little longer.
+"""
 _LZ4_LEGACY_BOUND: Final = _LZ4_LEGACY_BLOCK + _LZ4_LEGACY_BLOCK // 255 + 16
 
 
 class Damaged(Exception):
-    """The data are no such format; says why."""
+    """The data are not valid in their format. The text says why."""
 
 
 class CutOff(Exception):
-    """The data end before the format does."""
+    """The data end too early."""
 
 
 class CompressedBytes(Protocol):
@@ -43,14 +44,14 @@ class CompressedBytes(Protocol):
 
 
 class ImageFile(Protocol):
-    """A file that compressed data are in; `avmm.boot.image.Image` is one."""
+    """A file that contains compressed data, such as an `avmm.boot.image.Image`."""
 
     def read(self, offset: int, size: int, what: str) -> bytes: ...
     def error(self, text: str) -> ImageError: ...
 
 
 class _Run:
-    """A run of an image's bytes."""
+    """A range of an image's bytes, which is read once."""
 
     def __init__(self, image: ImageFile, offset: int, size: int) -> None:
         self._image = image
@@ -72,29 +73,38 @@ class Codec:
     name: str
     magics: tuple[bytes, ...]
     decode: Callable[[CompressedBytes], Iterator[bytes]]
-    """Gives pieces, empty ones, too; raises `Damaged` and `CutOff`."""
+    """Yields the decompressed pieces, some of which may be empty. Raises `Damaged` and
+    `CutOff`.
+    """
 
 
 def find(head: bytes) -> Codec | None:
-    """The format of data that begin with these bytes, if it is one."""
+    """The compression format of data that begin with these bytes. None if they are not
+    compressed.
+    """
     return next((codec for codec in CODECS if head.startswith(codec.magics)), None)
 
 
 def named(name: str) -> Codec:
-    """The format of that name, the first of several."""
+    """The first format with that name."""
     return next(codec for codec in CODECS if codec.name == name)
 
 
 def decompress(
     image: ImageFile, codec: Codec, offset: int, size: int, limit: int, trailer: int = 0
 ) -> tuple[int, int]:
-    """The run of `image` decompressed into a memfd: (its descriptor, its size).
+    """Decompress `size` bytes at `offset` of `image` into a memfd. Returns (descriptor,
+    decompressed size in bytes).
 
-    Zeros may follow the data, and in `trailer` bytes at the end anything. Raises `ImageError`
-    where the data are damaged, cut off, followed by others or come to more than `limit` bytes.
+    Zeros may follow the data, and the last `trailer` bytes may be anything. Raises `ImageError` if
+    the data are damaged or cut off, if other data follow, or if they decompress to more than
+    `limit` bytes.
     """
     if size > limit:
-        raise image.error(f"is {size} bytes even as {codec.name}; the most taken is {limit}")
+        raise image.error(
+            f"has {size} bytes even when compressed with {codec.name}; at most {limit} are "
+            "accepted"
+        )
     source = _Run(image, offset, size - trailer)
     fd = os.memfd_create("avmm-image", os.MFD_CLOEXEC)
     total = 0
@@ -104,18 +114,19 @@ def decompress(
                 total += len(piece)
                 if total > limit:
                     raise image.error(
-                        f"decompresses to more than {limit} bytes, the most taken for this "
-                        f"guest's RAM: a decompression bomb, or far too big a kernel"
+                        f"decompresses to more than {limit} bytes, which is the most for this "
+                        "guest's RAM: it is a decompression bomb, or the kernel is far too "
+                        "big"
                     )
                 _write_all(image, fd, piece)
         except Damaged as error:
-            raise image.error(f"is damaged {codec.name}: {error}") from error.__cause__
+            raise image.error(f"is damaged ({codec.name}): {error}") from error.__cause__
         except CutOff:
             raise image.error(
-                f"is cut off: its {codec.name} data goes on after {size} bytes"
+                f"is cut off: its {codec.name} data do not end within {size} bytes"
             ) from None
         if total == 0:
-            raise image.error(f"is {codec.name} of nothing")
+            raise image.error(f"decompresses to nothing ({codec.name})")
         while rest := source.read(_CHUNK):
             if rest.strip(b"\0"):
                 raise image.error(f"has more data after the end of its {codec.name} data")
@@ -135,7 +146,7 @@ def _write_all(image: ImageFile, fd: int, data: bytes) -> None:
 
 
 def _stream(source: CompressedBytes, decoder: Any, failure: type[Exception]) -> Iterator[bytes]:
-    """The decoders of bz2, lzma and lz4.frame have one face."""
+    """Decompress with a decoder of bz2, lzma or lz4.frame, which have the same interface."""
     while not decoder.eof:
         data = b""
         if decoder.needs_input:
@@ -151,11 +162,11 @@ def _stream(source: CompressedBytes, decoder: Any, failure: type[Exception]) -> 
 
 def _check_unused(data: bytes) -> None:
     if data.strip(b"\0"):
-        raise Damaged("more data after the end of it")
+        raise Damaged("there are more data after its end")
 
 
 def _gzip(source: CompressedBytes) -> Iterator[bytes]:
-    import zlib  # noqa: PLC0415 - each library only where it is needed
+    import zlib  # noqa: PLC0415 - each library only when it is needed
 
     inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     while not inflate.eof:
@@ -197,7 +208,9 @@ def _lz4(source: CompressedBytes) -> Iterator[bytes]:
 
 
 def _lz4_legacy(source: CompressedBytes) -> Iterator[bytes]:
-    """lz4's doc/lz4_Frame_format.md, "Legacy frame": blocks, each after its size, to the end."""
+    """lz4's doc/lz4_Frame_format.md, "Legacy frame": blocks up to the end, each of them after its
+    size.
+    """
     import lz4.block  # noqa: PLC0415
 
     source.read(4)
@@ -218,8 +231,8 @@ def _zstd(source: CompressedBytes) -> Iterator[bytes]:
 
     decoder = zstandard.ZstdDecompressor(max_window_size=_DECODER_MEMORY).decompressobj()
     while not decoder.eof:
-        # One call gives all that so much input comes to, at most 2^17 times as much; a small
-        # piece of input keeps that within the decoder's memory.
+        # One call returns everything that its input decompresses to, which is at most 2^17 times
+        # as long. Small pieces of input keep that within the memory allowed for the decoder.
         data = source.read(1 << 10)
         if not data:
             raise CutOff

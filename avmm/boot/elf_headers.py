@@ -1,13 +1,13 @@
-"""ELF headers, segments and notes, checked: what the loaders may rely on.
+"""Reads and checks ELF headers, segments and notes, so that the loaders may rely on them.
 
-pyelftools knows the structures; only its structure definitions are used, because its `ELFFile`
-would pull in DWARF and twice the memory. It is imported when an ELF is met, not before.
+pyelftools defines the structures. Nothing else of it is used, because its `ELFFile` would also
+import its DWARF code and take twice the memory. It is imported only when an ELF file is read.
 
-The header is hostile: the table of program headers may be anywhere and of any length, sizes
-may be absurd, segments may lie upon each other. All of it is bounded and checked here, against
-the file; `Claims` checks them against guest RAM.
+The header is hostile: the table of program headers may be anywhere and of any length, sizes may be
+absurd, and segments may overlap. All of this is checked here against the file. `Claims` checks the
+segments against guest RAM.
 
-(System V ABI, "ELF-64 Object File Format", version 1.5, and its 32-bit elder.)
+(System V ABI, "ELF-64 Object File Format", version 1.5, and the 32-bit format before it.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAGIC: Final = b"\x7fELF"
 MAX_PROGRAM_HEADERS: Final = 128
 """Kernels have fewer than 20; the format allows billions."""
 MAX_NOTES: Final = 1 << 16
-"""How many bytes of notes are read in all."""
+"""The most bytes of notes that a file may have."""
 
 _EHDR_SIZE: Final = {32: 52, 64: 64}
 _PHDR_SIZE: Final = {32: 32, 64: 56}
@@ -70,7 +70,7 @@ class Elf:
     segments: tuple[Segment, ...]
     """All of them, in the file's order."""
     entry: int
-    """`e_entry` as it stands in the file; see `elf.physical_entry`."""
+    """`e_entry` as in the file; see `elf.physical_entry`."""
 
     @property
     def loadable(self) -> tuple[Segment, ...]:
@@ -78,10 +78,10 @@ class Elf:
 
 
 def parse(image: Image) -> Elf:
-    """Read the headers; raises `ImageError` where they are not those of a kernel for x86."""
+    """Read the headers. Raises `ImageError` if they are not those of a kernel for x86."""
     ident = image.read(0, 16, "the ELF identification")
     if ident[:4] != MAGIC:
-        raise image.error(f"is no ELF file: it starts with {ident[:4]!r}, expected {MAGIC!r}")
+        raise image.error(f"is not an ELF file: it starts with {ident[:4]!r}, expected {MAGIC!r}")
     bits = {1: 32, 2: 64}.get(ident[4])
     if bits is None:
         raise image.error(f"has ELF class {ident[4]}; expected 1 (32-bit) or 2 (64-bit)")
@@ -93,7 +93,7 @@ def parse(image: Image) -> Elf:
     segments = tuple(_segments(image, bits, header, structs))
     for segment in segments:
         if segment.kind == "PT_INTERP":
-            raise image.error("is a dynamically linked program (it has PT_INTERP), no kernel")
+            raise image.error("is a dynamically linked program (it has PT_INTERP), not a kernel")
     if not any(segment.kind == "PT_LOAD" and segment.memsz for segment in segments):
         raise image.error("has no loadable segment (PT_LOAD)")
     return Elf(image, bits, segments, int(header["e_entry"]))
@@ -150,10 +150,10 @@ def _segments(image: Image, bits: int, header: Any, structs: Structs) -> Iterato
 
 
 def notes(elf: Elf) -> Iterator[Note]:
-    """The notes of all PT_NOTE segments; raises `ImageError` where one is malformed.
+    """The notes of all PT_NOTE segments. Raises `ImageError` if one is malformed.
 
-    Names and descriptors are padded to 4 bytes, or to 8 in a segment that is aligned so
-    (gABI, "Note Section").
+    Names and descriptors are padded to 4 bytes, or to 8 in a segment with that alignment (gABI,
+    "Note Section").
     """
     structs = Structs(elf.image, elf.bits, little_endian=True)
     left = MAX_NOTES
@@ -174,21 +174,26 @@ def notes(elf: Elf) -> Iterator[Note]:
             end = desc_at + raw["n_descsz"]
             if end > len(data):
                 raise elf.image.error(
-                    f"{where} holds a note at offset {at:#x} that ends at {end:#x}, past the "
+                    f"{where} has a note at offset {at:#x} that ends at {end:#x}, past the "
                     f"segment's {len(data):#x} bytes"
                 )
             kind = raw["n_type"]
-            if isinstance(kind, int):  # pyelftools names GNU's types, which are not looked for
+            if isinstance(
+                kind, int
+            ):  # pyelftools replaces the numbers of GNU's types with names; these are not needed
                 owner = data[name_at : name_at + raw["n_namesz"]].rstrip(b"\0")
                 yield Note(owner, kind, data[desc_at:end])
             at = -(-end // align) * align
 
 
 class Structs:
-    """pyelftools' definitions for one class and byte order; its errors become `ImageError`s."""
+    """pyelftools' definitions for one class and byte order. Its errors are turned into
+    `ImageError`s.
+    """
 
     def __init__(self, image: Image, bits: int, *, little_endian: bool) -> None:
-        # Here and not above: a megabyte and 15 ms that only an ELF image has to cost.
+        # This is imported here and not above, because it costs a megabyte and 15 ms, which only
+        # users of ELF images should pay.
         from elftools.construct import ConstructError  # noqa: PLC0415
         from elftools.elf.structs import ELFStructs  # noqa: PLC0415
 
@@ -200,12 +205,12 @@ class Structs:
 
     @property
     def section_size(self) -> int:
-        """Bytes of a section header."""
+        """The size of a section header in bytes."""
         return int(self._structs.Elf_Shdr.sizeof())
 
     @property
     def symbol_size(self) -> int:
-        """Bytes of a symbol."""
+        """The size of a symbol in bytes."""
         return int(self._structs.Elf_Sym.sizeof())
 
     def section(self, data: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""Where and how the boot processor starts: what a boot format hands to the machine."""
+"""Where and how the boot processor starts. A boot format tells that to the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Mode(Enum):
     """The processor mode in which the guest is entered."""
 
     REAL = "real"
-    """16-bit real mode: CS:IP with CS base = `ip & ~0xffff`, paging and protection off."""
+    """16-bit real mode: at CS:IP with the CS base `ip & ~0xffff`, paging and protection off."""
     PROTECTED = "protected"
     """32-bit protected mode, flat 4 GiB segments, paging off, interrupts off."""
     LONG = "long"
@@ -22,7 +22,7 @@ class Mode(Enum):
 class Entry:
     """The boot processor's first state.
 
-    `registers` holds general registers by their 64-bit names (`"rbx"`); the rest are 0.
+    `registers` holds general registers by their 64-bit names (`"rbx"`). All others are 0.
     """
 
     mode: Mode
@@ -32,17 +32,19 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class FlatOptions:
-    """How a flat binary is to be run: in which mode, and where it is loaded and entered."""
+    """How to run a flat binary: the mode in which it is entered, and the address at which it is
+    loaded and entered.
+    """
 
     mode: Mode
     address: int
 
 
 class Protocol(Enum):
-    """How a Linux kernel is to be entered, where its image leaves the choice."""
+    """How a Linux kernel is entered, if its image allows several ways."""
 
     AUTO = "auto"
-    """As the image's format has it: `avmm.arch.x86_64.boot.load`."""
+    """In the way that the image's format suggests; see `avmm.arch.x86_64.boot.load`."""
     PVH = "pvh"
     """By its PVH note, in 32-bit protected mode."""
     LINUX64 = "linux64"

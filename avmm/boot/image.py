@@ -1,9 +1,10 @@
-"""A kernel, initrd or module file, opened so that reading it cannot hurt.
+"""A kernel, initrd or module file, opened in a way in which a file that changes meanwhile does no
+harm.
 
-Why not mmap: a file that another process truncates while it is mapped kills the reader with
-SIGBUS, and mapped pages count as ours. Headers are read with pread, and content goes from the
-page cache straight into guest memory: one copy, checked, and a file that changes its size is
-an error like any other.
+It is not mapped. If another process truncates a mapped file, SIGBUS kills the reader. Also, mapped
+pages count as memory of this process. Headers are read with pread. Content is copied once, from
+the page cache into guest memory, and every read is checked. So a file that changes its size is an
+error like any other.
 
 A compressed kernel is decompressed once into a memfd (`compressed`), which is then read in the
 same way.
@@ -22,8 +23,9 @@ from avmm.boot.compressed import MAGIC_SIZE, Codec
 from avmm.errors import ImageError
 
 SLACK: Final = 256 << 20
-"""How much bigger than guest RAM a decompressed kernel may be: debug information is big, and
-is not loaded."""
+"""By how many bytes a decompressed kernel may exceed guest RAM. Debug information is big, and is
+not loaded.
+"""
 
 _KINDS: Final[tuple[tuple[Callable[[int], bool], str], ...]] = (
     (stat.S_ISDIR, "a directory"),
@@ -65,11 +67,12 @@ class Image:
         return self._fd
 
     def error(self, text: str) -> ImageError:
-        """An error about this file, to be raised."""
+        """An error about this file, for the caller to raise."""
         return ImageError(f"{self.name}: {text}")
 
     def read(self, offset: int, size: int, what: str) -> bytes:
-        """The `size` bytes at `offset`, which are `what`; for small things such as headers.
+        """The `size` bytes at `offset`, for small things such as headers. Messages call them
+        `what`.
 
         Raises `ImageError` unless the file holds all of them.
         """
@@ -79,19 +82,21 @@ class Image:
         return bytes(data)
 
     def head(self, size: int) -> bytes:
-        """The first `size` bytes, or fewer where the file is shorter."""
+        """The first `size` bytes, or fewer if the file is shorter."""
         return self.read(0, min(size, self.size), "its beginning")
 
     def check(self, offset: int, size: int, what: str) -> None:
         """Raise `ImageError` unless the file holds the `size` bytes at `offset`."""
         if offset < 0 or size < 0 or offset + size > self.size:
             raise self.error(
-                f"{what} should be the {size} bytes at offset {offset:#x}, but the file has "
-                f"{self.size} bytes"
+                f"{what} should be the {size} bytes at offset {offset:#x}, but the file "
+                f"has only {self.size} bytes"
             )
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        """Fill `view` with what is at `offset`; raises `ImageError` where the file ends."""
+        """Fill `view` with the bytes at `offset`. Raises `ImageError` if the file ends before
+        that.
+        """
         done = 0
         while done < len(view):
             with view[done:] as rest:
@@ -102,23 +107,25 @@ class Image:
             if count == 0:
                 raise self.error(
                     f"ended at offset {offset + done:#x} while it was read; "
-                    f"expected {len(view) - done} bytes more"
+                    f"expected {len(view) - done} more bytes"
                 )
             done += count
 
     def unpacked(
         self, codec: Codec, offset: int, size: int, limit: int, trailer: int = 0
     ) -> Image:
-        """What a run of it decompresses to; see `compressed.decompress`."""
+        """A new `Image` with the decompressed content of a range of this one; see
+        `compressed.decompress`.
+        """
         fd, total = compressed.decompress(self, codec, offset, size, limit, trailer)
         return Image(fd, total, self.name)
 
 
 def open_image(path: str | os.PathLike[str], *, unpack_limit: int | None = None) -> Image:
-    """Open a file; with an `unpack_limit`, one that is compressed is decompressed.
+    """Open a file. If `unpack_limit` is given, a compressed file is decompressed.
 
-    Raises `ImageError` where it cannot be opened, is no regular file or is empty, and where
-    the compressed data are damaged or come to more than `unpack_limit` bytes.
+    Raises `ImageError` if it cannot be opened, is not a regular file or is empty, or if its
+    compressed data are damaged or decompress to more than `unpack_limit` bytes.
     """
     name = os.fspath(path)
     image = _open(name)

@@ -1,8 +1,9 @@
-"""The `avmm` command: one small file a subcommand, imported only when it is called.
+"""The `avmm` command. Each subcommand has a small file of its own, which is imported only when it
+is called.
 
-Exit statuses: what the guest ended with; 2 for input that cannot be (as click has it);
-`FAILED` where avmm or a vCPU fails while it runs. That is not 1, which a debug exit gives for
-success.
+Exit statuses: the guest's own; 2 if an option, a setting or a file cannot be used (as in click);
+`FAILED` if avmm or a vCPU fails while the guest runs. `FAILED` is not 1, because a debug exit uses
+1 for success.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ import click
 
 FAILED: Final = 125
 COMMANDS: Final = {
-    "run": "Run a guest; without IMAGE the bundled shell.",
+    "run": "Run a guest (without IMAGE, the bundled shell).",
     "restore": "Run the guest of a snapshot from where it was.",
-    "receive": "Wait for a guest of another process, and run it from there on.",
+    "receive": "Wait for a guest from another process, and run it from where it was.",
     "ctl": "Steer a running guest: pause, snapshot, migrate and more.",
     "image": "Make guests from a distribution's packages.",
-    "doctor": "Tell what this host's KVM offers and what avmm makes of it.",
-    "bench": "Measure, always as a ratio to a baseline in the same run.",
+    "doctor": "Show what this host's KVM offers, what avmm uses of it, and whether avmm works "
+    "here.",
+    "bench": "Measure avmm, always compared with a baseline from the same run.",
 }
 
 
 class Commands(click.Group):
-    """Finds `avmm.cli.<name>.command` on demand, so that no command pays for another."""
+    """Finds `avmm.cli.<name>.command` on demand, so that no command imports what only another one
+    needs.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -51,7 +55,7 @@ class Commands(click.Group):
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="warning",
     show_default=True,
-    help="What avmm says on standard error while it runs.",
+    help="How much avmm logs on standard error while it runs.",
 )
 def cli(log_level: str) -> None:
     """Run small KVM guests."""
@@ -81,7 +85,9 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _fill_standard_descriptors() -> None:
-    """Where one is closed (`avmm run <&-`), put /dev/null there, before another file takes it."""
+    """If one of these descriptors is closed (`avmm run <&-`), open /dev/null there, before another
+    file takes its number.
+    """
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

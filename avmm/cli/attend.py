@@ -1,7 +1,7 @@
-"""A guest and those who attend to it: what `avmm run`, `receive` and `restore` share.
+"""What `avmm run`, `receive` and `restore` share: a guest's console, control socket and signals.
 
-The host's ends (console, control socket) are opened first; then there may be a guest, whose
-console is connected until it has ended, while signals end it and the control socket is served.
+The host's ends (console and control socket) are opened before the guest exists. While the guest
+runs, its console is connected, signals end it, and the control socket is served.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def control_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--control",
         "control_target",
         metavar="unix:PATH",
-        help="A socket, for its user alone, by which `avmm ctl PATH` steers the guest.",
+        help="Make a socket for `avmm ctl PATH`. Only your user may connect to it.",
     )
     return option(command)
 
@@ -63,9 +63,9 @@ class Ends:
         self._virtio: Console | None = None
 
     def devices(self, has_hvc: bool) -> list[Unplaced]:
-        """The devices that the guest's console takes: its virtio console, where it has one.
+        """The devices that the guest's console needs: a virtio console, if it has one.
 
-        Raises `ConfigError` where it has none that is asked for.
+        Raises `ConfigError` if the user asked for a virtio console and the guest has none.
         """
         if has_hvc:
             self._virtio = Console()
@@ -75,9 +75,9 @@ class Ends:
         return []
 
     async def attend(self, vm: Machine) -> Outcome:
-        """Until the guest has ended, and its output is delivered.
+        """Connect and serve the guest until it has ended and its output is delivered.
 
-        One that has moved has where to as its outcome's detail.
+        If the guest has moved, the outcome's detail says where to.
         """
         async with holds.opened(vm) as held:
             control = Control(vm, held)
@@ -86,8 +86,7 @@ class Ends:
                 async with AsyncExitStack() as stack:
                     if self._listener is not None:
                         await stack.enter_async_context(server.served(self._listener, control))
-                    # Returns by itself when the guest has ended and the last of its output is
-                    # out.
+                    # This returns when the guest has ended and all of its output is written.
                     await self._end.connect(vm, self._virtio, held)
                 nursery.cancel_scope.cancel()
         outcome = await vm.wait()
@@ -97,13 +96,13 @@ class Ends:
 
     @property
     def undelivered(self) -> bytes:
-        """What was typed when the guest had gone already."""
+        """What was typed after the guest had gone."""
         return self._end.undelivered
 
 
 @contextmanager
 def opened(target: console.ConsoleTarget, control_target: str | None) -> Iterator[Ends]:
-    """The host's ends inside the block. Raises `ConfigError` where they cannot be."""
+    """The host's ends, open inside the block. Raises `ConfigError` if one cannot be opened."""
     with _control_socket(control_target) as listener, console.opened(target) as end:
         yield Ends(target, end, listener)
 
@@ -124,7 +123,7 @@ async def _stop_on_signal(
 ) -> None:
     """SIGINT, SIGTERM and SIGHUP end the guest, so that the terminal is put back on the way out.
 
-    Output that nobody takes within a second is given up then.
+    Output that nobody reads within a second after that is dropped.
     """
     with trio.open_signal_receiver(*_ENDING) as signals:
         task_status.started()
@@ -136,10 +135,11 @@ async def _stop_on_signal(
 
 @asynccontextmanager
 async def expecting() -> AsyncIterator[Callable[[], None]]:
-    """A guest is expected inside the block: one of these signals cancels it, and ends the command
-    with the same status as if there were a guest already.
+    """Wait for a guest inside the block. A signal cancels the block, and ends the command with the
+    same status as if the guest were already there.
 
-    What it gives is to be called when there is one, and `Ends.attend` minds the signals.
+    Call the function that it yields when the guest has come; from then on `Ends.attend` handles
+    the signals.
     """
     ended_by: list[int] = []
     watch = trio.CancelScope()
@@ -159,17 +159,23 @@ async def expecting() -> AsyncIterator[Callable[[], None]]:
     except BaseExceptionGroup as group:
         if len(group.exceptions) > 1:
             raise
-        raise group.exceptions[0] from None  # the block's own: that it is in a nursery is ours
+        # The exception of the block itself. The caller need not know that a nursery ran it.
+        raise group.exceptions[0] from None
     if ended_by:
         sys.exit(128 + ended_by[0])
 
 
 def end(outcome: Outcome, undelivered: bytes = b"") -> NoReturn:
-    """End the command as the guest has ended, and say how where its status does not."""
+    """End the command with the guest's status. If the status alone does not say how the guest
+    ended, print that.
+    """
     if outcome.cause is Cause.MOVED:
         click.echo(f"avmm: the guest has moved to {outcome.detail}", err=True)
         if undelivered:
-            click.echo(f"avmm: this did not reach it any more: {_shown(undelivered)}", err=True)
+            click.echo(
+                f"avmm: the guest had moved before it got this input: {_shown(undelivered)}",
+                err=True,
+            )
     elif outcome.cause is not Cause.EXIT and outcome.cause is not Cause.STOPPED:
         click.echo(f"avmm: the guest ended: {outcome}", err=True)
     sys.exit(outcome.status & 0xFF)
@@ -177,4 +183,4 @@ def end(outcome: Outcome, undelivered: bytes = b"") -> NoReturn:
 
 def _shown(data: bytes) -> str:
     text = repr(os.fsdecode(data[:_MOST_SHOWN]))
-    return text if len(data) <= _MOST_SHOWN else f"{text} and {len(data) - _MOST_SHOWN} bytes more"
+    return text if len(data) <= _MOST_SHOWN else f"{text} and {len(data) - _MOST_SHOWN} more bytes"

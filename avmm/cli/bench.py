@@ -1,4 +1,4 @@
-"""`avmm bench`: measurements, always as ratios to a baseline in the same run."""
+"""`avmm bench`: measures avmm, always compared with a baseline from the same run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from avmm.options import parse_size
 Measure = Callable[[Callable[[], None]], Sequence[BenchRow | SizeRow | SpeedRow]]
 
 JSON = click.option(
-    "--json", "as_json", is_flag=True, help="A list of objects: case, us, raw_us, ratio."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a list of JSON objects with case, us, raw_us and ratio.",
 )
 ROUNDS = click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 
@@ -34,7 +37,7 @@ MEMORY = click.option("--memory", default="512M", show_default=True, metavar="SI
 
 @click.group()
 def command() -> None:
-    """Measure, always as a ratio to a baseline in the same run."""
+    """Measure avmm, always compared with a baseline from the same run."""
 
 
 @command.command()
@@ -55,7 +58,7 @@ def exits(as_json: bool, count: int, rounds: int) -> None:
 @ROUNDS
 @click.option("--count", type=click.IntRange(10), default=200, show_default=True, help="Pauses.")
 def pause(as_json: bool, count: int, rounds: int) -> None:
-    """What a pause costs until all vCPUs are parked, as a ratio to a kick in C."""
+    """The time until all vCPUs are parked, as a ratio to a kick in C."""
     _run(
         lambda progress: trio.run(bench_pause.measure, count, rounds, progress),
         bench_pause.steps(rounds),
@@ -73,7 +76,10 @@ def pause(as_json: bool, count: int, rounds: int) -> None:
 def boot(
     kernel: Path, initrd: Path | None, cmdline: str, memory: str, as_json: bool, rounds: int
 ) -> None:
-    """From start to the end of a guest that ends by itself, as a ratio to QEMU's microvm."""
+    """The time from a guest's start to its end, as a ratio to QEMU's.
+
+    KERNEL must be a guest that ends by itself. QEMU runs it on its microvm.
+    """
 
     def measure(progress: Callable[[], None]) -> list[BenchRow]:
         return bench_boot.measure(kernel, initrd, cmdline, memory, rounds, progress)
@@ -88,7 +94,10 @@ def boot(
     "--count", type=click.IntRange(10), default=10_000, show_default=True, help="Requests."
 )
 def virtio(as_json: bool, count: int, rounds: int) -> None:
-    """Notifications, console and disk, as a ratio to the same guest on QEMU's devices."""
+    """Notifications, console and disk, as a ratio to QEMU's devices.
+
+    The same guest runs on both.
+    """
     _run(
         lambda progress: bench_virtio.measure(count, rounds, progress),
         bench_virtio.steps(rounds),
@@ -101,7 +110,10 @@ def virtio(as_json: bool, count: int, rounds: int) -> None:
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @MEMORY
 def migration(as_json: bool, rounds: int, memory: str) -> None:
-    """Live migration over a unix socket, as a ratio to QEMU's with the same guest."""
+    """Live migration over a unix socket, as a ratio to QEMU's.
+
+    Both move the same guest.
+    """
     size = parse_size(memory, "--memory")
     _run(
         lambda progress: trio.run(bench_migration.measure, size, rounds, progress),
@@ -116,7 +128,10 @@ def migration(as_json: bool, rounds: int, memory: str) -> None:
 @MEMORY
 @click.option("--clones", type=click.IntRange(1), default=50, show_default=True)
 def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
-    """Snapshots written, as a ratio to QEMU's; restores and clones, as a ratio to a boot."""
+    """Snapshots, restores and clones, as a ratio to QEMU's or a boot.
+
+    Writing a snapshot is compared with QEMU, and restores and clones with a boot.
+    """
     size = parse_size(memory, "--memory")
     _run(
         lambda progress: trio.run(bench_snapshot.measure, size, rounds, clones, progress),
@@ -129,7 +144,14 @@ def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
 @click.option(
     "--kernel",
     type=click.Path(path_type=Path),
-    help="A compressed one to boot, such as Debian's; else the bundled guest, compressed.",
+    help="A compressed kernel to boot, such as Debian's. Without this option, the bundled "
+    "guest, compressed.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a list of JSON objects with case, ms, most_ms and idle_ms.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Objects: case, ms, most_ms, blocked_ms, idle_ms."
@@ -137,7 +159,7 @@ def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
 @ROUNDS
 @MEMORY
 def stall(kernel: Path | None, as_json: bool, rounds: int, memory: str) -> None:
-    """How long other tasks of the program have to wait while avmm makes, moves or leaves a guest.
+    """How long the program's other tasks wait while avmm works.
 
     The guests that are cloned, saved and moved have written to all of their memory. Each figure is
     the longest that a task which sleeps a millisecond was late, as the median over the rounds, and
@@ -160,7 +182,9 @@ def stall(kernel: Path | None, as_json: bool, rounds: int, memory: str) -> None:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[], None]]:
-    """A bar, which goes to standard error, and only to a terminal: the result can be piped."""
+    """A progress bar on standard error, shown only if that is a terminal. So the result can be
+    piped.
+    """
     with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
         yield lambda: bar.update(1)
 

@@ -1,12 +1,13 @@
 """`avmm doctor --completion`: what an uncompleted exit costs on this host, by experiment.
 
-For each shape of access, a guest of one instruction runs three times on this host's KVM:
-through to its end; saved at the exit, uncompleted, and run on in a fresh VM; saved after a drain,
-and run on in a fresh VM. What its device saw and what the guest got tell what was lost and what
-was repeated.
+For each shape of access, a guest of one instruction runs three times on this host's KVM: once
+through to its end; once saved at the exit without completing it, and continued in a fresh VM; once
+saved after a drain, and continued in a fresh VM. What the device saw and what the guest got show
+what was lost and what was repeated.
 
-Not every KVM can do all of it: on a page-table KVM a hypercall from ring 0 never leaves
-`KVM_RUN`. So each `KVM_RUN` is kicked after a while, and the shape said to be impossible here.
+Not every KVM can do all of it: on a page-table KVM a hypercall from ring 0 never leaves `KVM_RUN`.
+So each `KVM_RUN` that takes too long is kicked, and the report says that this host cannot run that
+shape.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _PATIENCE_SECONDS: Final = 3.0
 
 @dataclass
 class Finding:
-    """What became of one shape; `error` where this host cannot run it."""
+    """The result for one shape. `error` is set if this host cannot run it."""
 
     access: str
     exit: str = ""
@@ -65,7 +66,7 @@ class Finding:
 
 
 class _Witness(Stateless):
-    """Logs accesses; each read gives something else, so that a repeated one shows."""
+    """Logs accesses. Each read returns a different value, so that a repeated read shows."""
 
     def __init__(self, kind: str, log: list[str]) -> None:
         self._kind = kind
@@ -133,7 +134,7 @@ class _Guest:
         return 0x11 * len(self._log)
 
     def step(self) -> int:
-        """To the next exit, which is served: its reason."""
+        """Run to the next exit and serve it; return its reason."""
         status = _run(self.vcpu)
         if status < 0:
             raise KvmError("KVM_RUN", -status)
@@ -159,7 +160,7 @@ def _demand(capability: Capability) -> None:
 
 
 def _run(vcpu: Vcpu) -> int:
-    """KVM_RUN. Raises `AvmmError` where it does not return by itself."""
+    """Call KVM_RUN. Raises `AvmmError` if it does not return by itself."""
     thread = threading.get_native_id()
     late = False
 
@@ -180,7 +181,7 @@ def _run(vcpu: Vcpu) -> int:
         timer.cancel()
         timer.join()
     if status == -errno.EINTR:
-        raise AvmmError(f"KVM_RUN does not return within {_PATIENCE_SECONDS:g} s")
+        raise AvmmError(f"KVM_RUN did not return within {_PATIENCE_SECONDS:g} s")
     vcpu.page.immediate_exit = 0
     return status
 
@@ -240,7 +241,9 @@ def _until_saved(guest: _Guest, how: str, finding: Finding) -> dict[str, Any]:
 
 
 def _difference(expected: list[str], log: list[str]) -> str:
-    """What is missing and what is too many, in words; "right" where neither is."""
+    """Which accesses are missing and which are repeated, in words; "right" if there are none of
+    either.
+    """
     if log == expected:
         return "right"
     lost, extra = Counter(expected) - Counter(log), Counter(log) - Counter(expected)
@@ -263,11 +266,11 @@ def _times(what: str, times: int) -> str:
 
 _HEADINGS: Final = ("access", "first exit", "saved uncompleted", "saved drained")
 _WIDEST: Final = 50
-"""Characters of the column that holds sentences."""
+"""Width in characters of the column that holds sentences."""
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """The findings for people; a lost or repeated access is told on lines of its own."""
+    """The findings as a table for people. Each lost or repeated access gets lines of its own."""
     rows = [[[heading] for heading in _HEADINGS]]
     for finding in findings:
         flag = " (flagged)" if finding.flagged else ""

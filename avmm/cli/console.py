@@ -1,9 +1,9 @@
 """Where the command connects the guest's console: stdio, pty, unix:PATH or file:PATH.
 
-That is the serial port, or, with "virtio:" before it, the first port of a virtio console.
+The console is the serial port or, with "virtio:" in front, the first port of a virtio console.
 
-The host's end is opened before there is a guest: one that has come from another process must not
-be lost because a file cannot be made.
+The host's end is opened before the guest exists. A guest that has come from another process must
+not be lost because a file cannot be created.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from avmm.outcome import Cause
 _BATCH_SECONDS: Final = 0.004
 _LAST_KEYS_SECONDS: Final = 0.2
 END_OF_INPUT: Final = b"\x04"
-"""Ctrl-D: what a terminal sends for the end of input, and so do we when a pipe ends."""
+"""Ctrl-D. A terminal sends it for the end of input, and avmm sends it when a pipe ends."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class ConsoleTarget:
     kind: str
     path: str = ""
     virtio: bool = False
-    """Whether it is the virtio console rather than the serial one."""
+    """Is it the virtio console, not the serial port?"""
 
 
 def parse(text: str) -> ConsoleTarget:
-    """Raises `ConfigError` for what is no console target."""
+    """Parse `--console`. Raises `ConfigError` if `text` is not a console target."""
     device, colon, rest = text.partition(":")
     virtio = device == "virtio"
     target = (rest if colon else "stdio") if virtio else text
@@ -70,15 +70,15 @@ def parse(text: str) -> ConsoleTarget:
 
 
 class Input:
-    """What goes to the guest, and what of it did not, for who is to be told."""
+    """Sends input to the guest, and keeps what did not reach it, so that it can be reported."""
 
     def __init__(self, stream: ConsoleStream) -> None:
         self._stream = stream
         self.undelivered = b""
-        """What the guest did not get, as it has ended or gone."""
+        """Input that the guest did not get, because it had ended or moved."""
 
     async def send(self, data: bytes) -> bool:
-        """Is the guest there still? Then it will get `data`."""
+        """Send `data`. Returns whether the guest is still there and will get it."""
         sent = False
         try:
             with suppress(trio.BrokenResourceError):
@@ -105,7 +105,9 @@ Connect: TypeAlias = Callable[[Machine, ConsoleStream, Input, Holds], Awaitable[
 
 @contextmanager
 def opened(target: ConsoleTarget) -> Iterator[ConsoleEnd]:
-    """The host's end of a console inside the block. Raises `ConfigError` where it cannot be."""
+    """The host's end of a console, open inside the block. Raises `ConfigError` if it cannot be
+    opened.
+    """
     with _KINDS[target.kind](target) as connected:
         yield ConsoleEnd(target, connected)
 
@@ -117,12 +119,13 @@ class ConsoleEnd:
         self._target = target
         self._connected = connected
         self.undelivered = b""
-        """What was typed, or came, when the guest had gone to another process."""
+        """Input that came after the guest had gone to another process."""
 
     async def connect(self, vm: Machine, virtio: Console | None, holds: Holds) -> None:
         """Connect the guest's console, until the guest has ended and its output is delivered.
 
-        With a `virtio` console, that one; what is written to the serial port then is dropped.
+        With a `virtio` console, that one is connected, and what the guest writes to the serial
+        port is dropped.
         """
         if virtio is None:
             await self._converse(vm, vm.console, holds)
@@ -141,7 +144,7 @@ class ConsoleEnd:
 
 
 async def _follow_size(virtio: Console) -> None:
-    """The guest's terminal is as large as ours."""
+    """Keep the guest's terminal as large as this one."""
     with trio.open_signal_receiver(signal.SIGWINCH) as signals:
         virtio.resize(*os.get_terminal_size(0))
         async for _ in signals:
@@ -175,19 +178,22 @@ async def _connect_stdio(
                 if interactive:
                     vm.stop(status=128 + signal.SIGHUP)  # the terminal has gone
                 elif isinstance(error, BrokenPipeError | ConnectionResetError):
-                    vm.stop(status=128 + signal.SIGPIPE)  # as `avmm run | head` has to end
+                    vm.stop(status=128 + signal.SIGPIPE)  # so that `avmm run | head` ends
                 else:
                     raise AvmmError(f"standard output: {error.strerror}") from None
             nursery.cancel_scope.cancel()
         if interactive and (await vm.wait()).cause is Cause.MOVED:
-            # Meant for the guest, it must not be the next command of the shell's.
+            # Discard what was typed for the guest, so that the shell does not run it as its next
+            # command.
             with trio.move_on_after(_LAST_KEYS_SECONDS):
                 while keys := await source.read():
                     typed.undelivered += keys
 
 
 async def _write_out(stream: ConsoleStream, fd: int, sink: HostFd) -> None:
-    """Everything that the guest prints to `fd`, which is also `sink`, until it has ended."""
+    """Write everything that the guest prints to `fd` until it has ended. `sink` is the same
+    descriptor.
+    """
     if isinstance(stream, Port):
         await stream.write_to(fd)
     else:
@@ -195,22 +201,22 @@ async def _write_out(stream: ConsoleStream, fd: int, sink: HostFd) -> None:
 
 
 async def _output(stream: ConsoleStream, write: Callable[[bytes], Awaitable[None]]) -> None:
-    """Everything that the guest prints, until it has ended."""
+    """Write everything that the guest prints, until it has ended."""
     async for data in stream:
         await write(bytes(data))
-        # The first byte goes out at once; what follows is taken in batches, because a wake-up
-        # for each byte would cost the guest more than printing it.
+        # The first byte goes out at once; the rest is taken in batches, because waking up for each
+        # byte would cost the guest more than printing it.
         await trio.sleep(_BATCH_SECONDS)
 
 
 async def _pipe(source: HostFd, typed: Input) -> None:
-    """Input that is no terminal: as it is, then the end of input."""
+    """Input that does not come from a terminal: send it unchanged, then send the end of input."""
     last = b"\n"
     while data := await source.read():
         if not await typed.send(data):
             return
         last = data[-1:]
-    # Ctrl-D ends the input only on an empty line: first end the one that is begun.
+    # Ctrl-D ends the input only on an empty line, so an unfinished line is ended first.
     if not await typed.send(END_OF_INPUT if last in b"\r\n" else b"\r" + END_OF_INPUT):
         typed.undelivered = b""
 
@@ -218,8 +224,8 @@ async def _pipe(source: HostFd, typed: Input) -> None:
 async def _type(source: HostFd, sink: HostFd, vm: Machine, typed: Input, holds: Holds) -> None:
     """Input from a person, who may also talk to avmm itself.
 
-    What is typed goes through a channel, so that a guest which reads nothing does not keep the
-    escape from working.
+    What is typed goes through a channel, so that the escape key works even if the guest reads
+    nothing.
     """
     escape = terminal.Escape()
     send, receive = trio.open_memory_channel[bytes](256)
@@ -242,7 +248,7 @@ async def _type(source: HostFd, sink: HostFd, vm: Machine, typed: Input, holds: 
 
 
 async def _toggle(holds: Holds) -> str:
-    """Pause the guest, or let it run on; says which."""
+    """Pause the guest, or let it run on. Returns which of the two was done, in words."""
     if holds.counts[TERMINAL]:
         await holds.let_go(TERMINAL)
         return f"still paused by {holds}" if str(holds) else "running"
@@ -250,7 +256,7 @@ async def _toggle(holds: Holds) -> str:
         await holds.hold(TERMINAL)
     except PauseRefused as error:
         return str(error)
-    return "paused, Ctrl-A p lets the guest run on"
+    return "paused; press Ctrl-A p to let the guest run on"
 
 
 @contextmanager
@@ -318,7 +324,9 @@ async def _connect_unix(
     typed: Input,
     holds: Holds,
 ) -> None:
-    """One client at a time; what the guest prints meanwhile waits in the port's buffer."""
+    """Serve one client at a time. While there is none, the guest's output waits in the port's
+    buffer.
+    """
     while (connection := await _next_client(listener, vm)) is not None:
         async with trio.SocketStream(connection) as client:
             await _serve(client, stream, typed)
@@ -327,7 +335,7 @@ async def _connect_unix(
 async def _next_client(
     listener: trio.socket.SocketType, vm: Machine
 ) -> trio.socket.SocketType | None:
-    """Whoever connects next; None once the guest has ended."""
+    """The next client that connects; None if the guest ends first."""
     connection = None
     async with trio.open_nursery() as nursery:
 
@@ -342,8 +350,8 @@ async def _next_client(
 
 
 async def _serve(client: trio.abc.Stream, stream: ConsoleStream, typed: Input) -> None:
-    """Until the client leaves, or the guest has ended and its last output is sent."""
-    typed.undelivered = b""  # by the client before, who has gone
+    """Serve `client` until it leaves, or until the guest has ended and its last output is sent."""
+    typed.undelivered = b""  # it was the previous client's
     async with trio.open_nursery() as nursery:
 
         async def listen_to() -> None:

@@ -1,7 +1,8 @@
 """`avmm ctl`: steers a running guest through its control socket (`avmm.control`).
 
-Exit statuses: 2 for input that cannot be; `UNKNOWN` where nobody knows which side runs a guest
-that was handed over; 130 where Ctrl-C gave it up, and the guest stays; 125 for other failures.
+Exit statuses: 2 if an option, a path or a target cannot be used; `UNKNOWN` if the guest was handed
+over and it is not known which side runs it; 130 if Ctrl-C cancelled the command, and the guest
+runs on here; 125 for other failures.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _Answer = TypeVar("_Answer")
 def _asked(
     path: Path, ask: Callable[[Client], Awaitable[_Answer]], given_up: str = "given up"
 ) -> _Answer:
-    """The answer to what `ask` asks of the guest at `path`."""
+    """Connect to the guest at `path`, and return the answer to what `ask` asks."""
     with _statuses(path, given_up):
         return trio.run(_ask, path, ask)
 
@@ -52,21 +53,27 @@ def _statuses(path: Path, given_up: str) -> Iterator[None]:
         sys.exit(_INTERRUPTED)
     except HandOverUnknownError as error:
         click.echo(f"avmm: {error}", err=True)
-        click.echo(f"avmm: to decide: avmm ctl {path} settle here, or there", err=True)
+        click.echo(
+            f"avmm: decide with `avmm ctl {path} settle here` or `avmm ctl {path} settle there`",
+            err=True,
+        )
         sys.exit(UNKNOWN)
 
 
 async def _ask(path: Path, ask: Callable[[Client], Awaitable[_Answer]]) -> _Answer:
-    """Ctrl-C gives up what was asked, and the answer then says what has become of it. A second
-    Ctrl-C ends the wait for that answer."""
-    answer: _Answer | AvmmError = AvmmError("what has become of it is not known")
+    """Ctrl-C cancels the command, and the answer then says what became of it. A second Ctrl-C ends
+    the wait for that answer.
+    """
+    answer: _Answer | AvmmError = AvmmError("it is not known what became of it")
     async with await client.connect(path) as connection, trio.open_nursery() as nursery:
 
         async def mind_interrupts(task_status: trio.TaskStatus[None]) -> None:
             with trio.open_signal_receiver(signal.SIGINT) as signals:
                 task_status.started()
                 await anext(signals)
-                with suppress(AvmmError):  # cut: whoever waits for the answer notices
+                with suppress(
+                    AvmmError
+                ):  # the connection is cut; the task that waits for the answer notices
                     await connection.give_up()
                 await anext(signals)
             nursery.cancel_scope.cancel()
@@ -85,9 +92,9 @@ async def _ask(path: Path, ask: Callable[[Client], Awaitable[_Answer]]) -> _Answ
 def _seconds(
     context: click.Context, parameter: click.Parameter, value: float | None
 ) -> float | None:
-    """More than none, and not for ever."""
+    """Check that it is above 0 and finite."""
     if value is not None and not 0 < value < math.inf:
-        raise click.BadParameter(f"{value:g}: expected seconds, above 0")
+        raise click.BadParameter(f"{value:g}: expected a number of seconds above 0")
     return value
 
 
@@ -109,7 +116,7 @@ def command(context: click.Context, path: Path) -> None:
 
 
 @command.command("status", help=verbs.GetStatus.help())
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.pass_obj
 def status(path: Path, as_json: bool) -> None:
     told = _asked(path, Client.status)
@@ -144,13 +151,13 @@ def _holders(pauses: Mapping[str, int]) -> str:
 def pause(path: Path, deadline: float | None) -> None:
     """Let the guest stand still until `resume`.
 
-    Pauses count: it runs on when each is undone, and that of Ctrl-A p, too.
+    Pauses are counted: the guest runs on when every pause is undone, including that of Ctrl-A p.
     """
     _say_pauses(
         _asked(
             path,
             lambda guest: guest.pause(deadline),
-            "the pause was given up, the guest runs on",
+            "the pause was cancelled, and the guest runs on",
         )
     )
 
@@ -171,10 +178,10 @@ def _say_pauses(told: Pauses) -> None:
 @DEADLINE
 @click.pass_obj
 def snapshot(path: Path, file: Path, deadline: float | None) -> None:
-    """Write the guest to FILE, for `avmm restore`; it runs on.
+    """Write the guest to FILE, for `avmm restore`. The guest runs on.
 
-    What its disks hold is not in FILE: pause the guest and copy them as well, where they are
-    written.
+    FILE does not contain what the guest's disks hold. If the guest writes to them, pause it and
+    copy them as well.
     """
     from avmm.cli.progress import seconds, shown, size  # noqa: PLC0415 - tqdm
 
@@ -188,7 +195,7 @@ def snapshot(path: Path, file: Path, deadline: float | None) -> None:
         async def ask(guest: Client) -> SnapshotTaken:
             return await guest.snapshot(file, deadline=deadline, on_progress=on_progress)
 
-        told = _asked(path, ask, f"given up: {file} is as it was, and the guest runs on")
+        told = _asked(path, ask, f"cancelled: {file} is unchanged, and the guest runs on")
     on_disk = file.stat().st_blocks * 512
     click.echo(f"{file}: {size(on_disk)} on disk, in {seconds(told['seconds'])}")
 
@@ -209,7 +216,9 @@ def snapshot(path: Path, file: Path, deadline: float | None) -> None:
 )
 @DEADLINE
 @tls.options
-@click.option("--report", type=PATH, metavar="FILE.png", help="Draw a picture of it.")
+@click.option(
+    "--report", type=PATH, metavar="FILE.png", help="Draw the migration as a picture in this file."
+)
 @click.pass_obj
 def migrate(
     path: Path,
@@ -224,8 +233,8 @@ def migrate(
 ) -> None:
     """Hand the running guest over to the `avmm receive` at unix:PATH or tcp:HOST:PORT.
 
-    Ctrl-C gives it up, and the guest stays. Ends with status 3 where the guest was handed over and
-    no answer came: then it stands still here until you `settle` it.
+    Ctrl-C cancels the migration, and the guest stays. If the guest was handed over and no answer
+    came, the command ends with status 3, and the guest stands still here until you `settle` it.
     """
     from avmm.cli.progress import seconds, shown, size  # noqa: PLC0415 - tqdm
     from avmm.cli.timeline import Timeline, demand  # noqa: PLC0415
@@ -233,7 +242,7 @@ def migrate(
     to = Target.parse(target, fd=False)
     proof = tls.chosen(to, tls_cert, tls_key, tls_ca)
     if proof is not None:
-        proof.context(server=False)  # what is wrong with the files is said by who was given them
+        proof.context(server=False)  # whoever opens these files reports what is wrong with them
     rate = None if bandwidth is None else parse_size(bandwidth, "--bandwidth")
     if report is not None:
         demand(report)
@@ -243,7 +252,7 @@ def migrate(
         if report is not None:
             timeline.draw(report, moved, why)
 
-    with _statuses(path, "the migration was given up, the guest stays"):
+    with _statuses(path, "the migration was cancelled, and the guest stays here"):
         try:
             with shown() as bar:
 
@@ -277,10 +286,11 @@ def migrate(
 @click.argument("where", type=click.Choice(["here", "there"]))
 @click.pass_obj
 def settle(path: Path, where: str) -> None:
-    """Say where a guest runs that was handed over without an answer.
+    """Say where the guest runs, if it was handed over and no answer came.
 
-    there: it runs at the destination; it is ended here. here: it certainly does not run there and
-    never will; it runs on here. A guest that runs on both sides destroys its disks.
+    there: the guest runs at the destination, so it is ended here. here: you are sure that it does
+    not run there and never will, so it runs on here. A guest that runs on both sides destroys its
+    disks.
     """
     _asked(path, lambda guest: guest.settle(runs_here=where == "here"))
     click.echo("the guest runs on here" if where == "here" else "the guest is ended here")

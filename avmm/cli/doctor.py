@@ -1,4 +1,4 @@
-"""`avmm doctor`: what this host's KVM offers, and what avmm makes of it."""
+"""`avmm doctor`: shows what this host's KVM offers, and whether avmm works here."""
 
 from __future__ import annotations
 
@@ -34,14 +34,16 @@ _USES: Final = {
     "KVM_CAP_SET_TSS_ADDR": "real mode on older Intel hosts",
     "KVM_CAP_SET_IDENTITY_MAP_ADDR": "real mode on older Intel hosts",
 }
-"""What avmm uses a capability for; those it does not use yet are listed without a use."""
+"""What avmm uses each capability for. Capabilities without an entry here are listed without a
+use.
+"""
 _SLOW_MIPS: Final = 50
 _DEADLINE_SECONDS: Final = 20
 
 
 @dataclass
 class HostReport:
-    """What was found; `problems` is empty where avmm works here."""
+    """What was found. `problems` is empty if avmm works here."""
 
     kernel: str
     modules: list[str]
@@ -56,17 +58,17 @@ class HostReport:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option(
     "--completion",
     is_flag=True,
-    help="Show by experiment what is lost or repeated when state is saved before an exit is "
-    "completed, and that it is right after a drain.",
+    help="Show by experiment what is lost or repeated if state is saved before an exit is "
+    "completed, and that everything is right after a drain.",
 )
 def command(as_json: bool, completion: bool) -> None:
-    """Tell what this host's KVM offers and what avmm makes of it.
+    """Show what this host's KVM offers, what avmm uses of it, and whether avmm works here.
 
-    Ends with status 1 where avmm cannot work here.
+    The command ends with status 1 if avmm cannot work on this host.
     """
     if completion:
         _completion(as_json)
@@ -97,11 +99,11 @@ def examine() -> HostReport:
     try:
         trio.run(_try_guest, report)
     except (AvmmError, OSError) as error:
-        report.problems.append(f"a guest does not run: {error}")
+        report.problems.append(f"a guest cannot run here: {error}")
     if report.ring0_mips is not None and report.ring0_mips < _SLOW_MIPS:
         report.notes.append(
-            "this KVM interprets ring-0 code: 64-bit ring-3 code runs at full speed, kernels "
-            "are slow, and stock ones may use instructions that it refuses"
+            "this KVM interprets ring-0 code: 64-bit ring-3 code runs at full speed, but "
+            "kernels are slow, and a stock kernel may use instructions that this KVM refuses"
         )
     return report
 
@@ -120,7 +122,7 @@ async def _try_guest(report: HostReport) -> None:
         return
     result = re.search(rb"\bcount=(\d+)\b.*\bcycles=(\d+)", output)
     if outcome.cause is not Cause.EXIT or outcome.status or result is None:
-        report.problems.append(f"a guest ended unexpectedly ({outcome}), saying {output!r}")
+        report.problems.append(f"a guest ended unexpectedly ({outcome}) and printed {output!r}")
         return
     report.guest_ran = True
     seconds = int(result[2]) / (khz * 1000)
@@ -147,7 +149,8 @@ def _completion(as_json: bool) -> None:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         click.echo(completion_report.table(findings))
-    # One that this host cannot produce is no failure; that it can produce none is.
+    # One shape that this host cannot run is not a failure. If it can run none of them, that is
+    # one.
     works = any(finding.right for finding in findings)
     sys.exit(0 if works and all(finding.right or finding.error for finding in findings) else 1)
 

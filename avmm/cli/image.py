@@ -1,4 +1,4 @@
-"""`avmm image`: a guest from a distribution's packages."""
+"""`avmm image`: makes a guest from a distribution's packages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def command() -> None:
     type=PATH,
     default=Path("guest"),
     show_default=True,
-    help="The folder to be made.",
+    help="The folder to create.",
 )
 @click.option("--module", "modules", multiple=True, help="A kernel module to load; repeatable.")
 @click.option("--script", type=PATH, help="Run this in the guest instead of a shell.")
@@ -45,11 +45,12 @@ def build(
     script: Path | None,
     added: tuple[str, ...],
 ) -> None:
-    """Make a folder that `avmm run --config` starts, from PACKAGES: the .deb of a kernel and that
-    of busybox-static.
+    """Make a guest for `avmm run --config` from PACKAGES.
 
-    The guest loads its modules, takes addresses from DHCP and ends up in a shell on its console;
-    the shell's exit status is that of the run.
+    PACKAGES are the .deb files of a kernel and of busybox-static.
+
+    The guest loads its modules, gets addresses by DHCP, and starts a shell on its console. The
+    shell's exit status becomes the status of the run.
     """
     made = builder.build(
         packages,
@@ -69,7 +70,7 @@ def build(
 @click.argument("package", type=PATH)
 @click.option("--output", "-o", type=PATH, help="[default: vmlinuz-RELEASE]")
 def kernel(package: Path, output: Path | None) -> None:
-    """Take the kernel out of PACKAGE, a .deb."""
+    """Extract the kernel from PACKAGE, which is a .deb file."""
     deb = Package(package)
     release = kernels.release(deb)
     target = output or Path(f"vmlinuz-{release}")

@@ -1,7 +1,7 @@
 """The settings as options of commands: derived from what `avmm.config` declares.
 
-Each value is checked where it is read, so that a mistake is told with the option that it was
-given to. What a command gets is the same that Python's users give, by the settings' names.
+Each value is checked when it is read, so that an error can name the option. A command gets the
+same values, under the same names, as a user of the Python API passes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def booting(command: _Command) -> _Command:
-    """All settings that a command takes which boots a guest."""
+    """Add the options of a command that boots a guest: all settings."""
     for setting in reversed(list(SETTINGS.values())):
         if not setting.no_option:
             command = _option(setting, setting.help, setting.shown_default)(command)
@@ -28,7 +28,7 @@ def booting(command: _Command) -> _Command:
 
 
 def arriving(command: _Command) -> _Command:
-    """Those of a command to which a guest comes that has run before: of this host's side."""
+    """Add the options of a command that continues a guest: the settings of this host's side."""
     for setting in reversed(list(SETTINGS.values())):
         if setting.side.is_hosts or setting.side is Side.COMMAND:
             default = "as it was" if setting.side is Side.HOST else setting.shown_default
@@ -37,13 +37,13 @@ def arriving(command: _Command) -> _Command:
 
 
 def console_target(settings: dict[str, Any]) -> str:
-    """Where the guest's console goes, taken out of the options of a command."""
+    """Remove the console's target from a command's options, and return it."""
     target: str | None = settings.pop("console")
     return str(SETTINGS["console"].default) if target is None else target
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that somebody has given."""
+    """The options that the user has given."""
     return {name: value for name, value in options.items() if value not in (None, ())}
 
 
@@ -81,7 +81,9 @@ def _noted(text: str, notes: list[str]) -> str:
 
 
 def _checked(setting: Setting[Any], value: Any) -> Any:
-    """`value` as somebody would give it in Python. Raises `ConfigError` where it cannot be."""
+    """`value` as the Python API takes it. Raises `ConfigError` if the setting cannot have this
+    value.
+    """
     if value is None or value == ():
         return None
     texts = value if isinstance(value, tuple) else (value,)

@@ -1,4 +1,6 @@
-"""How far a snapshot or migration is: a bar on a terminal, else a line now and then."""
+"""The progress of a snapshot or a migration: a bar on a terminal, otherwise a line from time to
+time.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,16 @@ _BAR: Final = "{desc} {percentage:3.0f}% |{bar}| {n:,}/{total:,} pages{postfix}"
 
 
 class Shown(Protocol):
-    """What shows progress; made by `shown`."""
+    """Shows progress. Made by `shown`."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
     def show(self, progress: Mapping[str, Any]) -> None:
-        """An event of the control socket's."""
+        """Show `progress`, an event from the control socket."""
 
 
 def shown() -> Shown:
-    """On standard error, as suits what that is."""
+    """Show progress on standard error: as a bar if that is a terminal, otherwise as lines."""
     return _Bar() if os.isatty(2) else _Lines()
 
 
@@ -36,7 +38,9 @@ def _done(progress: Mapping[str, Any]) -> tuple[int, int]:
 
 
 class Rates:
-    """What is known of the line's speed: that of the round so far, at first that of the last."""
+    """The speed of the line: this round's so far, or the last round's if this one has only just
+    begun.
+    """
 
     def __init__(self) -> None:
         self._round = 0
@@ -55,10 +59,11 @@ class Rates:
 
 
 def _speeds(progress: Mapping[str, Any], rate: float) -> list[str]:
-    """What a migration tells beyond its pages."""
+    """What is shown of a migration in addition to its pages."""
     parts = [f"{size(rate)}/s"] if rate else []
     if progress["round"] > 1:
-        # What the guest writes during this round, were it stopped at the end of it.
+        # The downtime to expect if the guest is stopped at the end of this round. The pages that
+        # it writes during the round are sent then.
         _, total = _done(progress)
         downtime = total * PAGE / rate * progress["dirty_rate"] / rate if rate else None
         parts += [f"dirty {size(progress['dirty_rate'])}/s", f"downtime ~{seconds(downtime)}"]

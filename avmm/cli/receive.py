@@ -1,4 +1,4 @@
-"""`avmm receive`: waits for a guest of another process, and becomes its VMM."""
+"""`avmm receive`: waits for a guest from another process, and becomes its VMM."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def command(
     tls_ca: Path | None,
     **settings: Any,
 ) -> None:
-    """Wait at unix:PATH or tcp:HOST:PORT for one guest, and run it from there on.
+    """Wait at unix:PATH or tcp:HOST:PORT for one guest, and run it from where it was.
 
-    It is sent by `avmm ctl PATH migrate`. Its disks, networks and sockets are named here, as many
-    as it has. The command ends with the status that the guest ends with, or with 125 (2 where
-    something is missing here) when it has refused the guest, which then runs on where it was.
+    `avmm ctl PATH migrate` sends it. Give one option for each of its disks, networks and sockets,
+    to say what they are on this host. The command ends with the guest's status. If it refuses the
+    guest, it ends with 125, or with 2 if an option is missing, and the guest runs on where it was.
 
-    fd:N is a listening socket that the command was started with.
+    With fd:N the command uses a listening socket that it has inherited.
 
     Whoever can reach a TCP port without TLS can send it a guest: use TLS, or a unix socket.
     """
@@ -76,7 +76,7 @@ async def _run(
                     return await ends.attend(vm), ends.undelivered
             finally:
                 await transports.close(line)
-    raise AssertionError("a guest was expected, and that was given up without a signal")
+    raise AssertionError("the wait for a guest was cancelled without a signal")
 
 
 async def _caller(at: Target, proof: Tls | None) -> trio.abc.Stream:

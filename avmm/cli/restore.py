@@ -1,4 +1,4 @@
-"""`avmm restore`: a guest out of a snapshot."""
+"""`avmm restore`: runs the guest of a snapshot."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from avmm.outcome import Outcome
 def command(file: Path, control_target: str | None, verify: bool, **settings: Any) -> None:
     """Run the guest of the snapshot FILE from where it was.
 
-    Its disks, networks and sockets are named here, as many as it has; disks must hold what they
-    did then. FILE must not be changed while the guest runs. The command ends with the status that
-    the guest ends with.
+    Give one option for each of its disks, networks and sockets, to say what they are on this host.
+    The disks must hold what they held when the snapshot was taken. FILE must not be changed while
+    the guest runs. The command ends with the guest's status.
     """
     target = console.parse(options.console_target(settings))
     chosen = options.given(settings)

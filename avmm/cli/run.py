@@ -1,4 +1,4 @@
-"""`avmm run`: a guest with its console."""
+"""`avmm run`: boots a guest, and connects its console."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from avmm.outcome import Outcome
 @options.booting
 @attend.control_option
 @click.option(
-    "--config", type=options.PATH, metavar="FILE", help="Settings from TOML; options win."
+    "--config",
+    type=options.PATH,
+    metavar="FILE",
+    help="Settings from a TOML file; options override them.",
 )
 def command(control_target: str | None, config: Path | None, **settings: Any) -> None:
-    """Run IMAGE (vmlinux, bzImage, ELF, multiboot; may be compressed), or the bundled shell.
+    """Run IMAGE (vmlinux, bzImage, ELF or multiboot; it may be compressed) or, without IMAGE, the
+    bundled shell.
 
-    The command ends with the status that the guest ends with. On a terminal, Ctrl-A is the
-    escape: Ctrl-A h lists what follows it.
+    The command ends with the guest's status. On a terminal, Ctrl-A is the escape key; Ctrl-A h
+    lists the keys that may follow it.
     """
     from_file = read_toml(config) if config is not None else {}
     machine_config = MachineConfig.make(**from_file | options.given(settings))

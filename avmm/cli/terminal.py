@@ -1,4 +1,4 @@
-"""The terminal in raw mode, and the Ctrl-A escape of it."""
+"""The terminal in raw mode, and its escape key Ctrl-A."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Command(Enum):
 
 
 class Escape:
-    """Splits what is typed into what the guest gets and what avmm is asked for."""
+    """Splits what is typed into input for the guest and commands for avmm."""
 
     def __init__(self) -> None:
         self._escaped = False
@@ -63,13 +63,15 @@ class Escape:
 
 @contextmanager
 def raw(fd: int) -> Iterator[None]:
-    """The terminal in raw mode inside the block, as it was after it, whatever happens."""
+    """Put the terminal into raw mode inside the block, and restore it afterwards, whatever
+    happens.
+    """
     before = termios.tcgetattr(fd)
 
     def restore() -> None:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
-    # Should the interpreter end without unwinding (os._exit apart), this still runs.
+    # If the interpreter ends without unwinding, this still runs (except after os._exit).
     atexit.register(restore)
     try:
         tty.setraw(fd, termios.TCSADRAIN)
@@ -82,7 +84,9 @@ def raw(fd: int) -> Iterator[None]:
 
 @contextmanager
 def _messages_with_carriage_return() -> Iterator[None]:
-    """A raw terminal does not return the carriage at a line's end: let our messages do so."""
+    """A raw terminal does not return to the first column at the end of a line. So end avmm's
+    messages with a carriage return, too.
+    """
     handlers = [
         handler
         for handler in logging.getLogger().handlers

@@ -1,6 +1,6 @@
 """A migration as a picture: pages in each round, what the guest wrote meanwhile, the downtime.
 
-Drawn from the events of the control socket, with matplotlib (`pip install 'avmm[report]'`).
+It is drawn with matplotlib (`pip install 'avmm[report]'`) from the events of the control socket.
 """
 
 from __future__ import annotations
@@ -19,24 +19,28 @@ _MIB: Final = 1 << 20
 _LONGEST_WHY: Final = 70
 _SENT, _LEFT, _DIRTY, _DOWN = "#2a6f97", "#a9d6e5", "#d1495b", "#edae49"
 _SHORTEST: Final = 0.02
-"""Seconds in which no rate is told: a frame more or less would be all of it."""
+"""A round shorter than this many seconds has no rate: a single frame would decide it."""
 _LABELLED: Final = 0.05
-"""A round that took less of the whole has no number at its bar, but the last one."""
+"""A round that took less than this share of the whole gets no number at its bar, except the last
+round.
+"""
 
 
 def demand(path: Path) -> None:
-    """Raise `ConfigError` where there could be no picture at `path`: before anything begins."""
+    """Raise `ConfigError` if no picture can be written at `path`. Call this before anything else
+    begins.
+    """
     if find_spec("matplotlib") is None:
         raise ConfigError(
-            "--report is drawn with matplotlib, which is not here: pip install 'avmm[report]'"
+            "--report needs matplotlib, which is not installed: pip install 'avmm[report]'"
         )
     if path.suffix.lower() != ".png":
-        raise ConfigError(f"report {path}: expected a file with .png at its end")
+        raise ConfigError(f"report {path}: expected a name that ends in .png")
     try:
         with path.open("ab") as file:
             is_new = not file.tell()
         if is_new:
-            path.unlink()  # there may be nothing to draw
+            path.unlink()  # perhaps there will be nothing to draw
     except OSError as error:
         raise ConfigError(f"report {path}: {error.strerror}") from None
 
@@ -50,20 +54,22 @@ class CopyRound:
     pages: int
     times: list[float] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
-    """Bytes so far, at these times."""
+    """The bytes sent so far at each of these times."""
 
 
 class Timeline:
-    """What came of one migration, event by event."""
+    """Collects one migration's events."""
 
     def __init__(self, target: str) -> None:
         self._target = target
         self._rounds: list[CopyRound] = []
         self._dirty: list[tuple[float, float]] = []
-        """The guest's rate of writing in the round that ended then."""
+        """When each round ended, and the rate in bytes per second at which the guest wrote during
+        it.
+        """
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """A progress event."""
+        """Add a progress event."""
         now, rounds = event["seconds"], self._rounds
         if not rounds or rounds[-1].number != event["round"]:
             if rounds:
@@ -79,9 +85,10 @@ class Timeline:
         of.sent.append(event["bytes_sent"])
 
     def draw(self, path: Path, result: Mapping[str, Any] | None, why: str = "") -> None:
-        """Write the picture, if there was a round; `result` is the answer, None where there is
-        none, `why` then says what has become of it. Raises `AvmmError` where it cannot be
-        written."""
+        """Write the picture, if there was a round. `result` is the migration's answer; if it
+        failed it is None, and `why` says what became of it. Raises `AvmmError` if it cannot be
+        written.
+        """
         if not self._rounds:
             return
         import matplotlib as mpl  # noqa: PLC0415 - slow to import, and optional
@@ -129,13 +136,13 @@ class Timeline:
         return list(zip(self._rounds, [*begins[1:], end], strict=True))
 
     def _draw_pages(self, axes: Any, end: float) -> None:
-        """A bar for each round, as wide as it was long."""
+        """Draw a bar for each round, as wide as the round was long."""
         for round_, stop in self._spans(end):
             width = stop - round_.begin
             axes.bar(round_.begin, round_.pages, width, align="edge", color=_LEFT, edgecolor=_SENT)
             is_last = round_ is self._rounds[-1]
             if width < _LABELLED * end and not is_last:
-                continue  # it would stand in its neighbour's
+                continue  # it would overlap the number of its neighbour
             axes.annotate(
                 f"{round_.pages:,}",
                 (stop if is_last else round_.begin + width / 2, round_.pages),
@@ -149,7 +156,7 @@ class Timeline:
         axes.margins(y=0.1)
 
     def _draw_rates(self, axes: Any, end: float) -> None:
-        """The line's rate, and the guest's."""
+        """Draw the rate at which bytes were sent, and the rate at which the guest wrote."""
         times, rates = [], []
         for round_, _ in self._spans(end):
             before, old = round_.times[0], round_.sent[0]

@@ -14,11 +14,15 @@ from avmm.transfer.tls import Tls
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--tls-cert, --tls-key and --tls-ca, which `chosen` takes."""
+    """Add --tls-cert, --tls-key and --tls-ca to a command. `chosen` takes their values."""
     for name, text in (
-        ("ca", "Who has signed the other side's certificate; PEM."),
-        ("key", "The key of --tls-cert; PEM."),
-        ("cert", "This side's certificate: TLS, by which both sides prove who they are; PEM."),
+        ("ca", "The certificate authority that signed the other side's certificate, in PEM."),
+        ("key", "The private key of --tls-cert, in PEM."),
+        (
+            "cert",
+            "This side's certificate, in PEM. It turns on TLS, with which both sides prove "
+            "who they are.",
+        ),
     ):
         option = click.option(
             f"--tls-{name}", metavar="FILE", type=click.Path(path_type=Path), help=text
@@ -28,7 +32,9 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def chosen(target: Target, cert: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
-    """What the options say together. Raises `ConfigError` if they do not fit."""
+    """The `Tls` that the options describe; None if none is given. Raises `ConfigError` if they are
+    incomplete, or if the target is not TCP.
+    """
     if cert is None and key is None and ca is None:
         return None
     if target.kind != "tcp":

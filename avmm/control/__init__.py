@@ -1,6 +1,6 @@
-"""Control of a running machine from outside its process, through a socket, as `avmm ctl` does it.
+"""Steer a running machine from outside its process, through a socket, as `avmm ctl` does.
 
-`serve` gives a machine of yours such a socket, and `connect` steers a machine that runs elsewhere.
+`serve` gives your machine such a socket, and `connect` steers a machine in another process.
 `import avmm` alone does not load this package: use `import avmm.control`.
 """
 

@@ -37,14 +37,14 @@ def _ignore(progress: Progress) -> None:
 
 
 async def connect(path: str | PathLike[str]) -> Client:
-    """Connect to the control socket at `path`, of `avmm run --control unix:PATH` or
-    `avmm.control.serve`.
+    """Connect to the control socket at `path`, which `avmm run --control unix:PATH` or
+    `avmm.control.serve` has made.
 
         async with await avmm.control.connect("/run/guest.ctl") as client:
             print((await client.status())["state"])
 
-    Raises `ConfigError` if nobody listens at `path`, and `NoControlSocket` if that is something
-    else. If it is cancelled, nothing stays open.
+    Raises `ConfigError` if nobody listens at `path`, and `NoControlSocket` if something other than
+    a control socket answers. If it is cancelled, nothing stays open.
     """
     path = fspath(path)
     try:
@@ -93,12 +93,13 @@ class Client(trio.abc.AsyncResource):
     # -- what can be asked ------------------------------------------------------------------
 
     async def status(self) -> Status:
-        """What the guest is and does."""
+        """The guest's state."""
         return await self._ask(verbs.GetStatus, Status)
 
     async def pause(self, deadline: float | None = None) -> Pauses:
-        """Let the guest stand still until `resume`. Raises `avmm.PauseTimeout` if that takes
-        longer than `deadline` seconds. Pauses are counted, and outlive this client."""
+        """Let the guest stand still until `resume`. Raises `avmm.PauseTimeout` if the guest does
+        not stand still within `deadline` seconds. Pauses are counted, and outlive this client.
+        """
         return await self._ask(verbs.Pause, Pauses, deadline=deadline)
 
     async def resume(self) -> Pauses:
@@ -176,14 +177,14 @@ class Client(trio.abc.AsyncResource):
         **arguments: object,
     ) -> _Answer:
         if self._is_asking:
-            raise trio.BusyResourceError("another task asks by this client already")
+            raise trio.BusyResourceError("another task is already using this client")
         self._is_asking = True
         try:
             with self._named():
                 await self._stream.send_all(protocol.request(verb.name, arguments))
             while isinstance(heard := await self._hear(kind), Event):
                 on_progress(heard.progress)
-        except BaseException:  # a late answer would be taken for the next one's
+        except BaseException:  # a late answer would be taken for the answer to the next command
             await trio.aclose_forcefully(self._stream)
             raise
         finally:
@@ -205,7 +206,7 @@ class Client(trio.abc.AsyncResource):
             while (line := self._lines.next()) is None:
                 data = await self._stream.receive_some(_CHUNK)
                 if not data:
-                    raise AvmmError("it has gone before it answered")
+                    raise AvmmError("the connection was closed before the answer came")
                 self._lines.feed(data)
         except RequestError as error:
             raise NoControlSocket(str(error)) from None
@@ -213,10 +214,12 @@ class Client(trio.abc.AsyncResource):
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors of the connection name its path."""
+        """Put the socket's path in front of errors that are raised inside the block."""
         try:
             yield
         except trio.BrokenResourceError:
-            raise AvmmError(f"{self._path}: it has gone before it answered") from None
+            raise AvmmError(
+                f"{self._path}: the connection was closed before the answer came"
+            ) from None
         except AvmmError as error:
             raise type(error)(f"{self._path}: {error}") from None

@@ -1,8 +1,9 @@
-"""Who keeps the guest paused: the terminal's key and the control socket, each for itself.
+"""Who keeps the guest paused. The terminal's key and the control socket each hold their own
+pauses.
 
-A guest runs when nobody holds it. Each holder's pauses are counted and undone by that holder, so
-that `avmm ctl resume` does not undo a pause of who sits at the terminal, nor the reverse; what is
-said after either tells who holds it still.
+A guest runs when nobody holds it. Each holder's pauses are counted, and only that holder undoes
+them. So `avmm ctl resume` does not undo a pause that was made at the terminal, and the terminal
+does not undo one of `avmm ctl`. Both report who still holds the guest.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ class Holds:
         self._vm = vm
         self._held: dict[str, list[AsyncExitStack]] = {TERMINAL: [], CONTROL: []}
         self.refusal = ""
-        """Why the guest may not be held now; empty: it may."""
+        """Why the guest may not be paused now; empty if it may."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many pauses of each holder there are."""
+        """The number of pauses of each holder."""
         return {who: len(held) for who, held in self._held.items()}
 
     def __str__(self) -> str:
@@ -46,12 +47,12 @@ class Holds:
             raise PauseRefused(f"the guest cannot be paused: {self.refusal}")
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._vm.paused(deadline))
-            if self.refusal:  # since it was asked
+            if self.refusal:  # the answer may have changed while we waited
                 raise PauseRefused(f"the guest cannot be paused: {self.refusal}")
             self._held[who].append(stack.pop_all())
 
     async def let_go(self, who: str) -> None:
-        """Undo one pause of `who`, who has one."""
+        """Undo one pause of `who`, who must have at least one."""
         await self._held[who].pop().aclose()
 
     async def _let_all_go(self) -> None:
@@ -62,7 +63,7 @@ class Holds:
 
 @asynccontextmanager
 async def opened(vm: Machine) -> AsyncIterator[Holds]:
-    """The holds of `vm`; after the block there are none any more."""
+    """The holds of `vm`. They are all undone when the block ends."""
     holds = Holds(vm)
     try:
         yield holds

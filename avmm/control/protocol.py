@@ -1,4 +1,5 @@
-"""The lines of the control socket, both ways, without any I/O: one JSON object a line.
+"""The lines of the control socket in both directions, without any I/O. Each line is one JSON
+object.
 
 The server greets each client with
 
@@ -23,7 +24,7 @@ It answers each with one line. Any number of events may come before that line:
     {"result": {...}}
     {"error": "what the user reads", "kind": "ConfigError"}
 
-`kind` is the name of an error in `avmm.errors`, "RequestError" for a line that is no command,
+`kind` is the name of an error in `avmm.errors`, "RequestError" for a line that is not a command,
 "PauseRefused" for a pause while the guest moves, or "Cancelled" for a command that its client gave
 up. A client gives up by ending its side of the connection, or by closing it.
 
@@ -47,9 +48,9 @@ from avmm.errors import AvmmError
 
 VERSION: Final = 1
 MOST_REQUEST: Final = 64 * 1024
-"""How many bytes a client's line may have."""
+"""The most bytes that a client's line may have."""
 MOST_ANSWER: Final = 1 << 20
-"""How many bytes a server's line may have."""
+"""The most bytes that a server's line may have."""
 _CANCELLED: Final = "Cancelled"
 
 
@@ -58,7 +59,9 @@ class GivenUp(AvmmError):
 
 
 class NoControlSocket(AvmmError):
-    """The other side is not a control socket of avmm's, or one of another version."""
+    """The other side is not a control socket of avmm, or speaks another version of the
+    protocol.
+    """
 
 
 _ERRORS: Final[Mapping[str, type[AvmmError]]] = {
@@ -75,14 +78,14 @@ _ERRORS: Final[Mapping[str, type[AvmmError]]] = {
 
 
 class Lines:
-    """Splits the bytes that come into lines of up to `most` bytes."""
+    """Splits incoming bytes into lines of up to `most` bytes."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._data = bytearray()
 
     def feed(self, data: bytes | bytearray) -> None:
-        """The next bytes."""
+        """Add the next bytes."""
         self._data += data
 
     @property
@@ -92,18 +95,20 @@ class Lines:
 
     def next(self) -> bytes | None:
         """The next complete line, without its newline; None if there is none yet. Raises
-        `RequestError` if the line that has begun is too long."""
+        `RequestError` if the unfinished line is too long.
+        """
         end = self._data.find(b"\n")
         if end < 0:
             if self.is_full:
-                raise RequestError(f"a line of more than {self._most} bytes")
+                raise RequestError(f"the line is longer than {self._most} bytes")
             return None
         line = bytes(self._data[:end])
         del self._data[: end + 1]
         return line
 
 
-# -- what a server says, and hears ----------------------------------------------------------------
+# -- what a server sends and receives
+# ----------------------------------------------------------------
 
 
 def greeting() -> bytes:
@@ -112,7 +117,7 @@ def greeting() -> bytes:
 
 
 def event(progress: Progress) -> bytes:
-    """A line that tells how far a command is."""
+    """A line that reports a command's progress."""
     return _line({"event": "progress", **progress})
 
 
@@ -129,22 +134,25 @@ def failure(error: AvmmError) -> bytes:
 
 
 def parse_request(line: bytes) -> Verb:
-    """Raises `RequestError` if the line is no command, else as `avmm.control.verbs.parse`."""
+    """Parse a command. Raises `RequestError` if the line is not a command, and whatever
+    `avmm.control.verbs.parse` raises.
+    """
     try:
         request = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        raise RequestError("this is no JSON in one line") from None
+        raise RequestError("this is not one line of JSON") from None
     if not isinstance(request, dict):
         raise RequestError("expected an object with a command in it")
     return verbs.parse(request.pop("command", None), request)
 
 
-# -- what a client says, and hears ----------------------------------------------------------------
+# -- what a client sends and receives
+# ----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Tells how far the command is."""
+    """Reports the command's progress."""
 
     progress: Progress
 
@@ -170,14 +178,18 @@ def request(command: str, arguments: Mapping[str, object]) -> bytes:
 
 
 def parse_greeting(line: bytes) -> None:
-    """Raises `NoControlSocket` if the line is no greeting, or one of another version."""
+    """Check the greeting. Raises `NoControlSocket` if the line is not a greeting, or is one of
+    another version.
+    """
     versions = _parse(line).get("control")
     if type(versions) is not list or VERSION not in versions:
         raise NoControlSocket(f"it does not speak version {VERSION} of the control protocol")
 
 
 def parse_answer(line: bytes) -> Event | Result | Failure:
-    """What the server says about a command. Raises `NoControlSocket` if the line is no answer."""
+    """Parse what the server says about a command. Raises `NoControlSocket` if the line is not an
+    answer.
+    """
     told = _parse(line)
     if "event" in told:
         return Event({name: value for name, value in told.items() if name != "event"})
@@ -186,7 +198,7 @@ def parse_answer(line: bytes) -> Event | Result | Failure:
     text, kind = told.get("error"), told.get("kind")
     if isinstance(text, str) and isinstance(kind, str):
         return Failure(_ERRORS.get(kind, AvmmError)(text))
-    raise NoControlSocket("it gives no answer of the control protocol's")
+    raise NoControlSocket("its answer does not follow the control protocol")
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -202,4 +214,4 @@ def _line(what: Mapping[str, object]) -> bytes:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON's")
+    raise ValueError(f"{constant} is not a number in JSON")

@@ -1,4 +1,5 @@
-"""The server of the control socket: takes commands from clients and does them to one machine.
+"""The server of the control socket: takes commands from clients, and carries them out on one
+machine.
 
 A client that ends its side of the connection, or closes it, gives up the pause, snapshot or
 migration that it is waiting for. The server still answers, and says what has become of it. A pause
@@ -49,8 +50,8 @@ async def serve(
     Only this user may connect to the socket at `path`. `nursery.start` returns when clients can
     connect. The function itself returns when the guest has ended and every client has its last
     answer, or a second later. Cancelling it ends the service at once. In both cases the socket is
-    removed, and pauses that clients asked for are undone. Raises `ConfigError` if there can be no
-    socket at `path`.
+    removed, and pauses that clients asked for are undone. Raises `ConfigError` if no socket can be
+    made at `path`.
     """
     with listening(path) as listener:
         async with holds.opened(vm) as held, served(listener, Control(vm, held)):
@@ -157,7 +158,7 @@ class _Conversation:
             with suppress(trio.WouldBlock, trio.BrokenResourceError):
                 events.send_nowait(progress)
 
-        answer = protocol.failure(GivenUp("given up, its client has gone"))
+        answer = protocol.failure(GivenUp("cancelled, because its client has gone"))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tell, told)
             with trio.CancelScope() as scope:
@@ -168,7 +169,7 @@ class _Conversation:
                         answer = protocol.result(await verb.run(self._control, emit))
                     except AvmmError as error:
                         answer = protocol.failure(error)
-                    except Exception as error:  # a bug, of which the guest does not die
+                    except Exception as error:  # a bug, which must not end the guest
                         logger.exception("%s", line[:200])
                         answer = protocol.failure(AvmmError(f"a bug: {error!r}"))
                     watch.cancel_scope.cancel()
@@ -182,13 +183,13 @@ class _Conversation:
                     await self._stream.send_all(protocol.event(progress))
 
     async def _cancel_at_end(self, scope: trio.CancelScope) -> None:
-        """Cancel when the client will say nothing more, or has said too much."""
+        """Cancel when the client has ended its side, or has sent too much."""
         while not self._lines.is_full and await self._hear():
             pass
         scope.cancel()
 
     async def _hear(self) -> bool:
-        """Take the next bytes from the client; False if there are none any more."""
+        """Take the next bytes from the client. Returns False if the client has ended its side."""
         if not self._has_ended:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 data = await self._stream.receive_some(4096)

@@ -1,10 +1,10 @@
 """The verbs: what can be asked of a running machine from outside.
 
-Each verb is a class, which alone knows all about it. Its fields are the verb's arguments, each
-with a check and a help text; its docstring is the verb's help; `run` does what was asked and
-returns the answer, in a form that JSON can hold. `parse` makes a verb out of plain data that may
-come from anywhere. The control socket (`avmm.control.protocol` has its lines) and `avmm ctl` get
-their names, arguments and help from here.
+Each verb is a class, and all that is known about the verb is in that class. Its fields are the
+verb's arguments, each with a check and a help text; its docstring is the verb's help; `run` does
+what was asked and returns the answer, in a form that JSON can hold. `parse` makes a verb out of
+plain data that may come from anywhere. The control socket (`avmm.control.protocol` has its lines)
+and `avmm ctl` get their names, arguments and help from here.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ from avmm.transfer.tls import Tls
 
 logger = logging.getLogger(__name__)
 
-_NOBODY_KNOWS: Final = "nobody knows where it runs"
+_NOBODY_KNOWS: Final = "it is not known on which side it runs"
 
 Progress: TypeAlias = Mapping[str, Any]
-"""How far a snapshot or a migration is: the fields of `avmm.SnapshotProgress` or of
+"""The progress of a snapshot or a migration: the fields of `avmm.SnapshotProgress` or of
 `avmm.MigrationProgress`. A migration adds `seconds`, the time since it began. JSON has no
-infinity: None stands for it."""
+infinity: None stands for it.
+"""
 Emit: TypeAlias = Callable[[Progress], None]
 
 
 class RequestError(ConfigError):
-    """What was asked is not a verb, or its arguments are wrong: names the argument, and what was
-    expected."""
+    """The request is not a verb, or its arguments are wrong. The text names the argument, and says
+    what was expected.
+    """
 
 
 class Control:
@@ -51,9 +53,9 @@ class Control:
         self.vm = vm
         self.holds = holds
         self.target: Target | None = None
-        """Where it is being migrated to."""
+        """Where the guest is being migrated to; None if it is not."""
         self.progress: Progress = {}
-        """How far that is."""
+        """How far the migration is."""
         self.unsettled = ""
         """Why nobody knows where the guest runs; empty if that is known."""
         self.moved_to = ""
@@ -76,7 +78,7 @@ class Control:
 
 
 class Status(TypedDict):
-    """What the guest is and does."""
+    """The guest's state."""
 
     state: str
     """running, paused, migrating or unsettled."""
@@ -86,15 +88,15 @@ class Status(TypedDict):
     memory: int
     """In bytes."""
     pid: int
-    """The process that it runs in."""
+    """The id of the process that the guest runs in."""
     migration: dict[str, Any] | None
     """While it is being migrated: `target`, and the latest `Progress`."""
     unsettled: str | None
-    """If it waits for `settle`: why."""
+    """Why the guest waits for `settle`; None if it does not."""
 
 
 class Pauses(TypedDict):
-    """Who holds the guest now, and how often."""
+    """The number of pauses of each holder now."""
 
     pauses: dict[str, int]
 
@@ -183,11 +185,12 @@ class Verb:
 
     name: ClassVar[str]
     is_long: ClassVar[bool] = False
-    """Is it given up when the client that asked for it has gone?"""
+    """Is it cancelled when the client that asked for it has gone?"""
 
     async def run(self, control: Control, emit: Emit) -> Answer:
-        """Do what was asked, and tell `emit` how far it is. Raises `AvmmError` if that fails.
-        Cancelling it leaves the guest running as before."""
+        """Carry the verb out, and report progress to `emit`. Raises `AvmmError` if it fails.
+        Cancelling it leaves the guest running as before.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -200,7 +203,7 @@ class Verb:
 
 @dataclass(frozen=True)
 class GetStatus(Verb):
-    """Tell what the guest is and does."""
+    """Show the guest's state."""
 
     name = "status"
 
@@ -225,7 +228,7 @@ class GetStatus(Verb):
         }
 
 
-_DEADLINE: Final = "Give up if the guest has not come to a standstill by then."
+_DEADLINE: Final = "Give up if the guest does not stand still within this time."
 
 
 @dataclass(frozen=True)
@@ -253,18 +256,18 @@ class Resume(Verb):
         holds = control.holds
         if not holds.counts[CONTROL]:
             others = f"; it is paused by {holds}" if str(holds) else ""
-            raise AvmmError(f"no pause of the control socket's holds the guest{others}")
+            raise AvmmError(f"the control socket has not paused the guest{others}")
         await holds.let_go(CONTROL)
         return {"pauses": holds.counts}
 
 
 @dataclass(frozen=True)
 class TakeSnapshot(Verb):
-    """Write the guest to a file, for `avmm restore`; it runs on."""
+    """Write the guest to a file, for `avmm restore`. The guest runs on."""
 
     name = "snapshot"
     is_long = True
-    file: Path = field(metadata=_takes(_absolute, "Where to: an absolute path."))
+    file: Path = field(metadata=_takes(_absolute, "The file to write: an absolute path."))
     deadline: float | None = field(default=None, metadata=_takes(_positive, _DEADLINE))
 
     async def run(self, control: Control, emit: Emit) -> SnapshotTaken:
@@ -289,7 +292,7 @@ class Migrate(Verb):
         metadata=_takes(_target, "Where an `avmm receive` waits: unix:PATH or tcp:HOST:PORT.")
     )
     bandwidth: float | None = field(
-        default=None, metadata=_takes(_positive, "At most so many bytes a second.")
+        default=None, metadata=_takes(_positive, "The most bytes to send per second.")
     )
     downtime: float = field(
         default=0.1, metadata=_takes(_positive, "How long the guest may stand still, in seconds.")
@@ -303,10 +306,10 @@ class Migrate(Verb):
         """See `Verb`."""
         vm, holds = control.vm, control.holds
         if vm.is_unsettled:
-            raise AvmmError("the guest was handed over, and waits for settle")
+            raise AvmmError("the guest was handed over and no answer came: it waits for settle")
         if str(holds):
             raise AvmmError(
-                f"the guest is paused by {holds}, and would run at its destination: "
+                f"the guest is paused by {holds}, but would run at its destination: "
                 "let it run on first"
             )
         with control.copying("the guest is being migrated"):
@@ -355,7 +358,7 @@ class Migrate(Verb):
 
 @dataclass(frozen=True)
 class Settle(Verb):
-    """Say where a guest runs that was handed over without an answer."""
+    """Say where the guest runs, if it was handed over and no answer came."""
 
     name = "settle"
     runs: str = field(metadata=_takes(_place, "here or there; see `avmm.Machine.settle`."))
@@ -369,7 +372,7 @@ class Settle(Verb):
 
 @dataclass(frozen=True)
 class Stop(Verb):
-    """End the guest, as if its power had gone."""
+    """End the guest, as if its power had failed."""
 
     name = "stop"
 
@@ -387,11 +390,12 @@ VERBS: Final[Mapping[str, type[Verb]]] = {
 
 
 def parse(name: object, arguments: Mapping[str, object]) -> Verb:
-    """The verb of this name with these arguments: hostile input. Raises `RequestError`, and
-    `ConfigError` for a wrong target."""
+    """The verb with this name and these arguments, which are hostile input. Raises `RequestError`,
+    and `ConfigError` if the target is not valid.
+    """
     verb = VERBS.get(name) if isinstance(name, str) else None
     if verb is None:
-        raise RequestError(f"no such command; known are {', '.join(VERBS)}")
+        raise RequestError(f"there is no such command; expected one of {', '.join(VERBS)}")
     known = {f.name: f for f in fields(verb)}
     if unknown := set(arguments) - set(known):
         takes = ", ".join(known) or "no arguments"

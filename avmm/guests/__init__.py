@@ -1,6 +1,6 @@
-"""Small guests that come with avmm: something to boot before there is anything to boot.
+"""The small guests that come with avmm, so that there is something to boot at once.
 
-Their sources stand next to this file; the package build compiles them (see build.py).
+Their sources are next to this file. The package build compiles them (see build.py).
 """
 
 from pathlib import Path
@@ -9,9 +9,11 @@ NAMES = ("shell", "exits", "rings", "torture")
 
 
 def path(name: str) -> Path:
-    """The ELF image of a bundled guest."""
+    """The path of a bundled guest's ELF image. Raises `ValueError` for an unknown name, and
+    `FileNotFoundError` if the guest was not compiled.
+    """
     if name not in NAMES:
-        raise ValueError(f"no bundled guest {name!r}; there are: {', '.join(NAMES)}")
+        raise ValueError(f"there is no bundled guest {name!r}; expected one of {', '.join(NAMES)}")
     image = Path(__file__).parent / f"{name}.elf"
     if not image.is_file():
         raise FileNotFoundError(

@@ -1,9 +1,9 @@
 """Compiles the bundled guests, and the programs for Linux guests that `avmm image` puts into them.
 
-Needs a C compiler and binutils for x86-64, and nothing else.
+It needs only a C compiler and binutils for x86-64.
 
-The package build calls build(); by hand it is `python build.py PACKAGE`. It stands alone, because
-at build time there is no avmm to import yet.
+The package build calls build(). To run it by hand, use `python build.py PACKAGE`. It imports
+nothing of avmm, because avmm cannot be imported yet at build time.
 """
 
 import os
@@ -16,15 +16,16 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parent
 NAMES = sorted(main.parent.name for main in SOURCE.glob("*/main.c"))
 PROGRAMS = SOURCE.parent / "image"
-"""A C file a program."""
+"""One C file for each program."""
 
 FLAGS = (
     *("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"),
     *("-ffreestanding", "-fno-builtin", "-fno-stack-protector", "-fno-pic", "-fno-pie"),
     *("-fno-asynchronous-unwind-tables", "-fno-strict-aliasing", "-ffunction-sections"),
     *("-fdata-sections", "-fcf-protection=none"),
-    # No vector or FPU registers, so that interrupts need not save them; no red zone, which
-    # they would overwrite; plain x86-64, for some hosts interpret ring 0 and know little more.
+    # No vector or FPU registers, so that interrupt handlers need not save them. No red zone,
+    # because interrupts would overwrite it. Only baseline x86-64, because some hosts interpret
+    # ring 0 and know little more.
     *("-march=x86-64", "-m64", "-mgeneral-regs-only", "-mno-red-zone", "-mcmodel=small"),
     *("-nostdlib", "-static", "-no-pie"),
     *("-Wl,--gc-sections", "-Wl,--build-id=none", "-Wl,-z,noexecstack"),
@@ -37,7 +38,9 @@ class BuildError(Exception):
 
 
 def build(out: Path, cc: str = os.environ.get("CC", "cc")) -> list[Path]:
-    """Compile every guest to out/<name>.elf; an image appears there complete or not at all."""
+    """Compile every guest to out/<name>.elf. An image appears there complete or not at all. Raises
+    `BuildError`.
+    """
     script = ("-T", str(SOURCE / "common/guest.ld"), f"-I{SOURCE / 'common'}")
     images = []
     for name in NAMES:
@@ -52,7 +55,7 @@ def build(out: Path, cc: str = os.environ.get("CC", "cc")) -> list[Path]:
 
 
 def build_programs(out: Path, cc: str = os.environ.get("CC", "cc")) -> list[Path]:
-    """Compile the programs for Linux guests to out/<name>.elf."""
+    """Compile the programs for Linux guests to out/<name>.elf. Raises `BuildError`."""
     return [
         _compile(source.stem, out, [source], (), shlex.split(cc))
         for source in sorted(PROGRAMS.glob("*.c"))

@@ -1,4 +1,4 @@
-"""Guest images out of a distribution's packages: a kernel, and an initramfs to go with it.
+"""Makes guests from a distribution's packages: a kernel, and an initramfs for it.
 
-Only the command uses this; `import avmm` does not. Nothing of a package is executed.
+Only the command uses this; `import avmm` does not. Nothing in a package is executed.
 """

@@ -1,4 +1,6 @@
-"""From packages to a folder that `avmm run` starts: kernel, initramfs, settings."""
+"""Makes a folder from packages, with a kernel, an initramfs and settings, which `avmm run` can
+start.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from avmm.image.output import written
 from avmm.image.packages import Package
 
 DEFAULT_MODULES: Final = ("virtio_mmio", "virtio_console", "virtio_blk", "virtio_net")
-"""What a guest's devices need, as far as the package has them."""
+"""The modules that a guest's devices need, if the package has them."""
 CMDLINE: Final = "console=ttyS0 panic=-1"
 """panic=-1: a guest that panics ends the run instead of hanging."""
 
@@ -31,7 +33,7 @@ class Built:
     release: str
     modules: Sequence[str]
     size: int
-    """Of the initramfs, in bytes."""
+    """The size of the initramfs in bytes."""
 
 
 def build(
@@ -43,11 +45,11 @@ def build(
     added: Mapping[PurePosixPath, Path] | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Built:
-    """Make the folder `output` from a kernel's package and one that has a static busybox.
+    """Make the folder `output` from a package with a kernel and one with a static busybox.
 
-    `modules` are loaded besides the default ones, each with all that it needs. Raises
-    `ImageError` where something is missing or cannot be written. Blocks for seconds;
-    `progress` is told of each step.
+    `modules` are loaded in addition to the default ones, each with all modules that it needs.
+    Raises `ImageError` if something is missing or cannot be written. Blocks for seconds, and calls
+    `progress` with the name of each step.
     """
     progress("looking at the packages")
     found = _sort([Package(path) for path in packages])
@@ -81,7 +83,7 @@ def build(
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder for the time being; its place is `$TMPDIR`'s."""
+    """A temporary folder, in `$TMPDIR`."""
     try:
         folder = tempfile.TemporaryDirectory()
     except OSError as error:
@@ -98,7 +100,7 @@ class _Found:
 
 
 def _sort(packages: Sequence[Package]) -> _Found:
-    """Which package is for what."""
+    """Find the package with the kernel and the one with the busybox."""
     kernels, boxes = [], []
     for package in packages:
         if release := kernel.release(package):
@@ -106,7 +108,7 @@ def _sort(packages: Sequence[Package]) -> _Found:
         elif (box := initramfs.find_busybox(package)) is not None:
             boxes.append(box)
         else:
-            raise ImageError(f"{package.path}: has neither a kernel nor a busybox")
+            raise ImageError(f"{package.path}: it has neither a kernel nor a busybox")
     if len(kernels) != 1 or len(boxes) != 1:
         raise ImageError(
             f"expected one package with a kernel and one with a static busybox, "

@@ -1,8 +1,8 @@
 """Writing an initramfs: a cpio archive in the "newc" format.
 
-The kernel's Documentation/driver-api/early-userspace/buffer-format.rst. Written here because it
-is 30 lines, and because what libraries there are read from disk and need the rights to make
-device nodes; this needs neither.
+The kernel's Documentation/driver-api/early-userspace/buffer-format.rst specifies it. The format is
+written here, because that takes only 30 lines. The existing libraries read files from disk, and
+need the right to make device nodes. This code needs neither.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ class Archive:
         self._folders: set[str] = set()
 
     def file(self, path: str, content: bytes, *, mode: int = 0o644) -> None:
-        """A regular file; folders on its way are made."""
+        """Add a regular file, and the folders that it is in."""
         self._make_folders(path)
         self._entry(path, stat.S_IFREG | mode, content)
 
     def symlink(self, path: str, target: str) -> None:
-        """A symbolic link."""
+        """Add a symbolic link."""
         self._make_folders(path)
         self._entry(path, stat.S_IFLNK | 0o777, target.encode())
 
     def folder(self, path: str, *, mode: int = 0o755) -> None:
-        """A folder, once."""
+        """Add a folder, unless it has been added before."""
         if path and path not in self._folders:
             self._make_folders(path)
             self._folders.add(path)
             self._entry(path, stat.S_IFDIR | mode, b"")
 
     def character_device(self, path: str, major: int, minor: int, *, mode: int = 0o600) -> None:
-        """A device node."""
+        """Add a device node."""
         self._make_folders(path)
         self._entry(path, stat.S_IFCHR | mode, b"", device=(major, minor))
 

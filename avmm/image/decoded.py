@@ -1,7 +1,7 @@
-"""What packages and modules are compressed with, undone while it is read.
+"""Decompresses packages and modules while they are read.
 
-By the decoders of kernels (boot/compressed.py), whose memory is bounded, whatever dictionary the
-data ask for. How much is read is the reader's own matter.
+It uses the decoders for kernels (avmm/boot/compressed.py). Their memory is bounded, whatever
+dictionary the data ask for. The reader decides how much to read.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ _NAMES: Final = {
     ".bz2": "bzip2",
     ".zst": "zstd",
 }
-"""A format by the suffix that files in it have."""
+"""The compression formats, by the suffixes of file names."""
 _CHUNK: Final = 1 << 18
 
 
 class Decoded:
-    """The first `size` bytes of `file`, decompressed as a suffix says; "" is for plain ones.
+    """Reads the first `size` bytes of `file`, decompressed as the suffix says. The suffix "" means
+    that it is not compressed.
 
     Raises `ValueError` for a suffix that is not known.
     """
@@ -35,11 +36,11 @@ class Decoded:
         elif suffix in _NAMES:
             self._pieces = compressed.named(_NAMES[suffix]).decode(source)
         else:
-            raise ValueError(f"{suffix} is a compression that is not known")
+            raise ValueError(f"{suffix} is not a known compression")
         self._rest = memoryview(b"")
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes; none at the end. Raises `ValueError` where they are damaged."""
+        """Up to `size` bytes; none at the end. Raises `ValueError` if the data are damaged."""
         while not self._rest:
             piece = self._next()
             if piece is None:
@@ -49,7 +50,7 @@ class Decoded:
         return bytes(data)
 
     def pieces(self) -> Iterator[bytes]:
-        """All that is left, piece by piece. Raises `ValueError` where they are damaged."""
+        """Everything that is left, piece by piece. Raises `ValueError` if the data are damaged."""
         return iter(lambda: self.read(_CHUNK), b"")
 
     def _next(self) -> bytes | None:

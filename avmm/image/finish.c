@@ -1,6 +1,6 @@
-/* Runs in a Linux guest: `finish STATUS` ends the run of avmm with that status, by its exit port
- * (avmm/devices/exit.py). Where there is no such port, or no right to use it, nothing happens.
- * Not /dev/port: distributions' kernels for clouds come without. */
+/* Runs in a Linux guest: `finish STATUS` ends avmm's run with that status, through the exit port
+ * (avmm/devices/pc/exit.py). Without such a port, or without the right to use it, nothing happens.
+ * It does not use /dev/port, which distributions' cloud kernels lack. */
 
 #include <stdint.h>
 

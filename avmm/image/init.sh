@@ -17,7 +17,8 @@ mount -t tmpfs tmpfs /tmp
 finish() {
     sync
     /bin/finish "$1"
-    # A kernel that cannot switch the machine off would halt it for ever; all can reset it.
+    # A kernel that cannot switch the machine off would halt it for ever, but every kernel can
+    # reset it.
     [ -d /sys/firmware/acpi ] && poweroff -f
     reboot -f
 }
@@ -35,17 +36,17 @@ for link in /sys/class/net/*; do
     udhcpc -q -n -t 3 -i "$name" -s /etc/udhcpc || echo "init: no address for $name" >&2
 done
 
-# The last of the active consoles is the one that /dev/console leads to.
+# /dev/console leads to the last of the active consoles.
 console=console
 for name in $(cat /sys/class/tty/console/active); do console=$name; done
 cd /root
 
-# What busybox's poweroff, halt and reboot ask the first process for.
+# The signals that busybox's poweroff, halt and reboot send to the first process.
 trap 'sync; poweroff -f' USR1 USR2
 trap 'sync; reboot -f' TERM
 
 command="/bin/sh -l"
 [ -x /etc/script ] && command=/etc/script
 setsid -c $command <"/dev/$console" >"/dev/$console" 2>&1 &
-wait $!  # in the background: only so do the traps run at once
+wait $!  # It runs in the background, because only then do the traps run at once.
 finish $?

@@ -1,7 +1,7 @@
-"""The initramfs: busybox, modules, an init of our own (init.sh), and what the user adds.
+"""The initramfs: busybox, modules, avmm's own init (init.sh), and what the user adds.
 
-It ends up in a shell on the console that the kernel was told of, or runs a script; either
-one's exit status becomes that of the run.
+The guest starts a shell on the console that the kernel was told to use, or runs a script. The exit
+status of either becomes the status of the run.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ _FILES: Final[Mapping[str, bytes]] = {
 
 @dataclass
 class Contents:
-    """What goes into an initramfs besides what is always there."""
+    """The variable contents of an initramfs, in addition to what is always there."""
 
     busybox: bytes
     modules: Mapping[str, bytes] = field(default_factory=dict)
-    """Content by name, in the order of loading."""
+    """The modules' contents by name, in the order of loading."""
     script: bytes | None = None
     added: Mapping[PurePosixPath, Path] = field(default_factory=dict)
-    """Files of the host by their paths in the guest."""
+    """Files of the host, by their paths in the guest."""
 
 
 def find_busybox(package: Package) -> bytes | None:
-    """The busybox in a package, None where it has none. Raises `ImageError` for one that is
-    linked dynamically: its libraries would be missing."""
+    """The busybox in a package, or None if there is none. Raises `ImageError` if it is linked
+    dynamically, because its libraries would be missing.
+    """
     for path, content in package.files():
         if str(path) in _BUSYBOX:
             data = content.read()
@@ -63,7 +64,7 @@ def find_busybox(package: Package) -> bytes | None:
 
 
 def write(contents: Contents, output: Path) -> int:
-    """Write the archive, gzip'ed; gives its size in bytes. Raises `ImageError`."""
+    """Write the archive, compressed with gzip. Returns its size in bytes. Raises `ImageError`."""
     with written(output) as raw:
         with gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
             archive = Archive(out)  # type: ignore[arg-type]
@@ -76,7 +77,7 @@ def _fill(archive: Archive, contents: Contents) -> None:
     own = resources.files("avmm.image")
     for folder in ("dev", "etc", "proc", "root", "sys", "tmp"):
         archive.folder(folder)
-    # The kernel opens it for init before anything is mounted.
+    # The kernel opens /dev/console for init before anything is mounted.
     archive.character_device("dev/console", 5, 1)
     archive.file("bin/busybox", contents.busybox, mode=0o755)
     archive.file("bin/finish", own.joinpath("finish.elf").read_bytes(), mode=0o755)

@@ -1,4 +1,4 @@
-"""The kernel in a package: found, told apart, taken out."""
+"""Finds the kernel in a package and extracts it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KERNEL: Final = re.compile(r"/boot/vmlinu[xz]-(?P<release>[^/]+)")
 
 
 def release(package: Package) -> str:
-    """The release of the kernel that a package has, "" where it has none."""
+    """The release of the kernel in a package; "" if it has none."""
     for path, _ in package.files():
         if match := _KERNEL.fullmatch(str(path)):
             return match["release"]
@@ -23,13 +23,13 @@ def release(package: Package) -> str:
 
 
 def extract(package: Package, output: Path) -> str:
-    """Write the package's kernel to `output`; gives its release. Raises `ImageError`."""
+    """Write the package's kernel to `output`. Returns its release. Raises `ImageError`."""
     for path, content in package.files():
         if match := _KERNEL.fullmatch(str(path)):
             with written(output) as file:
                 shutil.copyfileobj(content, file)
             return match["release"]
     raise ImageError(
-        f"{package.path}: has no kernel (/boot/vmlinuz-*): expected a linux-image package; one "
-        "that only depends on another is empty"
+        f"{package.path}: has no kernel (/boot/vmlinuz-*): expected a linux-image package, "
+        "but not one that only depends on another, because that is empty"
     )

@@ -1,8 +1,9 @@
-"""Kernel modules: those that are named, and all that these need, in the order of loading.
+"""Kernel modules: those that are named, and all modules that these need, in the order in which
+they must be loaded.
 
-A module tells what it needs in its section `.modinfo` (`depends=`, `softdep=pre: ...`; see
-include/linux/module.h of the kernel). Packages come without the index that depmod makes at
-installation, so the modules themselves are asked.
+A module lists what it needs in its section `.modinfo` (`depends=`, `softdep=pre: ...`; see
+include/linux/module.h of the kernel). Packages do not have the index that depmod makes when they
+are installed, so the modules themselves are read.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _LARGEST: Final = 128 << 20
 
 @dataclass(frozen=True)
 class KernelModule:
-    """A module and where it was put, as it is in the package."""
+    """A module, and the file with a copy of it, compressed as it is in the package."""
 
     name: str
     file: Path
     compression: str
 
     def content(self) -> bytes:
-        """The ELF. Raises `ImageError` where it cannot be decompressed."""
+        """The module as an ELF file. Raises `ImageError` if it cannot be decompressed."""
         try:
             with self.file.open("rb") as file:
                 size = self.file.stat().st_size
@@ -44,7 +45,7 @@ class KernelModule:
         except OSError as error:
             raise ImageError(f"{self.file}: cannot be read: {error.strerror}") from None
         if not plain.startswith(b"\x7fELF"):
-            raise ImageError(f"module {self.name}: is no ELF")
+            raise ImageError(f"module {self.name}: is not an ELF file")
         return plain
 
 
@@ -67,19 +68,21 @@ class Modules:
 
     @property
     def names(self) -> Iterable[str]:
-        """All modules, without those that are built in."""
+        """The names of all modules, except those that are built in."""
         return self._modules.keys()
 
     def closure(self, wanted: Iterable[str]) -> dict[str, bytes]:
-        """These modules and what they need, each after all that it needs: content by name.
+        """The contents by name of these modules and of all that they need. Each comes after the
+        modules that it needs.
 
-        What is built into the kernel is left out. Raises `ImageError` for a name that the
-        package does not have.
+        Modules that are built into the kernel are left out. Raises `ImageError` for a name that
+        the package does not have.
         """
         ordered: dict[str, bytes] = {}
-        # Those on the way down to where we are, each needed by the one before it.
+        # The path from a named module to the current one; each is needed by the one before it.
         above: dict[str, bytes] = {}
-        # No recursion: a chain may be longer than Python's stack, in a package that means harm.
+        # This does not recurse, because in a malicious package a chain may be longer than Python's
+        # stack.
         left: list[Iterator[tuple[str, bool]]] = [iter([(name, False) for name in wanted])]
         while left:
             step = next(left[-1], None)
@@ -103,12 +106,12 @@ class Modules:
 
 
 def canonical(name: str) -> str:
-    """A module's name as the kernel has it: `-` and `_` are the same."""
+    """A module's name as the kernel writes it. `-` and `_` mean the same, and become `_`."""
     return name.removesuffix(".ko").replace("-", "_")
 
 
 def modinfo(content: bytes) -> Mapping[str, list[str]]:
-    """The lists of values by key of a module's `.modinfo`; empty where it has none."""
+    """A module's `.modinfo`: a list of values for each key. Empty if the module has none."""
     from elftools.common.exceptions import ELFError  # noqa: PLC0415
     from elftools.construct import ConstructError  # noqa: PLC0415
     from elftools.elf.elffile import ELFFile  # noqa: PLC0415
@@ -119,11 +122,11 @@ def modinfo(content: bytes) -> Mapping[str, list[str]]:
         if section is None:
             return found
         if section["sh_type"] != "SHT_PROGBITS" or section.compressed:
-            # Such a section's size is what it says, not what is there.
-            raise ImageError("a module is damaged: its .modinfo holds no plain text")
+            # The size of such a section is only claimed; the data may not be there.
+            raise ImageError("a module is damaged: its .modinfo is not plain text")
         text = section.data()
     except (ELFError, ConstructError, OverflowError) as error:
-        raise ImageError(f"a module is no ELF: {error}") from None
+        raise ImageError(f"a module is not an ELF file: {error}") from None
     for entry in text.split(b"\0"):
         key, _, value = entry.decode("utf-8", "replace").partition("=")
         found.setdefault(key, []).append(value)
@@ -140,7 +143,9 @@ def _pre(info: Mapping[str, list[str]]) -> list[str]:
 
 
 def _needs(content: bytes) -> list[tuple[str, bool]]:
-    """The modules that must be there before this one, and whether it can do without."""
+    """The modules that must be loaded before this one, each with whether this one can do without
+    it.
+    """
     info = modinfo(content)
     depends = [name for text in info.get("depends", []) for name in text.split(",") if name]
     return [*((name, True) for name in _pre(info)), *((name, False) for name in depends)]

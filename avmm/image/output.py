@@ -1,7 +1,7 @@
-"""Files that are made: whole under their names, or not there.
+"""Files appear under their names when they are complete, or not at all.
 
-Whoever starts a guest from a folder that is being made anew, or after the making was interrupted,
-finds the old file or the new one, never half of one.
+A guest that is started from a folder while the folder is made again, or after that was
+interrupted, finds either the old file or the new one, but never half a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from avmm.errors import ImageError
 def written(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which becomes `path` when the block ends without an error.
 
-    Raises `ImageError` for any `OSError`, those of the block included: it reads nothing.
+    Turns every `OSError` into an `ImageError`, including those of the block, which must therefore
+    read no other file.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

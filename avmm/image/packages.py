@@ -1,10 +1,10 @@
-"""Debian packages, as far as their files are wanted.
+"""Reads the files in Debian packages.
 
-deb(5): an ar archive whose member `data.tar`, compressed in one of several ways, holds the
-files. It is read as a stream, once for each question; nothing is unpacked to its own path.
+deb(5): an ar archive whose member `data.tar`, compressed in one of several ways, holds the files.
+The archive is read as a stream, once for each question. Nothing is unpacked to its own path.
 
-tarfile keeps every header, and reads the long ones whole (a name, a pax header), however long they
-say to be. So what it reads besides the files' contents is counted, and limited.
+tarfile keeps every header, and reads long ones (a name, a pax header) completely, however long
+they claim to be. So what it reads besides the files' contents is counted, and limited.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from avmm.image.decoded import Decoded
 
 _MAGIC: Final = b"!<arch>\n"
 _LARGEST: Final = 256 << 20
-"""Of a file that is taken out of a package; kernels and modules are far smaller."""
+"""The most bytes of a file in a package. Kernels and modules are far smaller."""
 _HEADERS: Final = 32 << 20
-"""Of all headers in a package; those of the 1,150 files of a cloud kernel are 0.7 MiB."""
+"""The most bytes of all headers in a package. Those of a cloud kernel with 1,150 files have 0.7
+MiB.
+"""
 
 
 class Package:
-    """A .deb file. Raises `ImageError`, which names it, where it is none."""
+    """A .deb file. Raises `ImageError`, which names the file, if it is not one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,18 +38,21 @@ class Package:
         except OSError as error:
             raise ImageError(f"{path}: cannot be opened: {error.strerror}") from None
         if magic != _MAGIC:
-            raise ImageError(f"{path}: is no Debian package: expected an ar archive (.deb)")
+            raise ImageError(f"{path}: is not a Debian package: expected an ar archive (.deb)")
 
     def files(self) -> Iterator[tuple[PurePosixPath, Content]]:
-        """Its regular files in the package's order: (path from the root, content).
+        """The package's regular files, in its order: (path from the root, content).
 
-        A content can be read until the next one is asked for.
+        Read a content before you ask for the next one.
         """
         with self._data() as (data, tar):
             while (member := tar.next()) is not None:
-                stored = tar.offset - member.offset_data  # nothing of a folder, whatever it says
+                # What is stored, because a folder has no content, whatever size it claims.
+                stored = tar.offset - member.offset_data
                 if max(member.size, stored) > _LARGEST:
-                    raise ImageError(f"{self.path}: {member.name} is {member.size} bytes")
+                    raise ImageError(
+                        f"{self.path}: {member.name} has {member.size} bytes, which is too much"
+                    )
                 data.allow(stored)
                 if not member.isfile():
                     continue
@@ -60,7 +65,7 @@ class Package:
 
     @contextmanager
     def _data(self) -> Iterator[tuple[_Counted, tarfile.TarFile]]:
-        import arpy  # noqa: PLC0415 - only where a package is read
+        import arpy  # noqa: PLC0415 - only when a package is read
 
         with _damage_told(self.path), arpy.Archive(str(self.path)) as archive:
             for member in archive:
@@ -76,11 +81,13 @@ class Package:
 
 @contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
-    """`ImageError` for all that the libraries raise where a package is cut off or damaged."""
+    """`Turn all errors that the libraries raise for a cut off or damaged package into
+    `ImageError`.
+    """
     import arpy  # noqa: PLC0415
 
     damage = (arpy.ArchiveFormatError, arpy.ArchiveAccessError, tarfile.TarError)
-    # tarfile descends a level with each header that is about the next one.
+    # tarfile recurses one level for each header that describes the next one.
     more = (EOFError, ValueError, RecursionError, OSError)
     try:
         yield
@@ -89,33 +96,35 @@ def _damage_told(path: Path) -> Iterator[None]:
 
 
 class Content:
-    """A file in a package; reading it raises `ImageError` where the package is damaged."""
+    """A file in a package. Reading it raises `ImageError` if the package is damaged."""
 
     def __init__(self, package: Path, content: IO[bytes]) -> None:
         self._package = package
         self._content = content
 
     def read(self, size: int = -1, /) -> bytes:
-        """Up to `size` bytes, all that are left where it is negative."""
+        """Up to `size` bytes. If `size` is negative, all that are left."""
         with _damage_told(self._package):
             return self._content.read(size)
 
 
 class _Counted:
-    """A tar for tarfile to read: `_HEADERS` bytes, and what is allowed for each content."""
+    """The tar as tarfile reads it, limited to `_HEADERS` bytes plus what is allowed for each
+    file's content.
+    """
 
     def __init__(self, data: Decoded) -> None:
         self._data = data
         self._left = _HEADERS
 
     def allow(self, size: int) -> None:
-        """So many bytes are a file's."""
+        """The next `size` bytes belong to a file, and do not count as headers."""
         self._left += size
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes. Raises `ValueError` where that is too much."""
+        """Up to `size` bytes. Raises `ValueError` if the headers have become too long."""
         data = self._data.read(size)
         self._left -= len(data)
         if self._left < 0:
-            raise ValueError(f"its headers are more than {_HEADERS} bytes")
+            raise ValueError(f"its headers have more than {_HEADERS} bytes")
         return data

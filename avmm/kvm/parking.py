@@ -22,8 +22,10 @@ class Spot:
     for the vCPU's own thread."""
 
     def __init__(self, lot: ParkingLot, struct: _kvm.AvmmSpotPointer) -> None:
-        self._lot = lot
+        self._lot = lot  # which owns the memory of `struct`
         self._struct = struct
+        self.asked = False
+        """Are the vCPUs to be parked now? The lot writes it, so that no exit pays for a call."""
         self.stopping = False
         """Is the vCPU to end?"""
         self.run: Callable[[], int] = partial(lib.avmm_spot_run, struct)
@@ -32,11 +34,6 @@ class Spot:
 
         If the vCPU is asked to park while it has nothing in hand, it parks inside this call. If it
         is stopped there, the result is -ECANCELED."""
-
-    @property
-    def asked(self) -> bool:
-        """Are the vCPUs to be parked now?"""
-        return self._lot.asked
 
     @property
     def is_parked(self) -> bool:
@@ -91,14 +88,19 @@ class ParkingLot:
 
     def ask(self) -> None:
         """Ask all vCPUs to park."""
-        self.asked = True
+        self._set_asked(True)
         if (answer := lib.avmm_lot_ask(self._struct)) < 0:
             raise KvmError("tgkill", -answer)
 
     def release(self) -> None:
         """Let all vCPUs run on, whether they have parked or not."""
-        self.asked = False
+        self._set_asked(False)
         lib.avmm_lot_release(self._struct)
+
+    def _set_asked(self, asked: bool) -> None:
+        self.asked = asked
+        for spot in self.spots:
+            spot.asked = asked
 
     def poll(self, linger: bool) -> bool:
         """Have all parked? If not, the caller waits until `bell` is readable, and then calls

@@ -1,18 +1,18 @@
-"""From a config to a machine that could run.
+"""Turns a config into a machine that is ready to run.
 
-`build` is the sequence, in the one order that works; each step is a function of its own that takes
-what the steps before it gave and returns a value:
+`build` takes these steps in the only order that works. Each step is a function that takes the
+results of earlier steps and returns a value:
 
-    memory      RAM, empty or from somewhere, with read-only regions (`memory`)
-    places      the board's devices, the settings' and the user's, each at its place (`placing`)
+    memory      RAM, empty or with what the guest had, and read-only regions (`memory`)
+    places      the devices of the board, the settings and the user, with places (`placing`)
     image       what is to run, copied into RAM (`arch`)
     VM          KVM's virtual machine, with RAM in its slots (`wiring`)
-    attached    devices get their host; buses know who answers where (`placing`)
-    wired       KVM knows of interrupts, doorbells and coalesced writes (`wiring`)
-    vCPUs       as they start, or as a saved state has them (`state`)
+    attached    devices get their hosts, and buses learn who answers where (`placing`)
+    wired       KVM learns of interrupts, doorbells and coalesced writes (`wiring`)
+    vCPUs       as they start, or in a saved state (`saving`)
     loops       what runs the vCPUs (`builder`)
 
-`Parts` is the result; `description` tells of a machine to whoever is to make one like it.
+The result is a `Parts`. `description` describes a machine so that one like it can be made.
 """
 
 from avmm.parts.builder import Origin, build, dismantle

@@ -1,14 +1,14 @@
 """The steps from a config to a machine that could run, in order. See `avmm.parts`.
 
-**Where a step runs.** What waits for files or for KVM runs in a worker thread: most of all the
-decompression of a kernel, memory slots (KVM waits for the kernel's grace period) and the closing
-of a VM. What calls a user's code (`Device.attach` and `Device.load`) runs in trio's thread, where
-its author expects to be.
+**Where a step runs.** Steps that wait for files or for KVM run in a worker thread: above all
+decompressing a kernel, setting memory slots (KVM waits for a grace period of the kernel) and
+closing a VM. Steps that call a user's code (`Device.attach` and `Device.load`) run in trio's
+thread, where its author expects it to run.
 
 **Failure and cancellation.** Each step puts what it has opened on the machine's exit stack before
 it does anything that could fail. A step that was begun in a thread runs to its end; between two
-steps building can be cancelled. However it ends, all that was opened is closed again, in a worker
-thread, too, before `build` raises.
+steps building can be cancelled. Before `build` raises, for whatever reason, everything that was
+opened is closed again, also in a worker thread.
 """
 
 from __future__ import annotations
@@ -56,23 +56,26 @@ _Args = TypeVarTuple("_Args")
 
 @dataclass(frozen=True)
 class Origin:
-    """What a machine goes on from where it does not boot."""
+    """From where a machine continues if it does not boot."""
 
     state: object = None
-    """What `Parts.save` gave, of a machine like this one."""
+    """What `Parts.save` returned for a machine like this one."""
     open_memory: Callable[[RamLayout], GuestMemory] | None = None
-    """Gives the RAM that belongs to the state; the machine closes it. Else it is in the state."""
+    """Returns the RAM that belongs to the state. The machine closes it. If this is None, RAM is in
+    the state.
+    """
     described: Described | None = None
-    """Which devices and read-only regions the guest knows."""
+    """The description that was read: which devices and read-only regions the guest knows."""
     needs: object = None
-    """What its vCPUs demand of this host (`Parts.needs`)."""
+    """What the vCPUs need from this host (`Parts.needs`)."""
     standby: bool = False
-    """Its state comes later, by `Parts.load`. Until then the machine holds nothing that another
-    one may still need (`Parts.acquire`)."""
+    """The state comes later, with `Parts.load`. Until then the machine holds nothing that another
+    machine may still need (`Parts.acquire`).
+    """
 
     @property
     def boots(self) -> bool:
-        """Does the machine start an image, rather than go on from a state?"""
+        """Does the machine boot an image, instead of continuing from a state?"""
         return self.state is None and not self.standby
 
 
@@ -89,8 +92,9 @@ async def build(
 ) -> Parts:
     """Put a machine together. `end` is called, in a vCPU's thread, when the guest ends the run.
 
-    Raises `ConfigError` for what cannot be, `StateError` where it cannot go on from `origin`,
-    `KvmError` where KVM fails, and leaves nothing behind then, nor where it is cancelled.
+    Raises `ConfigError` for an impossible setting, `StateError` if the machine cannot continue
+    from `origin`, and `KvmError` if KVM fails. After an error or a cancellation nothing is left
+    behind.
     """
     stack = ExitStack()
     try:
@@ -101,7 +105,9 @@ async def build(
 
 
 async def dismantle(parts: Parts) -> None:
-    """Give everything back to the host, after all that ran has ended. Shielded; idempotent."""
+    """Give everything back to the host. Call it after everything that ran has ended. It is
+    shielded from cancellation, and idempotent.
+    """
     await in_thread_shielded(parts.close)
 
 
@@ -114,7 +120,7 @@ async def _build(
     origin: Origin,
 ) -> Parts:
     kind = await in_thread(arch.host)  # which imports it
-    # First: what it is opened from is closed with it.
+    # Memory comes first, because the file that it is opened from is closed with it.
     memory = await in_thread(ram.open_memory, stack, kind.ram, config, origin)
     system = await in_thread(_open_system, stack, config, calls)
     board = kind.board(_board_options(config), config.memory, end)
@@ -160,9 +166,9 @@ async def _build(
 
 
 def _open_system(stack: ExitStack, config: MachineConfig, calls: CallHandler | None) -> System:
-    """/dev/kvm, where it can run what the config asks for."""
+    """Open /dev/kvm, and check that it can run what the config asks for."""
     if config.xen and calls is None:
-        raise ConfigError("xen: nobody answers the hypercalls; expected a handler of calls")
+        raise ConfigError("xen: expected a handler for the hypercalls (`calls`)")
     system = System()
     stack.callback(system.close)
     if config.cpus > system.max_vcpus:
@@ -217,7 +223,7 @@ def _policy(vm: Vm, config: MachineConfig) -> CompletionPolicy:
 
 
 def _coalesced(attached: Attached, vm: Vm, vcpus: list[Vcpu]) -> CoalescedWrites | None:
-    """Where the writes go that KVM collects; None where it collects none."""
+    """Delivers the writes that KVM collects. None if it collects none."""
     if not attached.has_ring:
         return None
     posted = [host.posted for host in attached.hosts if host.posted is not None]
@@ -228,8 +234,9 @@ def _coalesced(attached: Attached, vm: Vm, vcpus: list[Vcpu]) -> CoalescedWrites
 def _set_up(
     kind: Architecture, system: System, vcpus: list[Vcpu], entry: Entry
 ) -> list[dict[str, Any]]:
-    """Bring the vCPUs to the image's entry; gives what a host must have for each of them. It is
-    noted at once: a vCPU that runs answers no ioctl before it leaves the guest."""
+    """Bring the vCPUs to the image's entry, and return what a host must have for each of them. The
+    needs are read now, because a vCPU in the guest does not answer ioctls until it exits.
+    """
     kind.set_up(system, vcpus, entry)
     return [kind.needs(system, vcpu) for vcpu in vcpus]
 

@@ -1,7 +1,7 @@
-"""The devices that a machine's settings ask for, with what stands behind them on the host.
+"""Makes the devices that a machine's settings ask for, together with their backends on the host.
 
-`avmm.options` says what people write; here it becomes a disk that is open, a socket device, a
-network device with its backend.
+`avmm.options` reads what people write. Here it becomes an open disk, a socket device, or a network
+device with its backend.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from avmm.parts.placing import Unplaced, virtio
 def configured(config: MachineConfig, stack: ExitStack, *, held: bool) -> list[Unplaced]:
     """The virtio devices that the settings ask for, always in the same order.
 
-    `stack` closes what stands behind them. Without `held` they do not yet hold what another
-    machine may hold. Raises `ConfigError` where a file, interface or socket cannot be opened.
+    `stack` closes their backends. With `held` False they do not hold anything yet that another
+    machine may hold. Raises `ConfigError` if a file, interface or socket cannot be opened.
     """
     models: list[VirtioDevice] = []
     for number, disk in enumerate(config.disks):
@@ -49,7 +49,7 @@ def configured(config: MachineConfig, stack: ExitStack, *, held: bool) -> list[U
 
 
 def _open_net(options: NetOptions, held: bool) -> Backend:
-    """Without `held` the backend takes nothing of the host's before `acquire`."""
+    """With `held` False the backend holds nothing on the host before `acquire`."""
     if options.tap is not None:
         return Tap(options.tap, held=held)
     if options.listen is not None:

@@ -1,14 +1,14 @@
-"""What a machine is, told to whoever is to make one like it: for snapshots, migration and clones.
+"""Describes a machine so that one like it can be made: for snapshots, migration and clones.
 
-A description is plain data, and compared before anything of the guest's is touched: the sizes and
-devices must be the same, or the guest would find another computer under its feet. So must the
-sizes of its disks: a wrong one is refused before a migration has sent any memory.
+A description is plain data. It is compared before anything of the guest is touched: the sizes and
+devices must be the same, or the guest would suddenly run on a different computer. The sizes of its
+disks must be the same too: a wrong size is refused before a migration has sent any memory.
 
-**What lies outside of the machine is named by whoever loads it.** Files, interfaces and sockets
-belong to a host, and a description may come from anybody, so no path in it is ever opened. It
-tells how many disks and networks the guest has and what it knows of them (size, serial number,
-MAC), and the settings `disks`, `net` and `vsock` say what they are here. What is missing is asked
-for by name.
+**Whoever loads a machine names everything that lies outside it.** Files, interfaces and sockets
+belong to a host, and a description may come from anybody, so no path in it is ever opened. A
+description says how many disks and networks the guest has, and what the guest knows of them (size,
+serial number, MAC). The settings `disks`, `net` and `vsock` say what they are on this host. An
+error names what is missing.
 """
 
 from __future__ import annotations
@@ -44,20 +44,23 @@ from avmm.plain import (
 _Model = TypeVar("_Model", VirtioBlock, Net)
 
 STATE_VERSION: Final = 2
-"""Of a machine's state (`avmm.parts.parts`). The description, which comes before it and
-before any RAM, tells it, so that a state which cannot be read here is refused at once."""
+"""The version of a machine's state (`avmm.parts.parts`). The description contains it, and arrives
+before RAM and the state. So a state that cannot be read here is refused at once.
+"""
 _TOLD: Final = tuple(name for name, setting in SETTINGS.items() if setting.side.is_told)
-"""Settings that the guest has seen, and those of the host's side, for who chooses none anew."""
+"""The settings in a description: those that the guest has seen, and those of the host's side,
+which apply unless the user chooses others.
+"""
 _LONGEST_NAME: Final = 64
 _MOST_NAMES: Final = 8
-"""Of that length, and so many of them, are shown in a message."""
+"""A message shows at most this many names, each cut to that length."""
 Entry: TypeAlias = tuple[str, str, int, int, int | None]
 """[name, space, base, size, interrupt] of a device's region."""
 
 
 class _Disk(Fields):
     name = Text()
-    """For people; no path."""
+    """The file's name, which is shown to people. It is never opened."""
     size = U64
     read_only = FLAG
     overlay = FLAG
@@ -73,7 +76,7 @@ class _Description(Fields, version=2):
     state = U32
     """The version of the state that goes with it."""
     settings = MappingOf(_TOLD, ANYTHING)
-    """What they may be, `MachineConfig` knows."""
+    """`MachineConfig` checks the values."""
     disks = ListOf(Nested(_Disk, "a disk"))
     nets = ListOf(Nested(_Net, "a network device"))
     vsock = OrNone(U32)
@@ -86,7 +89,7 @@ class _Description(Fields, version=2):
 def describe(
     config: MachineConfig, places: Sequence[Placement], roms: Sequence[tuple[int, bytes]]
 ) -> dict[str, Any]:
-    """The description of a machine of this config, with these devices and read-only regions."""
+    """The description of a machine with this config, these devices and these read-only regions."""
     blocks = _last(VirtioBlock, len(config.disks), places)
     nets = _last(Net, len(config.net), places)
     return _Description.plain(
@@ -94,7 +97,7 @@ def describe(
         settings={name: getattr(config, name) for name in _TOLD},
         disks=[
             _Disk.plain(
-                # A path may have bytes in it that are no text.
+                # A path may contain bytes that are not text.
                 name=os.fsencode(options.file.name).decode(errors="replace"),
                 size=block.disk.size,
                 read_only=options.read_only,
@@ -127,41 +130,49 @@ class Described:
     disk_sizes: tuple[int, ...]
 
     def demand_devices(self, places: Sequence[Placement]) -> None:
-        """Raise `StateError` where a machine with these devices is another one, and `ConfigError`
-        where its disks, which are open, are of other sizes than the guest's."""
+        """Raise `StateError` if these are not the guest's devices, and `ConfigError` if a disk
+        (they are open by now) has another size than the guest's.
+        """
         here = _entries(places)
         for theirs, ours in zip(self.devices, here, strict=False):
             if theirs != ours:
-                raise StateError(f"the guest has {_device(theirs)}, here is {_device(ours)}")
+                raise StateError(
+                    f"the guest has {_device(theirs)}, but this machine has {_device(ours)}"
+                )
         if len(self.devices) != len(here):
             more = self.devices[len(here) :] or here[len(self.devices) :]
-            side = "here is none" if len(self.devices) > len(here) else "the guest knows none"
+            side = (
+                "this machine does not have it"
+                if len(self.devices) > len(here)
+                else "the guest does not have it"
+            )
             raise StateError(f"{_device(more[0])}: {side}")
         blocks = _last(VirtioBlock, len(self.disk_sizes), places)
         for size, block in zip(self.disk_sizes, blocks, strict=True):
             if size != block.disk.size:
                 raise ConfigError(
-                    f"disk {block.disk.name}: it has {block.disk.size} bytes, the guest's has "
-                    f"{size}"
+                    f"disk {block.disk.name}: it has {block.disk.size} bytes, but the guest's "
+                    f"disk has {size}"
                 )
 
 
 def read(description: object, settings: HostSettings, *, own_addresses: bool = False) -> Described:
-    """What a description means on this host. Hostile input.
+    """Read a description, and say what it means on this host. It is hostile input.
 
-    Of `settings`, `disks`, `net` and `vsock` say what the guest's are here, as many as it has;
-    others replace what is told. Raises `StateError` where it is no description, `ConfigError`
-    where `settings` cannot be, or do not say what it needs: MAC addresses, too, with
-    `own_addresses`, for the machine that is described goes on.
+    The settings `disks`, `net` and `vsock` say what the guest's devices are on this host, with one
+    entry for each. Other `settings` replace those in the description. Raises `StateError` if it is
+    not a description, and `ConfigError` if `settings` are invalid or lack something that the guest
+    needs. With `own_addresses` that includes MAC addresses, because the described machine goes on
+    running.
     """
     demand_hosts(settings)
     told = _Description.read("the machine's description", description)
     if told.state != STATE_VERSION:
         raise told.wrong("state", f"{STATE_VERSION}, the version of states that this avmm reads")
-    try:  # with nothing of the caller's: what is wrong here is theirs
+    try:  # without the caller's settings, so that an error here is the description's fault
         MachineConfig.make(**told.settings)
     except (AvmmError, TypeError) as error:
-        raise StateError(f"a description with a setting that cannot be: {error}") from None
+        raise StateError(f"the description has an invalid setting: {error}") from None
     chosen: dict[str, object] = {**told.settings, **settings}
     chosen |= {
         "disks": _disks(told.disks, settings.get("disks") or ()),
@@ -169,7 +180,7 @@ def read(description: object, settings: HostSettings, *, own_addresses: bool = F
         "vsock": _vsock(told.vsock, settings.get("vsock")),
     }
     if told.hvc:
-        # Else the next description, of the machine that is made here, would not tell of it.
+        # Otherwise the description of the machine made here would not mention the console.
         chosen["console"] = "virtio"
     config = MachineConfig.make(**chosen)
     sizes = tuple(disk.size for disk in told.disks)
@@ -177,7 +188,9 @@ def read(description: object, settings: HostSettings, *, own_addresses: bool = F
 
 
 def _last(kind: type[_Model], count: int, places: Sequence[Placement]) -> list[_Model]:
-    """Those that the settings ask for come after the caller's own."""
+    """The last `count` devices of this kind. They are those that the settings ask for, because
+    these come after the caller's own.
+    """
     devices = [place.device for place in places]
     models = [device.model for device in devices if isinstance(device, VirtioMmio)]
     found = [model for model in models if isinstance(model, kind)]
@@ -189,15 +202,15 @@ def _disks(told: list[_Disk], links: Sequence[object]) -> list[DiskOptions]:
         names = ", ".join(_shown(disk) for disk in told[:_MOST_NAMES]) or "none"
         names += ", ..." if len(told) > _MOST_NAMES else ""
         raise ConfigError(
-            f"the guest has {_count(told, 'disk')} ({names}): expected disks to say which file "
-            f"each of them is here, not {len(links)}"
+            f"the guest has {_count(told, 'disk')} ({names}): expected disks to name a file "
+            f"here for each of them, got {len(links)}"
         )
     result = []
     for disk, link in zip(told, links, strict=True):
         options = DiskOptions.parse(link)
         if options.read_only != disk.read_only:
             how = "read-only" if disk.read_only else "writable"
-            raise ConfigError(f"disk {options.file}: the guest has {_shown(disk)} as {how}")
+            raise ConfigError(f"disk {options.file}: the guest's {_shown(disk)} is {how}")
         if options.overlay != disk.overlay:
             how = "an overlay" if disk.overlay else "no overlay"
             raise ConfigError(f"disk {options.file}: {_shown(disk)} is {how}")
@@ -208,8 +221,8 @@ def _disks(told: list[_Disk], links: Sequence[object]) -> list[DiskOptions]:
 def _nets(told: list[_Net], links: Sequence[object], own_addresses: bool) -> list[NetOptions]:
     if len(told) != len(links):
         raise ConfigError(
-            f"the guest has {_count(told, 'network device')}: expected net to say what each is "
-            f"linked to here, not {len(links)}"
+            f"the guest has {_count(told, 'network device')}: expected net to say what each "
+            f"is linked to here, got {len(links)}"
         )
     options = [NetOptions.parse(link) for link in links]
     for option, net in zip(options, told, strict=True):
@@ -218,14 +231,14 @@ def _nets(told: list[_Net], links: Sequence[object], own_addresses: bool) -> lis
                 f"net {str(option)!r}: expected its mac=ADDRESS; the guest's is {net.mac!r}"
             )
         if option.mtu not in (NetOptions.mtu, net.mtu):
-            raise ConfigError(f"net mtu {option.mtu}: the guest knows one of {net.mtu}")
+            raise ConfigError(f"net mtu {option.mtu}: the guest's MTU is {net.mtu}")
     try:
         return [
             replace(option, mac=option.mac or net.mac, mtu=net.mtu)
             for option, net in zip(options, told, strict=True)
         ]
     except ConfigError as error:
-        raise StateError(f"a description with a network device that cannot be: {error}") from None
+        raise StateError(f"the description has an invalid network device: {error}") from None
 
 
 def _vsock(cid: int | None, link: object) -> VsockOptions | None:

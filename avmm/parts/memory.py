@@ -1,4 +1,6 @@
-"""A machine's RAM: empty, or from where the guest was; and the read-only regions beside it."""
+"""A machine's RAM, either empty or with what the guest had, and the read-only regions beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ if TYPE_CHECKING:
 def open_memory(
     stack: ExitStack, layout: RamLayout, config: MachineConfig, origin: Origin
 ) -> GuestMemory:
-    """RAM as the machine has it before anything is loaded. Blocks: reads the files of `roms`.
+    """RAM before anything is loaded into it. Blocks, because it reads the files of `roms`.
 
-    Raises `StateError` where the guest's RAM is of another size than the config's, `ConfigError`
-    for what the host cannot give, `ImageError` for a ROM that cannot be read.
+    Raises `StateError` if the guest's RAM and the config have different sizes, `ConfigError` if
+    the host cannot provide the RAM, and `ImageError` if a ROM cannot be read.
     """
     if origin.open_memory is None:
         memory = GuestMemory(config.memory, layout=layout)
@@ -29,7 +31,9 @@ def open_memory(
         memory = origin.open_memory(layout)
     stack.callback(memory.close)
     if memory.size != config.memory:
-        raise StateError(f"the guest has {config.memory} bytes of RAM, here are {memory.size}")
+        raise StateError(
+            f"the guest has {config.memory} bytes of RAM, but {memory.size} bytes are here"
+        )
     if origin.described is not None:
         roms = list(origin.described.roms)
     else:

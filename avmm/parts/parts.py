@@ -1,4 +1,4 @@
-"""The parts of a machine: all that exists before anything runs, and while it runs.
+"""The parts of a machine: everything that exists before it runs and while it runs.
 
 `avmm.parts.builder` puts them together; `avmm.machine` runs them in a nursery.
 """
@@ -39,11 +39,13 @@ if TYPE_CHECKING:
 
 
 _MOST_RUNS: Final = 1 << 28
-"""Of RAM; a guest that has touched every second page has as many as half of its pages."""
+"""The most runs of RAM in a state. A guest that has touched every second page has half as many
+runs as pages.
+"""
 
 
 class MachineState(Fields, version=STATE_VERSION):
-    """What `Parts.save` gives."""
+    """What `Parts.save` returns."""
 
     memory_size = U64
     vcpus = ListOf(MAPPING)
@@ -91,17 +93,19 @@ class Parts:
         self.devices: list[Device] = attached.devices
         self.hosts: list[DeviceHost] = attached.hosts
         self.needs: list[dict[str, Any]] = []
-        """What a host must have for each vCPU; empty before there is a state."""
+        """What a host must have for each vCPU. Empty until the vCPUs have a state."""
         self._end = end
         self._calls = calls
         self._stack = ExitStack()
 
     def owns(self, stack: ExitStack) -> None:
-        """From now on `close` gives back what is on this stack."""
+        """From now on `close` closes this stack."""
         self._stack = stack
 
     def close(self) -> None:
-        """Give everything back to the host; idempotent, after all that ran has ended. Blocks."""
+        """Give everything back to the host. Call it after everything that ran has ended. It is
+        idempotent, and blocks.
+        """
         self._stack.close()
 
     # -- what runs ------------------------------------------------------------------------------
@@ -119,18 +123,18 @@ class Parts:
         )
 
     def deliver_coalesced(self) -> None:
-        """Let the devices have what the guest has written that no exit has shown."""
+        """Deliver to the devices the writes that the guest has made without an exit."""
         if self.coalesced is not None:
             self.coalesced.deliver()
 
     @property
     def quiescable(self) -> Iterable[Device]:
-        """The devices that are to be asked at a pause, as of whenever it is gone through."""
+        """The devices to quiesce at a pause. Each iteration looks at their current state."""
         return _Quiescable(self)
 
     @asynccontextmanager
     async def dirty_log(self) -> AsyncIterator[DirtyLog]:
-        """Log, inside the block, which pages of RAM are written. Raises as `DirtyLog`."""
+        """Log inside the block which pages of RAM are written. Raises what `DirtyLog` raises."""
         log = DirtyLog(self.vm, self.memory)
         try:
             await in_thread(log.open)
@@ -146,26 +150,32 @@ class Parts:
     # -- what it is ------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """What the machine is; see `avmm.parts.description`."""
+        """The machine's description; see `avmm.parts.description`."""
         regions = [region for region in self.memory.regions if region.readonly]
         roms = [(region.gpa, self.memory.read(region.gpa, region.size)) for region in regions]
         return description.describe(self.config, self.places, roms)
 
     def demand(self, needs: object) -> None:
-        """Raise `StateError` where this host lacks what `needs` told of another machine's."""
+        """Raise `StateError` if this host lacks something in `needs`, which another machine's
+        vCPUs need.
+        """
         if not isinstance(needs, list) or len(needs) != len(self.vcpus):
-            raise StateError(f"the needs of {len(self.vcpus)} vCPUs are expected")
+            raise StateError(f"expected the needs of {len(self.vcpus)} vCPUs")
         for vcpu, needed in zip(self.vcpus, needs, strict=True):
             self.arch.demand(self.system, vcpu, needed)
 
     # -- its state ------------------------------------------------------------------------------
 
     def save(self, *, with_memory: bool = True) -> dict[str, Any]:
-        """All state, as plain data, of a machine that stands still; RAM only `with_memory`."""
+        """The whole state of a machine that stands still, as plain data. RAM is included only
+        `with_memory`.
+        """
         return self.save_machine(with_memory=with_memory) | self.save_devices()
 
     def save_machine(self, *, with_memory: bool = True) -> dict[str, Any]:
-        """The part of the state that KVM has, and RAM. Blocks, some milliseconds; any thread."""
+        """RAM, and the part of the state that KVM holds. Blocks for some milliseconds. May be
+        called in any thread.
+        """
         state: dict[str, Any] = {
             "version": STATE_VERSION,
             "memory_size": self.memory.size,
@@ -177,8 +187,9 @@ class Parts:
         return state
 
     def save_devices(self, saved: Mapping[int, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-        """The devices' part of the state. Calls `save` of those that are not `saved` already, by
-        their numbers: in trio's thread."""
+        """The devices' part of the state. `saved` has the states that are saved already, by the
+        devices' numbers. Calls `save` of all other devices. Call it in trio's thread.
+        """
         states = saved or {}
         return {
             "devices": [
@@ -188,18 +199,19 @@ class Parts:
         }
 
     def load(self, state: object) -> None:
-        """Take over what `save` gave; RAM that is not in it is taken as it is.
+        """Restore what `save` returned. RAM that is not in the state stays as it is.
 
-        Raises `StateError` where it is not of such a machine, `DeviceError` where a device does
-        not take its part.
+        Raises `StateError` if the state is not that of such a machine, and `DeviceError` if a
+        device refuses its part.
         """
         self.load_machine(state)
         for device, device_state in self.device_states(state):
             device.load(device_state)
 
     def load_machine(self, state: object) -> None:
-        """All of `load` but the devices' part, which is only looked at. Blocks, some milliseconds;
-        any thread. Raises `StateError`."""
+        """Does all of `load` except the devices' part, which is only checked. Blocks for some
+        milliseconds. May be called in any thread. Raises `StateError`.
+        """
         saved = self._read(state)
         for gpa, data in saved.memory or ():
             try:
@@ -214,13 +226,13 @@ class Parts:
         ]
 
     def device_states(self, state: object) -> list[tuple[Device, Any]]:
-        """Each device with its part of the state, to be loaded in this order after all else.
-        Raises `StateError` where they are not of this machine's devices.
+        """Each device with its part of the state. Load them in this order, after everything else.
+        Raises `StateError` if the states are not those of this machine's devices.
 
-        They are last because an edge that one raised just before the save may still have been on
-        its way through a work queue of the kernel's (irqfd), in no state that could be read. So a
-        device that has cause to interrupt does so again when it is loaded; interrupt chips that
-        were loaded after it would forget that.
+        They come last for this reason: an edge that a device raised just before the save may still
+        have been in one of the kernel's work queues (irqfd), where no saved state contains it. So
+        a device that has a reason to interrupt does so again when it is loaded. If the interrupt
+        chips were loaded after it, that would be lost.
         """
         states = self._read(state).devices
         return [
@@ -229,7 +241,9 @@ class Parts:
         ]
 
     def _read(self, state: object) -> MachineState:
-        """A state, where it is of a machine of this shape; else raises `StateError`."""
+        """Read the state of a machine with this one's RAM, vCPUs and devices. Raises `StateError`
+        if it is not such a state.
+        """
         saved = MachineState.read("the machine's state", state)
         if saved.memory_size != self.memory.size:
             raise saved.wrong("memory_size", f"{self.memory.size}, as the machine has")
@@ -240,19 +254,21 @@ class Parts:
             raise saved.wrong("devices", f"the states of {', '.join(names)}")
         return saved
 
-    # -- what only one machine may hold ---------------------------------------------------------
+    # -- what only one machine may hold at a time
+    # ---------------------------------------------------------
 
     async def release(self) -> None:
-        """Let go of it (disks' locks, interfaces), for a machine that takes over. Only while this
-        one stands still."""
+        """Release what only one machine may hold (locks of disks, interfaces), so that another
+        machine can take over. Call it only while this one stands still.
+        """
         for device in self.devices:
             await device.release()
 
     async def acquire(self) -> None:
-        """Take hold of it, again or, on standby, for the first time.
+        """Take what only one machine may hold, again or, after standby, for the first time.
 
-        Raises `ConfigError` where somebody else has it; then, or cancelled, this machine holds
-        nothing of it.
+        Raises `ConfigError` if somebody else holds a part of it. After an error or a cancellation
+        this machine holds none of it.
         """
         try:
             for device in self.devices:
@@ -264,7 +280,9 @@ class Parts:
 
 
 class _Quiescable:
-    """The devices that may be at something by themselves: with a task, or a way to quiesce."""
+    """The devices that may be active by themselves: those with a task or a `quiesce` of their
+    own.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts

@@ -1,8 +1,8 @@
-"""Where devices go, and how they become part of a machine.
+"""Finds places for devices, and makes them part of a machine.
 
-**Places.** A virtio device that is given to a machine without a place of its own gets the next
-free window and the next free interrupt of the architecture's (`VirtioRoom`), in the order in which
-they are given. So a machine that is made in the same way again, for a saved state, has them in the
+**Places.** A virtio device without a place of its own gets the next free window and the next free
+interrupt of the architecture (`VirtioRoom`). Devices get them in the order in which they are
+given. So if a machine is made again in the same way, for a saved state, its devices are in the
 same places.
 
 **Attaching.** Each device gets its host once, with the interrupt of its first place, and each of
@@ -31,7 +31,7 @@ from avmm.memory.ram import GuestMemory
 
 @dataclass(frozen=True, slots=True)
 class Unplaced:
-    """A device that the machine finds a place for; made by `virtio`."""
+    """A device for which the machine finds a place. Made by `virtio`."""
 
     device: VirtioMmio
 
@@ -39,10 +39,10 @@ class Unplaced:
 def virtio(
     model: VirtioDevice, *, doorbells: bool = True, event_idx: bool = True, indirect: bool = True
 ) -> Unplaced:
-    """Give the machine a virtio device, by virtio-mmio, wherever there is room.
+    """A virtio device, attached by virtio-mmio, which the machine puts wherever there is room.
 
-    See `VirtioMmio` for the rest; `mmio(VirtioMmio(model), base, SIZE, irq=...)` puts it at a
-    place of your own.
+    `VirtioMmio` explains the other arguments. To choose the place yourself, use
+    `mmio(VirtioMmio(model), base, SIZE, irq=...)`.
     """
     device = VirtioMmio(model, doorbells=doorbells, event_idx=event_idx, indirect=indirect)
     return Unplaced(device)
@@ -51,9 +51,9 @@ def virtio(
 def allocate(
     devices: Iterable[Placement | Unplaced], standard: Sequence[Placement], room: VirtioRoom
 ) -> list[Placement]:
-    """`devices`, all of them placed.
+    """`devices`, each with a place.
 
-    Raises `ConfigError` for what is no placement at all, and where room or interrupts run out.
+    Raises `ConfigError` if something is not a placement, or if addresses or interrupts run out.
     """
     devices = list(devices)
     for device in devices:
@@ -88,18 +88,20 @@ def allocate(
 
 @dataclass
 class Attached:
-    """The devices of a machine in their places: each has its host, each bus knows who answers."""
+    """The devices of a machine in their places. Each has its host, and each bus knows which device
+    answers where.
+    """
 
     buses: dict[str, Bus]
-    """By the space's name, as in `Placement.space`."""
+    """The bus of each address space, by the name that `Placement.space` uses."""
     interrupts: Interrupts
     devices: list[Device]
-    """Each once, in the order of their first places."""
+    """Each device once, in the order of their first places."""
     hosts: list[DeviceHost]
-    """That of each device."""
+    """The host of each device, in the same order."""
     doorbells: list[EventDoorbell]
     has_ring: bool = False
-    """Does KVM collect writes for one of them?"""
+    """Does KVM collect writes for at least one of them?"""
 
 
 def attach(
@@ -109,11 +111,11 @@ def attach(
     memory: GuestMemory,
     places: Sequence[Placement],
 ) -> Attached:
-    """Give each device its host, and the buses each place. Calls the devices' `attach`: in trio's
-    thread. KVM is told later (`avmm.parts.wiring`).
+    """Give each device its host, and claim each place on its bus. Calls the devices' `attach`, in
+    trio's thread. KVM is told later (`avmm.parts.wiring`).
 
-    Raises `ConfigError` where places overlap each other, RAM or what is in the kernel, and where
-    two devices want one interrupt.
+    Raises `ConfigError` if a place overlaps another one, RAM or a range in which KVM answers, or
+    if two devices want the same interrupt.
     """
     unclaimed = UNCLAIMED[config.unclaimed]
     buses = {
@@ -130,7 +132,9 @@ def attach(
             mine = [other for other in places if other.device is place.device]
             host = _new_host(stack, attached, memory, place, mine)
         elif place.irq is not None:
-            raise ConfigError(f"{place.device.name}: its interrupt belongs to its first region")
+            raise ConfigError(
+                f"{place.device.name}: expected its interrupt only with its first region"
+            )
         buses[place.space].add(place, host.lock, host.posted)
     return attached
 
@@ -147,7 +151,7 @@ def _check_place(kind: Architecture, memory: GuestMemory, place: Placement) -> N
         if place.space == taken.space and place.base <= taken.last and taken.first < end:
             raise ConfigError(
                 f"{name} at {place.space} {place.base:#x} overlaps the {taken.owner} at "
-                f"{taken.first:#x}-{taken.last:#x}, which is in the kernel"
+                f"{taken.first:#x}-{taken.last:#x}, where the kernel answers"
             )
     if place.space == "mmio":
         for region in memory.regions:
@@ -159,7 +163,9 @@ def _check_place(kind: Architecture, memory: GuestMemory, place: Placement) -> N
 
 
 def _host(attached: Attached, device: Device) -> DeviceHost | None:
-    """The host of a device that has one. By identity: devices may define equality as they like."""
+    """The host of a device, if it has one already. Devices are compared by identity, because they
+    may define equality as they like.
+    """
     for known, host in zip(attached.devices, attached.hosts, strict=True):
         if known is device:
             return host
@@ -173,7 +179,7 @@ def _new_host(
     first: Placement,
     places: Sequence[Placement],
 ) -> DeviceHost:
-    """A host for the device of all these places, and the first of them."""
+    """Make the host of a device. `places` are all its places, and `first` is the first of them."""
     device = first.device
     line = None if first.irq is None else attached.interrupts.line(first.irq, device.name)
     host = DeviceHost(memory, line, partial(_doorbell, stack, attached, places))
@@ -194,7 +200,7 @@ def _doorbell(
     value: int,
     by_exit: bool,
 ) -> EventDoorbell:
-    """A doorbell at `offset` of a device, wherever that is among its `places`."""
+    """A doorbell at `offset` of a device, in each of its `places` that contains this offset."""
     watches = []
     for place in places:
         at = place.base + offset - place.offset

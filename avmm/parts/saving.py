@@ -1,12 +1,12 @@
-"""A machine's state, saved and loaded without keeping trio's thread.
+"""Saves and loads a machine's state without blocking trio's thread.
 
-**KVM's part** is dozens of calls into the kernel. They are made in a thread, while the vCPUs stand
-still.
+**KVM's part** takes dozens of calls into the kernel. They are made in a thread, while the vCPUs
+stand still.
 
 **Devices** are asked in trio's thread, all in one go. vCPUs and the guest's requests stand still
-meanwhile, but the program's other tasks do not: they read consoles and write to sockets, and
-whatever they do has to be in a state whole or not at all. Only a device that says that it reads or
-writes files for it (`Device.saves_in_thread`) is asked in a thread, and before the others.
+meanwhile, but the program's other tasks do not: they read consoles and write to sockets, and a
+state must contain such a change completely or not at all. Only devices that read or write files to
+save or load (`Device.saves_in_thread`) are called in a thread, before the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 async def saved(parts: Parts) -> dict[str, Any]:
-    """The state, all but RAM, of a machine that stands still. Raises as `Parts.save`."""
+    """The state of a machine that stands still, except its RAM. Raises what `Parts.save`
+    raises.
+    """
     machine = await in_thread(partial(parts.save_machine, with_memory=False))
     slow = {
         number: await in_thread(device.save)
@@ -32,8 +34,8 @@ async def saved(parts: Parts) -> dict[str, Any]:
 
 
 async def load(parts: Parts, state: object) -> None:
-    """Take over a state, in a machine that does not run yet. Raises as `Parts.load`.
-    Cancelled, it has taken over part of it."""
+    """Load a state into a machine that does not run yet. Raises what `Parts.load` raises. If it is
+    cancelled, only a part of the state may be loaded."""
     await in_thread(parts.load_machine, state)
     for device, device_state in parts.device_states(state):
         if device.saves_in_thread:

@@ -1,7 +1,7 @@
-"""What KVM must be told of a machine: RAM, who rings and interrupts, what leaves the guest.
+"""Tells KVM about a machine: its RAM, its doorbells and interrupts, and which exits it needs.
 
-All of it is ioctls, and some of them wait for the kernel's grace period, which takes milliseconds:
-memory slots and doorbells. None of it is called in trio's thread.
+All of this is done by ioctls. Those for memory slots and doorbells wait for a grace period of the
+kernel, which takes milliseconds. So none of them is called in trio's thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from avmm.parts.placing import Attached
 
 
 def create_vm(stack: ExitStack, kind: Architecture, system: System, memory: GuestMemory) -> Vm:
-    """A VM with this RAM in its memory slots; a slot's number is its region's index."""
+    """A VM with this RAM in its memory slots. A slot has the same number as its region."""
     vm = kind.create_vm(system)
     stack.callback(vm.close)
     for slot, (region, view) in enumerate(memory.addresses()):
@@ -33,13 +33,14 @@ def wire(
     xen: bool,
     has_calls: bool,
 ) -> None:
-    """Tell KVM of the devices: their interrupts and doorbells, the writes that it is to collect,
-    and the exits that only come where somebody asks for them."""
+    """Tell KVM about the devices: their interrupts and doorbells, the writes that it should
+    collect, and the exits that it makes only on request.
+    """
     attached.interrupts.connect(vm)
     for bell in attached.doorbells:
         bell.connect(vm)
     attached.has_ring = any(
-        # A list: each region is to be known.
+        # This is a list, not a generator, because every region has to be registered.
         [
             vm.coalesce(place.base, place.size, port=place.space == "pio")
             for place in devices

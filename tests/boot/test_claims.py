@@ -38,7 +38,7 @@ def test_overlap_names_both_and_their_ranges() -> None:
 def test_out_of_ram_is_another_message() -> None:
     book = Claims([Region(0, 0x4000, 0), Region(1 << 32, 0x4000, 0x4000)], PC)
     for gpa, size in ((0x3FFF, 2), (0x4000, 1), (1 << 63, 1 << 63), (0, 1 << 33), (-1, 2)):
-        with pytest.raises(ImageError, match=r"kernel at .* outside of guest RAM"):
+        with pytest.raises(ImageError, match=r"kernel at .* outside guest RAM"):
             book.claim(gpa, size, "kernel")
     with pytest.raises(ImageError, match=r"\(0x0-0x4000, 0x100000000-0x100004000\)"):
         book.claim(0x3FFF, 2, "kernel")
@@ -93,10 +93,10 @@ def test_no_room_says_what_there_is() -> None:
     with pytest.raises(ImageError) as caught:
         book.place(12 * MIB, "initrd.img")
     assert str(caught.value) == (
-        f"initrd.img is {12 * MIB} bytes and finds no room in guest RAM below 0xc0000000: "
-        f"the biggest free run is {12 * MIB - 4096} bytes"
+        f"initrd.img has {12 * MIB} bytes, for which there is no room in guest RAM below "
+        f"0xc0000000: the biggest free range has {12 * MIB - 4096} bytes"
     )
-    with pytest.raises(ImageError, match="biggest free run is 0 bytes"):
+    with pytest.raises(ImageError, match="biggest free range has 0 bytes"):
         claims(64 << 10).place(1, "initrd.img")
 
 
@@ -128,7 +128,7 @@ def test_against_a_model_by_pages(wanted: list[tuple[int, int, bool]], room: int
     if free:
         assert book.place(room * PAGE, "room") == free[-1] * PAGE
     else:
-        with pytest.raises(ImageError, match="finds no room"):
+        with pytest.raises(ImageError, match="there is no room"):
             book.place(room * PAGE, "room")
 
     entries = book.memory_map()

@@ -64,14 +64,15 @@ def test_what_is_cut_off_is_told(write: Write, name: str) -> None:
     for cut in (len(whole) // 2, len(whole) - 1):
         text = failure(write(whole[:cut]))
         assert (
-            f"is cut off: its {name.split(maxsplit=1)[0]} data goes on after {cut} bytes" in text
+            f"is cut off: its {name.split(maxsplit=1)[0]} data do not end within {cut} bytes"
+            in text
         )
 
 
 @FORMATS
 def test_nothing_packed_is_refused(write: Write, name: str) -> None:
     text = failure(write(PACK[name](b"")))
-    assert "of nothing" in text or "cut off" in text or "damaged" in text
+    assert "decompresses to nothing" in text or "cut off" in text or "damaged" in text
 
 
 @pytest.mark.parametrize("name", [name for name in PACK if name not in ("lz4 legacy", "lzma")])
@@ -79,7 +80,7 @@ def test_what_follows_the_data_is_refused_unless_it_is_zeros(write: Write, name:
     whole = PACK[name](SAMPLE)
     assert content(write(whole + bytes(1000))) == SAMPLE
     for more in (b"x", bytes(1 << 19) + b"x"):
-        assert "more data after the end" in failure(write(whole + more))
+        assert "more data after" in failure(write(whole + more))
 
 
 @FORMATS
@@ -103,9 +104,9 @@ def test_harmed_data_are_an_error_or_data(
 
 def test_a_dictionary_beyond_all_measure_is_refused(write: Write) -> None:
     header = b"\x5d" + (1 << 30).to_bytes(4, "little") + b"\xff" * 8
-    assert "is damaged lzma" in failure(write(header + bytes(1000)))
+    assert "is damaged (lzma)" in failure(write(header + bytes(1000)))
     window = b"\x28\xb5\x2f\xfd" + b"\x00" + bytes([(31 - 10) << 3]) + bytes(1000)
-    assert "is damaged zstd" in failure(write(window))
+    assert "is damaged (zstd)" in failure(write(window))
 
 
 def test_a_lz4_block_of_any_size_is_refused(write: Write) -> None:

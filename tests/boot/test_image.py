@@ -49,7 +49,7 @@ def test_reading_outside(write: Write, offset: int, size: int) -> None:
     with open_image(write(b"0123456789")) as image, pytest.raises(ImageError) as caught:
         image.read(offset, size, "the header")
     assert "the header should be" in str(caught.value)
-    assert "the file has 10 bytes" in str(caught.value)
+    assert "the file has only 10 bytes" in str(caught.value)
 
 
 def test_what_is_no_regular_file(tmp_path: Path, write: Write) -> None:
@@ -88,7 +88,7 @@ def test_file_that_shrinks(write: Write) -> None:
     path = write(b"x" * 100)
     with open_image(path) as image:
         os.truncate(path, 60)
-        with pytest.raises(ImageError, match=r"ended at offset 0x3c .* expected 40 bytes more"):
+        with pytest.raises(ImageError, match=r"ended at offset 0x3c .* expected 40 more bytes"):
             image.read(0, 100, "all")
 
 
@@ -108,14 +108,14 @@ def test_damaged_gzip(write: Write) -> None:
     whole = gzip.compress(os.urandom(1000))
     flipped = bytearray(whole)
     flipped[-6] ^= 1  # the CRC
-    assert "is damaged gzip" in failure(write(flipped))
-    assert "is damaged gzip" in failure(write(b"\x1f\x8b\x08\xff" + b"\xff" * 100))
-    assert "is gzip of nothing" in failure(write(gzip.compress(b"")))
-    assert "more data after the end" in failure(write(whole + b"x"))
-    assert "more data after the end" in failure(write(whole + whole))
+    assert "is damaged (gzip)" in failure(write(flipped))
+    assert "is damaged (gzip)" in failure(write(b"\x1f\x8b\x08\xff" + b"\xff" * 100))
+    assert "decompresses to nothing (gzip)" in failure(write(gzip.compress(b"")))
+    assert "there are more data after its end" in failure(write(whole + b"x"))
+    assert "there are more data after its end" in failure(write(whole + whole))
     assert "more data after the end" in failure(write(whole + bytes(1 << 19) + b"x"))
     for cut in (3, 10, 500, len(whole) - 1):
-        assert f"is cut off: its gzip data goes on after {cut} bytes" in failure(
+        assert f"is cut off: its gzip data do not end within {cut} bytes" in failure(
             write(whole[:cut])
         )
 
@@ -132,7 +132,7 @@ def test_gzip_that_is_too_big_itself(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(gzip.compress(b"x"))
         file.truncate(1 << 40)
-    assert "even as gzip" in failure(path)
+    assert "even when compressed with gzip" in failure(path)
 
 
 def test_memfd_without_room(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

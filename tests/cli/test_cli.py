@@ -271,7 +271,7 @@ def files(tmp_path: Path) -> Path:
         (["--memory", "0"], "avmm: --memory '0': expected a positive multiple of 4096"),
         (["--memory", "64"], "--memory '64': expected a positive multiple of 4096 bytes; did you"),
         (["--memory", "4096"], "at least 1 MiB for this image; did you mean '4096M'?"),
-        (["--memory", "lots"], "'lots' is no size"),
+        (["--memory", "lots"], "'lots' is not a size"),
         (["--memory", "900T"], "this host has"),
         (["--memory", "1M", "--flat", "real@0xff000", "{}/real.bin"], "real.bin"),
         (["--cpus", "0"], "cpus 0"),
@@ -358,7 +358,7 @@ def test_help_and_version() -> None:
 def test_doctor_shows_what_an_uncompleted_exit_costs_and_that_the_drain_is_right() -> None:
     findings = {row["access"]: row for row in measured("doctor", "--completion")}
     hypercall = findings.pop("hypercall")  # a KVM that interprets ring 0 cannot
-    assert (hypercall["drained"] == "right") != ("does not return" in hypercall["error"])
+    assert (hypercall["drained"] == "right") != ("did not return" in hypercall["error"])
     xens = findings.pop("Xen hypercall")  # nor can one without CONFIG_KVM_XEN
     impossible = "does not" in xens["error"] or "KVM_CAP_XEN_HVM" in xens["error"]
     assert (xens["drained"] == "right") != impossible

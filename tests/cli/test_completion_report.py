@@ -26,7 +26,7 @@ async def test_a_shape_that_never_leaves_kvm_run_is_said_to_be_impossible_in_tim
 ) -> None:
     monkeypatch.setattr(completion_report, "_PATIENCE_SECONDS", 0.5)
     finding = await examine_shape(Probe("1: jmp 1b", b"\xeb\xfe"))
-    assert finding.error == "KVM_RUN does not return within 0.5 s"
+    assert finding.error == "KVM_RUN did not return within 0.5 s"
     assert not finding.right
 
 

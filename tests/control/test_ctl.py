@@ -115,8 +115,8 @@ def test_a_client_is_greeted_and_answered_line_by_line(raw: Raw) -> None:
         (("migrate", "tcp:no-such-host.invalid:5"), "tcp:no-such-host.invalid:5: "),
         (("migrate", "unix:/" + "x" * 200), "unix:/xxx"),
         (("snapshot", "/"), "snapshot /: expected the name of a file"),
-        (("pause", "--deadline=nan"), "nan: expected seconds, above 0"),
-        (("pause", "--deadline=-1"), "-1: expected seconds, above 0"),
+        (("pause", "--deadline=nan"), "nan: expected a number of seconds above 0"),
+        (("pause", "--deadline=-1"), "-1: expected a number of seconds above 0"),
         (("pause", "--deadline=soon"), "'soon' is not a valid float"),
         (("snapshot", "/proc/1"), "snapshot /proc/1: "),
     ],
@@ -134,16 +134,16 @@ def test_a_mistyped_place_ends_no_guest(
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        (b"", "no JSON"),
-        (b"status", "no JSON"),
-        (b"\xff\xfe", "no JSON"),
-        (b"[" * 60000, "no JSON"),
-        (b'{"command": "pause", "deadline": NaN}', "no JSON"),
-        (b'{"command": "pause", "deadline": ' + b"9" * 5000 + b"}", "no JSON"),
+        (b"", "not one line of JSON"),
+        (b"status", "not one line of JSON"),
+        (b"\xff\xfe", "not one line of JSON"),
+        (b"[" * 60000, "not one line of JSON"),
+        (b'{"command": "pause", "deadline": NaN}', "not one line of JSON"),
+        (b'{"command": "pause", "deadline": ' + b"9" * 5000 + b"}", "not one line of JSON"),
         (b"[]", "expected an object"),
         (b"{}", "no such command"),
         (b'{"command": ["status"]}', "no such command"),
-        (b'{"command": "format"}', "no such command; known are status, pause"),
+        (b'{"command": "format"}', "there is no such command; expected one of status, pause"),
         (b'{"command": "status", "loud": true}', "status: unknown argument 'loud'"),
         (b'{"command": "pause", "deadline": -1}', "deadline: expected a number above 0"),
         (b'{"command": "pause", "deadline": 1e999}', "deadline: expected a number above 0"),
@@ -157,7 +157,7 @@ def test_a_mistyped_place_ends_no_guest(
         (b'{"command": "migrate", "target": "tcp:a:1", "tls": {"ca": "/x"}}', "expected cert"),
         (b'{"command": "settle", "runs": "anywhere"}', "expected 'here' or 'there'"),
         (b'{"command": "settle", "runs": "here"}', "expected one whose hand-over got no answer"),
-        (b'{"command": "resume"}', "no pause of the control socket's"),
+        (b'{"command": "resume"}', "the control socket has not paused the guest"),
     ],
 )
 def test_what_is_no_command_is_answered_with_an_error(raw: Raw, line: bytes, why: str) -> None:
@@ -167,7 +167,7 @@ def test_what_is_no_command_is_answered_with_an_error(raw: Raw, line: bytes, why
 
 def test_a_line_without_end_is_cut_off(raw: Raw, tmp_path: Path) -> None:
     raw.socket.sendall(b" " * 65_537)
-    assert raw.read() == {"error": "a line of more than 65536 bytes", "kind": "RequestError"}
+    assert raw.read() == {"error": "the line is longer than 65536 bytes", "kind": "RequestError"}
     assert raw.lines.readline() == b""
     assert status(tmp_path / "ctl")["state"] == "running"
 
@@ -196,7 +196,7 @@ def test_pauses_count_and_outlive_their_client(guest: Command, tmp_path: Path) -
     guest.expect("\nlater\r\n" + PROMPT)
     done = ctl(path, "resume")
     assert (done.returncode, done.stdout) == (125, "")
-    assert done.stderr == "avmm: no pause of the control socket's holds the guest\n"
+    assert done.stderr == "avmm: the control socket has not paused the guest\n"
 
 
 def test_a_paused_guest_ends_all_the_same(guest: Command, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_snapshot_is_restored_again_and_again(guest: Command, tmp_path: Path) 
         assert "1234" in done.stdout
     (tmp_path / "cut").write_bytes(file.read_bytes()[:-1])
     done = avmm("restore", str(tmp_path / "cut"))
-    assert (done.returncode, "it is cut off" in done.stderr) == (125, True)
+    assert (done.returncode, "it was cut off" in done.stderr) == (125, True)
     done = avmm("restore", str(tmp_path / "none"))
     assert (done.returncode, "No such file" in done.stderr) == (125, True)
     done = avmm("restore", str(file), "--console", "virtio")

@@ -315,7 +315,7 @@ async def test_a_host_that_says_no_number(tmp_path: Path) -> None:
                 await said_until(vm.console, b"avmm> count 10 vsock\r\n")
                 await stream.send_all(line)
                 said = await said_until(vm.console, b"avmm> ")
-        assert "count: the host at vsock port 5000 says what is no number" in said
+        assert "count: the host at vsock port 5000 sent no number" in said
 
 
 async def test_a_disk_that_holds_something(tmp_path: Path) -> None:

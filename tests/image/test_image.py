@@ -178,10 +178,10 @@ def test_the_same_packages_give_the_same_initramfs(
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"hello", "is no Debian package"),
+        (b"hello", "is not a Debian package"),
         (b"!<arch>\n", "has no data.tar"),
         (b"!<arch>\n" + member("data.tar.xz", b"nonsense"), "is damaged"),
-        (b"!<arch>\n" + member("data.tar.lzo", b"x"), "a compression that is not known"),
+        (b"!<arch>\n" + member("data.tar.lzo", b"x"), "is not a known compression"),
         (b"!<arch>\n" + b"x" * 60, "is damaged"),
     ],
 )
@@ -301,7 +301,7 @@ def test_a_header_of_a_gib_is_refused_before_it_is_read(tmp_path: Path, kind: by
     path = bomb(tmp_path / "bomb.deb", kind, [folder, folder])
     command = [sys.executable, "-c", LIMITED, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.startswith(f"{path}: is damaged: its headers are more than"), done.stderr
+    assert done.stdout.startswith(f"{path}: is damaged: its headers have more than"), done.stderr
 
 
 def test_headers_about_headers_end(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_a_package_of_headers_only_is_refused(
 ) -> None:
     monkeypatch.setattr("avmm.image.packages._HEADERS", 64 << 10)
     path = deb(tmp_path / "many.deb", {f"/{n}": b"" for n in range(200)})
-    with pytest.raises(ImageError, match=r"many.deb: is damaged: its headers are more than"):
+    with pytest.raises(ImageError, match=r"many.deb: is damaged: its headers have more than"):
         kernel.release(Package(path))
     big = deb(tmp_path / "big.deb", {f"/{n}": b"x" * 10_000 for n in range(50)})
     assert kernel.release(Package(big)) == "", "what files hold is no header"

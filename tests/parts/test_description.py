@@ -94,15 +94,18 @@ def test_a_good_one_is_read_and_is_of_the_same_machine(good: Good) -> None:
             {"disks": None},
             r"the guest has 3 disks \('written', 'read', 'over'\): expected disks",
         ),
-        ({"disks": ["x"]}, "which file each of them is here, not 1"),
-        ({"disks": ["w", "r,ro", "o,overlay", "x"]}, "which file each of them is here, not 4"),
-        ({"disks": ["w,ro", "r,ro", "o,overlay"]}, "disk w: the guest has 'written' as writable"),
-        ({"disks": ["w", "r", "o,overlay"]}, "disk r: the guest has 'read' as read-only"),
+        ({"disks": ["x"]}, "expected disks to name a file here for each of them, got 1"),
+        (
+            {"disks": ["w", "r,ro", "o,overlay", "x"]},
+            "expected disks to name a file here for each of them, got 4",
+        ),
+        ({"disks": ["w,ro", "r,ro", "o,overlay"]}, "disk w: the guest's 'written' is writable"),
+        ({"disks": ["w", "r", "o,overlay"]}, "disk r: the guest's 'read' is read-only"),
         ({"disks": ["w,overlay", "r,ro", "o,overlay"]}, "disk w: 'written' is no overlay"),
         ({"disks": ["w", "r,ro", "o"]}, "disk o: 'over' is an overlay"),
         ({"disks": ["w", "r,ro", "o,fast"]}, "disk o: unknown option 'fast'"),
-        ({"net": None}, "the guest has 1 network device: expected net .* here, not 0"),
-        ({"net": ["tap=a", "tap=b"]}, "the guest has 1 network device: expected net .*, not 2"),
+        ({"net": None}, "the guest has 1 network device: expected net .* here, got 0"),
+        ({"net": ["tap=a", "tap=b"]}, "the guest has 1 network device: expected net .*, got 2"),
         ({"net": ["wire=a"]}, "'wire' is unknown; expected one of tap=NAME"),
         ({"vsock": None}, "a socket device, with CID 7: expected vsock to say its CID here"),
         ({"vsock": "cid=2"}, "vsock cid 2: expected a whole number from 3"),
@@ -119,8 +122,8 @@ def test_links_that_are_missing_or_wrong(good: Good, links: dict[str, Any], why:
 def test_links_for_what_the_guest_has_not(good: Good) -> None:
     bare = good.told | {"disks": [], "nets": [], "vsock": None}
     for links, why in (
-        (HostSettings(disks=["x"]), r"the guest has 0 disks \(none\): expected disks .*, not 1"),
-        (HostSettings(net=["tap=x"]), "the guest has 0 network devices: expected net .*, not 1"),
+        (HostSettings(disks=["x"]), r"the guest has 0 disks \(none\): expected disks .*, got 1"),
+        (HostSettings(net=["tap=x"]), "the guest has 0 network devices: expected net .*, got 1"),
         (HostSettings(vsock="cid=3"), "vsock: the guest has no socket device"),
     ):
         with pytest.raises(ConfigError, match=why):
@@ -147,7 +150,7 @@ def test_a_setting_that_there_is_none_of_is_unknown(good: Good) -> None:
     with pytest.raises(ConfigError) as caught:
         good.read(memroy="8M")
     assert str(caught.value) == (
-        "unknown setting 'memroy'; known here are disks, net, vsock, unclaimed, completion, "
+        "unknown setting 'memroy'; expected one of disks, net, vsock, unclaimed, completion, "
         "completion_capability"
     )
 
@@ -162,7 +165,7 @@ def test_what_the_link_says_of_itself_stays(good: Good) -> None:
     nets = [f"{net},mac=52:54:00:00:00:0{n}" for n, net in enumerate(good.links["net"] or (), 1)]
     described = good.read(net=nets)
     assert [net.mac for net in described.config.net] == [net[-17:] for net in nets]
-    with pytest.raises(ConfigError, match=r"net mtu 9001: the guest knows one of"):
+    with pytest.raises(ConfigError, match=r"net mtu 9001: the guest's MTU is"):
         good.read(net=[f"{net},mtu=9001" for net in good.links["net"] or ()])
 
 
@@ -184,13 +187,22 @@ def changed(at: int, **fields: Any) -> Callable[[list[Any]], list[Any]]:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (changed(0, name="Modem"), "the guest has Modem at pio 0x3f8, here is .* at pio 0x3f8"),
-        (changed(0, base=0x2F8), "the guest has .* at pio 0x2f8, here is .* at pio 0x3f8"),
-        (changed(0, space="mmio"), "the guest has .* at mmio 0x3f8, here is .* at pio 0x3f8"),
-        (changed(0, size=7), "the guest has .* at pio 0x3f8, here is"),
-        (changed(0, irq=5), "the guest has .* at pio 0x3f8, here is"),
-        (changed(0, name="\x1b[2J"), "the guest has a device at pio 0x3f8, here is"),
-        (changed(0, name="x" * 5000), "^the guest has x{64} at pio 0x3f8, here is"),
+        (
+            changed(0, name="Modem"),
+            "the guest has Modem at pio 0x3f8, but this machine has .* at pio 0x3f8",
+        ),
+        (
+            changed(0, base=0x2F8),
+            "the guest has .* at pio 0x2f8, but this machine has .* at pio 0x3f8",
+        ),
+        (
+            changed(0, space="mmio"),
+            "the guest has .* at mmio 0x3f8, but this machine has .* at pio 0x3f8",
+        ),
+        (changed(0, size=7), "the guest has .* at pio 0x3f8, but this machine has"),
+        (changed(0, irq=5), "the guest has .* at pio 0x3f8, but this machine has"),
+        (changed(0, name="\x1b[2J"), "the guest has a device at pio 0x3f8, but this machine has"),
+        (changed(0, name="x" * 5000), "^the guest has x{64} at pio 0x3f8, but this machine has"),
         (
             changed(0, space="x" * 5000),
             r"devices\[0\]\[1\] is 'x{40}'.* one of 'pio', 'mmio', 'msr'",
@@ -204,9 +216,12 @@ def changed(at: int, **fields: Any) -> Callable[[list[Any]], list[Any]]:
             lambda devices: [5, *devices[1:]],
             r"description: devices\[0\] is 5, expected a list of 5",
         ),
-        (lambda devices: devices[:-1], r"at mmio 0x\w+: the guest knows none"),
-        (lambda devices: [], " at pio 0x3f8: the guest knows none"),
-        (lambda devices: [*devices, ["More", "pio", 5, 1, None]], "More at pio 0x5: here is none"),
+        (lambda devices: devices[:-1], r"at mmio 0x\w+: the guest does not have it"),
+        (lambda devices: [], " at pio 0x3f8: the guest does not have it"),
+        (
+            lambda devices: [*devices, ["More", "pio", 5, 1, None]],
+            "More at pio 0x5: this machine does not have it",
+        ),
         (
             lambda devices: [*devices, None],
             r"devices\[\d+\] is None, expected a list of 5 entries",
@@ -228,7 +243,9 @@ def test_a_machine_with_other_devices_is_another_one(
 def test_a_disk_of_another_size_is_another_disk(good: Good, number: int) -> None:
     other = copy.deepcopy(good.told)
     other["disks"][number]["size"] = 4096
-    with pytest.raises(ConfigError, match=r"it has 8192 bytes, the guest's has 4096$") as caught:
+    with pytest.raises(
+        ConfigError, match=r"it has 8192 bytes, but the guest's disk has 4096$"
+    ) as caught:
         description.read(other, good.links).demand_devices(good.places)
     assert good.told["disks"][number]["name"] in str(caught.value)
 
@@ -242,7 +259,9 @@ async def test_a_migration_with_a_disk_of_another_size_sends_no_memory(tmp_path:
         async with trio.open_nursery() as nursery:
 
             async def receive() -> None:
-                with pytest.raises(ConfigError, match="it has 4096 bytes, the guest's has 8192"):
+                with pytest.raises(
+                    ConfigError, match="it has 4096 bytes, but the guest's disk has 8192"
+                ):
                     async with avmm.receive(line.destination, disks=[str(there)]):
                         pytest.fail("it was taken")
 

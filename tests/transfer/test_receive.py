@@ -103,7 +103,7 @@ def test_a_guest_moves_while_somebody_types(
     source.close()
     assert source.exitstatus == 0
     shown = shown[: shown.index("avmm: the guest has moved")]
-    unsent = re.search(r"did not reach it any more: (.*)\r\n", source.before)
+    unsent = re.search(r"had moved before it got this input: (.*)\r\n", source.before)
     destination.expect_exact("on its way here\r\n")
     destination.send((ast.literal_eval(unsent[1]) if unsent else "") + "echo the end\r")
     destination.expect_exact("\nthe end\r\n" + PROMPT)
@@ -160,7 +160,7 @@ def test_ctrl_c_gives_it_up_and_the_guest_stays(
     client = spawn(commands, "ctl", str(path), "migrate", target, "--bandwidth", "2M")
     client.expect(r"round 1 +\d+% \|.*\| [1-9][\d,]*/[\d,]+ pages, .* MiB/s")
     client.sendintr()
-    client.expect_exact("avmm: the migration was given up, the guest stays")
+    client.expect_exact("avmm: the migration was cancelled, and the guest stays here")
     client.expect(pexpect.EOF)
     client.close()
     assert client.exitstatus == 128 + signal.SIGINT
@@ -176,8 +176,13 @@ def test_ctrl_c_gives_it_up_and_the_guest_stays(
     [
         ([], ["--most-memory", "32M"], 2, "has 67108864 bytes of RAM, 33554432 are allowed"),
         (["--disk", "{}/disk"], [], 2, "the guest has 1 disk ('disk')"),
-        (["--disk", "{}/disk,ro"], ["--disk", "{}/disk"], 2, "has 'disk' as read-only"),
-        (["--disk", "{}/disk"], ["--disk", "{}/small"], 2, "has 4096 bytes, the guest's has 8192"),
+        (["--disk", "{}/disk,ro"], ["--disk", "{}/disk"], 2, "the guest's 'disk' is read-only"),
+        (
+            ["--disk", "{}/disk"],
+            ["--disk", "{}/small"],
+            2,
+            "has 4096 bytes, but the guest's disk has 8192",
+        ),
         (["--vsock", "cid=9"], [], 2, "socket device, with CID 9"),
         ([], ["--console", "virtio"], 2, "the guest has no virtio console"),
     ],
@@ -226,8 +231,8 @@ def test_lines_that_cannot_be(
         ("tcp:127.0.0.1:70000", [], 2, "expected unix:PATH or tcp:HOST:PORT"),
         ("unix:x", certificates["source"], 2, "TLS is for tcp:HOST:PORT"),
         ("tcp:127.0.0.1:1", certificates["source"][:2], 2, "expected all three"),
-        ("tcp:127.0.0.1:1", ["--bandwidth", "fast"], 2, "'fast' is no size"),
-        ("tcp:127.0.0.1:1", ["--downtime", "-1"], 2, "-1: expected seconds, above 0"),
+        ("tcp:127.0.0.1:1", ["--bandwidth", "fast"], 2, "'fast' is not a size"),
+        ("tcp:127.0.0.1:1", ["--downtime", "-1"], 2, "-1: expected a number of seconds above 0"),
     ]:
         done = ctl(path, "migrate", target, *options)
         assert (done.returncode, why in done.stderr) == (code, True), done.stderr
@@ -305,7 +310,10 @@ def test_a_report_that_cannot_be_is_said_before_anything_begins(
     guest: Command, tmp_path: Path, commands: ExitStack
 ) -> None:
     path, target = tmp_path / "ctl", f"unix:{tmp_path / 'nobody'}"
-    for report, why in [("no/report.png", "No such file"), ("report.jpg", "expected a file with")]:
+    for report, why in [
+        ("no/report.png", "No such file"),
+        ("report.jpg", "expected a name that ends"),
+    ]:
         done = ctl(path, "migrate", target, "--report", str(tmp_path / report))
         assert (done.returncode, why in done.stderr) == (2, True)
     without = "import sys; sys.modules['matplotlib'] = None; from avmm.cli import main; main()"

@@ -113,7 +113,7 @@ async def test_a_xen_hypercall_that_a_pause_catches_is_neither_lost_nor_repeated
 
 
 async def test_without_a_handler_nobody_would_answer(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="xen: nobody answers the hypercalls"):
+    with pytest.raises(ConfigError, match="xen: expected a handler for the hypercalls"):
         async with machine(tmp_path, "hlt", xen=True):
             pass
 

@@ -1,9 +1,10 @@
-"""ACPI tables: how a guest finds CPUs, devices and the power switch without any command line.
+"""ACPI tables, which tell a guest about CPUs, devices and the power switch without a command line.
 
 ACPI specification 6.5. The machine is "hardware-reduced" (4.1): it has none of ACPI's fixed
-hardware, no SCI, no PM timer, and is switched off and reset by the registers that the FADT
-names (`avmm.devices.pc.power`). Such guests use neither PIC nor PIT. RSDP → XSDT → FADT, MADT; the
-FADT names the DSDT, which has a device for each one that says what it is (`Device.acpi_hid`).
+hardware, no SCI and no PM timer. The guest switches it off and resets it through the registers
+that the FADT names (`avmm.devices.pc.power`). Such guests use neither PIC nor PIT. RSDP → XSDT →
+FADT, MADT; the FADT names the DSDT, which describes each device that has a hardware id
+(`Device.acpi_hid`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from avmm.bus.space import Placement
 from avmm.errors import ConfigError
 
 SLEEP_TYPE_OFF: Final = 5
-"""What `\\_S5` gives for the sleep control register."""
+"""The value in `\\_S5` that switches the machine off through the sleep control register."""
 RESET_VALUE: Final = 0x0F
 
 _OEM: Final = b"AVMM  "
@@ -72,7 +73,7 @@ class AcpiDevice:
 
 
 def devices(places: Iterable[Placement]) -> list[AcpiDevice]:
-    """Those of the placed devices that say a hardware id (`Device.acpi_hid`)."""
+    """The placed devices that have a hardware id (`Device.acpi_hid`)."""
     grouped: dict[int, list[Placement]] = {}
     for place in places:
         if place.device.acpi_hid:
@@ -89,9 +90,10 @@ def devices(places: Iterable[Placement]) -> list[AcpiDevice]:
 
 
 def tables(cpus: int, named: Iterable[AcpiDevice], power: int, base: int) -> bytes:
-    """The RSDP for `base` and behind it all tables; `power` is the first port of three.
+    """The RSDP, to be placed at `base`, and all tables behind it. `power` is the first of the
+    power device's three ports.
 
-    At most `avmm.arch.x86_64.mptable.MAX_CPUS` CPUs.
+    There may be at most `avmm.arch.x86_64.mptable.MAX_CPUS` CPUs.
     """
     at = base + _ALIGN
     blocks: list[bytes] = []
@@ -115,7 +117,7 @@ def _checksum(data: bytes | bytearray) -> int:
 
 
 def _table(signature: bytes, revision: int, body: bytes) -> bytes:
-    """5.2.6: the header that all tables but the RSDP begin with."""
+    """5.2.6: a table with the header that all tables except the RSDP begin with."""
     length = _HEADER.size + len(body)
     oem = (_OEM, _OEM_TABLE, _REVISION, b"AVMM", _REVISION)
     data = bytearray(_HEADER.pack(signature, length, revision, 0, *oem) + body)
@@ -124,7 +126,9 @@ def _table(signature: bytes, revision: int, body: bytes) -> bytes:
 
 
 def _rsdp(xsdt: int) -> bytes:
-    """5.2.5.3; the first 20 bytes have a sum of their own, as ACPI 1.0 had it."""
+    """5.2.5.3. The first 20 bytes have a checksum of their own, because ACPI 1.0 had only
+    these.
+    """
     data = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, _OEM, 2, 0, 36, xsdt, 0))
     data[8] = _checksum(data[:20])
     data[32] = _checksum(data)
@@ -153,7 +157,7 @@ def _fadt(dsdt: int, power: int) -> bytes:
 
 
 def _madt(cpus: int) -> bytes:
-    """5.2.12; interrupt numbers are the IOAPIC's pins, so no override is needed."""
+    """5.2.12. Interrupt numbers are the IOAPIC's pins, so no override is needed."""
     entries = [struct.pack("<II", layout.LAPIC, 0)]
     entries += [struct.pack("<BBBBI", _LOCAL_APIC, 8, cpu, cpu, _ENABLED) for cpu in range(cpus)]
     entries.append(struct.pack("<BBBxII", _IO_APIC, 12, cpus, layout.IOAPIC, 0))
@@ -170,7 +174,7 @@ def _dsdt(cpus: int, named: Iterable[AcpiDevice]) -> bytes:
 
 
 def _processor(cpu: int) -> bytes:
-    """8.4: the device that goes with the MADT's entry of the same number."""
+    """8.4: the device for the CPU that has the same number in the MADT."""
     body = aml.name("_HID", aml.string("ACPI0007")) + aml.name("_UID", aml.integer(cpu))
     return aml.device(f"C{cpu:03X}", body)
 

@@ -1,4 +1,4 @@
-"""AML, the little of it that describing devices takes: names, numbers, packages, resources.
+"""The part of AML that is needed to describe devices: names, numbers, packages, resources.
 
 ACPI specification 6.5, chapter 20 ("AML Specification") for the encoding and 6.4 for resource
 descriptors. Terms are bytes; they are put together with `+` and `b"".join`.
@@ -13,7 +13,7 @@ _ZERO, _ONE, _ONES = b"\x00", b"\x01", b"\xff"
 _BYTE, _WORD, _DWORD, _STRING, _QWORD = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x0e"
 _NAME, _SCOPE, _BUFFER, _PACKAGE, _DEVICE = b"\x08", b"\x10", b"\x11", b"\x12", b"\x5b\x82"
 _END_TAG: Final = b"\x79\x00"
-"""6.4.2.9; a checksum of 0 is taken for right."""
+"""6.4.2.9. Guests accept a checksum of 0."""
 
 
 def integer(value: int) -> bytes:
@@ -32,7 +32,7 @@ def string(text: str) -> bytes:
 
 
 def eisa_id(text: str) -> bytes:
-    """19.6.37: a seven character id such as "PNP0501", as a number."""
+    """19.6.37: an id of seven characters, such as "PNP0501", as a number."""
     vendor = sum(
         (ord(letter) - 0x40 & 0x1F) << shift
         for letter, shift in zip(text, (10, 5, 0), strict=False)
@@ -67,12 +67,14 @@ def resources(*descriptors: bytes) -> bytes:
 
 
 def io_ports(base: int, count: int) -> bytes:
-    """6.4.2.5: ports that are decoded in all 16 bits; at most 255."""
+    """6.4.2.5: at most 255 ports, each decoded with all 16 address bits."""
     return struct.pack("<BBHHBB", 0x47, 1, base, base, 1, count)
 
 
 def memory(base: int, size: int) -> bytes:
-    """6.4.3.4: a fixed range, read and written; 6.4.3.5.1 where it is not below 4 GiB."""
+    """6.4.3.4: a fixed range that can be read and written. A range that reaches above 4 GiB is
+    described as in 6.4.3.5.1.
+    """
     if base + size > 1 << 32:
         fixed, last = 0b1100, base + size - 1
         return struct.pack("<BHBBB5Q", 0x8A, 43, 0, fixed, 1, 0, base, last, 0, size)
@@ -80,7 +82,7 @@ def memory(base: int, size: int) -> bytes:
 
 
 def interrupt(gsi: int) -> bytes:
-    """6.4.3.6: an interrupt that the device raises, on an edge, active high, its own."""
+    """6.4.3.6: an interrupt of the device's own: edge triggered, active high, not shared."""
     consumer, edge = 1 << 0, 1 << 1
     return struct.pack("<BHBBI", 0x89, 6, consumer | edge, 1, gsi)
 
@@ -91,7 +93,7 @@ def _segment(path: str) -> bytes:
 
 
 def _sized(body: bytes) -> bytes:
-    """20.2.4: a package's length, which counts its own bytes, before it."""
+    """20.2.4: `body` with its length in front; the length includes its own bytes."""
     if len(body) + 1 < 1 << 6:
         return bytes([len(body) + 1]) + body
     for extra in (1, 2, 3):

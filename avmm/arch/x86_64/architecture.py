@@ -1,4 +1,4 @@
-"""x86-64 with a PC's board, as the contract of an architecture has it.
+"""Implements the contract of an architecture for x86-64 with a PC's board.
 
 Each part is in a file beside this one.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from avmm.outcome import Outcome
 
 
-class X86_64(Architecture):  # noqa: N801 - as the field writes it
+class X86_64(Architecture):  # noqa: N801 - the architecture's own spelling
     """A PC without firmware: PICs, IOAPIC, LAPICs and PIT in the kernel, a serial port at COM1."""
 
     name = "x86_64"
@@ -53,7 +53,7 @@ class X86_64(Architecture):  # noqa: N801 - as the field writes it
     def load_image(
         self, memory: GuestMemory, image: GuestImage, devices: Sequence[Placement]
     ) -> Entry:
-        # Reading images is most of what there is to import, and only needed from here on.
+        # The code that reads images is most of what avmm imports, and is only needed from here on.
         from avmm.arch.x86_64.boot.load import load_image  # noqa: PLC0415
 
         return load_image(memory, image, devices)

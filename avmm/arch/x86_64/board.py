@@ -1,4 +1,4 @@
-"""The board of a PC's guest: the devices that every PC has, and where KVM answers by itself."""
+"""A PC's board: the devices that every PC has, and the ranges in which KVM itself answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from avmm.outcome import Cause, Outcome
 SERIAL_PORT: Final = 0x3F8
 SERIAL_IRQ: Final = 4
 EXIT_STATUS_PORT: Final = 0xF8
-"""Where a guest of avmm's own writes the status that the run is to end with."""
+"""The port at which avmm's own guests write the status with which the run ends."""
 
 _PORTS: Final = IO_PORTS.most + 1
 SPACES: Final = {
@@ -43,17 +43,19 @@ IN_KERNEL: Final = (
     KernelRange("msr", 0x800, 0x8FF, "LAPIC"),
 )
 PINS: Final = Pins(mptable.IRQ_PINS, {0: "the timer", 2: "the second PIC"})
-"""Those of the IOAPIC; the first 16 are the two PICs' as well, as KVM lays them out by itself."""
+"""The pins of the IOAPIC. The first 16 are also the inputs of the two PICs. KVM lays them out in
+this way by itself.
+"""
 VIRTIO: Final = VirtioRoom(
     range(layout.VIRTIO, layout.VIRTIO_END, layout.VIRTIO_STEP),
-    # Inputs of the IOAPIC at which no device of a PC's is expected.
+    # Inputs of the IOAPIC at which guests do not expect a standard device of a PC.
     (5, 6, 7, 9, 10, 11, 12, 14, 15, *range(16, 24)),
 )
 OWN_WINDOW: Final = range(layout.MMIO, layout.MMIO_END)
 
 
 def board(options: BoardOptions, memory_size: int, end: Callable[[Outcome], None]) -> Board:
-    """The devices that a guest finds on every PC and may not be able to do without."""
+    """The devices that every PC has and that a guest may depend on."""
 
     def end_with(status: int) -> None:
         end(Outcome(Cause.EXIT, status))

@@ -1,7 +1,7 @@
 """A vCPU's state before its first instruction.
 
-The boot processor starts where the image's format says, in the mode it asks for. The others
-stay as KVM made them: real processors wait for INIT and SIPI, and so does KVM's LAPIC model.
+The boot processor starts where the image's format says, in the mode it asks for. The other
+processors stay as KVM made them. They wait for INIT and SIPI, as real ones do.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ _STARTUP_MSRS: Final = {
     0x2FF: 0x806,  # IA32_MTRR_DEF_TYPE: MTRRs on, memory is write-back
 }
 
-# Local APIC registers (SDM 3A, 12.5.1): LINT0 takes the PIC's interrupts, LINT1 is the NMI.
+# Local APIC registers (SDM 3A, 12.5.1): LINT0 gets the PIC's interrupts, and LINT1 gets the NMI.
 _LVT_LINT0, _LVT_LINT1 = 0x350, 0x360
 _DELIVER_EXTINT, _DELIVER_NMI = 0x700, 0x400
 
 
 def set_up(system: System, vcpu: Vcpu, cpus: int, entry: Entry | None) -> None:
-    """Prepare `vcpu`, one of `cpus`; `entry` is the boot processor's start, None for others."""
+    """Prepare `vcpu`, one of `cpus` vCPUs. `entry` says where the boot processor starts; it is
+    None for the others.
+    """
     vcpu.set_cpuid(cpuid(system, vcpu.index, cpus))
     vcpu.set_msrs(_STARTUP_MSRS)
     vcpu.set_fpu(fcw=0x37F, mxcsr=0x1F80)
@@ -54,7 +56,7 @@ def set_up(system: System, vcpu: Vcpu, cpus: int, entry: Entry | None) -> None:
 def cpuid(system: System, index: int, cpus: int) -> Cpuid:
     """What the host offers, with this vCPU's APIC id and a topology of single-thread cores.
 
-    But no virtualization in the guest: what runs in a guest's guest is in no state that is saved.
+    Virtualization is not offered, because no saved state contains what runs in a guest's guest.
     """
     offered = _host_cpuid(system)
     deadline = system.check("KVM_CAP_TSC_DEADLINE_TIMER")
@@ -80,11 +82,12 @@ def cpuid(system: System, index: int, cpus: int) -> Cpuid:
 
 
 _asked: list[Cpuid] = []
-"""The host's CPUID, once it is known: KVM takes half a millisecond to tell what never changes."""
+"""The host's CPUID. It is kept, because it never changes, and asking KVM takes half a millisecond.
+"""
 
 
 def _host_cpuid(system: System) -> Cpuid:
-    """A copy of it, to be changed."""
+    """A copy of the host's CPUID, which the caller may change."""
     if not _asked:
         _asked.append(system.supported_cpuid())
     return copy_cpuid(_asked[0])

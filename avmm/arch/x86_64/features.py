@@ -1,8 +1,9 @@
-"""What a saved guest's CPUID promises it, against what this host can keep.
+"""Compares what a saved guest's CPUID promises with what this host offers.
 
-KVM takes any CPUID; a guest that was told of AVX-512 by another host would only fail when it uses
-it. So the feature words (Intel SDM 2A, CPUID; AMD APM 3, appendix E; Documentation/virt/kvm/x86/
-cpuid.rst) are compared, bit by bit: a guest may have fewer than the host offers, never more.
+KVM accepts any CPUID. A guest that another host told of AVX-512 would fail only when it uses
+AVX-512. So the feature words (Intel SDM 2A, CPUID; AMD APM 3, appendix E;
+Documentation/virt/kvm/x86/cpuid.rst) are compared, bit by bit: a guest may have fewer features
+than the host offers, never more.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _WORDS: Final = (
     (0x8000_0021, 0, "eax"),
 )
 _OWN: Final[Mapping[tuple[int, int, str], int]] = {
-    # OSXSAVE and OSPKE follow CR4; MONITOR is the host's whim; HTT tells of several CPUs.
+    # OSXSAVE and OSPKE follow CR4, MONITOR may differ between any two hosts, and HTT only says
+    # that there are several CPUs.
     (0x1, 0, "ecx"): 1 << 27 | 1 << 3,
     (0x1, 0, "edx"): 1 << 28,
     (0x7, 0, "ecx"): 1 << 4,
@@ -50,11 +52,13 @@ _OWN: Final[Mapping[tuple[int, int, str], int]] = {
 def demand(state: Iterable[Leaf], host: Iterable[Leaf]) -> None:
     """Raise `StateError` naming the features of `state` that `host` lacks.
 
-    Both as `Vcpu.cpuid` gives them; `host` is what a new vCPU gets here.
+    Both have the form that `Vcpu.cpuid` returns. `host` is what a new vCPU gets on this host.
     """
     theirs, ours = _by_number(state), _by_number(host)
     if (0, 0) not in theirs or (1, 0) not in theirs:
-        raise StateError("the state's cpuid tells of no processor: leaves 0 and 1 are missing")
+        raise StateError(
+            "the state's cpuid does not describe a processor: leaves 0 and 1 are missing"
+        )
     lacking = []
     for word in _WORDS:
         function, index, register = word
@@ -67,8 +71,8 @@ def demand(state: Iterable[Leaf], host: Iterable[Leaf]) -> None:
             lacking.append(f"{function:#x}.{index} {register} bits {numbers}")
     if lacking:
         raise StateError(
-            "this host's CPU or KVM lacks features that the state's guest was told of, by CPUID "
-            f"leaf: {'; '.join(lacking)}"
+            "this host's CPU or KVM lacks features that the guest was promised (CPUID leaf "
+            f"and bits): {'; '.join(lacking)}"
         )
 
 

@@ -1,13 +1,13 @@
-"""The MP table: how a guest without ACPI learns of its CPUs and where interrupts go.
+"""The MP table tells a guest without ACPI which CPUs there are and where interrupts go.
 
-Intel MultiProcessor Specification 1.4 (order number 242016-006), sections 4.1 to 4.3. The
-machine described is the one that KVM's in-kernel interrupt controllers make: one IOAPIC of 24
-pins and interrupt line *n* on pin *n* for all of them, which is KVM's default routing
-(arch/x86/kvm/irq.c, `default_routing`). A PC has IRQ 0 on pin 2, and QEMU re-routes KVM for
-that; whoever re-routes here must change this table too.
+Intel MultiProcessor Specification 1.4 (order number 242016-006), sections 4.1 to 4.3. The table
+describes what KVM's in-kernel interrupt controllers form: one IOAPIC with 24 pins, and every
+interrupt line *n* on pin *n*. That is KVM's default routing (arch/x86/kvm/irq.c,
+`default_routing`). A PC has IRQ 0 on pin 2, and QEMU re-routes KVM for that; whoever re-routes
+here must change this table too.
 
-ISA has 16 lines only; the entries go on to 23 all the same, as Firecracker's do, because a
-guest finds the pin of a virtio-mmio device's IRQ in no other way.
+ISA has only 16 lines. The entries still go up to 23, as Firecracker's do, because a guest has no
+other way to find the pin of a virtio-mmio device's IRQ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from avmm.arch.x86_64 import layout
 from avmm.errors import ConfigError
 
 MAX_CPUS: Final = 254
-"""APIC IDs are 8 bits, 255 means all of them, and the IOAPIC needs one of its own."""
+"""An APIC ID has 8 bits, 255 addresses all CPUs, and the IOAPIC needs an ID of its own."""
 IRQ_PINS: Final = 24
 """The pins of KVM's IOAPIC."""
 
@@ -34,7 +34,9 @@ _FEATURES: Final = 1 << 9 | 1 << 0
 """Table 4-6: it has an APIC and an FPU."""
 _ISA_BUS: Final = 0
 _INT, _NMI, _EXTINT = 0, 1, 3
-"""Table 4-10; the flags after the type are 0: polarity and trigger conform to the bus."""
+"""Table 4-10. The flags after the type are 0, which means that polarity and trigger conform to the
+bus.
+"""
 _ALL_LAPICS: Final = 0xFF
 
 
@@ -68,8 +70,8 @@ def _entries(cpus: int) -> list[bytes]:
         struct.pack("<BBHBBBB", _INTERRUPT, _INT, 0, _ISA_BUS, irq, ioapic_id, irq)
         for irq in range(IRQ_PINS)
     ]
-    # The two wires of KVM's LAPIC at reset: the 8259 on LINT0 of the BSP (virtual wire mode),
-    # NMI on LINT1 of all.
+    # The local inputs of KVM's LAPICs after a reset: the 8259 on LINT0 of the BSP (virtual wire
+    # mode), and the NMI on LINT1 of all.
     entries += [
         struct.pack("<BBHBBBB", _LOCAL_INTERRUPT, _EXTINT, 0, _ISA_BUS, 0, 0, 0),
         struct.pack("<BBHBBBB", _LOCAL_INTERRUPT, _NMI, 0, _ISA_BUS, 0, _ALL_LAPICS, 1),
@@ -78,9 +80,9 @@ def _entries(cpus: int) -> list[bytes]:
 
 
 def mp_table(cpus: int, base: int = layout.MP_FLOATING_POINTER) -> bytes:
-    """The floating pointer structure for `base` (16-byte aligned), the table right behind it.
+    """The floating pointer structure for `base` (16-byte aligned), with the table right behind it.
 
-    Raises `ConfigError` where an MP table cannot tell of that many CPUs.
+    Raises `ConfigError` if an MP table cannot describe that many CPUs.
     """
     if not 1 <= cpus <= MAX_CPUS:
         raise ConfigError(f"{cpus} CPUs: expected 1 to {MAX_CPUS}")

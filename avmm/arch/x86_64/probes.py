@@ -1,4 +1,6 @@
-"""The accesses that leave an x86 guest, one instruction each, for `avmm doctor --completion`."""
+"""Guests of one instruction for `avmm doctor --completion`: one for each kind of access that
+causes an exit on x86.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from avmm.arch.contract import Probe
 from avmm.kvm import System, constants
 
 END: Final = bytes.fromhex("66baf800 ef f4")
-"""`mov dx, 0xf8; out dx, eax; hlt`: the guest says what it got and ends."""
+"""`mov dx, 0xf8; out dx, eax; hlt`: the guest reports the value that it got, and ends the run."""
 _INTEL: Final = int.from_bytes(b"Genu", "little")
 _HYPERCALL, _XEN_HYPERCALL = "hypercall", "Xen hypercall"
 _XEN_NUMBER: Final = 17
-"""Any number does: whoever answers takes all."""
+"""Any number will do, because every call is answered."""
 _BUFFER: Final = 0x20_0000
 _PAGE: Final = 0x1000
 
@@ -45,7 +47,9 @@ def _accesses(origin: int, port: int, window: int, register: int) -> list[Probe]
 
 
 def _hypercalls() -> list[Probe]:
-    """KVM_HC_MAP_GPA_RANGE, and one of Xen's, by the instruction that this host's CPU has."""
+    """KVM_HC_MAP_GPA_RANGE and one of Xen's hypercalls, made with this host CPU's own
+    instruction.
+    """
     system = System()
     try:
         leaves = system.supported_cpuid()
@@ -64,4 +68,4 @@ def _hypercalls() -> list[Probe]:
 
 
 NAMES: Final = (*(probe.name for probe in _accesses(0, 0, 0, 0)), _HYPERCALL, _XEN_HYPERCALL)
-"""Of all probes."""
+"""The names of all probes."""

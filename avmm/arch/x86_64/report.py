@@ -20,11 +20,11 @@ _LONGEST_INSTRUCTION: Final = 15
 
 
 def registers(vcpu: Vcpu, memory: GuestMemory) -> str:
-    """Registers and code; call it only while the vCPU is not inside `KVM_RUN`."""
+    """The registers and the code, as text. Call it only while the vCPU is not inside `KVM_RUN`."""
     try:
         regs, sregs = vcpu.regs(), vcpu.sregs()
     except KvmError as error:
-        return f"  registers unavailable: {error}"
+        return f"  the registers cannot be read: {error}"
     lines = [
         "  " + " ".join(f"{name:>3}={getattr(regs, name):016x}" for name in row) for row in _ROWS
     ]
@@ -38,7 +38,7 @@ def registers(vcpu: Vcpu, memory: GuestMemory) -> str:
     )
     linear = sregs.cs.base + regs.rip
     code = _code(vcpu, memory, linear)
-    shown = code.hex(" ") or f"none, {linear:#x} is not mapped to guest memory"
+    shown = code.hex(" ") or f"none, because {linear:#x} is not mapped to guest memory"
     lines.append(f"  code at rip: {shown}")
     if text := instruction(code, regs.rip, sregs):
         lines.append(f"  instruction: {text}")
@@ -54,7 +54,9 @@ def _mode(sregs: Sregs) -> str:
 
 
 def instruction(code: bytes, rip: int, sregs: Sregs) -> str:
-    """The instruction that `code` begins with, as an assembler writes it; empty: there is none."""
+    """The instruction at the start of `code`, as an assembler writes it. Empty if `code` does not
+    start with one.
+    """
     import capstone  # noqa: PLC0415 - only for a guest that has failed
 
     modes = {"64-bit": capstone.CS_MODE_64, "32-bit": capstone.CS_MODE_32}
@@ -65,7 +67,7 @@ def instruction(code: bytes, rip: int, sregs: Sregs) -> str:
 
 
 def _code(vcpu: Vcpu, memory: GuestMemory, linear: int) -> bytes:
-    """Up to one instruction's worth of bytes; they may cross into an unmapped page."""
+    """As many bytes as an instruction may have, or fewer if an unmapped page follows."""
     code = b""
     while len(code) < _LONGEST_INSTRUCTION:
         here = linear + len(code)

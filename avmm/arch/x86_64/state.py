@@ -1,34 +1,36 @@
-"""The state of an x86-64 vCPU and of its VM: read whole, and written in the order that works.
+"""The state of an x86-64 vCPU and of its VM: reading all of it, and writing it in an order that
+works.
 
-Only a drained vCPU has a state that can be read (`avmm.vcpu.completion`), and only when its
-devices are quiesced is the VM's the whole truth.
+The state of a vCPU can be read only after it is drained (`avmm.vcpu.completion`). The VM's state
+is complete only while the devices are quiesced.
 
 **Reading.** MP_STATE comes first: reading it lets KVM settle pending INIT and SIPI, which changes
-the LAPIC and the registers. VCPU_EVENTS comes last: what other reads settle shows up there.
+the LAPIC and the registers. VCPU_EVENTS comes last, because it shows what the other reads have
+settled.
 
 **Writing**, into a fresh VM, because CPUID cannot be changed once a vCPU has run (Linux 5.16):
 
-1. CPUID: which registers, MSRs and XSAVE components exist follows from it.
-2. TSC frequency: before any MSR that counts in it.
+1. CPUID, because it decides which registers, MSRs and XSAVE components exist.
+2. The TSC frequency, before any MSR that is measured in TSC ticks.
 3. MP_STATE.
 4. REGS, then SREGS. SREGS sets the APIC base, so it precedes the LAPIC; REGS clears a pending
    exception, so it precedes VCPU_EVENTS.
 5. XSAVE, XCRS, DEBUGREGS.
-6. LAPIC: its timer mode must be there before the deadline is written to an MSR.
-7. MSRs, but for the TSC and its deadline.
+6. LAPIC, because its timer mode must be set before the deadline is written to an MSR.
+7. MSRs, except the TSC and its deadline.
 8. VCPU_EVENTS: pending exceptions, interrupts and NMIs, after all that would clear them.
 9. KVMCLOCK_CTRL, so that the guest's watchdogs know that it stood still.
-10. When all vCPUs are so far, their TSCs, together (`avmm.arch.x86_64.tsc`), and last the TSC
-   deadlines, which are compared with them. A deadline that reads 0 in a timer that is in
-   deadline mode has just fired or was never set; written as 0 it would disarm a timer whose
-   interrupt is still on its way, so the TSC's value is written, which makes it fire at once: a
-   spurious tick is harmless, a lost one stops a guest.
+10. When all vCPUs have got this far, their TSCs are set together (`avmm.arch.x86_64.tsc`). Last
+   come the TSC deadlines, which are compared with the TSCs. A deadline that reads 0 in a timer
+   that is in deadline mode has just fired or was never set. Writing 0 would disarm a timer whose
+   interrupt is still on its way. So the TSC's own value is written, which makes the timer fire at
+   once: a spurious tick is harmless, but a lost one stops a guest.
 
-The VM's own state: PICs, IOAPIC, PIT and kvmclock. They are written before the vCPUs': an
-interrupt that an IOAPIC raises on being set must find LAPICs that are set after it.
+The VM's own state: PICs, IOAPIC, PIT and kvmclock. They are written before the vCPUs' state. An
+IOAPIC may raise an interrupt when it is set, and the LAPICs must be set after that.
 
-A saved state is plain data (numbers, bytes, lists, dicts). Loading treats it as hostile: its
-shape is checked here, the values by the kernel.
+A saved state is plain data (numbers, bytes, lists, dicts). Loading treats it as hostile: its shape
+is checked here, and its values by the kernel.
 """
 
 from __future__ import annotations
@@ -50,18 +52,20 @@ _CHIPS: Final = (
     constants.KVM_IRQCHIP_IOAPIC,
 )
 _TSC_TOLERANCE: Final = 250e-6
-"""As much may TSC frequencies differ and still count as one (KVM's own default)."""
+"""TSC frequencies that differ by no more than this share are taken as equal (KVM's own
+default).
+"""
 _ALWAYS: Final = (tsc.MSR, 0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0084, 0xC000_0102)
 """MSRs that every x86-64 KVM lists: TSC, SYSENTER's, STAR, LSTAR, FMASK, KERNEL_GS_BASE."""
 _STRUCTURE: Final = Bytes(most=1 << 16)
-"""One of the kernel's structures: its size is compared where it is handed over."""
+"""One of the kernel's structures. Its size is checked when it is handed to KVM."""
 _CPUID: Final = ListOf(Row(*[U32] * 7))
 """(function, index, flags, eax, ebx, ecx, edx) of each leaf."""
 _KHZ: Final = Int(1, (1 << 32) - 1)
 
 
 class SavedVcpu(Fields, version=1):
-    """What `save_vcpu` gives."""
+    """What `save_vcpu` returns."""
 
     mp_state = _STRUCTURE
     regs = _STRUCTURE
@@ -74,12 +78,12 @@ class SavedVcpu(Fields, version=1):
     tsc_khz = _KHZ
     tsc_offset = OrNone(U64)
     msrs = ListOf(Row(U32, U64))
-    """(index, value) of each."""
+    """The (index, value) of each MSR."""
     events = _STRUCTURE
 
 
 class Needs(Fields, version=1):
-    """What `needs` tells."""
+    """What `needs` returns."""
 
     cpuid = _CPUID
     msrs = ListOf(U32)
@@ -88,7 +92,7 @@ class Needs(Fields, version=1):
 
 
 class SavedVm(Fields, version=1):
-    """What `save_vm` gives."""
+    """What `save_vm` returns."""
 
     irqchips = ListOf(_STRUCTURE, least=len(_CHIPS), most=len(_CHIPS))
     pit = _STRUCTURE
@@ -96,7 +100,7 @@ class SavedVm(Fields, version=1):
 
 
 def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
-    """The state of a drained vCPU. Raises `KvmError` where KVM does not give all of it."""
+    """The state of a drained vCPU. Raises `KvmError` if KVM does not return all of it."""
     parts: dict[str, object] = {"mp_state": vcpu.state("mp_state")}
     for part in ("regs", "sregs"):
         parts[part] = vcpu.state(part)
@@ -116,7 +120,9 @@ def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
 
 
 def needs(system: System, vcpu: Vcpu) -> dict[str, Any]:
-    """What a host must have for this vCPU, as far as it can be told before its state is taken."""
+    """What a host must have for this vCPU, as far as that is known before the vCPU's state is
+    read.
+    """
     return Needs.plain(
         cpuid=[list(leaf) for leaf in vcpu.cpuid()],
         msrs=list(system.msr_indices()),
@@ -126,8 +132,9 @@ def needs(system: System, vcpu: Vcpu) -> dict[str, Any]:
 
 
 def needs_of(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The `needs` of a vCPU that has just been given this state, most of which are in it: asking
-    KVM again would add a millisecond to the time that a guest stands still."""
+    """The `needs` of a vCPU that has just been given this state. Most of them are in the state;
+    asking KVM again would let the guest stand still a millisecond longer.
+    """
     return Needs.plain(
         cpuid=state["cpuid"],
         msrs=list(system.msr_indices()),
@@ -137,7 +144,9 @@ def needs_of(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> dict[str, 
 
 
 def demand(system: System, vcpu: Vcpu, needed: Mapping[str, Any]) -> None:
-    """Raise `StateError` where this host lacks what `needs` told of another one's vCPU."""
+    """Raise `StateError` if this host lacks something that a vCPU of another host needs
+    (`needs`).
+    """
     needs_ = Needs.read(f"what vCPU {vcpu.index} needs", needed)
     features.demand(needs_.cpuid, _offered(system, vcpu))
     _demand_msrs(system, needs_.msrs)
@@ -147,28 +156,29 @@ def demand(system: System, vcpu: Vcpu, needed: Mapping[str, Any]) -> None:
 def _demand_msrs(system: System, wanted: Iterable[int]) -> None:
     here = set(system.msr_indices())
     if missing := [f"{index:#x}" for index in wanted if index not in here]:
-        raise StateError(f"this host's KVM lacks MSRs that the state holds: {', '.join(missing)}")
+        raise StateError(
+            f"this host's KVM lacks MSRs that the state contains: {', '.join(missing)}"
+        )
 
 
 def _demand_xsave(system: System, vcpu: Vcpu, size: int) -> None:
     here = system.check("KVM_CAP_XSAVE2") or len(vcpu.xsave(0))
     if size != here:
         raise StateError(
-            f"the state's XSAVE area has {size} bytes, this host's {here}: its CPU has other "
-            "vector registers"
+            f"the state's XSAVE area has {size} bytes, but this host's has {here}: the CPUs "
+            "have different vector registers"
         )
 
 
 def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
-    """Give a fresh vCPU the state that `save_vcpu` gave, here or on another host.
-
-    Raises `StateError` where it is no such state, or where this host lacks what it needs.
+    """Give a fresh vCPU the state that `save_vcpu` returned, here or on another host. Raises
+    `StateError` if it is not such a state, or if this host lacks something that it needs.
     """
     saved = SavedVcpu.read(f"vCPU {vcpu.index}'s state", state)
     features.demand(saved.cpuid, _offered(system, vcpu))
     msrs = dict(saved.msrs)
     if lost := [f"{index:#x}" for index in _ALWAYS if index not in msrs]:
-        raise StateError(f"the state holds no values of MSRs {', '.join(lost)}")
+        raise StateError(f"the state has no values of the MSRs {', '.join(lost)}")
     _demand_msrs(system, msrs)
     _demand_xsave(system, vcpu, len(saved.xsave))
     try:
@@ -192,8 +202,9 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
 
 
 def _offered(system: System, vcpu: Vcpu) -> list[features.Leaf]:
-    """The CPUID that a new vCPU, the first that is asked for, shows its guest here; KVM may show
-    more than it was told to (kvm_pvm, whose guests see the hardware's)."""
+    """The CPUID that a new vCPU shows its guest on this host. KVM may show more than it was told
+    to: under kvm_pvm, guests see the hardware's CPUID.
+    """
     if not _shown:
         vcpu.set_cpuid(cpu.cpuid(system, vcpu.index, cpus=vcpu.index + 1))
         _shown.append(vcpu.cpuid())
@@ -201,14 +212,14 @@ def _offered(system: System, vcpu: Vcpu) -> list[features.Leaf]:
 
 
 _shown: Final[list[list[features.Leaf]]] = []
-"""The answer, once it is known: in features, which it is for, all vCPUs of a host are alike."""
+"""The answer of the first call is kept. It is used only to compare features, which are the same
+for all vCPUs of a host.
+"""
 
 
 def load_time(vcpus: Sequence[Vcpu], states: Sequence[Mapping[str, Any]]) -> None:
-    """Set the TSCs of all vCPUs going, and their deadlines; after `load_vcpu` of each, which has
-    checked its state.
-
-    Raises `StateError` as that does.
+    """Start the TSCs of all vCPUs and set their deadlines. Call it after `load_vcpu` of each vCPU,
+    which has checked the states. Raises `StateError` as that does.
     """
     msrs = [dict(state["msrs"]) for state in states]
     saved = [
@@ -225,14 +236,16 @@ def load_time(vcpus: Sequence[Vcpu], states: Sequence[Mapping[str, Any]]) -> Non
 
 
 def save_vm(vm: Vm) -> dict[str, Any]:
-    """PICs, IOAPIC, PIT and kvmclock, with all vCPUs parked and devices quiesced."""
+    """The state of PICs, IOAPIC, PIT and kvmclock. Call it while all vCPUs are parked and all
+    devices are quiesced.
+    """
     return SavedVm.plain(
         irqchips=[vm.irqchip(chip) for chip in _CHIPS], pit=vm.state("pit"), clock=vm.clock()
     )
 
 
 def load_vm(vm: Vm, state: object) -> None:
-    """Give a fresh VM the state that `save_vm` gave; before its vCPUs get theirs.
+    """Give a fresh VM the state that `save_vm` returned. Call it before the vCPUs get their state.
 
     Raises `StateError` as `load_vcpu` does.
     """
@@ -258,8 +271,8 @@ def _set_frequency(system: System, vcpu: Vcpu, khz: int) -> None:
             raise StateError(f"this host's KVM does not let a TSC run at {khz} kHz")
     elif abs(khz - here) > here * _TSC_TOLERANCE:
         raise StateError(
-            f"the guest's TSC runs at {khz} kHz, this host's at {here}, and its KVM cannot scale "
-            "it (KVM_CAP_TSC_CONTROL)"
+            f"the guest's TSC runs at {khz} kHz and this host's at {here} kHz, and this "
+            "host's KVM cannot scale it (KVM_CAP_TSC_CONTROL)"
         )
 
 

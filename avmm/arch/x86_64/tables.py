@@ -1,12 +1,11 @@
 """The GDT and the page tables with which a guest is entered in long mode.
 
-Only a long mode entry gets them. The two 32-bit entries, PVH and multiboot, promise the guest
-no GDT (multiboot 3.2: "GDTR may be invalid"), so nothing of the guest's low memory is taken
-for one.
+Only a long mode entry gets them. The two 32-bit entries, PVH and multiboot, do not promise the
+guest a GDT (multiboot 3.2: "GDTR may be invalid"), so they use no low memory for one.
 
-The selectors are Linux's boot protocol's where that names any (Documentation/arch/x86/boot.rst,
-"64-bit boot protocol": `__BOOT_CS` 0x10 is 64-bit code, `__BOOT_DS` 0x18 is data), so that one
-GDT serves all.
+Where Linux's boot protocol names selectors, these are the same (Documentation/arch/x86/boot.rst,
+"64-bit boot protocol": `__BOOT_CS` 0x10 is 64-bit code, `__BOOT_DS` 0x18 is data), so that one GDT
+serves all.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ _DESCRIPTORS: Final = {
     DATA: 0x00CF_9300_0000_FFFF,
 }
 GDT_LIMIT: Final = 8 * len(_DESCRIPTORS) - 1
-"""For GDTR: the last byte's offset."""
+"""The limit for GDTR, which is the offset of the last byte."""
 
-# Intel SDM vol. 3, 4.5. Accessed and dirty are set already, for the same reason.
+# Intel SDM vol. 3, 4.5. "Accessed" and "dirty" are set already, for the same reason.
 _TABLE: Final = 1 << 0 | 1 << 1 | 1 << 5
 """Present, writable, accessed."""
 _LARGE_PAGE: Final = _TABLE | 1 << 6 | 1 << 7
@@ -41,14 +40,15 @@ _DIRECTORIES: Final = layout.IDENTITY_MAPPED_END >> 30
 
 
 def gdt() -> bytes:
-    """Null, 32-bit code, 64-bit code, data: at the selectors `CODE32`, `CODE64`, `DATA`."""
+    """A GDT with a null descriptor, and with code and data segments at the selectors `CODE32`,
+    `CODE64` and `DATA`.
+    """
     return struct.pack(f"<{len(_DESCRIPTORS)}Q", *_DESCRIPTORS.values())
 
 
 def page_tables(base: int) -> bytes:
-    """Tables for `base` that map the first 4 GiB one to one with 2 MiB pages.
-
-    One PML4, one PDPT and a page directory for each GiB, a page each, in this order.
+    """Page tables for `base` that map the first 4 GiB one to one with 2 MiB pages: a PML4, a PDPT
+    and a page directory for each GiB, of one page each, in this order.
     """
     pdpt, directories = base + 0x1000, base + 0x2000
     tops = [pdpt | _TABLE] + [0] * 511
@@ -59,6 +59,8 @@ def page_tables(base: int) -> bytes:
 
 
 def write_long_mode_tables(memory: GuestMemory) -> None:
-    """Write both to where `layout` has them; CR3 is `layout.PML4`, GDTR's base `layout.GDT`."""
+    """Write the GDT and the page tables to their places in `layout`. CR3 must be `layout.PML4`,
+    and GDTR's base `layout.GDT`.
+    """
     memory.write(layout.GDT, gdt())
     memory.write(layout.PAGE_TABLES, page_tables(layout.PAGE_TABLES))

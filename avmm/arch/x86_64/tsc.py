@@ -1,15 +1,15 @@
 """The time stamp counters of a guest's vCPUs, which are loaded together.
 
-Documentation/virt/kvm/devices/vcpu.rst, KVM_VCPU_TSC_CTRL. A TSC is the host's plus an offset. The
-counters run on while they are read or written, so values alone would set each vCPU's a little
-apart from the others'; and KVM takes a value within a second of what it expects for an attempt
-to synchronise, and keeps its own, which sets back a guest that was saved in its first second. So
-the first vCPU's counter is set to its value by its offset, and the others' offsets keep the
-distance to it that they had.
+Documentation/virt/kvm/devices/vcpu.rst, KVM_VCPU_TSC_CTRL. A guest's TSC is the host's TSC plus an
+offset. The counters keep running while they are read and written, so values alone would leave each
+vCPU's counter a little apart from the others'. Also, if a value is within a second of what KVM
+expects, KVM takes it for an attempt to synchronise, and keeps its own value. That would turn back
+the counter of a guest that was saved in its first second. So the first vCPU's offset is chosen to
+give its counter the saved value, and the other offsets keep their distance to it.
 
-Where KVM does not know offsets (before Linux 5.16), the values are written, and KVM synchronises
-the later vCPUs with the first. Some KVMs (kvm_pvm) take either and keep the host's TSC as the
-guest's: that is bearable only where it is ahead of the guest's.
+If KVM does not know offsets (before Linux 5.16), the values are written, and KVM synchronises the
+other vCPUs with the first one. Some KVMs (kvm_pvm) accept both and still show the guest the host's
+TSC. avmm accepts that only if the host's TSC is ahead of the guest's.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ logger = logging.getLogger(__name__)
 
 MSR: Final = 0x10
 _NOTICED_SECONDS: Final = 1
-"""What KVM's own synchronising may come to."""
+"""The largest difference that KVM's own synchronising may leave."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved counter; `offset` is None where KVM did not tell."""
+    """A saved counter. `offset` is None if KVM did not report it."""
 
     value: int
     offset: int | None
 
 
 def load(vcpus: Sequence[Vcpu], saved: Sequence[Saved]) -> None:
-    """Let the counters of all vCPUs go on from where they were.
+    """Let the counters of all vCPUs continue from where they were.
 
-    Raises `StateError` where this host's KVM would let them go back, `KvmError` where it refuses.
+    Raises `StateError` if the counters would go back on this host's KVM, and `KvmError` if KVM
+    refuses.
     """
     for vcpu, counter in zip(vcpus, saved, strict=True):
         vcpu.set_msrs({MSR: counter.value})
@@ -51,7 +52,7 @@ def load(vcpus: Sequence[Vcpu], saved: Sequence[Saved]) -> None:
         moved = here + begin.value - _now(first) - begin.offset
         for vcpu, counter in zip(vcpus, saved, strict=True):
             if counter.offset is None:
-                raise StateError("the state has TSC offsets of some vCPUs only")
+                raise StateError("the state has TSC offsets for only some of its vCPUs")
             vcpu.set_tsc_offset((counter.offset + moved) % (1 << 64))
     _check(first, begin.value, 0 if exact else _NOTICED_SECONDS)
 

@@ -1,4 +1,6 @@
-"""A PC's VM in KVM: interrupt controllers, timer, and the exits that have to be asked for."""
+"""A PC's VM in KVM: its interrupt controllers and timer, and the exits that KVM makes only on
+request.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from avmm.vcpu.calls import XEN_MSR
 
 
 def create_vm(system: System) -> Vm:
-    """A VM with PICs, IOAPIC, a LAPIC for each vCPU that comes, and a PIT."""
+    """A VM with two PICs, an IOAPIC, a PIT, and a LAPIC for each vCPU that is created later."""
     vm = system.create_vm()
     try:
         vm.create_irqchip(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
@@ -38,7 +40,7 @@ def _filter_msrs(vm: Vm, places: Sequence[Placement]) -> None:
     if len(places) > constants.KVM_MSR_FILTER_MAX_RANGES:
         raise ConfigError(
             f"{names}: {len(places)} ranges of MSRs; expected at most "
-            f"{constants.KVM_MSR_FILTER_MAX_RANGES}, KVM filters no more"
+            f"{constants.KVM_MSR_FILTER_MAX_RANGES}, because KVM filters no more"
         )
     if not (vm.check("KVM_CAP_X86_USER_SPACE_MSR") and vm.check("KVM_CAP_X86_MSR_FILTER")):
         raise ConfigError(

@@ -65,7 +65,7 @@ bool block_write(uint64_t sector, const void *data)
         return request(WRITE, sector, data);
 }
 
-/* A disk without the feature has written for good before it says that it has written. */
+/* A disk without the feature reports a write only when the write is durable. */
 bool block_flush(void)
 {
         return !(device.features & FEATURE_FLUSH) || request(FLUSH, 0, 0);

@@ -1,8 +1,8 @@
 /*
  * The first virtio disk, one request at a time: VIRTIO 1.2, 5.2.
  *
- * It is polled, and a request takes as long as the disk does: nothing cuts it short, for the
- * memory is the device's until it comes back.
+ * The device is polled. A request takes as long as the disk takes. It cannot be cancelled, because
+ * its memory belongs to the device until the request comes back.
  */
 #pragma once
 
@@ -11,14 +11,14 @@
 
 #define SECTOR_SIZE     512
 
-/* Starts it, unless it runs already. False: the command line names none. */
+/* Starts the disk, unless it runs already. False if the command line names no disk. */
 bool block_init(void);
 
 uint64_t block_sectors(void);
 
-/* One sector. False: the disk reports an error. */
+/* Reads or writes one sector. False if the disk reports an error. */
 bool block_read(uint64_t sector, void *data);
 bool block_write(uint64_t sector, const void *data);
 
-/* What was written is there for good. */
+/* Makes everything that was written durable. */
 bool block_flush(void);

@@ -2,7 +2,7 @@
  * What the VMM tells the guest at boot: command line and memory map from the PVH start info,
  * processors from the MP table.
  *
- * All of it is copied at once, because the originals lie in RAM that is ours to overwrite.
+ * All of it is copied at once, because the originals are in RAM that the guest may overwrite.
  */
 #pragma once
 
@@ -28,7 +28,7 @@ struct boot {
 
 extern struct boot boot;
 
-/* start_info: its physical address, or 0 if the loader has none; then all is empty. */
+/* start_info is its physical address, or 0 if the loader has none. Everything is empty then. */
 void read_start_info(uint64_t start_info);
 
 /* Without a table there is one CPU, this one. Needs the LAPIC. */

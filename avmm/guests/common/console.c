@@ -33,7 +33,7 @@ void console_drain(void)
                 hvc_drain();
 }
 
-/* A virtual one is told of characters when all of a text is there. */
+/* A virtio console is notified only when the whole text is in its buffer. */
 static void put(char c)
 {
         if (console_is_virtual)

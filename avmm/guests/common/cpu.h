@@ -1,5 +1,5 @@
 /*
- * Single instructions that C cannot say.
+ * Single instructions that C cannot express.
  */
 #pragma once
 
@@ -71,7 +71,7 @@ static inline void interrupts_on(void)
         asm volatile("sti" : : : "memory");
 }
 
-/* STI takes effect one instruction late: no interrupt can slip in before HLT and be slept over. */
+/* STI takes effect one instruction late, so no interrupt can come before HLT and be missed. */
 static inline void interrupts_on_and_wait(void)
 {
         asm volatile("sti; hlt" : : : "memory");

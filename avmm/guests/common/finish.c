@@ -1,19 +1,21 @@
 /*
- * The ends of a guest, from the most to the least telling.
+ * The ways to end a guest. Those that tell the VMM more come first.
  */
 #include "finish.h"
 
 #include "console.h"
 #include "cpu.h"
 
-#define AVMM_EXIT       0xf8    /* avmm ends with just this status */
+#define AVMM_EXIT       0xf8    /* avmm ends with exactly this status */
 #define QEMU_EXIT       0xf4    /* isa-debug-exit: QEMU ends with status << 1 | 1 */
 #define I8042_COMMAND   0x64
 #define I8042_RESET     0xfe
 
 _Noreturn void triple_fault(void)
 {
-        /* With no IDT not even the page fault can be delivered, nor the fault of failing to. */
+        /*
+         * Without an IDT neither the page fault nor the resulting double fault can be delivered.
+         */
         const struct {
                 uint16_t limit;
                 uint64_t base;

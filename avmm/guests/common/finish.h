@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-/* Ends the guest; the VMM ends with this status if it knows one of the two ports. */
+/* Ends the guest. The VMM ends with this status if it has one of the two ports. */
 _Noreturn void finish(uint32_t status);
 
 _Noreturn void reboot(void);

@@ -1,9 +1,9 @@
 /*
  * Loads and stores that may fault.
  *
- * A fault between guarded_begin and guarded_end continues at guarded_fault. That is all the
- * unwinding there is to do, for nothing in here touches the stack. The result is a struct
- * access: RAX = value, RDX = whether it faulted.
+ * A fault between guarded_begin and guarded_end continues at guarded_fault. Nothing else has to be
+ * undone, because the code in between does not touch the stack. The result is a struct access:
+ * RAX has the value, RDX whether it faulted.
  */
         .text
         .globl  guarded_load, guarded_store, guarded_begin, guarded_end, guarded_fault

@@ -21,7 +21,7 @@ static char received[VIRTQUEUE_SIZE][BYTES], sent[VIRTQUEUE_SIZE][BYTES];
 static uint32_t filled;                 /* bytes of the slot that is being filled */
 static uint16_t filling, in_flight;
 
-/* What has come in and found no room, yet. */
+/* Input for which there was no room yet. */
 static int partial = -1;
 static uint32_t partial_at, partial_length;
 
@@ -46,7 +46,7 @@ bool hvc_init(void)
         return true;
 }
 
-/* Transmitted slots come back in whichever order, and count only by their number. */
+/* Transmitted slots come back in any order. Only their number matters. */
 static void reclaim(void)
 {
         uint32_t unused;
@@ -73,7 +73,7 @@ void hvc_flush(void)
         filled = 0;
         filling = (filling + 1) % queues[TRANSMIT].size;
         in_flight++;
-        /* A console gives slots back in order: with one of them back, the next one is. */
+        /* A console returns slots in order, so if one is back, it is the next one. */
         for (reclaim(); in_flight == queues[TRANSMIT].size; reclaim())
                 pause();
 }

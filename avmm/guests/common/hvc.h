@@ -6,19 +6,19 @@
 #include <stdbool.h>
 
 /*
- * Starts it, unless it runs already. False where the command line names no virtio console: nothing
- * has happened then.
+ * Starts the console, unless it runs already. False, without any effect, if the command line names
+ * no virtio console.
  */
 bool hvc_init(void);
 
-/* Fetches what has come in as long as there is room for it. With interrupts off. */
+/* Fetches input as long as there is room for it. Call it with interrupts off. */
 void hvc_receive(void);
 
-/* Listens from now on; as input_init() for the serial port. */
+/* Listens from now on, as input_init() does for the serial port. */
 void hvc_listen(void);
 
 void hvc_put(char c);
 void hvc_flush(void);
 
-/* Waits a moment for the device to take all that was put: before a guest's end. */
+/* Waits a moment until the device has taken all output. Call it before the guest ends. */
 void hvc_drain(void);

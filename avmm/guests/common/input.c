@@ -1,8 +1,8 @@
 /*
  * A queue between the receive interrupt, which alone moves `head`, and the reader, which alone
- * moves `tail`. If it is full, what has not been read stays in the device: the sender is held up,
- * and not a character is lost. Then the reader fetches the rest, for the interrupt, which is edge
- * triggered, will not come again.
+ * moves `tail`. While it is full, further characters stay in the device, so the sender waits and
+ * no character is lost. Later the reader fetches them, because the edge-triggered interrupt does
+ * not come again.
  */
 #include "input.h"
 
@@ -38,7 +38,7 @@ void input_put(char c)
         after_return = c == '\r';
 }
 
-/* With interrupts off. */
+/* Call it with interrupts off. */
 static void receive(void)
 {
         if (console_is_virtual)

@@ -9,17 +9,17 @@
 
 void input_init(void);
 
-/* Sleeps in HLT until there is one. "\r\n" counts as one "\r". */
+/* Sleeps in HLT until there is a character. "\r\n" counts as one "\r". */
 int get_char(void);
 
 bool key_pressed(void);
 
-/* For whoever receives, with interrupts off: a character that has come in, where there is room. */
+/* For the receiver, with interrupts off: adds a character that has come in, if there is room. */
 bool input_has_room(void);
 void input_put(char c);
 
 /*
- * How many Ctrl-C are in the queue, that is: whether to stop what is being done. get_char()
- * counts down as it returns them.
+ * The number of Ctrl-C in the queue. If there is one, the running command should stop. get_char()
+ * decrements the number when it returns one.
  */
 extern volatile unsigned interrupted;

@@ -25,7 +25,7 @@ enum lapic_register {
 #define ICR_PENDING     0x1000
 #define ICR_ASSERT      0x4000
 
-/* One plain MOV each: what the access is must be for no optimiser to choose. */
+/* Each is one plain MOV, because the compiler must not choose another kind of access. */
 static uint32_t read(enum lapic_register which)
 {
         uint32_t value;

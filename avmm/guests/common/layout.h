@@ -1,5 +1,5 @@
 /*
- * Numbers that C, assembly and the linker script must agree on. Each stands here once.
+ * Numbers on which C, assembly and the linker script must agree. Each is defined here once.
  */
 #pragma once
 
@@ -18,5 +18,5 @@
 #define VECTOR_SPURIOUS 63      /* old LAPICs force the low four bits to one */
 #define VECTORS         64
 
-/* Low memory that an AP, which wakes up in real mode, can reach. */
+/* Low memory, which an application processor can reach when it starts in real mode. */
 #define TRAMPOLINE      0x8000

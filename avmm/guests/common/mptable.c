@@ -60,7 +60,7 @@ void read_mp_table(void)
                 const uint8_t id = entry[1], flags = entry[3];
 
                 if (entry[0] != ENTRY_PROCESSOR) {
-                        entry += 8;     /* all but processors have this size */
+                        entry += 8;     /* all entries except processors have this size */
                         continue;
                 }
                 if (flags & CPU_ENABLED && id != boot.apic_ids[0] && boot.cpu_count < MAX_CPUS)

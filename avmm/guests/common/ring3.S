@@ -1,11 +1,11 @@
 /*
  * An excursion to ring 3 and back.
  *
- * The way out is IRETQ. The way back is a fault made on purpose, the only way that works on
- * every host (on some, SYSCALL and INT from ring 3 do not arrive in ring 0): the function
- * returns to ring3_done, whose UD2 traps, and trap() continues at ring3_return in ring 0. Any
- * other fault leads there too, only with another result in RAX. Interrupts taken in between use
- * the stack below our own frame.
+ * The way out is IRETQ. The way back is a deliberate fault: the function returns to ring3_done,
+ * whose UD2 traps, and trap() continues at ring3_return in ring 0. That is the only way that works
+ * on every host, because on some hosts SYSCALL and INT from ring 3 do not arrive in ring 0. Any
+ * other fault leads there too, but with another result in RAX. Interrupts taken in between use the
+ * stack below our own frame.
  */
 #include "layout.h"
 

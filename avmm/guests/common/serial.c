@@ -1,6 +1,6 @@
 /*
- * THRE says that the transmit FIFO is empty, so one look at it is good for sixteen characters:
- * half the exits of asking every time.
+ * THRE says that the transmit FIFO is empty, so after one look at it sixteen characters can be
+ * sent. That takes half as many exits as looking every time.
  */
 #include "serial.h"
 
@@ -18,9 +18,9 @@ void serial_init(void)
         out8(UART_LCR, LCR_8N1);
 
         /*
-         * Turning the FIFOs on throws away what has come in. A sender that looks at RTS, which
-         * is still down, has sent nothing; for one that does not, no FIFO is better than half a
-         * command.
+         * Turning the FIFOs on throws away what has come in. A sender that looks at RTS has sent
+         * nothing yet, because RTS is still low. For a sender that does not, losing everything is
+         * better than keeping half a command.
          */
         if (!(in8(UART_LSR) & LSR_RECEIVED))
                 out8(UART_FCR, FCR_ENABLE);

@@ -1,5 +1,5 @@
 /*
- * The way out by the 16550 at 0x3f8. The way in is input.h.
+ * Output through the 16550 at 0x3f8. input.h is for input.
  */
 #pragma once
 

@@ -1,7 +1,7 @@
 /*
- * CPUs are started one at a time, so that one trampoline and one pair of boot variables
- * (start.S) serve them all. The delays that the MP specification asks for between INIT and
- * SIPI are for chips of 1994; no VMM needs them.
+ * CPUs are started one at a time, so that one trampoline and one pair of boot variables (start.S)
+ * serve them all. The MP specification asks for delays between INIT and SIPI. They are for chips
+ * of 1994, and no VMM needs them.
  */
 #include "smp.h"
 
@@ -16,7 +16,7 @@
 #include "trap.h"
 
 #define NO_CPU          3
-#define PATIENCE        (1ull << 36)    /* TSC cycles: half a minute, for the host may be busy */
+#define PATIENCE        (1ull << 36)    /* TSC cycles: half a minute, as the host may be busy */
 
 extern const char trampoline[], trampoline_end[];
 extern uint64_t boot_stack;
@@ -32,7 +32,7 @@ static void ap_begin(void)
 
         trap_init_ap();
         lapic_init(false);
-        starting = 0;           /* from here on the stack and boot_main are no longer looked at */
+        starting = 0;           /* from here on nobody reads boot_stack and boot_main */
         ap_main(cpu);
 }
 
@@ -52,7 +52,7 @@ bool start_cpu(int cpu, void (*main)(int cpu))
         while (starting && tsc() - begin < PATIENCE && !interrupted)
                 pause();
         if (starting)
-                lapic_send_init(id);    /* or it might come up later, as a CPU that it is not */
+                lapic_send_init(id);    /* or it might come up later as another CPU */
         return !starting;
 }
 

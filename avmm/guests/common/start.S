@@ -1,11 +1,11 @@
 /*
- * The way from wherever the loader left us to C in long mode.
+ * Leads from any state in which a loader enters the guest to C in long mode.
  *
- * There are three doors and one hall. A PVH loader enters at pvh_entry in flat 32-bit mode with
- * EBX = hvm_start_info. A loader of plain 64-bit ELF files enters at long_mode_entry with RDI =
- * hvm_start_info, or 0. An application processor comes through ap_entry (trampoline.S). All end
- * in in_long_mode, with our GDT and our page tables, on the stack and in the function that
- * boot_stack and boot_main name at that moment.
+ * There are three entries, which all lead to the same place. A PVH loader enters at pvh_entry in
+ * flat 32-bit mode with EBX = hvm_start_info. A loader of plain 64-bit ELF files enters at
+ * long_mode_entry with RDI = hvm_start_info, or 0. An application processor comes through ap_entry
+ * (trampoline.S). All end in in_long_mode, with our GDT and our page tables, on the stack and in
+ * the function that boot_stack and boot_main name at that moment.
  */
 #include "layout.h"
 
@@ -97,8 +97,8 @@ gdt_pointer:
         .quad   gdt
 
 /*
- * The first 4 GiB, each address to itself, open to ring 3. The assembler builds the tables: on
- * a host that interprets ring 0 a loop over 2048 entries would be a visible part of the boot.
+ * The first 4 GiB, mapped one to one and open to ring 3. The assembler builds the tables, because
+ * on a host that interprets ring 0, a loop over 2048 entries would visibly delay the boot.
  */
         .balign 4096
 page_root:

@@ -34,7 +34,7 @@ void read_start_info(uint64_t address)
                 return;
         map = (void *)info->memory_map;
         for (uint32_t i = 0; i < info->memory_map_entries && boot.range_count < MAX_RANGES; i++)
-                if (map[i].size)        /* qboot appends an empty one */
+                if (map[i].size)        /* qboot appends an empty entry */
                         boot.ranges[boot.range_count++] =
                                 (struct memory_range){ map[i].start, map[i].size, map[i].type };
 }

@@ -1,5 +1,5 @@
 /*
- * Strings and numbers, as far as two command lines need them.
+ * Functions for strings and numbers, as far as the guests need them.
  */
 #pragma once
 
@@ -10,7 +10,7 @@
 bool same(const char *a, const char *b);
 size_t length(const char *s);
 
-/* Copies what fits, always ends it with a zero. */
+/* Copies as much as fits, and always ends it with a zero. */
 void copy_text(char *to, const char *from, size_t size);
 
 /* Cuts the next word off *rest, in place; NULL if there is none. */
@@ -22,7 +22,7 @@ bool parse_number(const char *s, uint64_t *number);
 /* Any number of 64 bits in decimal, and a zero. */
 #define NUMBER_SIZE     21
 
-/* The number in digits, at the end of `text`; where it begins. */
+/* Writes the number as digits at the end of `text`, and returns where they begin. */
 char *number_text(char text[NUMBER_SIZE], uint64_t number, unsigned base);
 
 /* The compiler may call these by itself. */

@@ -1,9 +1,9 @@
 /*
  * The first instructions of an application processor.
  *
- * A SIPI starts it in real mode at a page below 1 MiB, so smp.c copies this there. It needs no
- * more than a GDT to leave for 32-bit mode and start.S; the copy carries its own pointer to the
- * GDT because real mode cannot reach the one at 1 MiB.
+ * A SIPI starts it in real mode at a page below 1 MiB, so smp.c copies this there. It needs only a
+ * GDT to enter 32-bit mode and continue in start.S. The copy has its own pointer to the GDT,
+ * because real mode cannot reach the pointer at 1 MiB.
  */
 #include "layout.h"
 

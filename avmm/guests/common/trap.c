@@ -1,6 +1,6 @@
 /*
- * What happens at each vector: a fault that somebody expects is turned into a result, an
- * interrupt goes to its handler, anything else is the end of the guest, told on the console.
+ * What happens at each vector. A fault that somebody expects becomes a result. An interrupt goes
+ * to its handler. Anything else ends the guest with a message on the console.
  */
 #include "trap.h"
 
@@ -10,7 +10,7 @@
 #include "cpu.h"
 #include "finish.h"
 
-/* Just what vectors.S and the CPU have pushed, lowest address first. */
+/* Exactly what vectors.S and the CPU have pushed, lowest address first. */
 struct trap_frame {
         uint64_t r11, r10, r9, r8, rdi, rsi, rdx, rcx, rax;
         uint64_t vector, error;
@@ -25,15 +25,15 @@ struct gate {
 };
 
 /*
- * Ring 3 may use every port, by IOPL and by the bitmap: kvm_pvm runs ring 3 with an IOPL of its
- * own, whatever IRETQ has loaded, and so asks the bitmap.
+ * Ring 3 may use every port, by IOPL and by the bitmap: kvm_pvm runs ring 3 with its own IOPL,
+ * whatever IRETQ has loaded, and so it consults the bitmap.
  */
 struct task_state {
         uint32_t reserved;
         uint64_t rsp[3];
         uint64_t unused[9];
         uint16_t reserved_too, io_map;
-        uint8_t io_bitmap[65536 / 8 + 1];       /* the CPU may read one byte too far */
+        uint8_t io_bitmap[65536 / 8 + 1];       /* the CPU may read one byte past the end */
 } __attribute__((packed));
 
 struct table_pointer {
@@ -141,12 +141,12 @@ static void exception(struct trap_frame *frame)
         }
 }
 
-/* Called by vectors.S. Changing the frame changes where the interrupted code goes on. */
+/* Called by vectors.S. A change to the frame changes where the interrupted code continues. */
 void trap(struct trap_frame *frame)
 {
         if (frame->vector < VECTOR_IRQ)
                 exception(frame);
         else if (handlers[frame->vector])
                 handlers[frame->vector]();
-        /* An interrupt without handler is a spurious one, which must not be acknowledged. */
+        /* An interrupt without a handler is spurious, and must not be acknowledged. */
 }

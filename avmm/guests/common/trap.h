@@ -19,10 +19,10 @@ void trap_init_ap(void);
 void on_interrupt(int vector, void (*handler)(void));
 
 /*
- * Calls function(argument) in ring 3 with access to all memory and ports, on a stack of its
- * own. False if it ended with a fault: then last_fault says which. Not reentrant, and for the
- * boot processor only. Where the host interprets ring 0 this is a thousand times as fast as a
- * direct call.
+ * Calls function(argument) in ring 3 with access to all memory and ports, on a stack of its own.
+ * False if it ended with a fault; last_fault then says which. Not reentrant, and for the boot
+ * processor only. If the host interprets ring 0, this is a thousand times as fast as a direct
+ * call.
  */
 bool ring3_call(void (*function)(void *), void *argument);
 
@@ -37,7 +37,7 @@ struct fault {
 
 extern struct fault last_fault;
 
-/* Loads and stores of 1, 2, 4 or 8 bytes that report a fault instead of dying of it. */
+/* Loads and stores of 1, 2, 4 or 8 bytes that report a fault instead of ending the guest. */
 struct access guarded_load(uint64_t address, int width);
 struct access guarded_store(uint64_t address, int width, uint64_t value);
 

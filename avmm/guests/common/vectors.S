@@ -1,8 +1,7 @@
 /*
- * The door from an interrupt or exception to trap() in trap.c.
- *
- * One 16-byte stub a vector makes all frames alike (some exceptions push an error code, most do
- * not). Only the registers that C may change are saved: here a push can cost 0.7 us.
+ * Leads from an interrupt or exception to trap() in trap.c. A stub of 16 bytes for each vector
+ * makes all frames alike (some exceptions push an error code, most do not). Only the registers
+ * that C may change are saved: here a push can cost 0.7 us.
  */
 #include "layout.h"
 

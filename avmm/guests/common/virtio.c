@@ -48,7 +48,10 @@ static void set(const struct virtio_device *device, enum register_offset offset,
         *(volatile uint32_t *)(device->base + offset) = value;
 }
 
-/* Ends a number at `end`; what follows, or NULL if there is no number that is so ended. */
+/*
+ * Cuts off a number that ends with `end`, and returns what follows, or NULL if there is no such
+ * number.
+ */
 static char *number_until(char *text, char end, uint64_t *number)
 {
         char *at = text;
@@ -167,7 +170,10 @@ void virtqueue_silence(struct virtqueue *queue)
         queue->available.flags = NO_INTERRUPT;
 }
 
-/* x86 keeps stores in order, and the compiler volatile ones; the rest is the compiler's. */
+/*
+ * x86 keeps stores in order, and the compiler keeps volatile stores in order. Only the other
+ * stores need a barrier for the compiler.
+ */
 static void order_stores(void)
 {
         asm volatile("" : : : "memory");
@@ -199,7 +205,10 @@ void virtqueue_notify(const struct virtqueue *queue)
 
 bool virtqueue_wants_notify(const struct virtqueue *queue)
 {
-        /* What was offered must be there before it is read what the device wants (2.7.10.1). */
+        /*
+         * The offered request must be visible before the guest reads whether the device wants a
+         * notification (2.7.10.1).
+         */
         asm volatile("mfence" : : : "memory");
         return !(queue->used.flags & NO_NOTIFY);
 }

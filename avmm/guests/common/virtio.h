@@ -1,6 +1,6 @@
 /*
- * virtio-mmio devices with split rings: VIRTIO 1.2, 4.2 and 2.7. Of features VERSION_1, and
- * what of the device's own its driver wants.
+ * virtio-mmio devices with split rings: VIRTIO 1.2, 4.2 and 2.7. It negotiates VERSION_1 and those
+ * features of the device that its driver asks for.
  */
 #pragma once
 
@@ -16,7 +16,7 @@ struct virtio_device {
         uint64_t base;
         uint32_t id;
         int irq;                        /* of the two 8259s */
-        uint32_t features;              /* what was wanted and is there */
+        uint32_t features;              /* the wanted ones that the device has */
 };
 
 struct virtqueue {
@@ -35,47 +35,50 @@ struct virtqueue {
                 } ring[VIRTQUEUE_SIZE];
         } used __attribute__((aligned(4)));
         uint16_t size;                  /* a power of two; slots are below it */
-        uint16_t taken;                 /* of the used ring, by us */
+        uint16_t taken;                 /* entries of the used ring that were taken */
         uint16_t number;
         const struct virtio_device *device;
 } __attribute__((aligned(16)));
 
-/* The first such device of those that the command line names, as for Linux. */
+/* Finds the first such device among those that the command line names in Linux's form. */
 bool virtio_find(uint32_t id, struct virtio_device *device);
 
 /*
- * Sets the device up with these queues, all zero, and those of the wanted features (0 to 31) that
- * it has; interrupts are the caller's. False: it refuses.
+ * Sets the device up with these queues, which must be all zero, and with those wanted features (0
+ * to 31) that it offers. The caller handles interrupts. Returns false if the device refuses.
  */
 bool virtio_start(struct virtio_device *device, uint32_t wanted, struct virtqueue *queues,
                   int count);
 
-/* Resets the device, so that it touches none of this memory any more, and the queues. */
+/* Resets the queues, and the device, which no longer touches their memory. */
 void virtio_stop(const struct virtio_device *device, struct virtqueue *queues, int count);
 
-/* Once for each interrupt, before the used rings are looked at. */
+/* Call it once for each interrupt, before you look at the used rings. */
 void virtio_acknowledge(const struct virtio_device *device);
 
-/* No interrupt for what comes back by this queue. */
+/* Asks for no interrupts when requests come back in this queue. */
 void virtqueue_silence(struct virtqueue *queue);
 
-/* The device's configuration, 8 bytes of it. */
+/* Reads 8 bytes of the device's configuration. */
 uint64_t virtio_config(const struct virtio_device *device, uint32_t offset);
 
-/* A piece of a request, for the device to read or (is_input) to write. */
+/* A part of a request, which the device reads or, if is_input, writes. */
 struct virtio_part {
         const void *data;
         uint32_t length;
         bool is_input;
 };
 
-/* Gives the device a request in the descriptors from `slot` on, one a part. */
+/* Gives the device a request, in one descriptor for each part, from `slot` on. */
 void virtqueue_offer(struct virtqueue *queue, uint16_t slot, const struct virtio_part *parts,
                      int count);
 void virtqueue_notify(const struct virtqueue *queue);
 
-/* Has the device not said that it looks at the queue anyway? */
+/* Does the device want to be notified? It may have said that it looks at the queue anyway. */
 bool virtqueue_wants_notify(const struct virtqueue *queue);
 
-/* The first slot of a request that has come back, and how much the device wrote; -1: none. */
+/*
+ * Takes a request that has come back. Returns its first slot, and in `length` how much the device
+ * wrote. Returns -1 if there is none.
+ */
 int virtqueue_take(struct virtqueue *queue, uint32_t *length);

@@ -1,10 +1,10 @@
 /*
- * Each connection gets a port of its own: what is still under way for an older one, in whichever
- * ring, is then for nobody. After a TRANSPORT_RESET (5.10.6.6: the guest has moved to another
- * host) there is no connection, and the guest's number may be another.
+ * Each connection gets a port of its own, so that neither side takes packets for it that are still
+ * under way, in either ring, for an older connection. After a TRANSPORT_RESET (5.10.6.6: the guest
+ * has moved to another host) there is no connection, and the guest's CID may be different.
  *
- * So that the two rings never wait for each other (5.10.6.1.1), half of the slots for packets to
- * the host are kept for answers, and a packet is taken from the host only where it could be
+ * The two rings must never wait for each other (5.10.6.1.1). So half of the slots for packets to
+ * the host are reserved for answers, and a packet from the host is taken only if it can be
  * answered.
  */
 #include "vsock.h"
@@ -23,7 +23,7 @@
 #define BOTH            (NO_MORE_RECEIVED | NO_MORE_SENT)
 #define TRANSPORT_RESET 0
 #define FIRST_PORT      1024
-#define BUFFER          256             /* bytes that the host may send before we take them */
+#define BUFFER          256             /* bytes from the host that may wait here */
 #define PATIENCE        (1ull << 33)    /* TSC cycles, some seconds */
 
 enum { RECEIVE, TRANSMIT, EVENT, QUEUES };
@@ -47,17 +47,20 @@ static struct packet received[VIRTQUEUE_SIZE], sent[VIRTQUEUE_SIZE];
 static uint32_t events[VIRTQUEUE_SIZE];
 static uint16_t spare[VIRTQUEUE_SIZE], spare_count;     /* slots of `sent` */
 
-static uint64_t guest;                  /* our number */
+static uint64_t guest;                  /* our CID */
 static enum vsock_state state;
 static uint32_t port = FIRST_PORT, host_port;
 
 static char input[BUFFER];
 static uint32_t input_size;
 
-/* Counters of bytes, that wrap. Ours: sent; taken from the host, and what of that it knows. */
+/*
+ * The guest's counters of bytes, which wrap: sent, taken from the host, and how much of that the
+ * host knows about.
+ */
 static uint32_t bytes_sent, bytes_taken, bytes_told;
 static uint32_t host_room, host_taken;
-static bool has_asked;                  /* for credit, and no news since */
+static bool has_asked;                  /* for credit, and has not heard of it since */
 
 static void offer(int queue, uint16_t slot, const void *data, uint32_t size)
 {
@@ -129,7 +132,7 @@ static void reset(void)
         state = VSOCK_CLOSED;
 }
 
-/* Of the host's, for our connection. */
+/* A packet of the host for this connection. */
 static void take(const struct packet *packet)
 {
         if (packet->room != host_room || packet->taken != host_taken)
@@ -148,7 +151,7 @@ static void take(const struct packet *packet)
                 input_size += packet->size;
         } else if (packet->op == SHUTDOWN) {
                 if (packet->flags & NO_MORE_RECEIVED) {
-                        reset();        /* so its end is agreed to (5.10.6.5) */
+                        reset();        /* which agrees to its end (5.10.6.5) */
                         state = VSOCK_ENDED;
                 }
         } else if (packet->op == CREDIT_REQUEST) {

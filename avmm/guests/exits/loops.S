@@ -1,7 +1,7 @@
 /*
  * The loops that are measured: the access, one instruction that keeps the index or the sum, and
- * the branch. They look at the clock themselves, so that both readings are taken in the ring
- * that is measured, and the way there and back is not.
+ * the branch. They read the clock themselves. So both readings are taken in the ring that is
+ * measured, and the way into the ring and back is not measured.
  *
  * RDI = job. In the loop: RDX = where, RCX = how many are left, RAX = the index to be written
  * or the value read (a narrow access leaves its upper bytes zero), RSI = the sum.

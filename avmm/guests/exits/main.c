@@ -1,12 +1,12 @@
 /*
- * exits: how long does one exit take?
- *
- * Does one kind of access again and again, by the clock, and prints one line:
+ * exits: measures how long one exit takes. It repeats one kind of access, reads the clock before
+ * and after, and prints one line:
  *
  *   exits kind=pio op=write width=1 port=0xe0 count=10000 string=0 straddle=0 ring=0
  *   cycles=123456789 sum=0x0
  *
- * (in one). Writes write the running index; sum is the wrapping sum of all values read.
+ * (all of it on one line). Writes write the running index. sum is the wrapping sum of all values
+ * read.
  */
 #include "boot.h"
 #include "console.h"

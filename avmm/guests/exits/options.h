@@ -25,5 +25,5 @@ struct options {
         uint64_t kind, op, width, port, addr, count, string, straddle, ring, warmup;
 };
 
-/* Changes the text. Finishes the guest with an error line if it makes no sense. */
+/* Changes the text. If the text makes no sense, prints an error line and ends the guest. */
 struct options parse_options(char *command_line);

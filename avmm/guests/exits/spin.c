@@ -8,7 +8,10 @@
 
 static volatile bool go;
 
-/* A cache line each, at a fixed address: a host can watch them without a symbol table. */
+/*
+ * A cache line for each counter, at a fixed address, so that a host can watch them without a
+ * symbol table.
+ */
 static volatile uint64_t *counter(int cpu)
 {
         return (void *)(uint64_t)(SPIN_COUNTERS + 64 * cpu);
@@ -42,7 +45,9 @@ void spin(const struct options *options)
         while (*word != options->count);
         cycles = tsc() - begin;
 
-        /* All of them first: printing takes long, and the others go on. */
+        /*
+         * Copy all of them first, because printing takes long and the other CPUs go on counting.
+         */
         for (int cpu = 0; cpu < boot.cpu_count; cpu++)
                 counts[cpu] = *counter(cpu);
         print("exits kind=spin count=%lu cpus=%u cycles=%lu counts=", options->count,

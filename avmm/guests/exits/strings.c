@@ -1,7 +1,7 @@
 /*
- * String accesses: REP OUTS and REP INS. Here the clock runs only during the instruction, for
- * filling or summing the buffer would take as long as the access itself. What is written is the
- * running index of the element.
+ * String accesses: REP OUTS and REP INS. Here the clock runs only during the instruction, because
+ * filling or summing the buffer takes as long as the access itself. Writes write the running index
+ * of the element.
  */
 #include "cpu.h"
 #include "job.h"

@@ -1,9 +1,9 @@
 /*
  * rings: drives the queues of a virtio device as fast as it can, and measures itself by the TSC.
  *
- * It polls for what comes back, with interrupts off, so that a figure holds the device's work and
- * the way to it, and nothing of a guest kernel's. The loop runs in ring 3, which every host runs
- * at full speed. The result is a line on the serial console.
+ * It polls for the answers, with interrupts off. So a figure contains the device's work and the
+ * way to it, but nothing of a guest kernel. The loop runs in ring 3, which every host runs at full
+ * speed. The result is a line on the serial console.
  */
 #include "boot.h"
 #include "console.h"
@@ -46,7 +46,7 @@ static struct header headers[MOST_DEPTH];
 static volatile uint8_t statuses[MOST_DEPTH];
 static uint8_t data[MOST_DEPTH][MOST_BYTES] __attribute__((aligned(4096)));
 
-/* Somewhere on the disk, by a multiplier that reaches all of it in no order. */
+/* A place on the disk. The multiplier leads to all parts of the disk, in no particular order. */
 static uint64_t some_sector(const struct run *run, uint64_t number)
 {
         const uint64_t each = run->options->bytes / SECTOR, places = run->sectors / each;
@@ -74,7 +74,7 @@ static void offer(struct run *run, int request, uint64_t number)
         virtqueue_offer(run->queue, request * PARTS, parts, PARTS);
 }
 
-/* In ring 3. */
+/* Runs in ring 3. */
 static void keep_busy(void *argument)
 {
         struct run *run = argument;
@@ -108,7 +108,7 @@ static void keep_busy(void *argument)
         run->cycles = tsc() - begin;
 }
 
-/* In ring 3. */
+/* Runs in ring 3. */
 static void keep_notifying(void *argument)
 {
         struct run *run = argument;
@@ -156,7 +156,7 @@ void guest_main(uint64_t start_info)
         read_start_info(start_info);
         found = virtio_find(VIRTIO_BLOCK, &device) || virtio_find(VIRTIO_CONSOLE, &device);
         options = parse_options(boot.command_line);
-        /* Without it each write would be a flush, too, which no guest has it do. */
+        /* Without this feature each write would also be a flush, which every real guest avoids. */
         features = device.id == VIRTIO_BLOCK ? BLOCK_FLUSH : 0;
         count = device.id == VIRTIO_CONSOLE ? QUEUES : 1;
         if (!found || !virtio_start(&device, features, queues, count)) {

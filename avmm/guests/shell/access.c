@@ -8,7 +8,7 @@
 #include "text.h"
 #include "trap.h"
 
-/* Just so many numbers, and each no wider than it may be. */
+/* Parses exactly this many numbers, each within its width. */
 static bool parse_numbers(char *arguments, uint64_t *numbers, int count)
 {
         for (int i = 0; i < count; i++) {

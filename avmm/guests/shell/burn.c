@@ -1,5 +1,6 @@
 /*
- * burn: dirty memory at a given rate, one write a page, for whoever has to copy it meanwhile.
+ * burn: dirties memory at a given rate, with one write per page, to test programs that copy the
+ * memory meanwhile.
  */
 #include "clock.h"
 #include "command.h"
@@ -11,9 +12,9 @@
 
 #define PAGE            4096
 #define MIB             (1024 * 1024)
-#define BURST           4096            /* pages between two looks at clock and keyboard */
+#define BURST           4096            /* pages between two looks at the clock and the keyboard */
 
-/* The pages of one range, written to in turn, for ever. */
+/* The pages of one range, which are written to in turn, for ever. */
 struct burn {
         struct memory_range range;
         uint64_t page;                  /* the next one to write to */
@@ -21,7 +22,7 @@ struct burn {
         uint64_t written;
 };
 
-/* In ring 3. */
+/* Runs in ring 3. */
 static void dirty(void *argument)
 {
         struct burn *burn = argument;
@@ -49,7 +50,10 @@ static struct memory_range largest_free_part(void)
         return largest;
 }
 
-/* As many pages as the clock allows, until `ticks` have passed or (0) for ever. */
+/*
+ * Writes to as many pages as the clock allows, until `ticks` have passed or, if that is 0, for
+ * ever.
+ */
 static uint64_t burn_for(struct burn *burn, uint64_t pages_per_second, uint64_t ticks)
 {
         const uint64_t begin = clock_ticks;
@@ -93,7 +97,7 @@ bool burn_command(char *arguments, int width)
                 return true;
         }
         if (!clock_runs()) {
-                print("the timer is not ticking, so there is nothing to go by\n");
+                print("the timer is not ticking, so the rate cannot be kept\n");
                 return true;
         }
 

@@ -1,5 +1,5 @@
 /*
- * A command: a name, its help, and what to do.
+ * A command: its name, its help, and the function that runs it.
  */
 #pragma once
 
@@ -8,10 +8,10 @@
 struct command {
         const char *name, *arguments, *help;
 
-        /* False: the arguments make no sense, show how it is used. */
+        /* False if the arguments make no sense; the usage is shown then. */
         bool (*run)(char *arguments, int width);
 
-        /* Takes a suffix .b .w .l .q for the width of the access; without one it is 4 bytes. */
+        /* Accepts a suffix .b .w .l .q for the width of the access. Without one it is 4 bytes. */
         bool sized;
 };
 
@@ -21,13 +21,16 @@ extern const int command_count;
 void run_command(char *line);
 
 /*
- * Whether a command that may take long should end: always on Ctrl-C, and on any other key, too,
- * if nothing else would end it. Not so if it has a limit, for then input that waits (a script
- * on a pipe, say) is meant for the next command.
+ * Whether a long-running command should end. Ctrl-C always ends it. Any other key ends it only if
+ * it has no limit of its own; if it has one, waiting input (such as a script on a pipe) is meant
+ * for the next command.
  */
 bool should_stop(bool on_any_key);
 
-/* Takes the key that has stopped it away; but leaves a Ctrl-C to the shell. */
+/*
+ * Removes the key that stopped the command from the input, except a Ctrl-C, which is left for the
+ * shell.
+ */
 void swallow_key(bool on_any_key);
 
 bool echo_command(char *arguments, int width);

@@ -1,5 +1,5 @@
 /*
- * The table of commands, and how a line becomes a call of one.
+ * The table of commands, and the code that turns a line into a call of one.
  */
 #include "command.h"
 
@@ -53,7 +53,7 @@ void swallow_key(bool on_any_key)
                 get_char();
 }
 
-/* Cuts the suffix off a word: -1 if there is none, 0 if it is none of ours. */
+/* Cuts the suffix off a word. Returns the width, -1 without a suffix, or 0 for an unknown one. */
 static int cut_width(char *word)
 {
         static const char suffixes[] = "bwlq";

@@ -88,7 +88,7 @@ struct count {
         bool is_done[MOST];
 };
 
-/* False: not one of ours, or one that is there already. */
+/* False if there is no such channel, or if it was added before. */
 static bool add_channel(struct count *count, const char *name)
 {
         for (int i = 0; i < count->channels; i++)
@@ -119,7 +119,7 @@ static bool parse(struct count *count, char *words)
         return true;
 }
 
-/* The channels take turns, until the slowest has all. */
+/* The channels take turns, until the slowest one has all numbers. */
 static void keep_counting(struct count *count)
 {
         const bool on_any_key = count->last == FOR_EVER;

@@ -1,7 +1,7 @@
 /*
- * Where `count` counts to. A number that a channel was given is never given to it again, wherever
- * the guest goes on from a state that was taken of it: the device has it, or its ring in memory.
- * (vsock, whose connections end there, is the one that must ask what has arrived.)
+ * A channel to which `count` counts. It never gets the same number twice, even if the guest
+ * continues from a saved state: either the device has the number, or its ring in memory has it.
+ * (Connections of vsock end then, so vsock has to ask the host what has arrived.)
  */
 #pragma once
 
@@ -13,20 +13,20 @@ enum progress { GOES_ON, DONE, FAILED };
 struct channel {
         const char *name;
 
-        /* Or NULL. False, and it says why: there is no such device, say. */
+        /* May be NULL. Returns false, and prints why, if for example there is no such device. */
         bool (*open)(void);
 
         /*
-         * Gives one number more, if it can just now, or is DONE where it has the last one. FAILED:
-         * it says why. `given` is the latest, 0 at first.
+         * Sends one more number, if it can do so now. Returns DONE when the last one has arrived.
+         * If it returns FAILED, it has printed why. `given` is the latest number, at first 0.
          */
         enum progress (*step)(uint64_t *given, uint64_t last);
 
-        /* Or NULL. Brings to its end what was begun. */
+        /* May be NULL. Finishes what was begun. */
         void (*close)(void);
 };
 
-/* A number as a line, and how long that is; it does not end with a zero. */
+/* Writes a number as a line, without a zero at its end, and returns the line's length. */
 #define COUNT_LINE      24
 uint32_t count_line(char line[COUNT_LINE], uint64_t number);
 

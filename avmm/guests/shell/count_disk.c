@@ -1,13 +1,13 @@
 /*
- * count on the first disk: number n is the text of sector n - 1. The sector must be empty before,
- * so that a number that was written twice, or to another's place, is found by the guest itself.
+ * count on the first disk: number n is the text of sector n - 1. The sector must be empty before.
+ * So the guest itself notices a number that was written twice or to the wrong place.
  */
 #include "block.h"
 #include "console.h"
 #include "count.h"
 #include "text.h"
 
-#define SHOWN   32                      /* characters of what is there instead */
+#define SHOWN   32                      /* characters to show of a sector's wrong contents */
 
 static uint64_t sector[SECTOR_SIZE / sizeof(uint64_t)];
 
@@ -28,7 +28,7 @@ static bool is_empty(void)
         return !bits;
 }
 
-/* What of a sector is to be shown: its first line, if it is one. */
+/* The part of a sector to show: its first line, if it has one. */
 static const char *shown(void)
 {
         static char text[SHOWN + 1];

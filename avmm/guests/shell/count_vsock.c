@@ -1,12 +1,13 @@
 /*
- * count on a connection to the host: its program sends a line with the last number that it has
- * got, and gets those after that. A connection that was lost is made anew, and what was under way
- * on it is counted again: the host's word is what has arrived.
+ * count on a connection to the host. The program there sends a line with the last number that it
+ * received, and gets the numbers after that. A lost connection is made again, and the numbers that
+ * were under way on it are sent again. Only the host's answer says which numbers have arrived.
  *
- * All of it has arrived when the host closes a connection after our end of it. So the host must
- * have read that end when it closes one (else reset it), and go on listening until we have taken
- * its close: a connection that is lost before is made anew, even where the host has said the last
- * number, for it may be waiting for our end.
+ * Everything has arrived when the guest has ended its side of a connection and the host then
+ * closes it. So the host must read that end before it closes the connection (otherwise it must
+ * reset it), and go on listening until the guest has taken the close. A connection that is lost
+ * before that is made again, even if the host has named the last number, because the host may
+ * still wait for the guest's end.
  */
 #include "console.h"
 #include "count.h"
@@ -19,9 +20,9 @@
 
 static uint64_t asked_at;
 static bool has_asked;                  /* ever */
-static char line[COUNT_LINE];           /* of the host's, as far as it has come */
+static char line[COUNT_LINE];           /* the host's line, as far as it has arrived */
 static uint32_t line_size;
-static bool is_told, is_ended;          /* on this connection: by the host, by us */
+static bool is_told, is_ended;          /* on this connection: got its line, ended our side */
 
 static bool open_vsock(void)
 {
@@ -32,7 +33,7 @@ static bool open_vsock(void)
         return false;
 }
 
-/* Again and again: somebody who listens may be yet to come. */
+/* It tries again and again, because the host may start to listen later. */
 static void connect(void)
 {
         if (has_asked && tsc() - asked_at < RETRY)
@@ -44,7 +45,7 @@ static void connect(void)
         vsock_connect(PORT);
 }
 
-/* False: the host says something else than a number. */
+/* False if the host sends something that is not a number. */
 static bool listen(uint64_t *given)
 {
         while (!is_told && vsock_receive(&line[line_size], 1)) {
@@ -79,7 +80,7 @@ static enum progress step_vsock(uint64_t *given, uint64_t last)
                         return tell(given, last);
                 if (listen(given))
                         return GOES_ON;
-                print("count: the host at vsock port %u says what is no number\n", PORT);
+                print("count: the host at vsock port %u sent no number\n", PORT);
                 return FAILED;
         case VSOCK_ASKED:
                 return GOES_ON;

@@ -1,5 +1,5 @@
 /*
- * cpus: start every processor, and see that an interrupt reaches each.
+ * cpus: starts every processor, and checks that an interrupt reaches each.
  */
 #include "boot.h"
 #include "clock.h"
@@ -18,7 +18,7 @@
 static bool started[MAX_CPUS];
 static volatile uint32_t answers[256];  /* by APIC id */
 
-/* On the processor that is asked. */
+/* Runs on the processor that is asked. */
 static void on_ipi(void)
 {
         answers[lapic_id()]++;

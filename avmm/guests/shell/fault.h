@@ -1,4 +1,4 @@
 #pragma once
 
-/* One line about last_fault. */
+/* Prints one line about last_fault. */
 void print_fault(void);

@@ -19,8 +19,8 @@ static int size, cursor;
 
 static char history[HISTORY][LINE_SIZE];
 static int entered;                     /* lines so far; the last HISTORY of them are kept */
-static int shown;                       /* the one that is on display; `entered`: a new one */
-static char unfinished[LINE_SIZE];      /* the new one, while another is on display */
+static int shown;                       /* the line on display; `entered` is the new one */
+static char unfinished[LINE_SIZE];      /* the new line, while an older one is on display */
 
 static int read_escape_sequence(void)
 {
@@ -71,7 +71,7 @@ static void back(int columns)
                 put_char('\b');
 }
 
-/* From the cursor to the end, when the text there has changed. */
+/* Redraws the line from the cursor to its end, after the text there has changed. */
 static void redraw_rest(void)
 {
         put_string(text + cursor);
@@ -110,7 +110,7 @@ static void insert(char c)
                 redraw_rest();
 }
 
-/* What lies between the cursor and another place. */
+/* The text between the cursor and another place. */
 static void erase_to(int where)
 {
         const int from = where < cursor ? where : cursor, to = where < cursor ? cursor : where;
@@ -157,7 +157,7 @@ static void remember(void)
         copy_text(history[entered++ % HISTORY], text, LINE_SIZE);
 }
 
-/* How many characters two names have in common. */
+/* The number of characters at the beginning that two names have in common. */
 static int agreement(const char *a, const char *b)
 {
         int n = 0;
@@ -167,7 +167,7 @@ static int agreement(const char *a, const char *b)
         return n;
 }
 
-/* Whether what is on the line may become this name. */
+/* Can the text on the line be completed to this name? */
 static bool is_candidate(const char *name)
 {
         return agreement(name, text) == size;
@@ -183,7 +183,10 @@ static void list_candidates(void)
         redraw_all();
 }
 
-/* Adds what all candidates have in common, or shows them if that is nothing. */
+/*
+ * Adds the characters that all candidates have in common, or shows the candidates if there are
+ * none.
+ */
 static void complete(void)
 {
         const char *found = NULL;

@@ -24,7 +24,7 @@ static void greet(void)
               (total_ram() + MIB - 1) / MIB, boot.cpu_count, boot.cpu_count > 1 ? "s" : "");
 }
 
-/* As a terminal would, Ctrl-C throws away what was typed before it. */
+/* Like on a terminal, Ctrl-C throws away what was typed before it. */
 static void after_command(void)
 {
         while (interrupted)

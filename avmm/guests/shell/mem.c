@@ -1,5 +1,5 @@
 /*
- * mem: the memory map, and what of it is free.
+ * mem: prints the memory map, and which part of it is free.
  */
 #include "command.h"
 #include "console.h"
@@ -14,7 +14,7 @@ bool mem_command(char *arguments, int width)
         if (next_word(&arguments))
                 return false;
         if (boot.range_count == 0)
-                print("the loader has given no memory map\n");
+                print("the loader has passed no memory map\n");
         for (int i = 0; i < boot.range_count; i++) {
                 const struct memory_range *r = &boot.ranges[i];
 

@@ -1,7 +1,7 @@
 /*
- * The RAM that is free: what the start info calls RAM, above this image, below 4 GiB (that is as
- * far as our page tables go). Nothing in it changes by itself, so its checksum is the same
- * before and after a snapshot or a migration.
+ * The RAM that is free: everything that the start info calls RAM, above this image and below 4
+ * GiB, where the guest's page tables end. Nothing in it changes by itself, so its checksum is the
+ * same before and after a snapshot or a migration.
  */
 #pragma once
 

@@ -1,5 +1,5 @@
 /*
- * Commands that are a line or two each.
+ * Commands of a line or two each.
  */
 #include "clock.h"
 #include "command.h"

@@ -1,9 +1,9 @@
 /*
  * sum: a checksum of memory.
  *
- * It is 64-bit FNV-1a, but eight bytes at a time (little endian; the rest, if any, one by one),
- * so that it is limited by memory and not by the multiplier. It runs in ring 3, for there are
- * hosts that interpret ring 0.
+ * It is 64-bit FNV-1a, but eight bytes at a time (little endian; the rest, if any, one by one), so
+ * that it is limited by memory and not by the multiplier. It runs in ring 3, because some hosts
+ * interpret ring 0.
  */
 #include "clock.h"
 #include "command.h"
@@ -30,7 +30,7 @@ static uint64_t step(uint64_t hash, uint64_t value)
         return (hash ^ value) * FNV_PRIME;
 }
 
-/* In ring 3. */
+/* Runs in ring 3. */
 static void sum_up(void *argument)
 {
         struct sum *sum = argument;

@@ -1,5 +1,5 @@
 /*
- * Exits that are no access: MSRs and hypercalls.
+ * Exits that are not accesses to ports or memory: MSRs and hypercalls.
  */
 #include "shape.h"
 
@@ -21,7 +21,9 @@
         READ_MSR
         END_SHAPES
 
-/* "This page of RAM is not encrypted": true anyway. KVM leaves it to the VMM, if anybody. */
+/*
+ * "This page of RAM is not encrypted", which is true anyway. KVM may pass this call on to the VMM.
+ */
         .macro  HYPERCALL instruction
         mov     %rbx, %r13
         mov     $HC_MAP_GPA_RANGE, %eax

@@ -1,11 +1,11 @@
 /*
- * torture: every shape of exit there is, in a fixed order, with each answer in a checksum.
+ * torture: makes every shape of exit in a fixed order, and adds each answer to a checksum.
  *
- * What devices see and the sums depend on nothing but what they answer; neither on time, nor on
- * how CPUs take turns. So whoever disturbs a run, by stopping it in the middle and going on
- * elsewhere, say, can tell from the same devices' log and sums that nothing was lost or done
- * twice. (Values that are only compared or written elsewhere are not all in the sum: the log
- * shows those.) It ends with one line:
+ * What devices see, and the sums, depend only on what the devices answer: not on time, and not on
+ * how CPUs take turns. So if a run is disturbed, for example stopped in the middle and continued
+ * elsewhere, the devices' log and the sums show whether something was lost or done twice. (Values
+ * that are only compared or written elsewhere are not all in the sum: the log shows those.) It
+ * ends with one line:
  *
  *   torture cpus=2 loops=1 sum0=0x123456789abcdef sum1=0x23456789abcdef01
  */
@@ -49,7 +49,7 @@ static bool made_by_intel(void)
         return ebx == 0x756e6547;       /* "Genu" */
 }
 
-/* One at a time: the console is nobody's alone. */
+/* One CPU prints at a time, because all of them share the console. */
 static void print_sum(int cpu, uint64_t loop)
 {
         static volatile bool busy;
@@ -85,7 +85,7 @@ static void torture(int cpu)
         done[cpu] = true;
 }
 
-/* Returning is for ever: it ends in HLT. */
+/* After returning, the CPU stays in HLT for ever. */
 static void wait_and_torture(int cpu)
 {
         while (!go)

@@ -1,5 +1,5 @@
 /*
- * Everything but strings that has one operand in the device's memory, within a page.
+ * All instructions except strings with one operand in the device's memory, within a page.
  */
 #include "shape.h"
 
@@ -37,7 +37,7 @@
         WRITE   notb DEVICE(0x472)              /* changes no flags */
         FLAGS   negl DEVICE(0x474)
 
-        /* KVM does without the lock where there is a device, and says so in the host's log. */
+        /* KVM ignores the lock prefix for a device's memory, and notes that in the host's log. */
         EXCHANGE xchg %eax, DEVICE(0x480)
         EXCHANGE xchg %rax, DEVICE(0x488)
         FLAGS   lock incl DEVICE(0x490)
@@ -45,7 +45,7 @@
         EXCHANGE lock xadd %rax, DEVICE(0x498)
         READ    lock cmpxchg %ebx, DEVICE(0x4a0)
 
-        /* Reads that go elsewhere, or are computed with. */
+        /* Reads whose value goes elsewhere, or is used in a computation. */
         push    DEVICE(0x4b0)
         READ    pop %rax
         push    %rbx

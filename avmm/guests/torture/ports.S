@@ -16,7 +16,7 @@
         WRITE_PORT 0x05, out %ax, (%dx)            /* unaligned */
         READ_PORT 0x05, in (%dx), %eax
 
-        /* INS: KVM asks for all elements at once. */
+        /* INS: KVM asks for all elements in one exit. */
         lea     0x08(%r13), %edx
         STRING_UP 1, RAM(0), RAM(STRING), insb  /* without REP */
         STRING_UP 1, RAM(0), RAM(STRING + 1), rep insb
@@ -31,7 +31,7 @@
         STRING_UP 17, RAM(0), RAM(STRING), rep insl
         STIR    RAM(STRING - 8), 11
 
-        /* Downwards it asks as before, and hands them out one by one. */
+        /* Downwards, KVM asks for them in the same way, and hands them out one by one. */
         lea     0x08(%r13), %edx
         STRING_DOWN 17, RAM(0), RAM(STRING + 16), rep insb
         STIR    RAM(STRING - 8), 5
@@ -42,7 +42,7 @@
         STRING_DOWN 4, RAM(0), RAM(STRING + 12), rep insl
         STIR    RAM(STRING - 8), 4
 
-        /* Across pages it asks for what fits on one. */
+        /* Across pages, KVM asks for as many as fit on one page. */
         lea     0x0a(%r13), %edx
         STRING_UP 4, RAM(0), RAM(BORDER - 3), rep insw
         STIR    RAM(BORDER - 8), 2

@@ -1,17 +1,17 @@
 /*
- * How the lists of shapes are written: one line a shape, which does the access and lets what
- * came of it into the sum. No branch depends on what a device answers.
+ * How the lists of shapes are written. Each shape is one line, which does the access and mixes its
+ * result into the sum. No branch depends on what a device answers.
  *
- * RBX = the sum, RBP = the device's window, R12 = RAM, R13 = the first port, R14 = the window.
- * RAX is whatever the shape before has left there, on purpose: a load that changes more of it
- * than it should shows.
+ * RBX = the sum, RBP = the device's window, R12 = RAM, R13 = the first port, R14 = the window. RAX
+ * deliberately keeps what the shape before left there, so that a load which changes too much of it
+ * shows.
  */
 #include "window.h"
 
 #define DEVICE(offset)  (offset)(%rbp)
 #define RAM(offset)     (offset)(%r12)
 
-/* Where strings in RAM begin; and page borders in both windows. */
+/* Where strings in RAM begin, and where the page borders are in both windows. */
 #define STRING          0x100
 #define BORDER          0x1000
 
@@ -42,7 +42,7 @@
         ret
         .endm
 
-/* Both are reversible, so a difference that once is in the sum never leaves it. */
+/* Both operations are reversible, so a difference in the sum never disappears again. */
         .macro  STEP
         imul    $0x5bd1e995, %rbx, %rbx
         rol     $29, %rbx
@@ -54,33 +54,33 @@
         .endm
 
 /*
- * RAX = the sum, to be written somewhere. The sum goes on, or it would be 0 when they meet
- * again in MIX %rax, and all that was in it would be lost.
+ * RAX = the sum, to be written somewhere. Then the sum is changed, because MIX %rax would
+ * otherwise combine two equal values into 0, and everything that was in the sum would be lost.
  */
         .macro  TAKE_SUM
         mov     %rbx, %rax
         STEP
         .endm
 
-/* Loads, and whatever else ends in RAX. */
+/* Loads, and everything else whose result is in RAX. */
         .macro  READ    access:vararg
         \access
         MIX     %rax
         .endm
 
-/* Stores, as a rule of the sum. */
+/* Stores, which usually write the sum. */
         .macro  WRITE   access:vararg
         \access
         STEP
         .endm
 
-/* Stores RAX and loads all of it. */
+/* Stores RAX, and loads all of its bytes again. */
         .macro  EXCHANGE access:vararg
         TAKE_SUM
         READ    \access
         .endm
 
-/* What ends in the arithmetic flags, all of them. */
+/* Instructions whose result is in the arithmetic flags. All flags count. */
         .macro  FLAGS   access:vararg
         \access
         pushfq
@@ -100,8 +100,8 @@
         .endm
 
 /*
- * String instructions: `count` of them where there is a REP, from RSI, to RDI; what they leave
- * in RAX, RCX, RSI and RDI counts.
+ * String instructions from RSI to RDI, repeated `count` times with a REP. What they leave in RAX,
+ * RCX, RSI and RDI is added to the sum.
  */
         .macro  STRING_UP count, from, to, access:vararg
         lea     \from, %rsi
@@ -121,8 +121,8 @@
         .endm
 
 /*
- * Takes `count` words of 8 bytes of RAM into the sum and puts the sum in their place: what a
- * string access has read counts, and what the next one writes depends on all before.
+ * Adds `count` words of 8 bytes of RAM to the sum, and puts the sum in their place. So what a
+ * string access has read counts, and what the next one writes depends on everything before it.
  */
         .macro  STIR    where, count
         lea     \where, %rsi

@@ -1,8 +1,8 @@
 /*
  * Accesses of 16 bytes, which leave KVM in parts of at most 8.
  *
- * The registers are filled from RAM and emptied to it: a host that interprets ring 0 may know
- * no move between them and the general ones.
+ * The registers are loaded from RAM and stored to RAM, because a host that interprets ring 0 may
+ * not know moves between them and the general registers.
  */
 #include "shape.h"
 

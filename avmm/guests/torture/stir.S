@@ -9,7 +9,7 @@ stir:                                   /* RSI = where, RCX = how many words */
         mov     %rbx, %rax
         stosq
         loop    1b
-        STEP                            /* for RAX is the sum: see TAKE_SUM */
+        STEP                            /* because RAX is the sum: see TAKE_SUM */
         ret
 
         .section .note.GNU-stack, "", @progbits

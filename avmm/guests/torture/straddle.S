@@ -1,6 +1,6 @@
 /*
- * Accesses across the border of two pages: each is at least two exits, and the instruction is
- * not done before the last of them.
+ * Accesses across the border of two pages. Each causes at least two exits, and the instruction is
+ * done only after the last one.
  */
 #include "shape.h"
 

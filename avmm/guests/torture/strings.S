@@ -1,13 +1,14 @@
 /*
  * String instructions with the device's memory as an operand. Those with two operands there, or
- * with one there and the other at a port, are several exits for one element.
+ * with one there and the other at a port, cause several exits for one element.
  */
 #include "shape.h"
 
         SHAPES  string_shapes
         /*
-         * Port to device: all is read before the first byte is written. Downwards KVM forgets at
-         * each write what it has read ahead and reads it anew: 3 + 2 + 1 reads for 3 writes.
+         * Port to device: everything is read before the first byte is written. Downwards, KVM
+         * drops at each write what it has read ahead and reads it again: 3 + 2 + 1 reads for 3
+         * writes.
          */
         lea     0x18(%r13), %edx
         STRING_UP 4, RAM(0), DEVICE(0x100), rep insb
@@ -54,7 +55,7 @@
         STRING_UP 1, DEVICE(0x2a4), RAM(0), lodsl
         STRING_DOWN 2, DEVICE(0x2b8), RAM(0), rep lodsq
 
-        /* Comparisons: two reads and no write, one read. */
+        /* Comparisons: CMPS makes two reads and no write, SCAS makes one read. */
         lea     DEVICE(0x2c0), %rsi
         lea     DEVICE(0x2c4), %rdi
         FLAGS   cmpsl

@@ -1,6 +1,6 @@
 /*
- * What one CPU works with: windows of its own, so that what its devices see depends on no other
- * CPU, and its checksum.
+ * What one CPU works with: its checksum, and windows of its own, so that what its devices see does
+ * not depend on other CPUs.
  */
 #pragma once
 
@@ -13,7 +13,7 @@
 /*
  * CPU c has PORTS_BYTES ports from PORTS_BASE + c * PORTS_BYTES on, and so forth. The RAM has a
  * fixed place, below the image and what loaders leave behind, because its addresses are in the
- * sum: so that depends on no linker.
+ * sum, which must not depend on the linker.
  */
 #define PORTS_BASE      0x200
 #define PORTS_BYTES     0x20
@@ -22,7 +22,7 @@
 #define RAM_BASE        0x20000
 #define RAM_BYTES       0x2000
 
-#define MOST_CPUS       15      /* the ports of one more would reach the console's */
+#define MOST_CPUS       15      /* the ports of one more CPU would overlap the console's */
 
 #ifndef __ASSEMBLER__
 #include <stdint.h>
@@ -34,7 +34,7 @@ struct window {
         uint64_t unused[3];             /* a cache line each */
 };
 
-/* Each does its shapes of access once, in the order in which they stand there. */
+/* Each function makes its shapes of access once, in the order of its source. */
 typedef void shapes(struct window *window);
 
 shapes port_shapes, string_shapes, long_shapes, mmio_shapes, straddle_shapes, sse_shapes;

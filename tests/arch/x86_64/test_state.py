@@ -258,7 +258,7 @@ def test_a_feature_that_only_the_state_has_is_named(
     leaf = (function, index, 0, *words)
     demand([*NUMBERS, leaf], [*NUMBERS, leaf])
     demand(NUMBERS, [*NUMBERS, leaf])
-    named = rf"leaf: {function:#x}\.{index} {register} bits 8$"
+    named = rf"bits\): {function:#x}\.{index} {register} bits 8$"
     with pytest.raises(avmm.StateError, match=named):
         demand([*NUMBERS, leaf], NUMBERS)
 
@@ -326,8 +326,8 @@ def _promise(state: dict[str, Any], function: int, column: int, bits: int) -> No
             r"msrs\[0\]\[0\] is 0x4.*, expected",
         ),
         (lambda s: s["vcpus"][1]["msrs"].append([0x12345678, 0]), "lacks MSRs .*0x12345678"),
-        (lambda s: s["vcpus"][1].update(msrs=[]), "holds no values of MSRs 0x10, 0x174"),
-        (lambda s: s["vcpus"][1].update(cpuid=[]), "tells of no processor"),
+        (lambda s: s["vcpus"][1].update(msrs=[]), "has no values of the MSRs 0x10, 0x174"),
+        (lambda s: s["vcpus"][1].update(cpuid=[]), "does not describe a processor"),
         (lambda s: _promise(s, 7, 4, 1 << 15), "lacks features .*: 0x7.0 ebx bits 15$"),
         (lambda s: _promise(s, 1, 5, 1 << 16), "lacks features .*: 0x1.0 ecx bits 16$"),
         # VMX and SVM, which none is told of: what a guest's guests are doing is in no state.

@@ -1,1 +1,3 @@
-"""How a PC's guests boot: one small file a format, and what they have in common."""
+"""The formats in which a PC's guests boot, with one small file for each, and what they have in
+common.
+"""

@@ -1,8 +1,9 @@
-"""One guest being put together: what every boot format needs besides its image.
+"""Puts one guest together in memory: everything that a boot format needs besides its image.
 
-The order is the same in all formats: avmm claims what it needs at fixed addresses, so that an
-image in the way is the one that an error is about; the image claims its ranges and is copied;
-the modules get the room that is left. Then the memory map is final and is told to the guest.
+The order is the same in all formats. First avmm claims what it needs at fixed addresses, so that
+an error names the image if the image is in the way. Then the image claims its ranges and is
+copied. Then the modules get the room that is left. After that the memory map is final, and is
+written for the guest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from avmm.memory.ram import GuestMemory
 from avmm.options import meant_by
 
 _RESET_CODE: Final = bytes.fromhex("b0fe e664 f4 ebfd")
-"""mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b - in any mode"""
+"""`mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b`. It means the same in every mode."""
 
 
 PC: Final = Rules(
@@ -29,7 +30,7 @@ PC: Final = Rules(
         (layout.BIOS, layout.BIOS_END),
         (layout.KVM_IDENTITY_MAP, layout.KVM_PAGES_END),
     ),
-    # RAM backs this too, but on a PC it is not RAM, and some guests know that by heart.
+    # This range is backed by RAM too. But on a PC it is not RAM, and some guests rely on that.
     never_ram=(layout.BASE_MEMORY_END, layout.HIMEM),
     lowest=layout.HIMEM,
     limit=layout.INITRD_LIMIT,
@@ -51,7 +52,9 @@ class Module:
 
 @dataclass(slots=True)
 class Assembly:
-    """The guest's memory, the book of who lies where, and what the guest is to be told."""
+    """The guest's memory, the record of who claims which range, and what the guest will be
+    told.
+    """
 
     memory: GuestMemory
     name: str
@@ -60,7 +63,7 @@ class Assembly:
     files: Sequence[str] = ()
     """The initrd, if any, and the modules: paths, in the order the guest sees them."""
     rsdp: int = 0
-    """Where ACPI's tables begin; 0: there are none."""
+    """The address of ACPI's tables; 0 if there are none."""
     claims: Claims = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +72,7 @@ class Assembly:
     def load(self, image: Image, offset: int, size: int, gpa: int) -> None:
         """Copy a part of a file to `gpa`, which must have been claimed.
 
-        What follows it in guest memory is not touched: RAM is fresh, and so zero.
+        Guest memory behind it is not touched, because RAM is fresh and therefore zero.
         """
         if size:
             with self.memory.view(gpa, size) as view:
@@ -86,9 +89,10 @@ class Assembly:
         return modules
 
     def claim_own(self, gpa: int, size: int, what: str) -> None:
-        """Take a fixed range for something of avmm's, which the guest is told is reserved.
+        """Claim a fixed range for one of avmm's own structures. The guest is told that the range
+        is reserved.
 
-        Raises `ImageError` where guest RAM is too small for what the image's format needs.
+        Raises `ImageError` if guest RAM is too small for what the image's format needs.
         """
         ram_end = self.memory.ram[0].end
         if gpa + size > ram_end:
@@ -100,7 +104,7 @@ class Assembly:
         self.claims.claim(gpa, size, f"avmm's {what}", reserved=True)
 
     def claim_boot_info(self) -> None:
-        """Take the ranges of the boot information, the zero page and the command line."""
+        """Claim the ranges of the boot information, the zero page and the command line."""
         self.claim_own(layout.BOOT_INFO, layout.BOOT_INFO_SIZE, "boot information")
         self.claim_own(layout.ZERO_PAGE, layout.ZERO_PAGE_SIZE, "zero page")
         self.claim_own(layout.CMDLINE, layout.CMDLINE_SIZE, "command line")
@@ -108,15 +112,15 @@ class Assembly:
     def write_cmdline(self, text: str) -> None:
         """Write the command line, with its NUL, to `layout.CMDLINE`.
 
-        Raises `ConfigError` where it is too long or cannot be one string in the guest.
+        Raises `ConfigError` if it is too long, or contains a NUL, or cannot be encoded.
         """
         self.memory.write(layout.CMDLINE, _encode_cmdline(text) + b"\0")
 
     def write_mp_table(self, cpus: int) -> None:
         """Claim room for the MP table in the BIOS area and write it.
 
-        A single CPU can do without one where RAM ends below that area. Raises `ConfigError`
-        where a table cannot tell of so many CPUs.
+        With a single CPU, the table is left out if RAM ends below that area. Raises `ConfigError`
+        if a table cannot describe that many CPUs.
         """
         table = mptable.mp_table(cpus)
         if cpus == 1 and self.memory.ram[0].end < layout.BIOS_END:
@@ -125,10 +129,12 @@ class Assembly:
         self.memory.write(layout.MP_FLOATING_POINTER, table)
 
     def write_reset_vector(self) -> None:
-        """Have a jump to the firmware reset the machine, by the keyboard controller.
+        """Write code where a PC's firmware begins. It resets the machine through the keyboard
+        controller.
 
-        Linux does that on hardware-reduced ACPI machines: it asks EFI, which there is none of,
-        and then the BIOS (arch/x86/kernel/reboot.c). Left out where RAM ends below.
+        Linux jumps there on hardware-reduced ACPI machines: it first tries EFI, which is missing
+        here, and then the BIOS (arch/x86/kernel/reboot.c). The code is left out if RAM ends below
+        that address.
         """
         if self.memory.ram[0].end >= layout.BIOS_END:
             self.claim_own(layout.RESET_VECTOR, len(_RESET_CODE), "reset vector")
@@ -137,8 +143,8 @@ class Assembly:
     def write_acpi(self, cpus: int, devices: Sequence[AcpiDevice]) -> None:
         """Claim room for ACPI's tables in the BIOS area and write them.
 
-        Left out where RAM ends below that area. Raises `ConfigError` where so many devices
-        find no room.
+        The tables are left out if RAM ends below that area. Raises `ConfigError` if the tables for
+        that many devices do not fit.
         """
         if self.memory.ram[0].end < layout.BIOS_END:
             return
@@ -154,13 +160,15 @@ class Assembly:
 
 
 def _encode_cmdline(text: str) -> bytes:
-    """The bytes of a command line without its NUL; `ConfigError` where it cannot be one."""
+    """The bytes of a command line without its NUL. Raises `ConfigError` if `text` cannot be a
+    command line.
+    """
     try:
         data = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         raise ConfigError(f"command line {text!r}: cannot be encoded: {error.reason}") from error
     if b"\0" in data:
-        raise ConfigError(f"command line {text!r}: holds a NUL at byte {data.index(0)}")
+        raise ConfigError(f"command line {text!r}: contains a NUL at byte {data.index(0)}")
     if len(data) > layout.CMDLINE_MAX:
         raise ConfigError(
             f"command line {text[:40]!r}... is {len(data)} bytes; "

@@ -1,8 +1,9 @@
-"""bzImage: what distributions ship. A compressed vmlinux inside of a program that unpacks it.
+"""bzImage, the format that distributions ship: a compressed vmlinux inside a program that unpacks
+it.
 
-avmm takes the vmlinux out and unpacks it itself (`compressed`), so the program around it, real
-mode setup and decompressor, never runs. The vmlinux is entered as `longmode` has it, by Linux's
-64-bit boot protocol; the bzImage's header goes into the zero page.
+avmm unpacks the vmlinux itself (`compressed`), so the program around it, which consists of the
+real mode setup and a decompressor, never runs. The vmlinux is entered by Linux's 64-bit boot
+protocol, which is part of what `longmode` promises. The bzImage's header goes into the zero page.
 
 Documentation/arch/x86/boot.rst: "The Real-Mode Kernel Header", fields payload_offset and
 payload_length (protocol 2.08 on, Linux 2.6.26).
@@ -31,27 +32,33 @@ _OLDEST: Final = 0x208
 _HAS_XLOADFLAGS: Final = 0x20C
 _XLF_KERNEL_64: Final = 1 << 0
 _SIZE_AFTER: Final = 4
-"""Linux's build appends the unpacked size, except to gzip, which ends with it anyway."""
+"""Linux's build appends the unpacked size in these many bytes, except to gzip, which ends with it
+anyway.
+"""
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What is needed of the header; `raw` goes to the guest."""
+    """The fields of the header that are needed here, and the header itself (`raw`), which goes to
+    the guest.
+    """
 
     raw: bytes
     payload: int
-    """Offset in the file."""
+    """The payload's offset in the file."""
     payload_size: int
 
 
 def is_bzimage(image: Image) -> bool:
-    """Does it have the header's magic where that belongs?"""
+    """Does the file have the magic number of a bzImage's header, in its place?"""
     return image.head(_MAGIC_AT + 4)[_MAGIC_AT:] == _MAGIC
 
 
 @contextmanager
 def unpack(image: Image, limit: int) -> Iterator[tuple[Image, bytes]]:
-    """The vmlinux, of at most `limit` bytes, and the setup header. Raises `ImageError`."""
+    """The vmlinux, which may have at most `limit` bytes, and the setup header. Raises
+    `ImageError`.
+    """
     header = _parse(image)
     magic = image.read(header.payload, MAGIC_SIZE, "the payload's beginning")
     codec = compressed.find(magic)

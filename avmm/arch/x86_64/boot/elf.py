@@ -1,7 +1,7 @@
-"""ELF executables: segments to their physical addresses, and where to start.
+"""ELF executables: loads segments to their physical addresses, and finds where to start.
 
-What a plain 64-bit ELF finds when it is entered is in `longmode`; `pvh` and `multiboot` load
-their ELFs with what is here too.
+`longmode` says what a plain 64-bit ELF finds when it is entered. `pvh` and `multiboot` also load
+their ELFs with these functions.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from avmm.boot.entry import Entry
 def load_segments(assembly: Assembly, elf: Elf) -> None:
     """Claim every loadable segment at its physical address, then copy what the file holds.
 
-    All is claimed before the first byte is copied. What a segment has in memory only (.bss) is
-    claimed and not touched: fresh RAM is zero and costs nothing until it is used.
+    All segments are claimed before the first byte is copied. The part of a segment that is only in
+    memory (.bss) is claimed but not written, because fresh RAM is zero and costs nothing until it
+    is used.
     """
     for s in elf.loadable:
         assembly.claims.claim(s.paddr, s.memsz, f"{elf.image.name}: segment {s.index}")
@@ -26,12 +27,14 @@ def load_segments(assembly: Assembly, elf: Elf) -> None:
 
 
 def physical_entry(elf: Elf) -> int:
-    """Where `e_entry` is in physical memory.
+    """The physical address of the entry point (`e_entry`). Raises `ImageError` if it lies in no
+    segment.
 
-    The ABI has it virtual, so it is translated by the segment that holds it; Linux's vmlinux
-    has a physical one (`phys_startup_64`), so an address that no segment has as a virtual one
-    is taken as it is if one has it as a physical one. Only executable segments count, where
-    there are any: the per-CPU segment of a Linux kernel is at the virtual address 0.
+    By the ABI it is a virtual address, so it is translated by the segment that contains it.
+    Linux's vmlinux has a physical one (`phys_startup_64`). So an address that lies in no segment's
+    virtual range is used as it is, if it lies in a segment's physical range. If there are
+    executable segments, only these count, because the per-CPU segment of a Linux kernel lies at
+    virtual address 0.
     """
     loadable = elf.loadable
     candidates = [s for s in loadable if s.flags & PF_X] or loadable
@@ -41,16 +44,20 @@ def physical_entry(elf: Elf) -> int:
     for s in candidates:
         if s.paddr <= elf.entry < s.paddr + s.memsz:
             return elf.entry
-    raise elf.image.error(f"has its entry point at {elf.entry:#x}, within no executable segment")
+    raise elf.image.error(
+        f"has its entry point at {elf.entry:#x}, which is not in an executable segment"
+    )
 
 
 def holds(elf: Elf, gpa: int) -> bool:
-    """Whether a loadable segment covers the physical address."""
+    """Does a loadable segment cover this physical address?"""
     return any(s.paddr <= gpa < s.paddr + s.memsz for s in elf.loadable)
 
 
 def load(assembly: Assembly, elf: Elf, header: bytes | None = None) -> Entry:
-    """Load a plain ELF, entered in long mode as in `longmode`, whose `header` this is."""
+    """Load a plain ELF, which is entered in long mode as `longmode` says. `header` is the setup
+    header of the bzImage that it came from, if any.
+    """
     if elf.bits != 64:
         raise elf.image.error(
             "is a 32-bit ELF without a PVH note or a multiboot header; expected one of these, "

@@ -1,7 +1,8 @@
-"""A flat binary: bytes that go to one address and are entered there, as the user says.
+"""A flat binary: bytes that are loaded at one address and entered there. The user names the
+address.
 
-Nothing in such a file says what it is, so it is never guessed: `load` takes a file for flat
-only where `FlatOptions` are given. It is then loaded as it is, not even decompressed.
+Nothing in such a file says what it is, so avmm does not guess: a file is only taken as a flat
+binary if `FlatOptions` are given. It is then loaded as it is, and not even decompressed.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from avmm.boot.image import Image
 from avmm.errors import ConfigError
 
 _REACH = {Mode.REAL: 0x10_0000, Mode.PROTECTED: HOLE_END, Mode.LONG: HOLE_END}
-"""Below which address each mode can be entered: CS holds 16 bits and `Entry` has CS:IP split
-at a 64 KiB boundary; the page tables for long mode map 4 GiB."""
+"""The address below which each mode can be entered. In real mode CS has 16 bits, and `Entry`
+splits CS:IP at a 64 KiB boundary. In long mode the page tables map 4 GiB.
+"""
 
 
 def load(assembly: Assembly, image: Image, options: FlatOptions) -> Entry:
     """Load the whole file at the address and enter it there.
 
-    In long mode the guest finds what `longmode` promises. In the other modes it finds nothing
-    but itself, so a command line, initrd or modules are refused (`ConfigError`).
+    In long mode the guest finds what `longmode` promises. In the other modes the guest finds
+    nothing but itself, so a command line, an initrd or modules are refused (`ConfigError`).
     """
     reach = _REACH[options.mode]
     if not 0 <= options.address < reach:
@@ -34,7 +36,7 @@ def load(assembly: Assembly, image: Image, options: FlatOptions) -> Entry:
         given = "a command line" if assembly.cmdline else "an initrd or modules"
         raise ConfigError(
             f"{image.name}: {given} cannot be passed to a flat binary in {options.mode.value} "
-            f"mode; expected none, or long mode"
+            "mode; expected none of these, or long mode"
         )
     if options.mode is Mode.LONG:
         longmode.claim(assembly)

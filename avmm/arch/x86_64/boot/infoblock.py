@@ -1,4 +1,4 @@
-"""A block of guest memory that is filled with structures which point at each other."""
+"""A block of guest memory that holds structures which point at each other."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _ALIGN: Final = 8
 
 
 class InfoBlock:
-    """The boot information's bytes, put together on the host and written at once.
+    """The bytes of the boot information, which are put together on the host and written in one go.
 
-    Room for the structure that comes first is taken at once, because it is known last: it
-    holds the addresses of all others.
+    Room for the first structure is reserved at the beginning. Its contents are known last, because
+    it contains the addresses of all others.
     """
 
     def __init__(self, first_size: int) -> None:
@@ -23,28 +23,29 @@ class InfoBlock:
         self._data = bytearray(first_size)
 
     def add(self, data: bytes) -> int:
-        """Append `data`, aligned; return where the guest will find it."""
+        """Append `data`, aligned. Returns its guest-physical address."""
         self._data += bytes(-len(self._data) % _ALIGN)
         gpa = layout.BOOT_INFO + len(self._data)
         self._data += data
         return gpa
 
     def add_string(self, text: str) -> int:
-        """Append `text` with a NUL; return where the guest will find it."""
+        """Append `text` with a NUL. Returns its guest-physical address."""
         return self.add(text.encode("utf-8", "surrogateescape") + b"\0")
 
     def write(self, memory: GuestMemory, first: bytes) -> int:
-        """Write all with `first` at the beginning; return its address.
+        """Write the whole block, with `first` at its beginning. Returns its guest-physical
+        address.
 
-        Raises `ConfigError` where there is more than the block's room, which takes hundreds
-        of modules.
+        Raises `ConfigError` if the block is too small, which happens only with hundreds of
+        modules.
         """
         assert len(first) == self._first_size, (len(first), self._first_size)
         self._data[: len(first)] = first
         if len(self._data) > layout.BOOT_INFO_SIZE:
             raise ConfigError(
-                f"the boot information is {len(self._data)} bytes, the most is "
-                f"{layout.BOOT_INFO_SIZE}: expected fewer modules, or shorter names"
+                f"the boot information has {len(self._data)} bytes, but at most "
+                f"{layout.BOOT_INFO_SIZE} fit: expected fewer modules, or shorter names"
             )
         memory.write(layout.BOOT_INFO, bytes(self._data))
         return layout.BOOT_INFO

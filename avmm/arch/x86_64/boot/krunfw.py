@@ -1,10 +1,11 @@
 """libkrunfw: a shared object that carries a Linux kernel as data, as libkrun's users ship it.
 
-The symbol KERNEL_BUNDLE is the kernel, laid out as it is to lie in memory. Where, and where it is
-entered, is told by `krunfw_get_kernel(size_t *load, size_t *entry, size_t *size)`, whose
-code holds the three numbers as constants. Nothing of the object is executed: its symbols are
-read, and the constants are taken from the instructions that store them
-(`mov qword ptr [reg], imm32`, 48 c7 /0). The entry is that of Linux's 64-bit boot protocol.
+The symbol KERNEL_BUNDLE is the kernel, laid out as it is to lie in memory.
+`krunfw_get_kernel(size_t *load, size_t *entry, size_t *size)` returns where it is loaded and where
+it is entered. The code of that function contains the three numbers as constants. Nothing in the
+object is executed: its symbols are read, and the constants are taken from the instructions that
+store them (`mov qword ptr [reg], imm32`, 48 c7 /0). The entry is that of Linux's 64-bit boot
+protocol.
 
 Source: libkrunfw's bin2cbundle.py, which writes both.
 """
@@ -28,16 +29,21 @@ _MACHINE: Final = b"\x3e\x00"
 _MOST_SECTIONS: Final = 4 * MAX_PROGRAM_HEADERS
 _MOST_SYMBOLS: Final = 1 << 16
 _LONGEST_NAME: Final = 256
-"""Longer symbols are none of ours; and a table of names without ends costs no time."""
+"""Longer names are not looked for. The limit also bounds the time for a table of names that have
+no end.
+"""
 _MOST_CODE: Final = 1 << 12
 _KERNEL: Final = "KERNEL_BUNDLE"
 _GETTER: Final = "krunfw_get_kernel"
-# REX.W C7 /0 with no displacement, through rax, rdx, rsi or rdi: the last three are the arguments
-# themselves, which optimised code writes to; unoptimised code loads each into rax first.
+# REX.W C7 /0 without a displacement, through rax, rdx, rsi or rdi. The last three are the
+# arguments themselves, through which optimised code stores. Unoptimised code loads each argument
+# into rax first.
 _STORE: Final = re.compile(rb"\x48\xc7([\x00\x02\x06\x07])(.{4})", re.DOTALL)
 _ARGUMENTS: Final = {0x07: 0, 0x06: 1, 0x02: 2}
 _ROOM_BEHIND: Final = 16 << 20
-"""The bundle ends with what the file has; the kernel's .bss and its first page tables follow."""
+"""The bundle contains only what the file has. Behind it, the kernel needs this room for its .bss
+and its first page tables.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +57,9 @@ class Bundle:
 
 
 def find(image: Image) -> Bundle | None:
-    """The kernel that a shared object carries, None where it is no libkrunfw.
+    """The kernel that a shared object carries. None if the object is not a libkrunfw.
 
-    Raises `ImageError` where it is one and cannot be understood.
+    Raises `ImageError` if it is a libkrunfw that avmm does not understand.
     """
     head = image.head(64)
     if (
@@ -66,25 +72,28 @@ def find(image: Image) -> Bundle | None:
     if _KERNEL not in symbols:
         return None
     if _GETTER not in symbols:
-        raise image.error(f"has {_KERNEL}, but not {_GETTER}, which tells where it belongs")
+        raise image.error(f"has {_KERNEL}, but not {_GETTER}, which says where the kernel belongs")
     offset, size = symbols[_KERNEL]
     at, length = symbols[_GETTER]
     code = image.read(at, min(length, _MOST_CODE), _GETTER)
     values = _constants(code)
     if values is None:
-        raise image.error(f"{_GETTER} does not store three constants: a libkrunfw unknown to avmm")
+        raise image.error(
+            f"{_GETTER} does not store three constants: avmm does not know this kind of libkrunfw"
+        )
     address, entry, told = values
     if not (0 < told <= size and address <= entry < address + told):
         raise image.error(
-            f"tells of a kernel of {told} bytes at {address:#x} entered at {entry:#x}, in "
-            f"{size} bytes of data: expected one that holds its entry"
+            f"describes a kernel of {told} bytes at {address:#x} that is entered at "
+            f"{entry:#x}, in {size} bytes of data: expected the entry to lie in the kernel, "
+            "and the kernel in the data"
         )
     image.check(offset, told, _KERNEL)
     return Bundle(offset, told, address, entry)
 
 
 def load(assembly: Assembly, image: Image, bundle: Bundle) -> Entry:
-    """Copy the kernel to its place; it is entered as `longmode` has it."""
+    """Copy the kernel to its place. It is entered as `longmode` says."""
     longmode.claim(assembly)
     assembly.claims.claim(bundle.address, bundle.size, f"{image.name}: the kernel")
     behind = bundle.address + bundle.size

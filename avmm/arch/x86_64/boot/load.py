@@ -1,26 +1,25 @@
-"""Loading a guest: from a file and a command line to memory that is ready to run.
+"""Loads a guest: turns a file and a command line into memory that is ready to run.
 
 `load` looks at the file and takes the first of these that fits:
 
-1. *Flat*, only where the caller says so: nothing in the file could.
-2. *Multiboot with address fields* (`multiboot`): they are there to be used whatever else the
-   file is, an ELF included (multiboot 3.1.3). 64-bit kernels boot so, and what their ELF
-   headers say may well not be meant for a loader.
+1. *Flat*, only if the caller says so, because nothing in the file could tell.
+2. *Multiboot with address fields* (`multiboot`): a loader must use them whatever else the file is,
+   even an ELF (multiboot 3.1.3). 64-bit kernels boot this way, and their ELF headers may not be
+   meant for a loader.
 3. *PVH* (`pvh`): an ELF with Xen's note. It comes before multiboot's plain header because it
-   serves 32- and 64-bit images alike, and before plain ELF because who puts the note there
-   means it; Linux's vmlinux cannot be entered in any other way that is not its own.
+   serves both 32- and 64-bit images. It comes before plain ELF because whoever writes the note
+   wants it used; besides its own boot protocol, Linux's vmlinux has no other entry.
 4. *Multiboot* (`multiboot`): a 32-bit ELF with the header.
 5. *ELF* (`elf`): a 64-bit ELF, entered in long mode by our own contract (`longmode`), of which
    Linux's 64-bit boot protocol is a part.
-6. *bzImage* (`bzimage`): the vmlinux inside of it, entered in the same way.
-
+6. *bzImage* (`bzimage`): the vmlinux inside it, entered in the same way.
 7. *libkrunfw* (`krunfw`): a shared object with a kernel in it, entered in the same way.
 
-Files are taken compressed as well (`compressed`). All else is refused in words that say what it
-looks like. A caller that wants a vmlinux with a PVH note entered by the 64-bit protocol, or
-to be sure that PVH is used, says so (`Protocol`).
+Files are taken compressed as well (`compressed`). Any other file is refused, with an error that
+says what it looks like. With `Protocol` a caller chooses the 64-bit protocol for a vmlinux that
+has a PVH note, or insists on PVH.
 
-Where `load` fails, guest memory is partly written and of no further use.
+If `load` fails, guest memory is partly written. Do not use it any further.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ StrPath = str | os.PathLike[str]
 def load_image(
     memory: GuestMemory, asked: contract.GuestImage, devices: Sequence[Placement]
 ) -> Entry:
-    """`load` for a machine with these devices; see `avmm.arch.contract.Architecture`."""
+    """`Call `load` for a machine with these devices; see `avmm.arch.contract.Architecture`."""
     has_acpi = asked.acpi and not asked.is_bundled
     return load(
         memory,
@@ -63,7 +62,9 @@ def load_image(
 
 
 def named(cmdline: str, devices: Sequence[Placement]) -> str:
-    """`cmdline`, and after it where Linux finds the virtio devices (for boots without ACPI)."""
+    """`cmdline`, followed by options that tell Linux where the virtio devices are (for boots
+    without ACPI).
+    """
     found = [
         f"virtio_mmio.device={place.size:#x}@{place.base:#x}:{place.irq}"
         for place in devices
@@ -84,15 +85,15 @@ def load(
     protocol: Protocol = Protocol.AUTO,
     acpi: Sequence[AcpiDevice] | None = None,
 ) -> Entry:
-    """Load `image` into fresh guest memory and say where the boot processor starts.
+    """Load `image` into fresh guest memory. Returns where the boot processor starts.
 
-    The guest is told of `cmdline`, of the memory map and of the `modules`, of which `initrd`
-    is the first, in its format's own way; of its `cpus` in an MP table and, with the devices of
-    `acpi`, in ACPI tables, unless that is None. A compressed image is decompressed (not a flat
-    one, nor initrd and modules, which are the guest's business).
+    The guest gets `cmdline`, the memory map and the `modules` (`initrd` is the first of them) in
+    the way that its format defines. An MP table describes its `cpus`. Unless `acpi` is None, ACPI
+    tables describe the CPUs and these devices. A compressed image is decompressed, unless it is
+    flat. The initrd and the modules are not decompressed: that is left to the guest.
 
-    Blocks while it reads the files. Raises `ImageError` where a file cannot be loaded, and
-    `ConfigError` where the command line, the number of CPUs or `flat` cannot be.
+    Blocks while it reads the files. Raises `ImageError` if a file cannot be loaded, and
+    `ConfigError` if the command line, the number of CPUs or `flat` is not possible.
     """
     files = [os.fspath(path) for path in ([] if initrd is None else [initrd])]
     files += [os.fspath(path) for path in modules]
@@ -136,14 +137,17 @@ def _load_image(
 
 
 def _load_linux(assembly: Assembly, image: Image, protocol: Protocol) -> Entry:
-    """A vmlinux, or the one in a bzImage, entered as it is asked for."""
+    """Load a vmlinux, or the vmlinux in a bzImage, so that it is entered by `protocol`."""
     if bzimage.is_bzimage(image):
         limit = assembly.memory.size + SLACK
         with bzimage.unpack(image, limit) as (vmlinux, header):
             return _load_vmlinux(assembly, vmlinux, protocol, header)
     if image.head(4) != MAGIC:
         looks = describe(image.head(HEAD))
-        raise image.error(f"looks like {looks}. Expected a vmlinux or bzImage: {protocol.value}")
+        raise image.error(
+            f"looks like {looks}. Expected a vmlinux or bzImage, because the protocol is "
+            f"{protocol.value!r}"
+        )
     return _load_vmlinux(assembly, image, protocol, None)
 
 
@@ -155,5 +159,5 @@ def _load_vmlinux(
         return elf.load(assembly, executable, header)
     ip = pvh.entry_point(executable)
     if ip is None:
-        raise image.error("has no PVH note; expected one, as that protocol was asked for")
+        raise image.error("has no PVH note, which the protocol 'pvh' needs")
     return pvh.load(assembly, executable, ip)

@@ -1,11 +1,11 @@
-"""Entering a guest in long mode by a contract of our own, for ELF and flat images.
+"""How a guest is entered in long mode: avmm's own contract, for ELF and flat images.
 
-No standard says what a 64-bit image that is entered directly finds. Ours finds this:
+No standard says what a 64-bit image finds when it is entered directly. With avmm it finds this:
 
-- long mode as `Mode.LONG` has it, on the GDT and page tables of `arch.x86_64.tables`;
-- RDI: the physical address of an `hvm_start_info` as PVH has it (`startinfo`): command line,
-  memory map, initrd and modules;
-- RSI: the physical address of Linux's zero page (`zeropage`), which tells the same by Linux's
+- long mode as `Mode.LONG` describes it, with the GDT and page tables of `arch.x86_64.tables`;
+- RDI: the physical address of an `hvm_start_info`, as in PVH (`startinfo`), with the command line,
+  the memory map, the initrd and the modules;
+- RSI: the physical address of Linux's zero page (`zeropage`), which contains the same by Linux's
   64-bit boot protocol, so that a vmlinux without a PVH note boots, too;
 - RSP: as at the entry of a function (System V ABI: RSP + 8 is a multiple of 16), on a stack of
   7 KiB; the return address there is 0;
@@ -28,7 +28,7 @@ _RETURN_ADDRESS_SIZE: Final = 8
 
 
 def claim(assembly: Assembly) -> None:
-    """Take the ranges of all that the contract promises."""
+    """Claim the ranges for everything that the contract promises."""
     assembly.claim_own(layout.GDT, layout.GDT_ROOM, "GDT")
     assembly.claim_own(layout.PAGE_TABLES, layout.PAGE_TABLES_SIZE, "page tables")
     assembly.claim_own(layout.STACK, layout.STACK_TOP - layout.STACK, "first stack")
@@ -36,9 +36,9 @@ def claim(assembly: Assembly) -> None:
 
 
 def enter(assembly: Assembly, ip: int, header: bytes | None = None) -> Entry:
-    """Write what was claimed and load the modules; the image must be in place already.
+    """Fill the claimed ranges and load the modules. The image must be in place already.
 
-    `header` is the setup header of the bzImage that the image comes from, if it does.
+    `header` is the setup header of the bzImage that the image comes from, if any.
     """
     header = header or zeropage.own_header()
     modules = assembly.load_modules(zeropage.initrd_limit(header))

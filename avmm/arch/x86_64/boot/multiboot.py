@@ -1,14 +1,13 @@
 """Multiboot 1, version 0.6.96: https://www.gnu.org/software/grub/manual/multiboot/
 
-The header is searched in the first 8192 bytes (3.1). Of what it may demand in flags 0-15, page
-alignment of modules (bit 0) and memory information (bit 1) are always given; all else cannot
-be fulfilled and is refused, as 3.1.2 demands. That includes a video mode (bit 2): there is no
-display (QEMU goes on with a warning; a guest that then draws into nothing is harder to debug).
+The header is searched for in the first 8192 bytes (3.1). Its flags 0-15 may demand things of the
+loader. Page-aligned modules (bit 0) and memory information (bit 1) are always given. Everything
+else cannot be given and is refused, as 3.1.2 demands. That includes a video mode (bit 2): there is
+no display. (QEMU only warns, but a guest that draws into nothing is harder to debug.)
 
-With bit 16 the header itself tells the load addresses, whatever the file's format is; this is
-how 64-bit kernels use multiboot. Without it the file must be a 32-bit ELF, as GRUB and QEMU
-have it: kvm-unit-tests, for one, convert their 64-bit programs for it (`objcopy -O
-elf32-i386`).
+With bit 16 the header itself gives the load addresses, whatever the format of the file. 64-bit
+kernels use multiboot this way. Without it the file must be a 32-bit ELF, as GRUB and QEMU demand.
+That is why kvm-unit-tests, for example, convert their 64-bit programs (`objcopy -O elf32-i386`).
 
 As GRUB and QEMU do, the command line is the image's path, a space and the arguments, and a
 module's string is its path: guests drop the first word.
@@ -33,7 +32,7 @@ from avmm.boot.image import Image
 SEARCH: Final = 8192
 HEADER_MAGIC: Final = 0x1BAD_B002
 LOADER_MAGIC: Final = 0x2BAD_B002
-"""In EAX at the entry (3.2)."""
+"""The value of EAX at the entry (3.2)."""
 
 _PAGE_ALIGN, _MEMORY_INFO, _VIDEO = 1 << 0, 1 << 1, 1 << 2
 _REQUIREMENTS: Final = 0xFFFF
@@ -52,7 +51,7 @@ _MMAP: Final = struct.Struct("<IQQI")
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """The header's address fields (3.1.3), which stand for an executable's own headers."""
+    """The address fields of the header (3.1.3). They replace the headers of an executable."""
 
     header: int
     load: int
@@ -71,7 +70,9 @@ class MultibootHeader:
 
 
 def find(image: Image) -> MultibootHeader | None:
-    """The file's multiboot header, or None; `ImageError` where one is cut off."""
+    """The file's multiboot header; None if there is none. Raises `ImageError` if the header is cut
+    off.
+    """
     head = image.head(SEARCH)
     for offset in range(0, len(head) - 11, 4):
         magic, flags, checksum = struct.unpack_from("<III", head, offset)
@@ -81,7 +82,7 @@ def find(image: Image) -> MultibootHeader | None:
             return MultibootHeader(offset, flags, None)
         if len(head) < offset + 32:
             raise image.error(
-                f"has a multiboot header at {offset:#x} that is not all within its first "
+                f"has a multiboot header at {offset:#x} that does not end within its first "
                 f"{len(head)} bytes"
             )
         addresses = Addresses(*struct.unpack_from("<5I", head, offset + 12))
@@ -93,9 +94,13 @@ def load(assembly: Assembly, image: Image, header: MultibootHeader) -> Entry:
     """Load the image as its header says, and the modules, and write the boot information."""
     refused = header.flags & _REQUIREMENTS & ~(_PAGE_ALIGN | _MEMORY_INFO)
     if refused:
-        why = "a video mode, but there is no display" if refused & _VIDEO else "what is unknown"
+        why = (
+            "a video mode, but there is no display"
+            if refused & _VIDEO
+            else "something that avmm does not know"
+        )
         raise image.error(
-            f"demands by its multiboot header {why}: flags {header.flags:#x}, of which "
+            f"demands {why}, in its multiboot header: of the flags {header.flags:#x}, "
             f"{refused:#x} cannot be fulfilled"
         )
     assembly.claim_boot_info()
@@ -111,7 +116,7 @@ def _load_elf(assembly: Assembly, image: Image) -> int:
     executable = parse(image)
     if executable.bits != 32:
         raise image.error(
-            "is a 64-bit ELF with a multiboot header that tells no load addresses; expected a "
+            "is a 64-bit ELF with a multiboot header that has no load addresses; expected a "
             "32-bit ELF (objcopy -O elf32-i386), or flag 16 with the address fields"
         )
     ip = elf.physical_entry(executable)
@@ -120,12 +125,13 @@ def _load_elf(assembly: Assembly, image: Image) -> int:
 
 
 def _load_by_addresses(assembly: Assembly, image: Image, offset: int, at: Addresses) -> int:
-    """Load what the address fields tell (3.1.3); return the entry point."""
+    """Load what the address fields describe (3.1.3). Returns the entry point."""
     start = offset - (at.header - at.load)
     if at.load > at.header or start < 0:
         raise image.error(
-            f"has a multiboot header at offset {offset:#x} for {at.header:#x}, which cannot be "
-            f"with load_addr {at.load:#x}: the file has no byte for that"
+            f"has a multiboot header at offset {offset:#x} for address {at.header:#x}, but "
+            f"its load_addr {at.load:#x} would lie before the file's first byte or behind the "
+            "header"
         )
     size = at.load_end - at.load if at.load_end else image.size - start
     if size < 0:
@@ -133,7 +139,7 @@ def _load_by_addresses(assembly: Assembly, image: Image, offset: int, at: Addres
             f"has load_end_addr {at.load_end:#x} below load_addr {at.load:#x} in its "
             f"multiboot header"
         )
-    image.check(start, size, "what its multiboot header tells to load")
+    image.check(start, size, "what its multiboot header says to load")
     end = max(at.bss_end, at.load + size)
     if at.bss_end and at.bss_end < at.load + size:
         raise image.error(
@@ -142,8 +148,8 @@ def _load_by_addresses(assembly: Assembly, image: Image, offset: int, at: Addres
         )
     if not at.load <= at.entry < end:
         raise image.error(
-            f"has the entry point {at.entry:#x} in its multiboot header, outside of the image "
-            f"at {at.load:#x}-{end:#x}"
+            f"has the entry point {at.entry:#x} in its multiboot header, outside the image at "
+            f"{at.load:#x}-{end:#x}"
         )
     assembly.claims.claim(at.load, end - at.load, image.name)
     assembly.load(image, start, size, at.load)
@@ -151,7 +157,7 @@ def _load_by_addresses(assembly: Assembly, image: Image, offset: int, at: Addres
 
 
 def _write_info(assembly: Assembly) -> int:
-    """Load the modules and write the multiboot information (3.3); return its address."""
+    """Load the modules and write the multiboot information (3.3). Returns its address."""
     modules = assembly.load_modules()
     name, arguments = assembly.name, assembly.cmdline
     assembly.write_cmdline(f"{name} {arguments}" if arguments else name)
@@ -177,7 +183,7 @@ def _write_info(assembly: Assembly) -> int:
 
 
 def _ram_from(memory_map: Iterable[MapEntry], gpa: int) -> int:
-    """How many bytes of RAM without a gap there are from `gpa` on (mem_lower, mem_upper)."""
+    """The number of bytes of RAM from `gpa` on, without a gap (mem_lower, mem_upper)."""
     for entry in memory_map:
         if entry.kind is MapKind.RAM and entry.gpa <= gpa < entry.end:
             return entry.end - gpa

@@ -1,8 +1,9 @@
-"""PVH: an ELF whose note tells a 32-bit entry point, made for Xen and spoken by Linux and BSDs.
+"""PVH: an ELF with a note that gives a 32-bit entry point. It was made for Xen; Linux and the BSDs
+support it.
 
-Xen's docs/misc/pvh.pandoc, "Domain builder": the note XEN_ELFNOTE_PHYS32_ENTRY (owner "Xen",
-type 18) holds the physical address at which the guest starts in 32-bit protected mode with
-paging off and EBX = the physical address of an `hvm_start_info`.
+Xen's docs/misc/pvh.pandoc, "Domain builder": the note XEN_ELFNOTE_PHYS32_ENTRY (owner "Xen", type
+18) holds the physical address at which the guest starts in 32-bit protected mode, with paging off
+and the physical address of an `hvm_start_info` in EBX.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ _PHYS32_ENTRY: Final = 18
 
 
 def entry_point(image: Elf) -> int | None:
-    """The entry point that the note tells, or None where there is no such note.
+    """The entry point that the note gives, or None if there is no such note.
 
-    Raises `ImageError` where the note is malformed or points outside of the image.
+    Raises `ImageError` if the note is malformed or points outside the image.
     """
     for note in notes(image):
         if (note.owner, note.kind) == (_OWNER, _PHYS32_ENTRY):

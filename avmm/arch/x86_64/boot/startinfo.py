@@ -1,7 +1,8 @@
-"""hvm_start_info, version 1: what a PVH guest is told, and a long mode guest of ours too.
+"""hvm_start_info, version 1: the boot information for PVH guests, and for guests that are entered
+in long mode by avmm's own contract.
 
-Xen's public header xen/include/public/arch-x86/hvm/start_info.h: all fields little endian, an
-address of 0 means "not there".
+Xen's public header xen/include/public/arch-x86/hvm/start_info.h: all fields are little endian, and
+an address of 0 means "not there".
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _MEMMAP: Final = struct.Struct("<QQII")
 
 
 def write_start_info(assembly: Assembly, modules: Sequence[Module]) -> int:
-    """Write the structure with all it points to; return its address.
+    """Write the structure and everything that it points to. Returns its address.
 
-    A module's command line is its path. The ranges must have been claimed
-    (`Assembly.claim_boot_info`), and all other claims made.
+    A module's command line is its path. Its range (`Assembly.claim_boot_info`) and all others must
+    have been claimed before.
     """
     assembly.write_cmdline(assembly.cmdline)
     block = InfoBlock(_START_INFO.size)

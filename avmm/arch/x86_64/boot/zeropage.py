@@ -1,8 +1,8 @@
-"""Linux's zero page: `struct boot_params`, what its 64-bit boot protocol tells a kernel.
+"""Linux's zero page (`struct boot_params`): the boot information of its 64-bit boot protocol.
 
-Documentation/arch/x86/boot.rst, "64-bit Boot Protocol", and zero-page.rst: the setup header, the
-memory map, where initrd and command line are and where ACPI's tables begin. Linux knows a
-single initrd, the first module.
+Documentation/arch/x86/boot.rst, "64-bit Boot Protocol", and zero-page.rst: it has the setup
+header, the memory map, and the addresses of the initrd, the command line and ACPI's tables. Linux
+takes a single initrd, which is the first module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from avmm.arch.x86_64.boot.assembly import Assembly, Module
 from avmm.errors import ConfigError
 
 HEADER: Final = 0x1F1
-"""Where the setup header begins, in a bzImage as in the zero page."""
+"""Where the setup header begins, both in a bzImage and in the zero page."""
 
 # Offsets in struct boot_params (arch/x86/include/uapi/asm/bootparam.h).
 _ACPI_RSDP: Final = 0x70
@@ -52,15 +52,15 @@ def own_header() -> bytes:
 
 
 def initrd_limit(header: bytes) -> int:
-    """The address below which the kernel with this header can have its initrd."""
+    """The address below which a kernel with this header accepts its initrd."""
     (highest,) = struct.unpack_from("<I", header, _INITRD_ADDR_MAX - HEADER)
     return min(int(highest) + 1, layout.INITRD_LIMIT)
 
 
 def write(assembly: Assembly, modules: Sequence[Module], header: bytes) -> None:
-    """Write the zero page to `layout.ZERO_PAGE`; all claims have been made.
+    """Write the zero page to `layout.ZERO_PAGE`. All claims must have been made before.
 
-    Raises `ConfigError` where the command line is longer than the kernel's header allows.
+    Raises `ConfigError` if the command line is longer than the kernel's header allows.
     """
     page = bytearray(layout.ZERO_PAGE_SIZE)
     header = header[: _HEADER_END - HEADER]
@@ -68,7 +68,8 @@ def write(assembly: Assembly, modules: Sequence[Module], header: bytes) -> None:
     (longest,) = struct.unpack_from("<I", page, _CMDLINE_SIZE)
     if len(assembly.cmdline.encode("utf-8", "replace")) > longest:
         raise ConfigError(
-            f"command line: expected at most the {longest} bytes that {assembly.name} takes"
+            f"command line: expected at most {longest} bytes, because {assembly.name} accepts "
+            "no more"
         )
     page[_TYPE_OF_LOADER] = _UNDEFINED_LOADER
     struct.pack_into("<I", page, _CMDLINE, layout.CMDLINE)

@@ -103,7 +103,7 @@ def test_the_protocol_can_be_chosen(
 def test_a_protocol_that_the_image_does_not_have_is_refused(
     memory: GuestMemory, write: Write
 ) -> None:
-    with pytest.raises(ImageError, match="has no PVH note; expected one"):
+    with pytest.raises(ImageError, match="has no PVH note, which the protocol 'pvh' needs"):
         load(memory, write(VMLINUX), protocol=Protocol.PVH)
     with pytest.raises(ImageError, match=r"looks like text\. Expected a vmlinux or bzImage"):
         load(memory, write(b"hello"), protocol=Protocol.LINUX64)
@@ -124,13 +124,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "wrong magic": ({"payload": b"\x7fELF" * 10}, r"begins with 7f 45 4c 46 7f 45; expected gzip"),
     "lzo": ({"payload": b"\x89LZO\0\r\n\x1a\n" + bytes(99)}, "expected gzip, xz, lzma, bzip2"),
     "no ELF in it": ({"payload": packed("gzip", b"hello world")}, "unpacks to 68 65 6c 6c 6f"),
-    "cut off": ({"payload": packed("xz")[:150]}, "is cut off: its xz data goes on"),
-    "harmed": ({"payload": b"\xfd7zXZ\0" + bytes(500)}, "is damaged xz"),
+    "cut off": ({"payload": packed("xz")[:150]}, "is cut off: its xz data do not end within"),
+    "harmed": ({"payload": b"\xfd7zXZ\0" + bytes(500)}, "is damaged .xz."),
     "a bomb": (
         {"payload": packed("gzip", VMLINUX + bytes(400 << 20))},
         "decompresses to more than .* bomb",
     ),
-    "more after it": ({"payload": packed("gzip") + b"tail"}, "more data after the end"),
+    "more after it": ({"payload": packed("gzip") + b"tail"}, "there are more data after its end"),
 }
 
 
@@ -156,12 +156,12 @@ def test_a_kernel_over_the_zero_page_is_refused(memory: GuestMemory, write: Writ
 
 def test_an_initrd_that_does_not_fit_is_refused(memory: GuestMemory, write: Write) -> None:
     initrd = write(bytes(20 << 20), "initrd")
-    with pytest.raises(ImageError, match="finds no room in guest RAM below"):
+    with pytest.raises(ImageError, match="for which there is no room in guest RAM below"):
         load(memory, write(BzImage(packed("bzip2"))), initrd=initrd)
 
 
 def test_a_command_line_that_the_kernel_does_not_take_is_refused(
     memory: GuestMemory, write: Write
 ) -> None:
-    with pytest.raises(ConfigError, match="expected at most the 255 bytes"):
+    with pytest.raises(ConfigError, match="expected at most 255 bytes"):
         load(memory, write(BzImage(packed("gzip"), cmdline_size=255)), cmdline="x" * 256)

@@ -96,7 +96,9 @@ def test_segments_without_execute_flag_count_where_none_has_it(
 
 @pytest.mark.parametrize("entry", [0, 0xFFFFF, 0x100010, 1 << 63])
 def test_entry_outside(memory: GuestMemory, write: Write, entry: int) -> None:
-    assert f"entry point at {entry:#x}, within no" in failure(memory, write(Elf(entry=entry)))
+    assert f"entry point at {entry:#x}, which is not in" in failure(
+        memory, write(Elf(entry=entry))
+    )
 
 
 def test_entry_above_4_gib(write: Write) -> None:
@@ -148,9 +150,9 @@ HEADERS = {
     ),
     "too big": (
         Elf([Segment(b"x", memsz=16 << 20)]),
-        "FILE: segment 0 at 0x100000-0x1100000 lies outside of guest RAM (0x0-0x1000000)",
+        "FILE: segment 0 at 0x100000-0x1100000 lies outside guest RAM (0x0-0x1000000)",
     ),
-    "absurd": (Elf([Segment(b"x", memsz=(1 << 64) - 1)]), "lies outside of guest RAM"),
+    "absurd": (Elf([Segment(b"x", memsz=(1 << 64) - 1)]), "lies outside guest RAM"),
     "far": (Elf([Segment(b"x", paddr=1 << 63)], entry=1 << 63), "below 4 GiB"),
     "each other": (
         Elf([Segment(b"x" * 16), Segment(b"yy", paddr=0x10000F)]),
@@ -166,11 +168,11 @@ HEADERS = {
     ),
     "note": (
         Elf([Segment(b"x"), Segment(b"\xff" * 12, kind=PT_NOTE)]),
-        "note segment 1 holds a note at offset 0x0 that ends at",
+        "note segment 1 has a note at offset 0x0 that ends at",
     ),
     "note by a byte": (
         Elf([Segment(b"x"), Segment(note(b"Xen\0", 18, bytes(8))[:-1], kind=PT_NOTE)]),
-        "holds a note at offset 0x0 that ends at 0x18, past the segment's 0x17 bytes",
+        "has a note at offset 0x0 that ends at 0x18, past the segment's 0x17 bytes",
     ),
     "notes": (
         Elf([Segment(b"x"), Segment(bytes(0x10001), kind=PT_NOTE)]),

@@ -73,8 +73,8 @@ def test_modules_stay_clear_of_what_follows_it(make: Make, tmp_path: Path) -> No
     ("fields", "text"),
     [
         ({"entry": "0x300000"}, "entered at 0x300000, in 4097 bytes of data"),
-        ({"size": 0x2000}, "tells of a kernel of 8192 bytes"),
-        ({"size": 0}, "tells of a kernel of 0 bytes"),
+        ({"size": 0x2000}, "describes a kernel of 8192 bytes"),
+        ({"size": 0}, "describes a kernel of 0 bytes"),
         ({"address": "*size"}, "does not store three constants"),
         ({"source": "char KERNEL_BUNDLE[] = {{1}};"}, "but not krunfw_get_kernel"),
         ({"address": "0x95000", "entry": "0x95000"}, "overlaps avmm's"),

@@ -86,7 +86,9 @@ def test_initrd_that_does_not_fit(memory: GuestMemory, write: Write, tmp_path: P
     initrd = tmp_path / "initrd"
     with initrd.open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(ImageError, match=f"{initrd} is {1 << 40} bytes and finds no room"):
+    with pytest.raises(
+        ImageError, match=f"{initrd} has {1 << 40} bytes, for which there is no room"
+    ):
         load(memory, write(pvh_elf()), initrd=initrd)
     with pytest.raises(ImageError, match="/nothing: cannot be opened"):
         load(memory, write(pvh_elf()), initrd="/nothing")
@@ -118,7 +120,7 @@ def test_command_line(memory: GuestMemory, write: Write) -> None:
     assert told("ä\udcff") == b"\xc3\xa4\xff", "bytes of argv that are no UTF-8 come through"
     with pytest.raises(ConfigError, match="is 4096 bytes; expected at most 4095"):
         told("ä" * 2048)
-    with pytest.raises(ConfigError, match="holds a NUL at byte 1"):
+    with pytest.raises(ConfigError, match="contains a NUL at byte 1"):
         told("a\0b")
     with pytest.raises(ConfigError, match="cannot be encoded"):
         told("\ud800")
@@ -133,13 +135,13 @@ LOOKS = {
     "text": (b"BOOT_IMAGE=/vmlinuz\n", "looks like text"),
     "arm64": (b"MZ" + at(0x36, b"ARM\x64"), "a Linux kernel Image for aarch64"),
     "efi": (at(0, b"MZ\x90"), "an EFI or Windows program"),
-    "lzop": (b"\x89LZO\0\r\n\x1a\n", "compressed with lzop: decompress it first"),
+    "lzop": (b"\x89LZO\0\r\n\x1a\n", "data that were compressed with lzop: decompress them first"),
     "cpio": (b"070701" + b"0" * 100, "a cpio archive"),
     "disk": (at(510, b"\x55\xaa"), "a boot sector or disk image"),
-    "twice": (gzip.compress(gzip.compress(b"x")), "looks like gzip, twice"),
+    "twice": (gzip.compress(gzip.compress(b"x")), "looks like gzip that was compressed twice"),
     "zeros": (bytes(4096), "all zeros"),
     "multiboot2": (at(64, b"\xd6\x50\x52\xe8"), "a multiboot 2 kernel"),
-    "noise": (b"\1\2\3\4", "nothing known: it starts with 01 02 03 04"),
+    "noise": (b"\1\2\3\4", "nothing that avmm knows: it starts with 01 02 03 04"),
     "one byte": (b"\0", "all zeros"),
 }
 

@@ -66,7 +66,7 @@ def test_no_arguments_and_many_modules(memory: GuestMemory, write: Write) -> Non
 
 def test_too_many_modules(memory: GuestMemory, write: Write) -> None:
     modules = [write(b"x", "m")] * 800
-    with pytest.raises(ConfigError, match=r"the boot information is .* expected fewer modules"):
+    with pytest.raises(ConfigError, match=r"the boot information has .* expected fewer modules"):
         load(memory, write(multiboot_elf()), modules=modules)
 
 
@@ -124,7 +124,7 @@ def test_load_addresses(memory: GuestMemory, write: Write) -> None:
             fresh, load(fresh, write(image), initrd=initrd).registers["rbx"]
         )
         assert told.modules[0][0] == 0x205000
-    with pytest.raises(ImageError, match=r"initrd .* finds no room"):
+    with pytest.raises(ImageError, match=r"initrd .* for which there is no room"):
         load(memory, write(image), initrd=write(bytes(room + 1), "initrd"))
 
 
@@ -149,15 +149,15 @@ def test_addresses_serve_a_64_bit_elf(memory: GuestMemory, write: Write) -> None
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"header": 0x1FFFFF}, "which cannot be with load_addr 0x200000"),
-        ({"header": 0x200004}, "the file has no byte for that"),
+        ({"header": 0x1FFFFF}, "but its load_addr 0x200000 would lie before"),
+        ({"header": 0x200004}, "its load_addr 0x200000 would lie before the file's first byte"),
         ({"load_end": 0x1FFFFF}, "load_end_addr 0x1fffff below load_addr 0x200000"),
-        ({"load_end": 0x20002D}, "should be the 45 bytes at offset 0x0, but the file has 44"),
-        ({"load_end": 0xFFFFFFFF}, "but the file has 44 bytes"),
+        ({"load_end": 0x20002D}, "should be the 45 bytes at offset 0x0, but the file has only 44"),
+        ({"load_end": 0xFFFFFFFF}, "but the file has only 44 bytes"),
         ({"bss_end": 0x20002B}, "bss_end_addr 0x20002b below the end of what is loaded"),
         ({"entry": 0x1FFFFF}, "entry point 0x1fffff in its multiboot header, outside"),
-        ({"entry": 0x20002C}, "outside of the image at 0x200000-0x20002c"),
-        ({"bss_end": 0xFFFFFFFF}, "lies outside of guest RAM"),
+        ({"entry": 0x20002C}, "outside the image at 0x200000-0x20002c"),
+        ({"bss_end": 0xFFFFFFFF}, "lies outside guest RAM"),
         ({"header": 0x94000, "start": 0x94000, "entry": 0x94000}, "overlaps avmm's boot info"),
     ],
 )
@@ -171,9 +171,9 @@ def test_bad_addresses(
 
 def test_header_that_is_cut_off(memory: GuestMemory, write: Write) -> None:
     header = with_addresses(header=0x200000, start=0x200000, load_end=0, bss_end=0, entry=0x200000)
-    assert "not all within its first 31 bytes" in failure(memory, write(header[:31]))
+    assert "that does not end within its first 31 bytes" in failure(memory, write(header[:31]))
     image = bytes(8192 - 28) + header
-    assert "not all within its first 8192 bytes" in failure(memory, write(image))
+    assert "that does not end within its first 8192 bytes" in failure(memory, write(image))
 
 
 @pytest.mark.parametrize("flags", [1 << 2, 1 << 3, 1 << 15, 0xFFFF])
@@ -189,7 +189,7 @@ def test_optional_flags_are_ignored(memory: GuestMemory, write: Write) -> None:
 
 def test_64_bit_elf(memory: GuestMemory, write: Write) -> None:
     text = failure(memory, write(multiboot_elf(bits=64)))
-    assert "64-bit ELF with a multiboot header that tells no load addresses" in text
+    assert "64-bit ELF with a multiboot header that has no load addresses" in text
 
 
 def test_pvh_note_goes_first(memory: GuestMemory, write: Write) -> None:
