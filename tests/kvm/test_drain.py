@@ -128,7 +128,7 @@ def looped(vcpu: Scripted, spot: Any, policy: CompletionPolicy) -> list[str]:
     loop = VcpuLoop(vcpu, vcpu, policy, spot)  # type: ignore[arg-type]
 
     def park() -> None:
-        loop._stopping = True
+        spot.stopping = True
 
     spot.park = park
     try:
