@@ -174,7 +174,7 @@ def test_ctrl_c_gives_it_up_and_the_guest_stays(
 @pytest.mark.parametrize(
     ("options", "theirs", "code", "why"),
     [
-        ([], ["--most-memory", "32M"], 2, "has 67108864 bytes of RAM, 33554432 are allowed"),
+        ([], ["--most-memory", "32M"], 2, "has 67108864 bytes of RAM, at most 33554432 are"),
         (["--disk", "{}/disk"], [], 2, "the guest has 1 disk ('disk')"),
         (["--disk", "{}/disk,ro"], ["--disk", "{}/disk"], 2, "the guest's 'disk' is read-only"),
         (
