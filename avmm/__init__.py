@@ -54,8 +54,8 @@ from avmm.runstate import Runstate
 from avmm.vcpu.calls import Answer, Call, CallHandler
 
 if TYPE_CHECKING:
-    from avmm.ends import Scrollback
     from avmm.progress import MigrationProgress, Report, SnapshotProgress
+    from avmm.scrollback import Scrollback
     from avmm.transfer.tls import Tls
     from avmm.transfer.transports import Listener, connect, listen
 else:  # type checkers would believe that it has an answer to every name
@@ -72,7 +72,7 @@ _LATER = {
     "Listener": "avmm.transfer.transports",
     "MigrationProgress": "avmm.progress",
     "Report": "avmm.progress",
-    "Scrollback": "avmm.ends",
+    "Scrollback": "avmm.scrollback",
     "SnapshotProgress": "avmm.progress",
     "Tls": "avmm.transfer.tls",
     "connect": "avmm.transfer.transports",

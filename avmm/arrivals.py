@@ -1,4 +1,4 @@
-"""Arrivals: a machine that goes on from somewhere, out of a snapshot or from another process."""
+"""Arrivals: machines that continue from a snapshot, or come from another process."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ def restore(
     verify: bool = False,
     **settings: Unpack[HostSettings],
 ) -> Machine:
-    """The machine of the snapshot at `path`: enter it, and it goes on from there.
+    """A machine that continues from the snapshot at `path` when you enter it.
 
-    `devices` and `calls` are those that the machine was made with; `devices` may be a function of
-    what the machine turns out to be. `settings` are those of the host's side: `disks`, `net` and
-    `vsock` name what the machine has anew, as many as it has (`avmm.parts.description` says why);
-    disks must hold what they did. `unclaimed`, `completion` and `completion_capability` stay as
-    they were unless they are given. Its RAM is mapped from the file, which must not be changed
-    while the machine lives. `verify` reads all of the file and compares checksums.
+    `devices` and `calls` must be those with which the machine was made. `devices` may also be a
+    function that gets the machine's description and returns the devices. `settings` are the
+    settings of the host's side: `disks`, `net` and `vsock` must be named again, as many as the
+    machine has (`avmm.parts.description` says why), and the disks must hold what they held before.
+    `unclaimed`, `completion` and `completion_capability` stay as they were unless you give them.
+    RAM is mapped from the file, which must not be changed while the machine exists. With `verify`,
+    the whole file is read and its checksums are compared.
 
-    Raises `ConfigError` for settings that cannot be. Nothing is opened before the machine is
-    entered: that reads the file in a thread, with `verify` all of it, and can be cancelled. It
-    raises `SnapshotError` if the file is not a snapshot or is damaged, `StateError` if it is not
-    of a machine that can be here, `ConfigError` for settings that are missing, and as `Machine`
-    does.
+    Raises `ConfigError` for impossible settings. Nothing is opened before the machine is entered.
+    Entering it reads the file in a thread, and can be cancelled. It raises `SnapshotError` if the
+    file is not a snapshot or is damaged, `StateError` if the machine cannot run on this host,
+    `ConfigError` for missing settings, and what entering a `Machine` raises.
     """
-    demand_hosts(settings)  # not only when the file is read
+    demand_hosts(settings)  # not as late as when the file is read
     life = Life()
 
     async def open_and_build() -> Parts:
         await in_thread(import_module, "avmm.snapshot")  # reads files, too
-        from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
+        from avmm import snapshot  # noqa: PLC0415 - imports xxhash and msgpack, which few need
 
         check_cancelled = trio.from_thread.check_cancelled
         read = partial(snapshot.read, path, verify=verify, on_chunk=check_cancelled)
@@ -70,7 +70,7 @@ def restore(
             chosen = devices(described) if callable(devices) else devices
             return await build(described.config, chosen, life.end, calls, origin)
         finally:
-            opened.close()  # which is done already, where its RAM was mapped
+            opened.close()  # already closed if its RAM was mapped
 
     return machine_from(life, open_and_build)
 
@@ -86,22 +86,24 @@ async def receive(
     on_round: Callable[[int], object] = lambda number: None,
     **settings: Unpack[HostSettings],
 ) -> AsyncIterator[Machine]:
-    """`async with avmm.receive(stream) as vm:` the guest that comes over `stream` runs inside.
+    """`async with avmm.receive(stream) as vm:` receives a guest over `stream`, which runs inside
+    the block.
 
-    The other side is `Machine.migrate`. `devices` and `calls` are those that its machine was made
-    with; `devices` may be a function of what the guest turns out to be. `settings` are those of
-    the host's side, as for `avmm.restore`. A guest with more than `most_memory` bytes is refused.
-    `on_round` gets the number of each round of copying that has come.
+    The other side is `Machine.migrate`. `devices` and `calls` must be those with which its machine
+    was made. `devices` may also be a function that gets the guest's description and returns the
+    devices. `settings` are the settings of the host's side, as for `avmm.restore`. A guest with
+    more than `most_memory` bytes of RAM is refused. The line counts as dead if nothing comes for
+    `stall_seconds`. `on_round` is called with the number of each round of copying that has come.
 
-    Raises `MigrationError` where the guest does not come, `StateError` or `ConfigError` where it
-    cannot be here; the source is told why, and the guest runs on there. Cancelling it before the
-    guest has come does the same. `stream` is the caller's to close.
+    Raises `MigrationError` if the guest does not come, and `StateError` or `ConfigError` if it
+    cannot run here. In each case the source is told why, and the guest runs on there. Cancelling
+    this before the guest has come does the same. The caller must close `stream`.
     """
     await in_thread(import_module, "avmm.transfer.destination")  # reads files
-    from avmm.transfer.destination import Receiver  # noqa: PLC0415 - xxhash and msgpack
+    from avmm.transfer.destination import Receiver  # noqa: PLC0415 - imports xxhash and msgpack
 
     most = None if most_memory is None else parse_size(most_memory, "most_memory")
-    demand_hosts(settings)  # not only when the guest has come
+    demand_hosts(settings)  # not as late as when the guest has come
 
     life = Life()
 
@@ -109,7 +111,7 @@ async def receive(
         described = description.read(told, settings)
         size = described.config.memory
         if most is not None and size > most:
-            raise ConfigError(f"the guest has {size} bytes of RAM, {most} are allowed")
+            raise ConfigError(f"the guest has {size} bytes of RAM, at most {most} are allowed")
         fresh = partial(_fresh_memory, size)
         origin = Origin(None, fresh, described, needs, standby=True)
         chosen = devices(described) if callable(devices) else devices
@@ -119,7 +121,7 @@ async def receive(
     async with machine_of(await receiver.receive(), life) as machine:
         try:
             await receiver.confirm()
-        except Exception as error:  # whatever a stream raises: the guest is here
+        except Exception as error:  # a stream may raise anything, and the guest is here already
             logger.warning("the guest runs here, but its source could not be told: %s", error)
         yield machine
 

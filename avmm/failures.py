@@ -1,14 +1,14 @@
-"""What tasks of ours have raised, as they raised it: no nursery's group around it.
+"""Collects the errors of avmm's own tasks, without the groups that nurseries put around them.
 
-A trio nursery puts whatever its tasks raise into a group of its own. That avmm runs nurseries is
-its own business, so none of these groups may reach the user; but a group that a user's handler
-has raised must reach them. Nothing in a group tells the one from the other. So our tasks never
-let an error travel through a nursery: they run in `Failures.guard`, which keeps the error itself,
-the very object, and cancels what must not go on without that task.
+A trio nursery puts whatever its tasks raise into a group of its own. Users need not know that avmm
+runs nurseries, so none of these groups may reach them. But a group that a user's handler has
+raised must reach the user, and the two kinds of groups look alike. So our tasks never let an error
+travel through a nursery: they run in `Failures.guard`, which keeps the error object itself and
+cancels what must not go on without that task.
 
-An error knows the frames that it has come through, and these know views of guest memory. A frame
-among them that keeps the error in a variable closes a circle, and RAM stays mapped until Python
-looks for circles. So such variables are deleted before the error goes on.
+An error refers to the frames through which it has come, and these refer to views of guest memory.
+If one of these frames keeps the error in a variable, there is a reference cycle, and RAM stays
+mapped until Python collects cycles. So such variables are deleted before the error goes on.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import trio
 
 
 def parted(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
-    """The cancellation in `error`, which belongs to whoever has cancelled, and all else in it.
+    """Split `error` into the cancellation, which belongs to whoever has cancelled, and the rest.
 
-    An error without any cancellation in it is given back as it is, the same object.
+    An error that contains no cancellation is returned as the same object.
     """
     if isinstance(error, trio.Cancelled):
         return error, None
@@ -32,11 +32,11 @@ def parted(error: BaseException) -> tuple[BaseException | None, BaseException | 
 
 
 def raise_together(errors: list[BaseException], message: str) -> None:
-    """Raise the only one of `errors` as it is, several in a group with this message, none where
-    there is none. The list is emptied.
+    """Raise `errors`: a single one as it is, several in a group with this message. Do nothing if
+    the list is empty. The list is emptied.
 
-    An error keeps its own `__context__`. What else is being handled in the calling task (mostly
-    a cancellation that the error itself has caused) tells nobody anything.
+    An error keeps its own `__context__`. Another exception that the calling task is handling just
+    then is mostly a cancellation that the error itself has caused, and would not help anybody.
     """
     if not errors:
         return
@@ -51,10 +51,10 @@ def raise_together(errors: list[BaseException], message: str) -> None:
 
 
 class Failures:
-    """The errors of some tasks in the order in which they came. From trio only."""
+    """The errors of some tasks, in the order in which they came. Use it only in trio."""
 
     def __init__(self, cancel: Callable[[], object]) -> None:
-        """`cancel` is called at each error: it ends what must not go on then."""
+        """`cancel` is called at each error, and cancels what must not go on then."""
         self.errors: list[BaseException] = []
         self._cancel = cancel
 
@@ -64,7 +64,8 @@ class Failures:
         self._cancel()
 
     async def guard(self, function: Callable[[], Awaitable[object]]) -> None:
-        """Await `function()` and keep what it raises. Only cancellations pass."""
+        """Await `function()` and keep the errors that it raises. Only cancellations are raised
+        again."""
         try:
             await function()
         except BaseException as error:

@@ -1,4 +1,5 @@
-"""The vCPUs' threads and their bridge into the nursery: run, serve, park, one and all.
+"""The vCPUs' threads and their bridge into the nursery: how one vCPU, and how all vCPUs of a
+machine run, serve exits and park.
 
 Each vCPU has an OS thread of its own, in which `KVM_RUN` blocks without the GIL, and a trio
 task beside it. What happens to an exit:
@@ -14,31 +15,32 @@ task beside it. What happens to an exit:
         back to KVM_RUN            <-------------   the turn goes back
 
 **Who may touch what.** A vCPU's `kvm_run`, registers and pending exit belong to whoever has
-the turn (kvm/bridge.h); there is no lock because there is no sharing. A device's state belongs
-to whoever holds the device's own lock, which is held only while one handler call runs: so a
+the turn (kvm/bridge.h). There is no lock, because nothing is shared. A device's state belongs
+to whoever holds the device's own lock, which is held only while one handler call runs. So a
 handler never waits for another vCPU, another device or the coordinator, and nothing is locked
 across an await.
 
 **Asking a vCPU for something.** Whoever asks writes down the request, then sets `immediate_exit`,
-then kicks a thread that is in `KVM_RUN` (a signal with a C handler that does nothing). The thread
-clears `immediate_exit` *before* it looks at the requests. In that order a request is never lost:
-either the thread sees it when it looks, or `immediate_exit` is set at its next `KVM_RUN`, or the
-signal interrupts the one that runs.
+then kicks the thread if it is in `KVM_RUN` (a signal with a C handler that does nothing). The
+thread clears `immediate_exit` *before* it looks at the requests. In that order a request is never
+lost: either the thread sees it when it looks, or `immediate_exit` is set at its next `KVM_RUN`, or
+the signal interrupts the `KVM_RUN` in progress.
 
 **Parking.** A vCPU that is to pause first lets the kernel finish what the last exit left
 pending (`avmm.vcpu.completion` says why, and how: `drain`). Then its thread stands in the
 machine's parking lot until the machine runs on. A vCPU that is asked while it is in the guest has
-nothing in hand and does all of this in C, without the GIL (avmm/kvm/parking.h). One that is
-stopped is drained in the same way before it ends: whoever pauses a machine that has just been
-stopped finds nothing torn in it. Where that cannot be, its exit never answered, it counts as
-failed.
+no exit to serve, and does all of this in C, without the GIL (avmm/kvm/parking.h). A vCPU that is
+stopped is drained in the same way before it ends, so a machine that has just been stopped can
+still be paused, and its state is consistent. If a stopped vCPU cannot be drained, because its exit
+is never answered, it counts as failed.
 
-**States.** What a vCPU is at is one `VcpuState`, and `TRANSITIONS` is the table of what may follow
-what, and by whose hand. Only the side that has the turn writes it, so no two sides ever write at
-the same time, and whoever else reads it sees a state that was true a moment ago. What is *asked*
-of a vCPU, to park (`Spot.asked`) or to end (`Spot.stopping`), is no state of it: any thread may
-ask at any time, and the vCPU looks when it can. Where its thread stands parked is the lot's to
-say (`is_parked`): most park in C, where Python has no part in it, and are RUNNING all the while.
+**States.** Each vCPU is in one `VcpuState`. The table `TRANSITIONS` says which states may follow
+each state, and which side makes each step. Only the side that has the turn writes the state, so
+the two sides never write at the same time; anybody else who reads it sees a state that was true a
+moment ago. Requests to a vCPU, to park (`Spot.asked`) or to end (`Spot.stopping`), are not states:
+any thread may make them at any time, and the vCPU looks when it can. The lot knows whether the
+vCPU's thread has parked (`is_parked`): most vCPUs park in C, without Python, and stay RUNNING
+meanwhile.
 """
 
 from __future__ import annotations
@@ -67,11 +69,12 @@ if TYPE_CHECKING:
     from avmm.vcpu.exits import Exits
 
 _YIELD_SECONDS: Final = 0.001
-"""How long handlers that never really wait may keep the other tasks of the program waiting."""
+"""For how many seconds handlers that never really wait may keep the program's other tasks
+waiting."""
 
 
 class VcpuState(Enum):
-    """What one vCPU is at."""
+    """What one vCPU does now."""
 
     NEW = "has no thread yet"
     RUNNING = "is in the guest, or its thread serves an exit"
@@ -79,12 +82,12 @@ class VcpuState(Enum):
     PARKED = "stands in the lot, drained by Python"
     SERVED = "waits for its task, which has the turn"
     ABANDONED = "waits, and its exit will not be answered"
-    FAILED = "has ended in the midst of an exit: its state is not one to be read"
+    FAILED = "has ended in the middle of an exit: its state must not be read"
     ENDED = "has ended in good order, or never had a thread"
 
 
 class Writer(Enum):
-    """Who writes a state."""
+    """The side that writes a state."""
 
     THREAD = "the vCPU's thread"
     TASK = "the vCPU's task"
@@ -97,18 +100,18 @@ _SERVED: Final = VcpuState.SERVED
 _ABANDONED: Final = VcpuState.ABANDONED
 _FAILED: Final = VcpuState.FAILED
 _ENDED: Final = VcpuState.ENDED
-# Bound once: in each exit, looking a member up in its class would be paid for twice.
+# Bound once, because looking a member up in its class would slow down each exit twice.
 
 TRANSITIONS: Final[Mapping[VcpuState, Mapping[VcpuState, Writer]]] = {
     VcpuState.NEW: {
         _RUNNING: Writer.THREAD,
-        _ENDED: Writer.TASK,  # there is no thread to be had
+        _ENDED: Writer.TASK,  # no thread could be started
     },
     _RUNNING: {
         _SERVED: Writer.THREAD,
         _DRAINING: Writer.THREAD,
         _FAILED: Writer.THREAD,
-        _ENDED: Writer.THREAD,  # stopped where it had parked in C
+        _ENDED: Writer.THREAD,  # it was stopped while it was parked in C
     },
     _DRAINING: {
         _SERVED: Writer.THREAD,
@@ -132,22 +135,22 @@ TRANSITIONS: Final[Mapping[VcpuState, Mapping[VcpuState, Writer]]] = {
     _FAILED: {},
     _ENDED: {},
 }
-"""From each state to those that may follow it, and which side makes that step. The code below
-writes states without a look at this table, since each exit would pay for it; the model's tests
-(tests/model) hold every step of every schedule against it."""
+"""For each state, the states that may follow it, and the side that makes the step. The code below
+does not look at this table when it writes a state, because that would slow down each exit. The
+model's tests (tests/model) check every step of every schedule against it."""
 
 _LEFT: Final = (_FAILED, _ENDED)
-"""The thread has nothing to do with the vCPU any more."""
+"""The thread no longer uses the vCPU."""
 
 
 class _AbandonedError(Exception):
-    """The exit in hand will never be answered: the vCPU's thread is to end at once."""
+    """The current exit will never be answered, so the vCPU's thread must end at once."""
 
 
 class VcpuLoop:
     """Runs one vCPU until it is stopped, fails, or its task is cancelled.
 
-    It is asked to park by way of the lot that `spot` belongs to (`VcpuGroup`).
+    To pause it, ask the lot to which `spot` belongs (`VcpuGroup`).
     """
 
     def __init__(self, vcpu: Vcpu, exits: Exits, policy: CompletionPolicy, spot: Spot) -> None:
@@ -158,15 +161,15 @@ class VcpuLoop:
         self._spot = spot
         self._state = VcpuState.NEW
         self._handed_over = 0.0
-        """When it was last SERVED, in seconds of the monotonic clock."""
+        """When it last became SERVED, in seconds of the monotonic clock."""
         self._bridge = Bridge()
         self._work: Awaitable[None] | None = None
-        """What the thread wants awaited and the task has not taken yet."""
+        """The awaitable that the thread has handed over and the task has not taken yet."""
         self._errors: list[BaseException] = []
-        """What the thread has ended with: one, if anything."""
+        """The error with which the thread has ended: at most one."""
 
     def close(self) -> None:
-        """Give back what it holds, if it does not run; idempotent."""
+        """Release what it holds. Call it while the vCPU does not run. Idempotent."""
         self._spot.leave()
         self._bridge.close()
 
@@ -177,13 +180,13 @@ class VcpuLoop:
 
     @property
     def state(self) -> VcpuState:
-        """What it is at; any thread."""
+        """What it does now. Any thread may read it."""
         return self._state
 
     @property
     def failed(self) -> bool:
-        """Has it ended in the midst of an exit, or is it about to? Then its state is not one to
-        be read."""
+        """Has it ended in the middle of an exit, or is it about to? Then its state must not be
+        read."""
         return self._state in (_ABANDONED, _FAILED)
 
     @property
@@ -193,23 +196,24 @@ class VcpuLoop:
 
     @property
     def is_being_served(self) -> bool:
-        """Is its exit with its task now, and the thread waiting?"""
+        """Is its task serving its exit now, while its thread waits?"""
         return self._state is _SERVED
 
     @in_trio
     def waits_for(self, seconds: float) -> str:
-        """What keeps the vCPU from parking, which it was asked to so many seconds ago, for a
-        person; from trio.
+        """In words for people: what keeps the vCPU from parking. It was asked to park `seconds`
+        ago. Call it in trio.
 
-        When a handler was called is not written down: each exit would pay for it.
+        The time at which a handler is called is not recorded, because that would slow down each
+        exit.
         """
-        late = f"{seconds:.1f} s after it was to pause"
+        late = f"{seconds:.1f} s after it was asked to pause"
         if self.is_being_served:
             waiting = time.monotonic() - self._handed_over
-            return f"vCPU {self.index} waits for {self._exits.owner()}, since {waiting:.1f} s"
+            return f"vCPU {self.index} waits for {self._exits.owner()}, for {waiting:.1f} s so far"
         if self._vcpu.page.exit_reason in (constants.KVM_EXIT_UNKNOWN, constants.KVM_EXIT_INTR):
-            return f"vCPU {self.index} has not left the guest, {late}"
-        return f"vCPU {self.index} is at {self._exits.owner()}, not returned {late}"
+            return f"vCPU {self.index} has not left the guest {late}"
+        return f"vCPU {self.index} has not come back from {self._exits.owner()}, {late}"
 
     # -- the thread ----------------------------------------------------------------------
 
@@ -286,11 +290,11 @@ class VcpuLoop:
 
     @in_trio
     async def run(self) -> None:
-        """Run the vCPU, in a thread that has ended when this returns or raises.
+        """Run the vCPU in a thread of its own. The thread has ended when this returns or raises.
 
-        Raises what a handler raised, `VcpuError` for an exit that cannot be served, `KvmError`
-        where `KVM_RUN` fails; each says what the vCPU was at. Cancelling stops the vCPU and
-        leaves its exit unfinished: the vCPU is not to be run again.
+        Raises what a handler raises, `VcpuError` for an exit that cannot be served, and `KvmError`
+        if `KVM_RUN` fails. Each says what the vCPU was doing. Cancelling stops the vCPU and leaves
+        its exit unfinished, so the vCPU must not be run again.
         """
         thread = threading.Thread(target=self._main, name=f"avmm vCPU {self.index}", daemon=True)
         try:
@@ -305,7 +309,8 @@ class VcpuLoop:
             self._annotate(self._errors[0])
         raise_together(self._errors, f"vCPU {self.index} has failed")
 
-    # No Ctrl-C interrupts this: there is a thread, which will be joined, or there is none.
+    # Ctrl-C cannot interrupt this, so either there is a thread, which will be joined, or there
+    # is none.
     @in_trio
     @trio.lowlevel.enable_ki_protection
     def _start(self, thread: threading.Thread) -> None:
@@ -313,14 +318,14 @@ class VcpuLoop:
             thread.start()
         except RuntimeError as error:
             self._state = _ENDED
-            raise VcpuError(f"vCPU {self.index} gets no thread: {error}") from None
+            raise VcpuError(f"vCPU {self.index} could not get a thread: {error}") from None
 
     @in_trio
     async def _serve(self) -> None:
         yielded = time.perf_counter()
         mine = self._bridge.poll(True)
         while (work := await self._next(mine)) is not None:
-            await work  # where it fails, `_wind_up` finds its exit without an answer
+            await work  # if it fails, `_wind_up` finds the exit without an answer
             mine = self._bridge.answer_and_poll(True)
             if (now := time.perf_counter()) - yielded > _YIELD_SECONDS:
                 await trio.lowlevel.checkpoint()
@@ -328,7 +333,8 @@ class VcpuLoop:
 
     @in_trio
     async def _next(self, mine: bool) -> Awaitable[None] | None:
-        """What the thread wants awaited; None: nothing any more. `mine`: we have the turn."""
+        """Wait for the next awaitable from the thread. None if the thread has ended. `mine` says
+        that the task has the turn."""
         while not mine:
             try:
                 await trio.lowlevel.wait_readable(self._bridge.bell)
@@ -341,10 +347,10 @@ class VcpuLoop:
     @in_trio
     @trio.lowlevel.enable_ki_protection
     async def _wind_up(self, thread: threading.Thread) -> None:
-        """Stop the thread and answer it until it has ended, whoever has the turn now.
+        """Stop the thread, and answer it until it has ended. Either side may have the turn now.
 
-        It waits for each of its answers without end, so it gets them, whatever else goes wrong:
-        what does is raised after the thread's end.
+        The thread waits for each answer without a time limit, so it gets all of them, whatever
+        else goes wrong. Errors on the way are raised after the thread has ended.
         """
         failures: list[BaseException] = []
         try:
@@ -359,15 +365,15 @@ class VcpuLoop:
                 self._bridge.answer()
         if thread.ident is not None:
             thread.join()
-        self._bridge.poll(False)  # the last turn is taken, whoever saw the end first
+        self._bridge.poll(False)  # take the last turn, whichever side saw the end first
         self.close()
         raise_together(failures, f"vCPU {self.index} could not be wound up")
 
     @in_trio
     async def _abandon(self, work: Awaitable[None] | None, failures: list[BaseException]) -> None:
         """Begin `work` and cancel it, as trio does with tasks that are started in a cancelled
-        nursery. None: it was taken before, and has failed. Its exit counts as never answered,
-        unless `work` comes to its end in spite of that."""
+        nursery. If it is None, it was taken before and has failed. The exit counts as never
+        answered, unless `work` finishes although it was cancelled."""
         self._state = _ABANDONED
         if work is None:
             return
@@ -382,11 +388,11 @@ class VcpuLoop:
 
     def _annotate(self, error: BaseException) -> None:
         if isinstance(error, Exception) and not isinstance(error, VcpuError):
-            error.add_note(f"vCPU {self.index} was at {self._exits.report()}")
+            error.add_note(f"vCPU {self.index} was serving {self._exits.report()}")
 
 
 class VcpuGroup:
-    """The loops of one machine's vCPUs and the lot in which they park. From trio only."""
+    """The loops of one machine's vCPUs and the lot in which they park. Use it only in trio."""
 
     def __init__(self, lot: ParkingLot, loops: Sequence[VcpuLoop]) -> None:
         self._lot = lot
@@ -394,8 +400,8 @@ class VcpuGroup:
         self._asked = 0.0
 
     async def run(self) -> None:
-        """Run all vCPUs until the last has ended. Raises as `VcpuLoop.run`, and where several
-        have failed a group of that; one that fails ends the others."""
+        """Run all vCPUs until the last one has ended. If one fails, the others end too. Raises
+        what `VcpuLoop.run` raises, in a group if several have failed."""
         scope = trio.CancelScope()
         failures = Failures(scope.cancel)
         try:
@@ -408,26 +414,26 @@ class VcpuGroup:
 
     @anywhere
     def stop(self) -> None:
-        """Ask all to end, parked or not. Any thread; does not wait; idempotent."""
+        """Ask all vCPUs to end, parked or not. Any thread; does not wait; idempotent."""
         for loop in self.loops:
             loop.stop()
 
     def pause(self) -> None:
-        """Ask all at once to drain and park; `parked` waits for it."""
+        """Ask all vCPUs at the same time to drain and park. `parked` waits until they have."""
         self._lot.ask()
         self._asked = trio.current_time()
 
     def resume(self) -> None:
-        """Take a `pause` back, whether they have parked yet or not."""
+        """Take `pause` back, whether the vCPUs have parked yet or not."""
         self._lot.release()
 
     async def parked(self) -> None:
-        """Wait until all have parked after `pause`, or have ended in good order.
+        """Wait until all vCPUs have parked after `pause`, or have ended in good order.
 
-        Raises `VcpuError` where one has failed: its last exit is not finished, and its state
-        not one to be read. Cancelling the wait leaves the request standing until `resume`.
+        Raises `VcpuError` if one has failed: its last exit is unfinished, so its state must not
+        be read. If the wait is cancelled, the request to park stands until `resume`.
         """
-        # Nearly always they park at once: to be there is cheaper than to sleep and be woken.
+        # Nearly always they park at once, so polling is cheaper than sleeping and being woken.
         parked = self._lot.poll(not any(loop.is_being_served for loop in self.loops))
         while not parked:
             try:
@@ -437,9 +443,9 @@ class VcpuGroup:
             parked = self._lot.poll(False)
         for loop in self.loops:
             if loop.failed:
-                raise VcpuError(f"vCPU {loop.index} has failed in the midst of an exit")
+                raise VcpuError(f"vCPU {loop.index} has failed in the middle of an exit")
 
     def late(self) -> list[str]:
-        """What each vCPU waits for that has not parked, for a person."""
+        """In words for people: what keeps each vCPU that has not parked."""
         seconds = trio.current_time() - self._asked
         return [loop.waits_for(seconds) for loop in self.loops if not loop.is_parked]

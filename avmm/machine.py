@@ -1,13 +1,14 @@
-"""Machine: a configuration becomes a running guest.
+"""Machine: turns a configuration into a running guest.
 
-`avmm.parts` puts together what it consists of; here it runs, in a nursery of its own, until its
-block is left, and is paused, saved, cloned and handed over meanwhile. What it is at, and what may
-be done then, is in `avmm.runstate`.
+`avmm.parts` puts the machine together. Here it runs, in a nursery of its own, until its block is
+left; meanwhile it can be paused, saved, cloned and handed over. `avmm.runstate` has its states,
+and what may be done in each.
 
-**Its nursery is not the user's.** What the block raises, the guest's handlers, the devices' `run`
-and `finish`, is kept as it is (`avmm.failures`) and raised when the nursery is gone. Only what
-devices start in their host's nursery travels through that. It comes out in the one group that
-holds our own `_LeftError`, too; a group without that is somebody's own.
+**Its nursery is not the user's.** Errors of the block, of the guest's handlers, and of the
+devices' `run` and `finish` are kept as they are (`avmm.failures`), and raised when the nursery is
+gone. Only errors of tasks that devices start in their host's nursery travel through that nursery.
+They come out in the one group that also holds our own `_LeftError`. A group without `_LeftError`
+was raised by somebody else.
 """
 
 from __future__ import annotations
@@ -75,12 +76,12 @@ def _no_progress(progress: object) -> None:
 
 
 class _LeftError(Exception):
-    """Raised in a machine's nursery when its block is over: the mark of that nursery's group."""
+    """Raised in a machine's nursery when its block is over. It marks that nursery's group."""
 
 
 @dataclass
 class _Inside:
-    """What there is of a machine while its block is run."""
+    """What a machine has while its block is run."""
 
     parts: Parts
     coordinator: Coordinator
@@ -90,8 +91,9 @@ class _Inside:
 
     @contextmanager
     def operation(self, name: str, life: Life) -> Iterator[None]:
-        """Around what uses the parts for longer than a moment: leaving the machine cancels it,
-        and waits until it is over. Then it raises `RunstateError`."""
+        """Put this around an operation that uses the parts for longer than a moment. Leaving the
+        machine cancels the operation and waits until it is over. The operation then raises
+        `RunstateError`."""
         with trio.CancelScope() as scope:
             self._ongoing.add(scope)
             try:
@@ -104,18 +106,18 @@ class _Inside:
             raise refusal(name, Runstate.LEFT, needed, expected)
 
     def cancel_operations(self) -> None:
-        """Cancel those that are going on. A hand-over that has begun is decided first."""
+        """Cancel all operations. A hand-over that has begun is decided first."""
         for scope in self._ongoing:
             scope.cancel()
 
     async def operations_over(self) -> None:
-        """Return when none is going on any more."""
+        """Wait until all operations are over."""
         while self._ongoing:
             await self._calm.park()
 
 
 class Machine:
-    """A guest that runs while its `async with` block does.
+    """A guest that runs as long as its `async with` block does.
 
         async with avmm.Machine(kernel="vmlinux", memory="64M", cpus=2) as vm:
             await vm.console.send_all(b"hello\\n")
@@ -124,12 +126,13 @@ class Machine:
     Settings are those of `MachineConfig`; without `kernel` it runs the bundled shell.
     `devices` are the user's own, placed by `avmm.pio`, `avmm.mmio` and `avmm.msr`, and virtio
     devices, given by `avmm.virtio`; `calls` answers the guest's hypercalls (Xen's, with the
-    setting `xen`). With a `state` that `save` gave of a machine like this one, it goes on from
-    there instead of booting.
+    setting `xen`). With a `state` that `save` returned for a machine like this one, it continues
+    from there instead of booting.
 
-    Entering it raises `ConfigError` for what cannot be, `KvmError` where KVM fails. A device's
-    exception, and a vCPU that cannot go on (`VcpuError`), cancel the block and are raised from
-    it. Leaving it, however, ends the guest and leaves no thread, descriptor or mapping behind.
+    Entering it raises `ConfigError` for impossible settings, and `KvmError` if KVM fails. A
+    device's exception, or a vCPU that cannot go on (`VcpuError`), cancels the block and is raised
+    from it. Leaving it in any way ends the guest and leaves no thread, descriptor or mapping
+    behind.
     """
 
     def __init__(
@@ -161,27 +164,28 @@ class Machine:
         self._life = life
         self._build = build_it
         self._config = config
-        """None: nobody has looked at it yet; its parts have it."""
+        """None if the machine comes from a file that is not read yet. Then its parts have it."""
         self._inside: _Inside
-        """There from when it has been entered."""
+        """Set when the machine has been entered."""
         self._manager: AbstractAsyncContextManager[None]
 
     # -- what its user sees ---------------------------------------------------------------
 
     @property
     def state(self) -> Runstate:
-        """What it is at; `avmm.runstate` tells what may be done then. Any thread."""
+        """The machine's state; `avmm.runstate` says what may be done in it. Any thread."""
         return self._life.state
 
     @property
     def config(self) -> MachineConfig:
-        """Its settings. Those of a machine out of a file are known when it has been entered;
-        before, `RunstateError`."""
+        """Its settings. The settings of a machine that comes from a file are known when it has
+        been entered; before that, this raises `RunstateError`."""
         if self._config is None:
             return self._use("config").config
         return self._config
 
-    # What follows is there while the block is run; before and after, `RunstateError`.
+    # The following can be used while the block is run. Before and after, they raise
+    # `RunstateError`.
 
     def _use(self, operation: str) -> Parts:
         self._life.demand(operation)
@@ -199,17 +203,17 @@ class Machine:
 
     @property
     def vsock(self) -> Vsock:
-        """The guest's socket device; `AvmmError` where it has none."""
+        """The guest's socket device. Raises `AvmmError` if it has none."""
         return self._only_model("vsock", Vsock, "socket device (the setting vsock)")
 
     @property
     def balloon(self) -> Balloon:
-        """The guest's memory balloon; `AvmmError` where it has none."""
+        """The guest's memory balloon. Raises `AvmmError` if it has none."""
         return self._only_model("balloon", Balloon, "balloon (the setting balloon)")
 
     @property
     def nets(self) -> tuple[Net, ...]:
-        """The guest's network devices, in the order in which it was given them."""
+        """The guest's network devices, in the order in which they were configured."""
         devices = self._use("nets").devices
         models = (device.model for device in devices if isinstance(device, VirtioMmio))
         return tuple(model for model in models if isinstance(model, Net))
@@ -222,7 +226,7 @@ class Machine:
 
     @property
     def memory(self) -> GuestMemory:
-        """Guest RAM, as the guest has it right now."""
+        """Guest RAM, with its current contents."""
         return self._use("memory").memory
 
     @property
@@ -232,42 +236,44 @@ class Machine:
 
     @in_trio
     async def wait(self) -> Outcome:
-        """Wait until the guest has ended, and say how. May be called again, and by many, and
-        after the block; before it is entered, `RunstateError`."""
+        """Wait until the guest has ended, and return how. Several tasks may call it, also more
+        than once, and after the block. Before the machine is entered it raises `RunstateError`."""
         self._life.demand("wait")
         return await self._life.over()
 
     @anywhere
     def stop(self, status: int = 0) -> None:
-        """End the guest from outside, paused or not; `wait` tells when that is done.
+        """End the guest from outside, paused or not; `wait` returns when it has ended.
 
-        In any state, and any thread. Before the machine is entered it is kept, and the guest
-        ends as soon as it runs; after its end it does nothing. While the guest is being handed
-        over it is kept until that is decided, some seconds: a guest that has moved is not
-        stopped.
+        May be called in any state and from any thread. Before the machine is entered, the request
+        is kept, and the guest ends as soon as it runs. After the guest's end it does nothing.
+        While the guest is being handed over, the request is kept for some seconds, until that is
+        decided; a guest that has moved is not stopped.
         """
         self._life.end(Outcome(Cause.STOPPED, status))
 
     @property
     def is_paused(self) -> bool:
-        """Does it stand still now?"""
+        """Does the guest stand still now?"""
         return self._life.is_inside and self._inside.coordinator.is_paused
 
     @property
     def is_unsettled(self) -> bool:
-        """Was it handed over without an answer, and waits for `settle`?"""
+        """Was the guest handed over without an answer, so that `settle` must be called?"""
         return self.state in (Runstate.UNSETTLED, Runstate.SETTLING)
 
     @asynccontextmanager
     async def paused(self, deadline: float | None = None) -> AsyncIterator[None]:
-        """`async with vm.paused():` the machine stands still inside, drained and quiesced.
+        """`async with vm.paused():` inside the block the machine stands still, drained and
+        quiesced.
 
-        Devices raise no interrupts inside. What your own code raises there (`message_interrupt`,
-        or a line of a device that has no `quiesce`) changes the interrupt controllers at once:
-        it is in a state that is saved later, and not in one that was saved before.
+        Devices raise no interrupts inside. An interrupt that your own code raises there (by
+        `message_interrupt`, or by a line of a device that has no `quiesce`) changes the interrupt
+        controllers at once: a state that is saved later contains it, and one that was saved
+        before does not.
 
         `deadline` is in seconds; see `avmm.migration.Coordinator.paused`. A guest that has ended
-        stands still as well; entering it before the machine is or after it was left raises
+        can be paused as well. Before the machine is entered, and after it was left, this raises
         `RunstateError`.
         """
         self._life.demand("paused")
@@ -275,10 +281,10 @@ class Machine:
             yield
 
     def save(self) -> dict[str, Any]:
-        """The whole state, as plain data; only inside `paused`, and only of a guest that has not
-        ended, else `RunstateError`.
+        """Return the whole state, as plain data, with a copy of RAM.
 
-        Raises `DeviceError` where a device cannot be saved. RAM is copied into it.
+        Call it only inside `paused`, and only if the guest has not ended; otherwise it raises
+        `RunstateError`. Raises `DeviceError` if a device cannot be saved.
         """
         parts = self._use("save")
         if not self.is_paused:
@@ -298,17 +304,19 @@ class Machine:
         on_progress: Callable[[SnapshotProgress], object] = _no_progress,
     ) -> float:
         """Write the whole machine to a file at `path`, from which `avmm.restore` makes one like
-        it. Returns how long the guest has stood still for it, in seconds.
+        it. Returns for how many seconds the guest stood still.
 
-        The guest runs on, but for a moment at the end; that it must come to a standstill within
-        `deadline` seconds. The file replaces one that is there when it is whole, or not at all.
-        What disks hold is not in it: where they are written, hold the guest in `paused` and copy
-        them there as well. Raises `SnapshotError` (a full disk, say), `PauseTimeout`,
-        `DeviceError` where a device cannot be saved, and `RunstateError` where the guest has
-        ended, be it meanwhile. Cancelled, it leaves nothing behind.
+        The guest keeps running except for a moment at the end. It must come to that standstill
+        within `deadline` seconds. The file replaces an existing one when it is complete, or not
+        at all. It does not contain what disks hold: if the guest writes to them, call this inside
+        `paused` and copy the disks there as well.
+
+        Raises `SnapshotError` (if the disk is full, for example), `PauseTimeout`, `DeviceError`
+        if a device cannot be saved, and `RunstateError` if the guest has ended before or ends
+        meanwhile. If it is cancelled, it leaves nothing behind.
         """
-        await in_thread(import_module, "avmm.snapshot")  # from files
-        from avmm import snapshot  # noqa: PLC0415 - xxhash and msgpack, for who needs them
+        await in_thread(import_module, "avmm.snapshot")  # reads files
+        from avmm import snapshot  # noqa: PLC0415 - imports xxhash and msgpack, which few need
 
         parts = self._use("snapshot")
         with self._inside.operation("snapshot", self._life):
@@ -335,18 +343,19 @@ class Machine:
         """Hand the running guest over to `avmm.receive` at the other end of `stream`.
 
         RAM is copied while the guest runs, until the rest can go over within `target_downtime`
-        seconds, throttling a guest that writes faster than the line carries; at most `bandwidth`
-        bytes a second. Then it is stopped (within `deadline` seconds), handed over, and this
-        machine has ended (`Cause.MOVED`). The line counts as dead when it gives nothing, or takes
-        less than 256 KiB, for `stall_seconds`.
+        seconds, at most `bandwidth` bytes a second. A guest that writes faster than the line
+        carries is throttled. Then the guest is stopped (within `deadline` seconds) and handed
+        over, and this machine has ended (`Cause.MOVED`). The line counts as dead if nothing comes
+        for `stall_seconds` while something is expected, or if it takes less than 256 KiB in that
+        time.
 
-        Raises `MigrationError`, `PauseTimeout` or `DeviceError` where that fails, or is cancelled,
-        and the guest runs on here as before; `RunstateError` where it has ended, be it meanwhile.
-        Only from the moment of the hand-over itself it cannot be cancelled; where no answer comes
-        within `answer_seconds` it raises `HandOverUnknownError`, the guest stays stopped, and
-        `settle` is for you to call.
+        If that fails, it raises `MigrationError`, `PauseTimeout` or `DeviceError`, and the guest
+        runs on here as before; it does so too if this is cancelled. Raises `RunstateError` if the
+        guest has ended before or ends meanwhile. From the moment of the hand-over itself this
+        cannot be cancelled. If no answer comes then within `answer_seconds`, it raises
+        `HandOverUnknownError`, the guest stays stopped, and you must call `settle`.
         """
-        await in_thread(import_module, "avmm.transfer.source")  # from files
+        await in_thread(import_module, "avmm.transfer.source")  # reads files
         from avmm.transfer.protocol import SourceState  # noqa: PLC0415 - xxhash and msgpack
         from avmm.transfer.source import Options, Sender  # noqa: PLC0415
 
@@ -372,10 +381,12 @@ class Machine:
     async def settle(self, *, runs_here: bool) -> None:
         """After a `HandOverUnknownError`: say where the guest runs.
 
-        `runs_here=True` lets it run on here: only where it certainly does not run at the
-        destination and never will. False ends this machine (`Cause.MOVED`). Raises `ConfigError`
-        where somebody else holds its disks or interfaces, and `RunstateError` where there is
-        nothing to settle or somebody else is settling it; then, or cancelled, it is as before.
+        `runs_here=True` lets the guest run on here. Use it only if you are sure that the guest
+        does not run at the destination and never will. False ends this machine (`Cause.MOVED`).
+
+        Raises `ConfigError` if somebody else holds the guest's disks or interfaces, and
+        `RunstateError` if there is nothing to settle or another task is settling it. After an
+        error or a cancellation the machine is as it was before.
         """
         parts, inside, life = self._use("settle"), self._inside, self._life
         if not runs_here:
@@ -401,28 +412,29 @@ class Machine:
         deadline: float | None = None,
         **settings: Unpack[HostSettings],
     ) -> AbstractAsyncContextManager[Machine]:
-        """`async with vm.clone() as twin:` a second machine, which goes on from where this one is.
+        """`async with vm.clone() as twin:` makes a second machine, which continues from where
+        this one is.
 
-        RAM is shared until one of them writes to it. While this machine stands still, what its
-        guest has written since it was cloned before, or restored, is copied once, in a thread: a
-        clone takes as long as that, and some milliseconds.
+        RAM is shared until one of them writes to it. While this machine stands still, the pages
+        that its guest has written since it was last cloned, or restored, are copied once, in a
+        thread. A clone takes that long plus some milliseconds.
 
-        `settings` are those of the host's side. What cannot be shared is the caller's choice, and
-        is asked for where it is missing: `disks`, `net` and `vsock` say what the twin's are, as
-        many as the guest has, with a CID and MAC addresses (the same ones, to keep them; of others
-        its driver knows when it looks). Others are this machine's unless they are given.
-        `devices` and `calls` are as for `Machine`. What this machine's consoles have put out that
-        nobody has received is received here only, or, with `keep_output`, from both.
+        `settings` are the settings of the host's side. You must name what the two cannot share:
+        `disks`, `net` and `vsock` say what the twin gets, as many as the guest has, with a CID
+        and MAC addresses. Give the same addresses to keep them; the guest's driver notices others
+        only when it looks. All other settings are this machine's unless you give them. `devices`
+        and `calls` are as for `Machine`. Console output of this machine that nobody has received
+        yet can be received only from this machine, or with `keep_output` from both.
 
-        Entering it raises `ConfigError` for settings that cannot be or are missing,
-        `RunstateError` where the guest has ended, be it on the way to the standstill, and as
-        `paused` and `Machine` do.
+        Entering it raises `ConfigError` for impossible or missing settings, `RunstateError` if the
+        guest has ended, even if that happens on the way to the standstill, and what `paused` and
+        `Machine` raise.
         """
         return _clone(self, devices, calls, settings, keep_output, deadline)
 
     def message_interrupt(self, address: int, data: int) -> InterruptLine:
-        """A message-signalled interrupt to the guest: `pulse()` sends it, from any thread, at
-        once even where the machine is paused."""
+        """A message-signalled interrupt for the guest. `pulse()` sends it at once, from any
+        thread, even while the machine is paused."""
         return self._use("message_interrupt").interrupts.message(address, data)
 
     # -- its life -------------------------------------------------------------------------
@@ -459,8 +471,8 @@ class Machine:
 
     @asynccontextmanager
     async def _run(self, parts: Parts) -> AsyncIterator[None]:
-        """Around the block: its guest runs inside. Raises what has failed in here, and what the
-        block raises, as `raise_together` does."""
+        """Run the guest while the block is run. Raises what has failed in here and what the block
+        raises, as `raise_together` does."""
         left = _LeftError()
         own: list[BaseException] = []
         cancelled: list[BaseException] = []
@@ -484,8 +496,8 @@ class Machine:
                 with trio.CancelScope(shield=True):
                     await self._inside.operations_over()
                 if cancelled and not own and not failures.errors:
-                    # Whoever outside has cancelled the block gets this. Where nobody has, a
-                    # device has cancelled the nursery: then it ends here.
+                    # If somebody outside has cancelled the block, this is theirs. If nobody has,
+                    # a device has cancelled the nursery, and the cancellation ends here.
                     scope.cancel()
                     raise cancelled[0]
             raise_together([*own, *failures.errors], "a machine and its block have failed")
@@ -506,26 +518,26 @@ class Machine:
         nursery.start_soon(failures.guard, run_vcpus, name="vCPUs")
 
     async def _run_vcpus(self, parts: Parts, failures: Failures) -> None:
-        """Until the guest has ended and the devices know it. What they raise then does not hide
-        why it has ended."""
+        """Run the vCPUs until the guest has ended and the devices know it. An error that a device
+        raises then does not hide why the guest has ended."""
         cause: BaseException | None = None
         late: list[Exception] = []
         try:
             await parts.group.run()
-        except BaseException as error:  # raised below: what comes now may fail as well
+        except BaseException as error:  # raised below, because the next steps may fail as well
             cause = error
         try:
             for step in (parts.deliver_coalesced, *(device.finish for device in parts.devices)):
                 try:
                     step()
-                except Exception as error:  # whatever it is, the others hear of the end
+                except Exception as error:  # of any type: the other devices must learn of the end
                     late.append(error)
         finally:
             with trio.CancelScope(shield=True):
                 await self._life.decided()
             self._life.finish()
         if isinstance(cause, Exception):
-            # Why the guest has ended is what is to be known, and often they say the same again.
+            # The caller needs to know why the guest has ended. Often these errors only repeat it.
             for failure in late:
                 logger.error("after the guest had failed:", exc_info=failure)
                 cause.add_note(f"and at the guest's end: {failure!r}")
@@ -543,16 +555,17 @@ class Machine:
 def machine_from(
     life: Life, build_it: Callable[[], Awaitable[Parts]], config: MachineConfig | None = None
 ) -> Machine:
-    """For `avmm`'s own: a machine whose parts `build_it` gives when it is entered, with `life.end`
-    for the guest's end. They are dismantled with it."""
+    """For use inside `avmm`: a machine that awaits `build_it` for its parts when it is entered,
+    and dismantles them when it is left. `build_it` must give the parts `life.end`, which they call
+    at the guest's end."""
     machine = Machine.__new__(Machine)
     machine._set_up(life, build_it, config)
     return machine
 
 
 def machine_of(parts: Parts, life: Life) -> Machine:
-    """For `avmm`'s own: a machine of parts that there are already. Who makes one enters it, or the
-    parts are never dismantled."""
+    """For use inside `avmm`: a machine of parts that exist already. The caller must enter it, or
+    the parts are never dismantled."""
 
     async def there_already() -> Parts:
         return parts
@@ -570,9 +583,9 @@ def _ports(parts: Parts) -> dict[str, Port]:
 
 
 def _strays(error: BaseException, left: _LeftError) -> list[BaseException]:
-    """What has come out of a machine's nursery, but for its mark and cancellations.
+    """The errors that have come out of a machine's nursery, except its mark and cancellations.
 
-    Where there is nothing but the mark, it may come without a group (trio can be told so).
+    If there is only the mark, it may come without a group, because trio can be configured so.
     """
     found: Sequence[BaseException] = [error]
     if isinstance(error, BaseExceptionGroup) and left in error.exceptions:
@@ -606,7 +619,7 @@ async def _clone(
 async def _copied(
     machine: Machine, settings: HostSettings, deadline: float | None, stack: AsyncExitStack
 ) -> tuple[Described, dict[str, Any], GuestMemory]:
-    """What `machine` is, its state, and a fork of its RAM that `stack` closes."""
+    """The description of `machine`, its state, and a fork of its RAM, which `stack` closes."""
     parts, inside, life = machine._use("clone"), machine._inside, machine._life
     with inside.operation("clone", life):
         told = await in_thread(parts.describe)
@@ -621,7 +634,7 @@ async def _copied(
 
 
 async def _forked(memory: GuestMemory) -> GuestMemory:
-    """A fork of RAM that nothing writes meanwhile."""
+    """A fork of RAM. Call it while nothing writes to RAM."""
 
     def fork() -> GuestMemory:
         try:

@@ -3,22 +3,24 @@
     async with vm.paused(deadline=2.0):
         state = vm.save()
 
-In this order, each step for all before the next begins:
+It takes three steps. Each is finished for all vCPUs or devices before the next begins:
 
-1. Every vCPU is asked to pause, all at once, and then awaited, so that they drain side by side.
-   Each serves what it has in hand and lets the kernel finish it (`avmm.vcpu.completion`).
-2. Coalesced writes, which no exit has shown, reach their devices (`avmm.bus.coalesced`).
-3. The devices are quiesced: what is in flight finishes, and after it nothing writes guest
-   memory or raises an interrupt. Not earlier: both steps before still call devices.
+1. All vCPUs are asked to pause at the same time, and then awaited, so that they drain side by
+   side. Each serves its current exit and lets the kernel finish it (`avmm.vcpu.completion`).
+2. Coalesced writes, which the guest made without an exit, reach their devices
+   (`avmm.bus.coalesced`).
+3. The devices are quiesced: they finish what is in flight, and after that none of them writes
+   guest memory or raises an interrupt. This cannot come earlier, because both steps before it
+   still call devices.
 
-Whatever ends it, leaving the block or a failure, timeout or cancellation at any point, the
-same is undone in reverse, and the guest runs on as if nothing had been asked.
+When the block is left, or when a step fails, times out or is cancelled at any point, the steps are
+undone in reverse order, and the guest runs on as if nothing had been asked.
 
-Where the machine is on that way is one `Stand`; `STANDS` is the table of what follows what.
+A `Stand` says how far the machine is on that way. The table `STANDS` says which may follow which.
 
-A device that cannot go on does not keep the guest: devices are resumed side by side, each has
-`RESUME_SECONDS` for it, and then the vCPUs run, whatever has become of them. A guest without one
-of its devices can still be talked to and saved; one that stands still for ever cannot.
+A device that cannot go on does not hold up the guest. Devices are resumed side by side, and have
+`RESUME_SECONDS` for it. After that the vCPUs run, whatever the devices have done. A guest without
+one of its devices can still be reached and saved; a guest that stands still for ever cannot.
 """
 
 from __future__ import annotations
@@ -36,13 +38,13 @@ from avmm.errors import DeviceError, PauseTimeout, VcpuError
 logger = logging.getLogger(__name__)
 
 _THROTTLE_SECONDS: Final = 0.04
-"""A period of throttling. A pause may have to wait that long for it."""
+"""One period of throttling. A pause may have to wait that long."""
 RESUME_SECONDS: Final = 10.0
-"""How long the vCPUs wait for devices to resume; then they run on without."""
+"""How long the vCPUs wait for devices to resume. After that they run without them."""
 
 
 class Stand(Enum):
-    """Where a machine is on its way to a standstill and back."""
+    """How far a machine is on its way to a standstill and back."""
 
     RUNS = "runs"
     STOPPING = "is on its way to a standstill"
@@ -58,11 +60,11 @@ STANDS: Final[Mapping[Stand, Set[Stand]]] = {
     Stand.RESUMING: {Stand.RUNS},
     Stand.FORSAKEN: set(),
 }
-"""What may follow each."""
+"""For each, the ones that may follow it."""
 
 
 class PausableVcpus(Protocol):
-    """What the coordinator needs of the vCPUs; `avmm.loop.VcpuGroup` is such."""
+    """What the coordinator needs of the vCPUs. `avmm.loop.VcpuGroup` has it."""
 
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -71,7 +73,7 @@ class PausableVcpus(Protocol):
 
 
 class QuiescableDevice(Protocol):
-    """What it needs of a device; `avmm.devices.base.Device` is one."""
+    """What the coordinator needs of a device. `avmm.devices.base.Device` has it."""
 
     @property
     def name(self) -> str: ...
@@ -80,8 +82,9 @@ class QuiescableDevice(Protocol):
 
 
 class Coordinator:
-    """Pauses one machine for whoever asks, from trio; pauses count. `devices` is gone through at
-    each standstill, and may give others then than before."""
+    """Pauses one machine for any task that asks. Use it only in trio. Pauses are counted.
+
+    `devices` is iterated at each standstill, and may yield other devices than the last time."""
 
     def __init__(
         self,
@@ -96,16 +99,17 @@ class Coordinator:
         self._holders = 0
         self._quiesced: list[QuiescableDevice] = []
         """The devices that are to be resumed."""
-        # Held while the machine is on its way to a standstill or back. Whoever else asks
-        # meanwhile waits, within its own deadline; no vCPU and no device ever takes it.
+        # Held while the machine is on its way to a standstill or back. Another task that asks
+        # meanwhile waits, within its own deadline. No vCPU and no device ever takes it.
         self._moving = trio.Lock()
         self._stage = ""
-        """What the way to a standstill or back waits for, other than vCPUs; for a person."""
+        """In words for people: what the machine waits for, other than vCPUs, on its way to a
+        standstill or back."""
         self._stage_begun = 0.0
 
     @property
     def stand(self) -> Stand:
-        """Where the machine is between running and standing still."""
+        """How far the machine is on its way to a standstill and back."""
         return self._stand
 
     @property
@@ -115,23 +119,23 @@ class Coordinator:
 
     def _turn(self, to: Stand) -> None:
         if to not in STANDS[self._stand]:
-            raise RuntimeError(f"a machine that {self._stand.value} cannot be: {to.name}")
+            raise RuntimeError(f"a machine that {self._stand.value} cannot become {to.name}")
         self._stand = to
 
     @asynccontextmanager
     async def paused(self, deadline: float | None = None) -> AsyncIterator[None]:
         """The machine stands still inside the block.
 
-        Pauses nest and overlap: the guest runs on when the last one is left. Raises
-        `PauseTimeout` where it does not stand still within `deadline` seconds, saying what it
-        waited for, and what a device raises at it. Cancelling is a checkpoint's, at any
-        moment on the way there; after any of these the guest runs on.
+        Pauses nest and overlap: the guest runs on when the last one is left. If the machine does
+        not stand still within `deadline` seconds, this raises `PauseTimeout`, which says what it
+        waited for. It also raises what a device raises when it is quiesced. It can be cancelled
+        at any moment before the machine stands still. After any of these the guest runs on.
 
-        Leaving it is shielded, and done when the guest runs. Raises then what a device raised
-        at its resume, a `DeviceError` that names those not back within `RESUME_SECONDS`, or
-        both in a group.
+        Leaving the block is shielded from cancellation, and returns when the guest runs. It
+        raises what a device raises when it is resumed, a `DeviceError` that names the devices
+        that are not resumed within `RESUME_SECONDS`, or both in a group.
         """
-        waited_for = [""]  # this call's own: others may fail at the same time, for other reasons
+        waited_for = [""]  # this call's own: other calls may fail meanwhile for other reasons
         with trio.move_on_after(float("inf") if deadline is None else deadline) as scope:
             await self._hold(waited_for)
         if scope.cancelled_caught:
@@ -144,7 +148,7 @@ class Coordinator:
 
     async def _hold(self, waited_for: list[str]) -> None:
         try:
-            self._moving.acquire_nowait()  # no round of the scheduler before the first kick
+            self._moving.acquire_nowait()  # spares a round of the scheduler before the first kick
         except trio.WouldBlock:
             try:
                 await self._moving.acquire()
@@ -161,22 +165,23 @@ class Coordinator:
     # -- for a guest that is handed over to another process --------------------------------------
 
     def forsake(self) -> None:
-        """The guest runs elsewhere: this standstill is never left, whoever holds it. While
-        paused."""
+        """The guest runs elsewhere, so this standstill never ends, whoever holds it. Call it
+        while paused."""
         self._turn(Stand.FORSAKEN)
 
     def retain(self) -> None:
-        """Hold the standstill until `relinquish`, with nobody inside of a block. While paused."""
+        """Keep the standstill until `relinquish`, even if no task is in a block. Call it while
+        paused."""
         self._holders += 1
 
     async def relinquish(self) -> None:
-        """Let go of what `retain` held; the guest runs on unless somebody else holds it."""
+        """End what `retain` began. The guest runs on, unless somebody else keeps it paused."""
         with trio.CancelScope(shield=True):
             await self._release()
 
     async def throttle(self, share: Callable[[], float]) -> None:
-        """Let the vCPUs stand still for a share of their time, until cancelled: `share()` tells
-        which, 0 to 1, and is asked all the time. Devices are not quiesced."""
+        """Make the vCPUs stand still for a share of their time, until cancelled. `share()` returns
+        the share, from 0 to 1, and is called in each period. Devices are not quiesced."""
         while True:
             part = share()
             await trio.sleep(_THROTTLE_SECONDS * (1 - part))
@@ -189,15 +194,15 @@ class Coordinator:
                     self._vcpus.pause()
                     await self._vcpus.parked()
                     await trio.sleep(_THROTTLE_SECONDS * part)
-                except VcpuError:  # whoever pauses the machine next is told
+                except VcpuError:  # the next task that pauses the machine gets this error
                     return
                 finally:
                     self._vcpus.resume()
 
     def _describe(self) -> str:
         if self._stage:
-            return f"{self._stage}, since {trio.current_time() - self._stage_begun:.1f} s"
-        return "; ".join(self._vcpus.late()) or "nothing keeps it any more"
+            return f"{self._stage}, for {trio.current_time() - self._stage_begun:.1f} s so far"
+        return "; ".join(self._vcpus.late()) or "nothing holds it up now"
 
     def _enter(self, stage: str) -> None:
         self._stage, self._stage_begun = stage, trio.current_time()
@@ -209,7 +214,8 @@ class Coordinator:
                 await self._run_on()
 
     async def _stand_still(self, waited_for: list[str]) -> None:
-        """All steps. Where one fails the machine runs on, and what it had waited for is noted."""
+        """Take all steps. If one fails, the machine runs on, and `waited_for` gets what it had
+        waited for."""
         self._turn(Stand.STOPPING)
         try:
             self._vcpus.pause()
@@ -225,8 +231,8 @@ class Coordinator:
                 try:
                     await self._run_on()
                 except Exception as failure:
-                    # The guest runs on; why it was not paused is what is to be known.
-                    logger.exception("a pause was given up, and on the way back:")
+                    # The guest runs on. The caller needs to know why it was not paused.
+                    logger.exception("a pause failed, and on the way back:")
                     error.add_note(f"and on the way back: {failure!r}")
                     waited_for[-1] += f"; and on the way back: {failure!r}"  # for a deadline
             raise
@@ -235,8 +241,8 @@ class Coordinator:
         self._turn(Stand.STILL)
 
     async def _run_on(self) -> None:
-        """Resume the devices that were quiesced, and then the vCPUs; to be called shielded.
-        Raises as `paused`."""
+        """Resume the devices that were quiesced, and then the vCPUs. Call it shielded. Raises what
+        leaving `paused` raises."""
         self._turn(Stand.RESUMING)
         quiesced, self._quiesced = self._quiesced, []
         failures: list[Exception] = []
@@ -244,7 +250,7 @@ class Coordinator:
             if quiesced:
                 await self._resume(quiesced, failures)
         finally:
-            self._vcpus.resume()  # an interrupted program's, too; does nothing the second time
+            self._vcpus.resume()  # also if the program is interrupted; a second call does nothing
             self._stage = ""
             self._turn(Stand.RUNS)
         if len(failures) > 1:
@@ -264,12 +270,12 @@ class Coordinator:
         async def resume(device: QuiescableDevice) -> None:
             try:
                 await device.resume()
-            except Exception as error:  # whatever it is, it must not cancel the others
+            except Exception as error:  # of any type, because it must not cancel the others
                 failures.append(error)
             late.pop(id(device), None)
             self._enter(f"not resumed yet: {name_late()}")
             if not late:
-                self._vcpus.resume()  # here: the guest waits for no round of the scheduler more
+                self._vcpus.resume()  # here, so that the guest need not wait for the scheduler
                 all_back.set()
 
         self._enter(f"not resumed yet: {name_late()}")
@@ -282,7 +288,7 @@ class Coordinator:
                 text = f"not resumed within {RESUME_SECONDS:g} s after a pause: {name_late()}"
                 logger.error("%s; the guest runs on", text)
                 failures.append(DeviceError(text))
-                # Before the devices are cancelled: one that heeds no cancellation, either,
-                # keeps whoever leaves the pause, but not the guest.
+                # Before the devices are cancelled: a device that ignores the cancellation as
+                # well holds up the task that leaves the pause, but not the guest.
                 self._vcpus.resume()
                 nursery.cancel_scope.cancel()

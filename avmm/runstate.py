@@ -1,16 +1,16 @@
-"""What a machine is at: its states, what leads from one to the next, and what may be done in each.
+"""The states of a machine: which state may follow which, and what may be done in each.
 
-All of it is in this file. `Machine` asks `Life.demand` before it does anything for its user and
-tells `Life.move` what has happened; it keeps no flags beside it.
+All of it is in this file. `Machine` calls `Life.demand` before it does anything for its user, and
+`Life.move` when something has happened. It keeps no flags of its own.
 
 Theory of operation
 ===================
 
-A machine's state is moved by two kinds of events.
+Two kinds of events change a machine's state.
 
-**What trio's side does** moves it by `TRANSITIONS`: the machine is entered, migrated, settled,
-left. Only trio's thread writes it, so between two checkpoints nobody else's step comes between a
-look and a move.
+**Steps of trio's side** change it by `TRANSITIONS`: the machine is entered, migrated, settled,
+left. Only trio's thread writes the state, so between two checkpoints no other step comes between
+reading and writing it.
 
     NEW ── STARTING ──┬── RUNNING ─────────────────────────────────────────────── LEFT
                       │     │  ^                                                   ^
@@ -23,29 +23,32 @@ look and a move.
                                            v  │ it cannot be here
                                          SETTLING ── RUNNING: it runs here
 
-**The guest's end** may come in any thread, mostly a vCPU's: an outcome is appended to a list,
-which is atomic, and never taken out again. The state is not written then; it is *seen through*
-`AT_END`: what is RUNNING, and has an outcome, has ENDED. Where a state is not in `AT_END`, the
-outcome waits: before the machine runs, a `stop` is kept until it does; while the guest is handed
-over nobody knows whose end it would be, and it is kept until that is decided (`MOVED` wins then: a
-guest that runs elsewhere was not stopped). Both sides first write and then look, the one the
-outcome and then the state, the other the state and then the outcomes. Under the GIL one of them
-sees the other, so every outcome in a state of `AT_END` has the vCPUs stopped.
+**The guest's end** may come in any thread, mostly in a vCPU's. An outcome is appended to a list,
+which is atomic, and is never removed. The state is not written then. Instead `AT_END` translates
+it when it is read: a machine that is RUNNING and has an outcome has ENDED. In a state that is not
+in `AT_END`, the outcome waits. Before the machine runs, a `stop` is kept until it does. While the
+guest is being handed over, nobody knows yet whose guest would end, so the outcome is kept until
+that is decided. `MOVED` wins then, because a guest that runs elsewhere was not stopped.
 
-**What threads share** is three things. `_outcomes` only grows: `append` and `insert` are atomic,
-and an outcome that is there stays. `_state` is one reference that trio's thread alone writes; who
-else reads it sees what was true a moment ago. `_stop` is set before the first state in which it is
-called, and then never again; what it does (`VcpuGroup.stop`) any thread may do, at any time. The
-event and the parking lot are for trio's side only. There is no lock, so a signal handler may stop
-a machine, too.
+Both sides write first and then read: the guest's end writes the outcome and then reads the state,
+and trio's side writes the state and then reads the outcomes. Under the GIL at least one of them
+sees what the other wrote, so each outcome in a state of `AT_END` stops the vCPUs.
 
-**A refused operation changes nothing**, and says what the machine is and what it would have to
-be. One that takes its time (a snapshot, a clone, a migration) is demanded again at the machine's
-standstill, where the guest can end no more, in the states of `MEANWHILE`: what began on a guest
-that ran makes no copy of one that has ended since.
+**Threads share three things.** `_outcomes` only grows: `append` and `insert` are atomic, and an
+outcome stays in it. `_state` is one reference that only trio's thread writes; another thread that
+reads it sees what was true a moment ago. `_stop` is set before the first state in which it is
+called, and never again after that; any thread may call it (`VcpuGroup.stop`) at any time. Only
+trio's side uses the event and the parking lot. There is no lock, so even a signal handler may stop
+a machine.
 
-**Whether it stands still** is no state of the machine's. Pauses overlap with everything here and
-with one another; the coordinator counts them (`avmm.migration.Stand`).
+**A refused operation changes nothing.** Its error says in which state the machine is and which
+state was expected. An operation that takes some time (a snapshot, a clone, a migration) is checked
+again at the machine's standstill, where the guest can no longer end. It may go on in the states of
+`MEANWHILE`, so an operation that began while the guest ran never copies a guest that has ended
+since.
+
+**A standstill is not a state of the machine.** Pauses overlap with everything here and with one
+another; the coordinator counts them (`avmm.migration.Stand`).
 """
 
 from __future__ import annotations
@@ -62,29 +65,30 @@ from avmm.sides import anywhere, in_trio
 
 
 class Runstate(Enum):
-    """What a machine is at; the value is a sentence's end, after "this machine"."""
+    """The state of a machine. In messages the value follows the words "this machine"."""
 
     NEW = "has not been entered"
     """It was made. A `stop` is kept until it runs."""
     STARTING = "is being entered"
-    """Its parts are put together."""
+    """Its parts are being put together."""
     RUNNING = "runs"
-    """Its guest does, or stands still in a pause."""
+    """Its guest runs, or stands still in a pause."""
     MIGRATING = "is being migrated"
-    """Its guest runs, or stands still for the last round; it can still be given up."""
+    """Its guest runs, or stands still for the last round. The migration can still be given up."""
     HANDING_OVER = "is being handed over"
-    """Its guest stands still, and is the destination's as soon as that has heard so. Soon it is
-    known whether it has."""
+    """Its guest stands still, and belongs to the destination as soon as COMMIT has arrived there.
+    Within seconds this side knows whether it has, or gives up waiting for the answer."""
     UNSETTLED = "was handed over and waits for settle()"
-    """No answer came: its guest stays stopped."""
+    """No answer came, so its guest stays stopped."""
     SETTLING = "is being settled"
     """`settle(runs_here=True)` takes back what the guest needs of this host."""
     MOVED = "was handed over, and its guest runs elsewhere"
-    """Of what was here, RAM can still be looked at."""
+    """Its RAM can still be read here."""
     ENDED = "has ended"
-    """Its guest has, or is to end at once; RAM and consoles' last output can still be read."""
+    """Its guest has ended, or will end at once. RAM and the consoles' last output can still be
+    read."""
     LEFT = "was left"
-    """Its block is over, and all was given back to the host."""
+    """Its block is over, and everything was given back to the host."""
     FAILED = "could not be entered"
     """Nothing of it is left."""
 
@@ -103,13 +107,14 @@ TRANSITIONS: Final[Mapping[Runstate, Set[Runstate]]] = {
     _S.LEFT: set(),
     _S.FAILED: set(),
 }
-"""What trio's side makes of each state. ENDED is in no row: see `AT_END`."""
+"""For each state, the states to which trio's side may change it. ENDED is in no row: see
+`AT_END`."""
 
 AT_END: Final[Mapping[Runstate, Runstate]] = dict.fromkeys(
     (_S.RUNNING, _S.MIGRATING, _S.UNSETTLED, _S.SETTLING), _S.ENDED
 )
-"""What these are as soon as the guest has an outcome. In all others the outcome waits, or comes
-too late to matter."""
+"""What these states become as soon as the guest has an outcome. In all other states the outcome
+waits, or comes too late to matter."""
 
 _INSIDE: Final = frozenset(
     {
@@ -122,7 +127,7 @@ _INSIDE: Final = frozenset(
         _S.ENDED,
     }
 )
-"""Its block is being run."""
+"""The states in which the machine's block is being run."""
 _RUNS: Final = frozenset({_S.RUNNING})
 
 OPERATIONS: Final[Mapping[str, tuple[Set[Runstate], str]]] = {
@@ -150,15 +155,16 @@ OPERATIONS: Final[Mapping[str, tuple[Set[Runstate], str]]] = {
     "wait": (_INSIDE | {_S.LEFT}, "one that was entered"),
     "stop": (frozenset(_S), "any"),
 }
-"""By the name that its user calls: the states in which it is done, and these in words. `config` is
-so of a machine out of a file; others have theirs from the beginning."""
+"""For each operation, by the name of its method: the states in which it is allowed, and these in
+words. The row of `config` is for machines that come from a file; other machines know their config
+from the beginning."""
 
 MEANWHILE: Final[Mapping[str, Set[Runstate]]] = {
-    "snapshot": {_S.RUNNING, _S.MIGRATING},  # one of both: RAM is copied for one at a time
+    "snapshot": {_S.RUNNING, _S.MIGRATING},  # `DirtyLog` refuses whichever of them comes second
     "clone": _RUNS,
     "migrate": {_S.MIGRATING},
 }
-"""In which states these go on that were allowed to begin."""
+"""For each operation that takes some time: the states in which it may go on once it has begun."""
 
 
 def _nothing() -> None:
@@ -166,7 +172,7 @@ def _nothing() -> None:
 
 
 def refusal(operation: str, actual: Enum, needed: Set[Enum], expected: str) -> RunstateError:
-    """The error for an operation that cannot be done in this state; `expected` is in words."""
+    """The error for an operation that is not allowed in this state. `expected` is in words."""
     text = f"{operation}: this machine {actual.value}; expected {expected}"
     return RunstateError(text, operation=operation, actual=actual, needed=needed)
 
@@ -177,33 +183,33 @@ class Life:
     def __init__(self) -> None:
         self._state = Runstate.NEW
         self._outcomes: list[Outcome] = []
-        """The first counts."""
+        """Only the first one counts."""
         self._stop: Callable[[], None] = _nothing
         self._over = trio.Event()
         self._moves = trio.lowlevel.ParkingLot()
 
     @property
     def state(self) -> Runstate:
-        """What the machine is at; any thread."""
+        """The machine's state. Any thread may read it."""
         return AT_END.get(self._state, self._state) if self._outcomes else self._state
 
     @property
     def is_inside(self) -> bool:
-        """Is the machine's block being run, whatever has become of the guest? Any thread."""
+        """Is the machine's block being run, even if the guest has ended? Any thread may ask."""
         return self.state in _INSIDE
 
     # -- what may be done ------------------------------------------------------------------
 
     @anywhere
     def demand(self, operation: str) -> None:
-        """Raise `RunstateError` unless this may be done now."""
+        """Raise `RunstateError` unless this operation is allowed now."""
         allowed, words = OPERATIONS[operation]
         self._demand(operation, allowed, words)
 
     @anywhere
     def demand_meanwhile(self, operation: str) -> None:
-        """Raise `RunstateError` unless what was begun may go on: the guest has not ended, and
-        nobody has begun to hand it over."""
+        """Raise `RunstateError` unless an operation that has begun may go on: the guest must not
+        have ended, and nobody may have begun to hand it over."""
         self._demand(operation, MEANWHILE[operation], OPERATIONS[operation][1])
 
     def _demand(self, operation: str, allowed: Set[Runstate], words: str) -> None:
@@ -215,12 +221,12 @@ class Life:
 
     @in_trio
     def move(self, to: Runstate) -> None:
-        """It has come to be this: a row of `TRANSITIONS`."""
+        """Change the state, as `TRANSITIONS` allows."""
         if to not in TRANSITIONS[self._state]:
-            raise RuntimeError(f"a machine that {self._state.value} cannot be: {to.name}")
+            raise RuntimeError(f"a machine that {self._state.value} cannot become {to.name}")
         self._state = to
         if to is Runstate.MOVED:
-            # Before all others: whatever came while it was being handed over came too late.
+            # First in the list, because an outcome during the hand-over came too late.
             self._outcomes.insert(0, Outcome(Cause.MOVED))
             self._stop()
         elif self.state is Runstate.ENDED:
@@ -229,27 +235,27 @@ class Life:
 
     @in_trio
     def start(self, stop: Callable[[], None]) -> None:
-        """It runs. `stop`, which any thread may call, asks the vCPUs to end."""
+        """The machine runs now. `stop`, which any thread may call, asks the vCPUs to end."""
         self._stop = stop
         self.move(Runstate.RUNNING)
 
     @in_trio
     def leave(self) -> None:
-        """Its block is over, or it could not be entered."""
+        """The machine's block is over, or the machine could not be entered."""
         is_starting = self._state is Runstate.STARTING
         self.move(Runstate.FAILED if is_starting else Runstate.LEFT)
 
     @in_trio
     def hand_over(self) -> None:
-        """From here on nobody ends the guest but whoever it will be. Raises `RunstateError` where
-        it has ended already."""
+        """Begin the hand-over. Until it is decided, nobody here can end the guest. Raises
+        `RunstateError` if the guest has ended already."""
         self.move(Runstate.HANDING_OVER)
         if self._outcomes:
             self.move(Runstate.MIGRATING)
             self.demand_meanwhile("migrate")
 
     async def decided(self) -> None:
-        """Wait until the guest is not being handed over; a few seconds at the most."""
+        """Wait while the guest is being handed over: a few seconds at the most."""
         while self._state is Runstate.HANDING_OVER:
             await self._moves.park()
 
@@ -264,12 +270,13 @@ class Life:
 
     @in_trio
     def finish(self) -> None:
-        """Its vCPUs have ended and its devices know it. What has no outcome was left."""
+        """The vCPUs have ended, and the devices know it. If there is no outcome, the machine was
+        left."""
         if not self._outcomes:
             self._outcomes.append(Outcome(Cause.STOPPED, detail="the machine was left"))
         self._over.set()
 
     async def over(self) -> Outcome:
-        """Wait until `finish`: how the guest has ended."""
+        """Wait for `finish`, and return how the guest has ended."""
         await self._over.wait()
         return self._outcomes[0]

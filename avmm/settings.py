@@ -1,10 +1,10 @@
-"""What a setting is: all that is to be said of one, in one declaration.
+"""What a setting is. One declaration says everything about it.
 
-`avmm.config` declares the settings. Everything else is derived from that: what a `MachineConfig`
-accepts and what it keeps, the keys of TOML files, the options of the commands, what a description
-of a machine tells, and the table in docs/settings.md. Static types of keyword arguments are the
-exception, for Python has no way to derive them; tests hold `avmm.config.Settings` to the
-declarations.
+`avmm.config` declares the settings. Everything else is derived from the declarations: what a
+`MachineConfig` accepts and what it keeps, the keys of TOML files, the options of the commands, the
+settings in a machine's description, and the table in docs/settings.md. Static types of keyword
+arguments are the exception, because Python cannot derive them; tests compare
+`avmm.config.Settings` with the declarations.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ _METADATA: Final = "setting"
 
 
 class Side(Enum):
-    """Whose matter a setting is, once there is a guest that goes on from somewhere."""
+    """What becomes of a setting when a guest continues from a snapshot, a clone or a migration."""
 
     BOOT = "no longer used"
-    """It is in the guest's memory, and no longer looked at."""
+    """It has had its effect on the guest's memory, and is not read again."""
     GUEST = "stays as it was"
-    """The guest has seen it: a description of the machine tells it, and it must be the same."""
+    """The guest has seen it, so it must stay the same. A description of the machine contains
+    it."""
     LINK = "named anew"
-    """What lies outside of the machine and belongs to a host; `avmm.parts.description`."""
+    """It names something outside of the machine, on a host; see `avmm.parts.description`."""
     HOST = "may be chosen anew"
-    """The guest does not see it: a description tells it for who chooses nothing."""
+    """The guest does not see it. A description contains it for a user who does not choose it."""
     COMMAND = "named anew by the command"
-    """Only the `avmm` command looks at it."""
+    """Only the `avmm` command uses it."""
 
     @property
     def is_told(self) -> bool:
-        """Is it among the settings of a description?"""
+        """Does a machine's description contain it?"""
         return self in (Side.GUEST, Side.HOST)
 
     @property
     def is_hosts(self) -> bool:
-        """Do `restore`, `receive` and `clone` take it?"""
+        """Do `restore`, `receive` and `clone` accept it?"""
         return self in (Side.LINK, Side.HOST)
 
 
@@ -56,25 +57,25 @@ class Side(Enum):
 
 
 class ValueKind(ABC, Generic[T]):
-    """What the values of a setting are: `T` to the program."""
+    """The kind of a setting's values. In the program a value has the type `T`."""
 
     metavar: ClassVar[str] = ""
 
     @abstractmethod
     def check(self, what: str, value: object) -> T:
-        """What `value`, from Python or TOML, means. Raises `ConfigError` that begins with
-        `what`; its own results it returns as they are."""
+        """Convert `value`, from Python or TOML. A value that this has returned before stays as it
+        is. Raises `ConfigError` with a text that begins with `what`."""
 
     def from_text(self, text: str) -> object:
-        """What somebody would have written in Python who gives the command this text."""
+        """Convert the text of a command's option to what one would write in Python."""
         return text
 
     def beside(self, value: T, folder: Path) -> T:
-        """The same, with its paths taken as relative to `folder`."""
+        """The same value with its paths made relative to `folder`."""
         return value
 
     def shown(self, value: T) -> str:
-        """As people would write it; empty for what they would leave out."""
+        """The value as people write it; empty if they would leave it out."""
         return str(value)
 
 
@@ -110,7 +111,7 @@ class NumberKind(ValueKind[int]):
 
     def from_text(self, text: str) -> object:
         number = number_of(text)
-        return text if number is None else number  # what is none, `check` refuses
+        return text if number is None else number  # `check` refuses text that is not a number
 
     def shown(self, value: int) -> str:
         return self._bounds.shown(value)
@@ -129,7 +130,7 @@ class SizeKind(ValueKind[int]):
 
 
 class ChoiceKind(ValueKind[T]):
-    """One of several, by their names."""
+    """One of several values, each with a name."""
 
     def __init__(self, choices: dict[str, T]) -> None:
         self.choices: Final = choices
@@ -165,7 +166,7 @@ class PathKind(ValueKind[Path]):
 
 
 class RomKind(ValueKind[tuple[int, Path]]):
-    """A file and the address at which the guest finds it: a pair, or text."""
+    """An address and the file that the guest finds there, as a pair or as text."""
 
     metavar = "ADDRESS=FILE"
 
@@ -202,7 +203,7 @@ class FlatKind(ValueKind[FlatOptions]):
 
 
 class _Parsed(Protocol):
-    """Those of `avmm.options`."""
+    """What the classes in `avmm.options` have in common."""
 
     @classmethod
     def parse(cls, value: object) -> Self: ...
@@ -214,7 +215,7 @@ _Options = TypeVar("_Options", bound=_Parsed)
 
 
 class OptionsKind(ValueKind[_Options]):
-    """A disk, a network, a socket: text, a table, or what it means."""
+    """A disk, a network or a socket, given as text, as a table or as an object of `options`."""
 
     def __init__(self, options: type[_Options]) -> None:
         self._options = options
@@ -227,7 +228,7 @@ class OptionsKind(ValueKind[_Options]):
 
 
 class OptionalKind(ValueKind[T | None]):
-    """That, or nothing; `word` says so where there is no None: on the command line, in TOML."""
+    """A value of `kind`, or None. `word` stands for None on the command line and in TOML."""
 
     def __init__(self, kind: ValueKind[T], *, word: str = "") -> None:
         self.kind: Final = kind
@@ -254,7 +255,7 @@ class OptionalKind(ValueKind[T | None]):
 
 
 class ListKind(ValueKind[tuple[_Each, ...]]):
-    """Any number of them, in a list; the command's option is repeated. None is an empty list."""
+    """A list of any number of values. The command's option is repeated. None is an empty list."""
 
     def __init__(self, each: ValueKind[_Each], expected: str) -> None:
         self.each: Final = each
@@ -283,34 +284,34 @@ class Setting(Generic[T]):
     """One setting, as it is declared."""
 
     name: str
-    """In Python."""
+    """Its name in Python."""
     default: T
     kind: ValueKind[T]
     side: Side
     help: str
-    """What it means, in sentences, as the command's help has it."""
+    """Its meaning, in the sentences that the command's help shows."""
     metavar: str = ""
-    """What stands for a value in the command's help, if not that of its kind."""
+    """The word for a value in the command's help. If empty, the `metavar` of its kind."""
     help_anew: str = ""
-    """The same where a guest goes on that has it already, if that is something else."""
+    """The help of commands in which a guest continues. If empty, `help`."""
     argument: str = ""
-    """The command takes it as an argument with this name, and not as an option."""
+    """If not empty, the command takes it as an argument with this name instead of an option."""
     no_option: str = ""
-    """Why the command does not take it."""
+    """If not empty, the command does not accept it; this text says why."""
 
     @property
     def key(self) -> str:
-        """In TOML."""
+        """Its name in TOML."""
         return self.name.replace("_", "-")
 
     @property
     def option(self) -> str:
-        """The command's; that of a list is repeated, and in the singular."""
+        """Its option of the command. For a list it is in the singular, and is repeated."""
         return f"--{self.key.removesuffix('s') if isinstance(self.kind, ListKind) else self.key}"
 
     @property
     def one(self) -> ValueKind[Any]:
-        """The kind of one value: of each in a list, of what is not None."""
+        """The kind of a single value: of each value in a list, and of a value that is not None."""
         kind: ValueKind[Any] = self.kind
         while isinstance(kind, ListKind | OptionalKind):
             kind = kind.each if isinstance(kind, ListKind) else kind.kind
@@ -318,7 +319,7 @@ class Setting(Generic[T]):
 
     @property
     def shown_default(self) -> str:
-        """As people would write it; empty for what they would leave out."""
+        """The default as people write it; empty if they would leave it out."""
         return self.kind.shown(self.default)
 
 
@@ -333,12 +334,12 @@ def setting(
     argument: str = "",
     no_option: str = "",
 ) -> T:
-    """A field of `MachineConfig`; the parameters are those of `Setting`."""
+    """Declare a field of `MachineConfig`. The parameters are those of `Setting`."""
     declared = Setting("", default, kind, side, help, metavar, help_anew, argument, no_option)
     made: T = field(default=default, metadata={_METADATA: declared})
     return made
 
 
 def declared(config: type[Any]) -> dict[str, Setting[Any]]:
-    """The settings that the fields of a dataclass declare, by name, in their order."""
+    """The settings that a dataclass declares in its fields, by name, in their order."""
     return {one.name: replace(one.metadata[_METADATA], name=one.name) for one in fields(config)}

@@ -117,7 +117,7 @@ async def test_a_vcpu_whose_exit_was_given_up_cannot_be_paused(tmp_path: Path) -
                             pass
                     except avmm.AvmmError as error:
                         refused.append(str(error))
-    assert refused == ["vCPU 0 has failed in the midst of an exit"]
+    assert refused == ["vCPU 0 has failed in the middle of an exit"]
 
 
 class Late(Null):
@@ -188,7 +188,9 @@ async def test_a_vcpu_that_gets_no_thread_is_told(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(avmm.VcpuError, match=f"^vCPU {which} gets no thread: can't start new"):
+    with pytest.raises(
+        avmm.VcpuError, match=f"^vCPU {which} could not get a thread: can't start new"
+    ):
         async with machine(tmp_path, FOREVER, cpus=2) as vm:
             loops = vm._inside.parts.group.loops
             await trio.sleep_forever()

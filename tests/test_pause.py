@@ -82,7 +82,7 @@ async def test_a_pause_with_a_deadline_fails_by_name_and_harms_nothing(tmp_path:
                 pytest.fail("the handler has not answered")
         assert "given up after 0.3 s" in str(caught.value)
         assert "vCPU 0 waits for Recorder at KVM_EXIT_IO: out of 4 bytes" in str(caught.value)
-        assert re.search(rf"port {PORT:#x}, since \d+\.\d s", str(caught.value))
+        assert re.search(rf"port {PORT:#x}, for \d+\.\d s so far", str(caught.value))
         device.go_on.set()
         await device.more()
         async with vm.paused(deadline=20):
@@ -116,8 +116,8 @@ async def test_a_handler_that_blocks_is_named_with_how_long_it_was_waited_for(
                 pytest.fail("the handler has not returned")
         device.may_return.set()
         await device.more()
-    what = "vCPU 0 is at Blocking at KVM_EXIT_IO: out of 4 bytes at port 0x300, not returned"
-    late = re.search(f"{what} ([0-9.]+) s after it was to pause", str(caught.value))
+    what = "vCPU 0 has not come back from Blocking at KVM_EXIT_IO: out of 4 bytes at port 0x300,"
+    late = re.search(f"{what} ([0-9.]+) s after it was asked to pause", str(caught.value))
     assert late is not None, str(caught.value)
     assert float(late[1]) >= 0.5  # it was asked a little before that is counted from
     assert device.complete
@@ -177,7 +177,9 @@ class Stuck(Busy):
 async def test_a_deadline_tells_of_what_fails_on_the_way_back(tmp_path: Path) -> None:
     device = Stuck()
     async with machine(tmp_path, COUNTING, devices=[avmm.pio(device, PORT, 4)]) as vm:
-        expected = r"Stuck has not finished .*, since \d+\.\d s; and on the way back: KeyError"
+        expected = (
+            r"Stuck has not finished .*, for \d+\.\d s so far; and on the way back: KeyError"
+        )
         with pytest.raises(avmm.PauseTimeout, match=expected):
             async with vm.paused(deadline=0.2):
                 pytest.fail("it has not quiesced")

@@ -65,7 +65,7 @@ def test_each_thing_that_a_machine_does_is_in_the_table() -> None:
 def test_a_step_that_is_not_in_the_table_is_none() -> None:
     life = Life()
     for to in set(Runstate) - TRANSITIONS[Runstate.NEW]:
-        with pytest.raises(RuntimeError, match=f"has not been entered cannot be: {to.name}"):
+        with pytest.raises(RuntimeError, match=f"has not been entered cannot become {to.name}"):
             life.move(to)
         assert life.state is Runstate.NEW
 

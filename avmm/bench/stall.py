@@ -1,15 +1,15 @@
-"""How long the program's other tasks have to wait while avmm is at something.
+"""How long the program's other tasks have to wait while avmm works.
 
-A task sleeps a millisecond, over and over, and notes how late it was woken. One thing after the
-other is done beside it: a guest is made, booted, cloned, saved, restored, paused, moved here and
-away, and left. What counts is the longest lateness meanwhile, less what the same task has in 99 of
-100 cases while nothing is done. A round does everything once, and the median over the rounds is
-reported, with the most of any round.
+A task sleeps a millisecond, over and over, and notes how late it was woken. Beside it, avmm does
+one thing after another: it makes a guest, boots one, clones, saves, restores and pauses one, moves
+one away and here, and leaves one. The result of each is the longest lateness meanwhile, minus the
+99th percentile of the lateness while nothing is done. A round does everything once. The median
+over the rounds is reported, and the worst of all rounds.
 
-On a busy host the thread also waits for a core, which is not avmm's doing. Linux counts that
-(/proc/thread-self/schedstat), so it is told how long the thread was kept otherwise, too.
+On a busy host the thread also waits for a core, which is not avmm's fault. Linux counts that time
+(/proc/thread-self/schedstat), so the longest lateness without it is reported too.
 
-What is done is prepared before, and the garbage is collected: neither is counted. In a migration
+Preparations and garbage collection happen before a measurement and are not counted. In a migration
 the other side is another process.
 """
 
@@ -42,20 +42,20 @@ from avmm.machine import Machine
 
 _TICK: Final = 0.001
 _SETTLE: Final = 0.02
-"""Before and after what is measured, in seconds: several ticks."""
+"""Seconds of waiting before and after each measurement: several ticks."""
 _IDLE_SECONDS: Final = 0.5
 _PAUSES: Final = 20
 _BETWEEN_PAUSES: Final = 0.005
 _SMALL: Final = "64M"
 _BOOTED: Final = "256M"
-"""RAM of the guest whose kernel is compressed: room for what the kernel unpacks to."""
+"""RAM of the guest whose kernel is compressed. The unpacked kernel must fit into it."""
 _PADDING: Final = 32 << 20
-"""Bytes after the bundled guest in the image that stands for a compressed kernel; they take as
-long to unpack as Debian's kernel does."""
+"""Bytes that follow the bundled guest in the image that stands for a compressed kernel. Unpacking
+them takes as long as unpacking Debian's kernel."""
 
 
 class Lateness:
-    """The task that sleeps. `run` it in the background."""
+    """The task that sleeps. Start `run` in the background."""
 
     def __init__(self) -> None:
         self._late: list[float] = []
@@ -63,7 +63,7 @@ class Lateness:
         self.seconds = 0.0
         """The longest lateness in the last `watched` block."""
         self.blocked: float | None = None
-        """The same without waiting for a core; None where Linux does not count that."""
+        """The same without the time of waiting for a core. None if Linux does not count that."""
 
     async def run(self) -> None:
         """Tick, until cancelled."""
@@ -73,7 +73,7 @@ class Lateness:
                 stack.callback(os.close, counts)
 
                 def core() -> float:
-                    """For how many seconds this thread has waited for a core so far."""
+                    """How many seconds this thread has waited for a core so far."""
                     return int(os.pread(counts, 100, 0).split()[1]) / 1e9
 
                 await self._tick(core)
@@ -91,7 +91,7 @@ class Lateness:
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """What is done in the block is measured."""
+        """Measure the lateness while the block is run."""
         gc.collect()
         gc.disable()
         try:
@@ -99,13 +99,13 @@ class Lateness:
             self._late.clear()
             self._blocked.clear()
             yield
-            await trio.sleep(_SETTLE)  # the tick that it has delayed comes to its end
+            await trio.sleep(_SETTLE)  # so that a tick which was delayed can end
             self.seconds, self.blocked = max(self._late), max(self._blocked, default=None)
         finally:
             gc.enable()
 
     async def idle(self) -> float:
-        """The 99th percentile while nothing is done."""
+        """Return the 99th percentile of the lateness while nothing is done, in seconds."""
         async with self.watched():
             await trio.sleep(_IDLE_SECONDS)
         return quantiles(self._late, n=100)[-1]
@@ -116,7 +116,7 @@ class _Bench:
     lateness: Lateness
     kernel: Path
     memory: int
-    """Bytes of RAM that the guests have that write to all of it."""
+    """Bytes of RAM of the guests that write to all of their RAM."""
     folder: Path
 
 
@@ -132,10 +132,11 @@ class _Round:
 async def measure(
     kernel: Path | None, memory: int, rounds: int, progress: Callable[[], None]
 ) -> list[StallRow]:
-    """All cases. `kernel` is a compressed one; without, the bundled guest is made into one.
+    """Measure all cases. `kernel` is a compressed kernel; if it is None, one is made from the
+    bundled guest.
 
-    `progress` is called at each of `steps(rounds)` steps. Raises `AvmmError` where a guest does
-    not do what it is to.
+    `progress` is called at each of `steps(rounds)` steps. Raises `AvmmError` if a guest does not
+    do what it should.
     """
     found: dict[str, list[_Round]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory(prefix="avmm-bench-") as name:
@@ -173,12 +174,14 @@ def steps(rounds: int) -> int:
 
 
 def _compressed(folder: Path) -> Path:
-    """The bundled guest with much behind it that the loader unpacks and does not load."""
+    """Compress the bundled guest, with much data after it that the loader unpacks but does not
+    load."""
     image = folder / "shell.gz"
     packer = zlib.compressobj(level=1, wbits=31)
     with image.open("wb") as file:
         file.write(packer.compress(guests.path("shell").read_bytes()))
-        for _ in range(_PADDING >> 20):  # half of each byte is random: neither stored nor a run
+        # Four bits of each byte are random: the compressor neither stores it raw nor finds runs.
+        for _ in range(_PADDING >> 20):
             file.write(packer.compress(secrets.token_hex(1 << 19).encode()))
         file.write(packer.flush())
     return image
@@ -211,7 +214,7 @@ async def _clone(bench: _Bench) -> None:
 
 
 async def _clone_again(bench: _Bench) -> None:
-    """Of a guest that has been cloned, and has written to all of its RAM again."""
+    """Clone a guest that was cloned before and has written to all of its RAM again."""
     async with _filled(bench) as vm:
         async with vm.clone():
             pass
@@ -227,7 +230,7 @@ async def _snapshot(bench: _Bench) -> None:
 
 
 async def _restore(bench: _Bench) -> None:
-    """Of what `_snapshot` has left."""
+    """Restore the snapshot that `_snapshot` has written."""
     async with AsyncExitStack() as stack, bench.lateness.watched():
         await stack.enter_async_context(restore(bench.folder / "snap"))
 
@@ -286,7 +289,8 @@ CASES: Final[dict[str, Callable[[_Bench], Awaitable[None]]]] = {
 async def _peer(
     what: str, memory: int
 ) -> AsyncIterator[tuple[trio.SocketStream, Callable[[], None]]]:
-    """Another process that is ready (`avmm.bench.peer`): a line to it, and what lets it begin."""
+    """Start another process (`avmm.bench.peer`), and wait until it is ready. Yields a stream to it
+    and a function that lets it begin."""
     here, there = socket.socketpair()
     async with trio.SocketStream(trio.socket.from_stdlib_socket(here)) as stream:
         with there:
@@ -302,7 +306,7 @@ async def _peer(
             assert process.stdout is not None
             try:
                 if await trio.to_thread.run_sync(process.stdout.readline) != b"ready\n":
-                    raise AvmmError(f"the process that is to {what} a guest has failed")
+                    raise AvmmError(f"the process that was to {what} a guest has failed")
                 yield stream, process.stdin.close
             finally:
                 process.kill()

@@ -6,8 +6,8 @@ closing a VM. Steps that call a user's code (`Device.attach` and `Device.load`) 
 thread, where its author expects it to run.
 
 **Failure and cancellation.** Each step puts what it has opened on the machine's exit stack before
-it does anything that could fail. A step that was begun in a thread runs to its end; between two
-steps building can be cancelled. Before `build` raises, for whatever reason, everything that was
+it does anything that could fail. A step that has begun in a thread runs to its end. Between two
+steps, `build` can be cancelled. Before `build` raises, for whatever reason, everything that was
 opened is closed again, also in a worker thread.
 """
 
@@ -80,7 +80,7 @@ class Origin:
 
 
 BOOT: Final = Origin()
-"""A machine that boots goes on from nowhere."""
+"""The origin of a machine that boots: there is nothing from which it continues."""
 
 
 async def build(
@@ -119,7 +119,7 @@ async def _build(
     calls: CallHandler | None,
     origin: Origin,
 ) -> Parts:
-    kind = await in_thread(arch.host)  # which imports it
+    kind = await in_thread(arch.host)  # in a thread, because it imports the architecture
     # Memory comes first, because the file that it is opened from is closed with it.
     memory = await in_thread(ram.open_memory, stack, kind.ram, config, origin)
     system = await in_thread(_open_system, stack, config, calls)
@@ -162,7 +162,7 @@ async def _build(
     return parts
 
 
-# -- the steps that are nobody else's -----------------------------------------------------------
+# -- the steps that belong to no other module ---------------------------------------------------
 
 
 def _open_system(stack: ExitStack, config: MachineConfig, calls: CallHandler | None) -> System:

@@ -59,7 +59,7 @@ class Parts:
     """A machine's VM, memory, devices and vCPUs. `close` gives all of them back."""
 
     group: VcpuGroup
-    """What runs the vCPUs."""
+    """Runs the vCPUs."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Parts:
         self._stack = ExitStack()
 
     def owns(self, stack: ExitStack) -> None:
-        """From now on `close` closes this stack."""
+        """Let `close` close this stack from now on."""
         self._stack = stack
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class Parts:
     # -- what runs ------------------------------------------------------------------------------
 
     def exits(self, vcpu: Vcpu) -> Exits:
-        """What serves the exits of `vcpu`."""
+        """Make the object that serves the exits of `vcpu`."""
         return Exits(
             vcpu,
             self.buses,
@@ -167,14 +167,14 @@ class Parts:
     # -- its state ------------------------------------------------------------------------------
 
     def save(self, *, with_memory: bool = True) -> dict[str, Any]:
-        """The whole state of a machine that stands still, as plain data. RAM is included only
-        `with_memory`.
+        """Return the whole state of a machine that stands still, as plain data. It includes RAM
+        only if `with_memory` is true.
         """
         return self.save_machine(with_memory=with_memory) | self.save_devices()
 
     def save_machine(self, *, with_memory: bool = True) -> dict[str, Any]:
-        """RAM, and the part of the state that KVM holds. Blocks for some milliseconds. May be
-        called in any thread.
+        """Return the part of the state that KVM holds, and RAM if `with_memory` is true. Blocks
+        for some milliseconds. May be called in any thread.
         """
         state: dict[str, Any] = {
             "version": STATE_VERSION,
@@ -187,8 +187,8 @@ class Parts:
         return state
 
     def save_devices(self, saved: Mapping[int, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-        """The devices' part of the state. `saved` has the states that are saved already, by the
-        devices' numbers. Calls `save` of all other devices. Call it in trio's thread.
+        """Return the devices' part of the state. `saved` has the states that are saved already, by
+        the devices' numbers. `save` of all other devices is called. Call this in trio's thread.
         """
         states = saved or {}
         return {
@@ -201,7 +201,7 @@ class Parts:
     def load(self, state: object) -> None:
         """Restore what `save` returned. RAM that is not in the state stays as it is.
 
-        Raises `StateError` if the state is not that of such a machine, and `DeviceError` if a
+        Raises `StateError` if the state is not one of a machine like this, and `DeviceError` if a
         device refuses its part.
         """
         self.load_machine(state)
@@ -209,7 +209,7 @@ class Parts:
             device.load(device_state)
 
     def load_machine(self, state: object) -> None:
-        """Does all of `load` except the devices' part, which is only checked. Blocks for some
+        """Do all of `load` except the devices' part, which is only checked. Blocks for some
         milliseconds. May be called in any thread. Raises `StateError`.
         """
         saved = self._read(state)
@@ -226,13 +226,13 @@ class Parts:
         ]
 
     def device_states(self, state: object) -> list[tuple[Device, Any]]:
-        """Each device with its part of the state. Load them in this order, after everything else.
-        Raises `StateError` if the states are not those of this machine's devices.
+        """Return each device with its part of the state. Load them in this order, after everything
+        else. Raises `StateError` if the states do not belong to this machine's devices.
 
-        They come last for this reason: an edge that a device raised just before the save may still
-        have been in one of the kernel's work queues (irqfd), where no saved state contains it. So
-        a device that has a reason to interrupt does so again when it is loaded. If the interrupt
-        chips were loaded after it, that would be lost.
+        Devices are loaded last for this reason: an edge that a device raised just before the save
+        may still have been in one of the kernel's work queues (irqfd), and is in no saved state
+        then. So a device that has a reason to interrupt does so again when it is loaded. If the
+        interrupt chips were loaded after it, that interrupt would be lost.
         """
         states = self._read(state).devices
         return [
@@ -254,8 +254,7 @@ class Parts:
             raise saved.wrong("devices", f"the states of {', '.join(names)}")
         return saved
 
-    # -- what only one machine may hold at a time
-    # ---------------------------------------------------------
+    # -- what only one machine may hold at a time ------------------------------------------------
 
     async def release(self) -> None:
         """Release what only one machine may hold (locks of disks, interfaces), so that another

@@ -1,3 +1,3 @@
-"""A guest on its way to another process: what is said (`frames`, `protocol`), how fast (`pace`),
-and the two sides that say it (`source`, `destination`). docs/migration.md is the specification.
+"""Moves a guest to another process: the messages (`frames`, `protocol`), the speed (`pace`), and
+the two sides (`source`, `destination`). docs/migration.md is the specification.
 """

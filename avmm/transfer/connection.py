@@ -1,4 +1,4 @@
-"""A byte stream with a side of the protocol at our end: says frames, waits for what comes."""
+"""Connects a byte stream with one side of the protocol: sends frames, and waits for what comes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from avmm.transfer.protocol import Destination, Source
 
 _CHUNK: Final = 512 << 10
 _PIECE: Final = 256 << 10
-"""Bytes that a line must take within its time. Less would cost a fast one."""
+"""How many bytes a line must take within its time limit. Smaller pieces would slow down a fast
+line."""
 _SOCKET_BYTES: Final = 208 << 10
-"""The kernel doubles it, to have room for its own books."""
+"""The kernel doubles it, because its own bookkeeping needs room too."""
 _LAST_WORD_SECONDS: Final = 1.0
 
 
 class Connection:
-    """`stream` is the caller's to close; any trio byte stream will do.
+    """One side of the protocol on `stream`: any trio byte stream, which the caller must close.
 
-    `stall_seconds`: as long may 256 KiB take to leave, or nothing come where something is waited
-    for, before the line counts as dead.
+    The line counts as dead if 256 KiB take longer than `stall_seconds` to leave, or if nothing
+    comes for that long while something is expected.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class Connection:
         self._side = side
         self._stall_seconds = stall_seconds
         self.sent = 0
-        """Bytes that were said so far."""
+        """How many bytes were sent so far."""
         self.is_broken = False
-        """Nothing can be said any more."""
+        """Nothing more can be sent."""
 
     async def say(self, buffers: Sequence[Buffer]) -> None:
-        """Send a frame. Raises `MigrationError` where the line is cut or stands still, and what
-        the other side has said last where it gave up. Cancelled, part of the frame may have
-        left."""
+        """Send a frame. Raises `MigrationError` if the line is cut or stands still. If the other
+        side gave up before it cut the line, raises the error with its reason. If this is
+        cancelled, part of the frame may have left."""
         done = False
         try:
             with trio.move_on_after(self._stall_seconds) as scope:
@@ -62,10 +63,12 @@ class Connection:
         finally:
             self.is_broken |= not done
         if not done:
-            raise MigrationError(f"the line took too little for {self._stall_seconds} s")
+            raise MigrationError(
+                f"the line took less than {_PIECE >> 10} KiB in {self._stall_seconds} s"
+            )
 
     async def _last_word(self) -> None:
-        """Who closes the line may have said why before."""
+        """Look whether the other side said why before it cut the line."""
         with (
             trio.move_on_after(_LAST_WORD_SECONDS),
             suppress(trio.BrokenResourceError, trio.ClosedResourceError),
@@ -76,8 +79,8 @@ class Connection:
                     pass
 
     async def hear(self, most_seconds: float = math.inf) -> None:
-        """Feed the side with what comes next. Raises `MigrationError` where nothing comes, for
-        `most_seconds` at the most."""
+        """Feed the side with what comes next. Raises `MigrationError` if the line is cut, or if
+        nothing comes for `stall_seconds`, or for `most_seconds` if that is shorter."""
         heard = False
         patience = min(most_seconds, self._stall_seconds)
         try:
@@ -95,8 +98,8 @@ class Connection:
         self._side.feed(data)
 
     async def watch(self, seconds: float) -> None:
-        """Return after so many seconds in which nothing came. Raises what the other side says
-        where it gives up meanwhile, and `MigrationError` where the line is cut."""
+        """Listen for `seconds`, then return. Raises the other side's reason if it gives up
+        meanwhile, and `MigrationError` if the line is cut."""
         with trio.move_on_after(seconds):
             while True:
                 await self.hear()
@@ -104,7 +107,7 @@ class Connection:
                     pass
 
     async def give_up(self, why: str) -> None:
-        """Say ABORT, if it can still be said, and do not wait long for it."""
+        """Send ABORT if that is still possible. Do not wait long for it."""
         if self.is_broken:
             return
         self.is_broken = True
@@ -117,8 +120,8 @@ class Connection:
 
 
 def _pieces(buffers: Sequence[Buffer]) -> Iterator[Buffer]:
-    """The bytes of a frame, so many at a time. Only its beginning is copied: the small buffers
-    there go into one piece."""
+    """The bytes of a frame, in pieces of at most `_PIECE` bytes. Only the first piece is copied,
+    which joins the small buffers at the beginning."""
     first, left = bytearray(), _PIECE
     for buffer in buffers:
         view = memoryview(buffer)
@@ -135,18 +138,22 @@ def _pieces(buffers: Sequence[Buffer]) -> Iterator[Buffer]:
 
 
 def _widen(stream: trio.abc.Stream) -> None:
-    """A unix socket holds 208 KiB by default: its two ends would wake each other for each part of
-    a frame. Twice as much, which everybody may ask for, makes it a third of that; more than a
-    processor's cache holds costs more than it saves. TCP sees to it by itself."""
+    """Enlarge the buffer of a unix socket. It holds 208 KiB by default, so its two ends would wake
+    each other for each part of a frame. Doubling it, which any user may do, cuts the wake-ups to a
+    third. A buffer larger than a processor's cache costs more than it saves. TCP adjusts its
+    buffers by itself."""
     if isinstance(stream, trio.SocketStream) and stream.socket.family == socket.AF_UNIX:
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
 
 
 def _why(error: Exception) -> str:
     cause = error.__cause__
-    if isinstance(cause, ssl.SSLEOFError):  # what trio's server says to a certificate it refuses
-        return "TLS: it ended without a word, as where this side's certificate is not accepted"
-    if isinstance(cause, ssl.SSLError):  # an OSError whose number is none of errno's
+    if isinstance(cause, ssl.SSLEOFError):  # so does trio's server if it refuses a certificate
+        return (
+            "TLS: the other side closed the connection and gave no reason; it may not accept this "
+            "side's certificate"
+        )
+    if isinstance(cause, ssl.SSLError):  # an OSError whose number is not an errno
         return f"TLS: {cause.reason or cause}"
     if isinstance(cause, OSError) and cause.errno is not None:
         return f"{errno.errorcode.get(cause.errno, cause.errno)} ({cause.strerror})"

@@ -1,7 +1,7 @@
-"""The side that the guest comes to: takes RAM and state in, up to the moment at which it may run.
+"""The destination: receives RAM and state, up to the moment at which the guest may run.
 
-Whatever fails before COMMIT has come whole leaves nothing behind here, and the source is told why.
-What there is to be let go of, the protocol's `DestinationState` tells.
+If anything fails before all of COMMIT has come, nothing is left behind here, and the source is
+told why. The protocol's `DestinationState` says what has to be released.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COMMIT_SECONDS: Final = 20.0
-"""How long COMMIT may take. A source that hears nothing more wants back what is held here."""
+"""How long to wait for COMMIT. A source that has lost the line wants back what is held here."""
 _LONG: Final = (MessageKind.OFFER, MessageKind.STATE_END)
-"""What is decoded, in a thread. All else is taken at once. To put a MiB of pages into RAM takes
-some tenths of a millisecond; the way to a thread and back, for each frame, would add to that."""
+"""The messages that are decoded in a thread. All others are taken at once. Putting a MiB of pages
+into RAM takes some tenths of a millisecond; a thread for each frame would add to that."""
 _ABORT_SECONDS: Final = 0.2
-"""How long an ABORT that has left may be on its way."""
+"""How long an ABORT that has left may take to arrive."""
 
 
 class _Offer(Fields):
-    """What OFFER tells; read by `avmm.parts`."""
+    """The contents of OFFER. `avmm.parts` reads the fields."""
 
     description = ANYTHING
     cpus = ANYTHING
 
 
 class Receiver:
-    """One guest, over one stream. `make` builds its parts, in standby, out of a description and
-    its CPUs' needs."""
+    """Receives one guest over one stream. `make` builds its parts, in standby, from a description
+    and the needs of its CPUs."""
 
     def __init__(
         self,
@@ -73,7 +73,8 @@ class Receiver:
 
     @in_trio
     async def receive(self) -> Parts:
-        """The guest's parts: it may run, and nowhere else. Raises as `avmm.receive`."""
+        """Receive the guest, and return its parts. From then on it may run here, and nowhere else.
+        Raises what `avmm.receive` raises."""
         try:
             offer = _Offer.read("the offer", await self._offered())
             parts = await self._make(offer.description, offer.cpus)
@@ -91,13 +92,17 @@ class Receiver:
         return parts
 
     async def _let_go(self, parts: Parts) -> None:
-        """Of what was acquired, too: devices of the caller's are not closed with the machine."""
+        """Close the parts, and first release what was acquired, because the caller's own devices
+        are not closed with the machine."""
         with trio.CancelScope(shield=True):
             try:
                 if self._side.state is DestinationState.LETTING_GO:
                     await parts.release()
             except OSError as error:
-                logger.error("what the guest has of this host cannot be let go of: %s", error)
+                logger.error(
+                    "the guest's disks, interfaces or sockets on this host cannot be released: %s",
+                    error,
+                )
             finally:
                 if self._side.state is DestinationState.LETTING_GO:
                     self._side.let_go()
@@ -105,13 +110,14 @@ class Receiver:
 
     @in_trio
     async def confirm(self) -> None:
-        """Tell the source that the guest runs here. That it cannot be told is no failure here: it
-        keeps the guest stopped. Cannot be cancelled, but for a line that stands still."""
+        """Tell the source that the guest runs here. Raises what `Connection.say` raises; the guest
+        may run all the same, because the source keeps it stopped. This cannot be cancelled, but it
+        gives up if the line stands still."""
         with trio.CancelScope(shield=True):
             await self._connection.say(self._side.running())
 
     async def _next(self) -> Event:
-        """What the source says next, after what there is to be answered at once."""
+        """Wait for the next event, and meanwhile send the answers that have to be sent at once."""
         while True:
             due = self._side.due
             if due is None:
@@ -133,7 +139,7 @@ class Receiver:
         return event.description
 
     async def _fill(self, parts: Parts) -> None:
-        """Until COMMIT."""
+        """Receive RAM and state, until COMMIT has come."""
         await self._connection.say(self._side.accept())
         while not isinstance(event := await self._next(), Commit):
             if isinstance(event, Pages):
@@ -151,14 +157,15 @@ class Receiver:
         try:
             await parts.acquire()
         except ConfigError:
-            # A source that has given up says so, or cuts the line, and holds everything again.
+            # Perhaps the source has given up and holds everything again. Then it says so, or cuts
+            # the line.
             await self._connection.watch(_ABORT_SECONDS)
             raise
 
     def _unpack(self, pages: Pages, parts: Parts) -> None:
         packed, memory = pages.packed, parts.memory
         if not unpack(memory.whole, memory.fd, packed.runs, packed.data):
-            raise ProtocolError("PAGES tells of pages that are not RAM, or not there")
+            raise ProtocolError("PAGES has pages outside of RAM, or does not have their contents")
 
 
 def _told(error: BaseException) -> str:

@@ -1,13 +1,12 @@
-"""What goes over the line: frames, each with its length, number and checksum.
+"""The frames that go over the line, each with its length, number and checksum.
 
     kind u8 · zero u8 · zero u16 · length u32 · number u64 · checksum u64 · payload
 
 Little endian. Numbers count from 0 in each direction, so a frame that is lost, doubled or out of
-order is noticed; the checksum (XXH3, 64 bits) is of all before it and of the payload. It tells
-damage, not malice: whoever may write to the line is trusted as much as the line is (use TLS).
+order is noticed. The checksum (XXH3, 64 bits) covers everything before it and the payload. It
+reveals damage, not malice: whoever can write to the line is trusted, so use TLS.
 
-A reader holds a frame's length against the most that its kind may have before it sets anything
-aside for it.
+A reader compares a frame's length with the limit for its kind before it allocates anything for it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ MOST_DATA_PAGES: Final = 256
 MOST_RUNS: Final = 4096
 STATE_PIECE: Final = 1 << 20
 _FIRST_ROOM: Final = 1 << 16
-"""Of a reader's buffer, in bytes; then it grows with what has come, not with what is promised."""
+"""The first size of a reader's buffer, in bytes. The buffer grows with the bytes that have come,
+not with the length that a frame claims."""
 
 
 class MessageKind(IntEnum):
@@ -64,12 +64,12 @@ MOST: Final[Mapping[MessageKind, int]] = {
     MessageKind.COMMIT: 64,
     MessageKind.RUNNING: 0,
 }
-"""Bytes of payload at the most."""
+"""The most bytes of payload, for each kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What a frame that has come whole says."""
+    """The contents of one complete frame."""
 
     kind: MessageKind
     payload: memoryview
@@ -85,18 +85,16 @@ class Encoder:
         """The buffers of the next frame, to be sent in this order; `payload` is not copied."""
         length = sum(map(len, payload))
         if length > MOST[kind]:
-            raise ProtocolError(
-                f"{kind.name} of {length} bytes: at most {MOST[kind]} are possible"
-            )
+            raise ProtocolError(f"{kind.name} has {length} bytes, expected at most {MOST[kind]}")
         head = _HEAD.pack(kind, 0, 0, length, self._number)
         self._number += 1
         return [head + _checksum(head, payload), *payload]
 
 
 class Decoder:
-    """Takes the bytes of one direction, in whatever pieces, and gives frames.
+    """Takes the bytes of one direction, in pieces of any size, and returns frames.
 
-    What has come lies in one buffer, which is used again and again, and frames are views of it.
+    The bytes are kept in one buffer, which is used again and again. Frames are views of it.
     """
 
     def __init__(self) -> None:
@@ -105,7 +103,7 @@ class Decoder:
         self._start = self._end = 0
 
     def feed(self, data: Buffer) -> None:
-        """The next bytes. They are only held until `next` has given the frame they belong to."""
+        """Take the next bytes. They are kept only until `next` has returned their frame."""
         there, wanted = self._end - self._start, self._end - self._start + len(data)
         if self._start + wanted > len(self._data):
             rest = memoryview(self._data)[self._start : self._end]
@@ -118,20 +116,20 @@ class Decoder:
 
     @property
     def is_empty(self) -> bool:
-        """Has nothing come of a frame that is not whole yet?"""
+        """Is there no incomplete frame in the buffer?"""
         return self._start == self._end
 
     @property
     def due(self) -> MessageKind | None:
-        """What `next` will give, where all of it has come. Raises `ProtocolError` where what comes
-        can be no frame."""
+        """The kind of the frame that `next` will return, or None if not all of it has come. Raises
+        `ProtocolError` if the bytes that come cannot be a frame."""
         head = self._head()
         return None if head is None or not self._has(head[1]) else head[0]
 
     def next(self) -> Message | None:
-        """The next frame, if it is there; its payload is good until `feed`.
+        """The next frame, or None if not all of it has come. Its payload is valid until `feed`.
 
-        Raises `ProtocolError` where it is none; nothing can be read after that.
+        Raises `ProtocolError` if the bytes are not a valid frame. Nothing can be read after that.
         """
         next_head = self._head()
         if next_head is None or not self._has(next_head[1]):
@@ -151,14 +149,17 @@ class Decoder:
         return self._end - self._start >= HEADER_BYTES + length
 
     def _head(self) -> tuple[MessageKind, int] | None:
-        """What the next frame is, and its payload's bytes; None where its head has not come."""
+        """The kind of the next frame and the length of its payload in bytes. None if not all of
+        its head has come."""
         if self._end - self._start < HEADER_BYTES:
             return None
         number_kind, zero, zeros, length, number = _HEAD.unpack_from(self._data, self._start)
         try:
             kind = MessageKind(number_kind)
         except ValueError:
-            raise ProtocolError(f"frame {self._number} is of no kind: {number_kind}") from None
+            raise ProtocolError(
+                f"frame {self._number} has an unknown kind: {number_kind}"
+            ) from None
         if zero or zeros or length > MOST[kind]:
             raise ProtocolError(
                 f"frame {self._number} ({kind.name}) has {length} bytes, expected at most "

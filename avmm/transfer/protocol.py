@@ -8,25 +8,26 @@
     PAGES, ROUND ... ->                             the guest runs at the source
     STATE ..., STATE_END ->                         it stands still
                      <-           READY             all is loaded, and could run
-    COMMIT           ->                             now the source never runs it, but after ABORT
+    COMMIT           ->                             now the source runs it only after ABORT
                      <-           RUNNING
 
-Before COMMIT either may say ABORT, and why, or just go away: the guest runs on at the source. A
-destination runs it only when COMMIT has come whole. That leaves one case which no protocol can
-decide: COMMIT may have left and RUNNING does not come. Then the source keeps the guest stopped
-(`SourceState.COMMITTED`), and a person decides. A destination that says ABORT never runs the
-guest, whatever comes: where it gave up before it got COMMIT, its ABORT is an answer to that, too.
+Before COMMIT, either side may send ABORT with a reason, or just go away: then the guest runs on at
+the source. A destination runs the guest only after all of COMMIT has come. That leaves one case
+that no protocol can decide: COMMIT may have left, and RUNNING does not come. Then the source keeps
+the guest stopped (`SourceState.COMMITTED`), and a person decides. A destination that sends ABORT
+never runs the guest, whatever comes later. So its ABORT also answers a COMMIT that it had not got
+when it gave up.
 
-Each method that makes a frame may be called in one state only; each frame that comes may come in
-one state only. Everything else raises `ProtocolError`, after which nothing goes on.
+Each method that makes a frame may be called in only one state, and each frame may come in only one
+state. Everything else raises `ProtocolError`, and the migration cannot continue.
 
-**Where the guest is** follows from the states of the two sides, and from nothing else. What each
-side does besides talking is in its table, too (`SOURCE_DOES`, `DESTINATION_DOES`): that the guest
-stands still, that what only one host may hold was released or acquired, that the side gave up. The
-source ends in one of three states: DONE, the guest runs there; ABORTED, it runs on here; UNKNOWN,
-it stays stopped and a person decides. From RELEASED on, giving up leads through TAKING_BACK: a
-guest must not run on without what it has released. The code that moves a guest asks the state
-what is left to do, and keeps no notes of its own.
+**Where the guest is** follows from the states of the two sides, and from nothing else. The tables
+(`SOURCE_DOES`, `DESTINATION_DOES`) also have what each side does besides talking: the guest stands
+still, what only one host may hold is released or acquired, the side gives up. The source ends in
+one of three states. DONE: the guest runs there. ABORTED: it runs on here. UNKNOWN: it stays
+stopped, and a person decides. From RELEASED on, giving up leads through TAKING_BACK, because the
+guest must not run on without what was released. The code that moves a guest looks at the state to
+see what is left to do, and keeps no notes of its own.
 """
 
 from __future__ import annotations
@@ -43,25 +44,26 @@ from avmm.plain import U64, Bytes, Fields, Int, ListOf, Text, decode, encode
 from avmm.transfer.frames import STATE_PIECE, Buffer, Decoder, Encoder, Message, MessageKind
 
 VERSIONS: Final = (1,)
-"""Of the protocol, that this avmm speaks, best first."""
+"""The versions of the protocol that this avmm speaks, best first."""
 MOST_STATE: Final = 1 << 30
-"""Bytes of state, all but RAM, that a destination takes."""
+"""The most bytes of state, without RAM, that a destination accepts."""
 _COUNT: Final = struct.Struct("<I")
 _MOST_SHOWN: Final = 8
-"""Versions of the other side's that a message shows."""
+"""How many of the other side's versions an error shows at most."""
 _IDENTITY: Final = Bytes(least=16, most=16)
 _F = TypeVar("_F", bound=Fields)
 
 
 class _Hello(Fields, error=ProtocolError, ignores_more=True):
-    """The first that is said: the other side may know more than this one."""
+    """The first message. It may have fields that this version does not know."""
 
     versions = ListOf(U64)
     identity = _IDENTITY
 
 
 class _Abort(Fields, error=ProtocolError, ignores_more=True):
-    """May be said before versions are agreed on."""
+    """May come before a version is agreed on, so it may have fields that this version does not
+    know."""
 
     why = Text()
 
@@ -79,7 +81,7 @@ class _Commit(Fields, error=ProtocolError):
 
 
 class Act(Enum):
-    """What a side does besides saying or hearing a frame."""
+    """What a side does besides sending or receiving a frame."""
 
     STAND_STILL = "the guest stands still"
     RELEASE = "what only one host may hold is being released"
@@ -91,9 +93,9 @@ class Act(Enum):
 
 
 class SourceState(Enum):
-    """What the source has done, and so what may come next."""
+    """What the source has done, which decides what may come next."""
 
-    NEW = "nothing was said"
+    NEW = "has said nothing"
     GREETED = "waits for HELLO"
     AGREED = "may offer"
     OFFERED = "waits for ACCEPT"
@@ -103,7 +105,7 @@ class SourceState(Enum):
     STATED = "waits for READY"
     READY = "may commit"
     COMMITTED = "waits for RUNNING"
-    DONE = "the guest runs at the destination"
+    DONE = "is done: the guest runs at the destination"
     TAKING_BACK = "gave up, and takes back what was released"
     ABORTED = "gave up: the guest runs on here"
     UNKNOWN = "keeps the guest stopped until a person decides"
@@ -131,7 +133,7 @@ SOURCE_DOES: Final[Mapping[SourceState, Mapping[MessageKind | Act, SourceState]]
     _S.RELEASED: {MessageKind.STATE: _S.STATED, Act.GIVE_UP: _S.TAKING_BACK},
     _S.STATED: {Act.GIVE_UP: _S.TAKING_BACK},
     _S.READY: {MessageKind.COMMIT: _S.COMMITTED, Act.GIVE_UP: _S.TAKING_BACK},
-    _S.COMMITTED: {Act.LOSE: _S.UNKNOWN},  # COMMIT may have left: it cannot give up any more
+    _S.COMMITTED: {Act.LOSE: _S.UNKNOWN},  # COMMIT may have left: it can no longer give up
     _S.TAKING_BACK: {
         MessageKind.ABORT: _S.TAKING_BACK,
         Act.TAKE_BACK: _S.ABORTED,
@@ -141,8 +143,8 @@ SOURCE_DOES: Final[Mapping[SourceState, Mapping[MessageKind | Act, SourceState]]
     _S.DONE: {},
     _S.UNKNOWN: {},
 }
-"""What the source may say or do in each state, and what it is in after that. STATE stands for all
-frames of the state, which are said in one go."""
+"""What the source may send or do in each state, and the state that follows. STATE stands for all
+frames of the state, which are sent in one go."""
 
 SOURCE_HEARS: Final[Mapping[SourceState, Mapping[MessageKind, SourceState]]] = {
     _S.NEW: {MessageKind.ABORT: _S.ABORTED},
@@ -160,12 +162,12 @@ SOURCE_HEARS: Final[Mapping[SourceState, Mapping[MessageKind, SourceState]]] = {
     _S.DONE: {},
     _S.UNKNOWN: {},
 }
-"""What may come in each state, and what it is in after that. (An ABORT that comes in another state
-changes nothing any more.)"""
+"""What may come in each state, and the state that follows. (An ABORT that comes in any other state
+changes nothing.)"""
 
 
 class DestinationState(Enum):
-    """What the destination has got, and so what may come next."""
+    """What the destination has got, which decides what may come next."""
 
     NEW = "waits for HELLO"
     GREETED = "waits for OFFER"
@@ -175,7 +177,7 @@ class DestinationState(Enum):
     ACQUIRED = "may say that it is ready"
     READY = "waits for COMMIT"
     COMMITTED = "may run the guest"
-    DONE = "the guest runs here"
+    DONE = "is done: the guest runs here"
     LETTING_GO = "gave up, and lets go of what it has acquired"
     ABORTED = "gave up: the guest is not here"
 
@@ -194,12 +196,13 @@ DESTINATION_DOES: Final[
     _D.READY: {Act.GIVE_UP: _D.LETTING_GO},
     _D.COMMITTED: {
         MessageKind.RUNNING: _D.DONE
-    },  # the source never runs it: it cannot give up any more
+    },  # the source never runs the guest: the destination can no longer give up
     _D.DONE: {},
     _D.LETTING_GO: {Act.LET_GO: _D.ABORTED},
     _D.ABORTED: {MessageKind.ABORT: _D.ABORTED},
 }
-"""As `SOURCE_DOES`. It says ABORT only when it holds nothing: the source takes that back then."""
+"""As `SOURCE_DOES`. The destination sends ABORT only when it holds nothing, because the source
+then takes back what it has released."""
 
 DESTINATION_HEARS: Final[Mapping[DestinationState, Mapping[MessageKind, DestinationState]]] = {
     _D.NEW: {MessageKind.HELLO: _D.GREETED, MessageKind.ABORT: _D.ABORTED},
@@ -225,14 +228,14 @@ DESTINATION_HEARS: Final[Mapping[DestinationState, Mapping[MessageKind, Destinat
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """The source tells what the guest is (`avmm.parts.description`)."""
+    """The source describes the guest (`avmm.parts.description`)."""
 
     description: object
 
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """Pages of RAM, checked for their shape only."""
+    """Pages of RAM. Only the format is checked."""
 
     packed: Packed
 
@@ -246,21 +249,21 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """All but RAM; the guest stands still."""
+    """The whole state except RAM. The guest stands still."""
 
     state: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """The guest is the destination's."""
+    """The guest belongs to the destination now."""
 
 
 _State = TypeVar("_State", SourceState, DestinationState)
 
 
 class _Side(Generic[_State]):
-    """One end of the conversation; `state` moves by its two tables."""
+    """One end of the conversation. Its two tables say how `state` may change."""
 
     def __init__(
         self,
@@ -277,26 +280,26 @@ class _Side(Generic[_State]):
         self._decoder = Decoder()
 
     def feed(self, data: Buffer) -> None:
-        """Bytes that have come."""
+        """Take bytes that have come."""
         self._decoder.feed(data)
 
     def feed_end(self) -> None:
-        """The other side will say nothing more; raises `ProtocolError`."""
+        """The other side has ended the stream. Always raises `ProtocolError`."""
         raise ProtocolError("the line was cut" + ("" if self._decoder.is_empty else " in a frame"))
 
     @property
     def due(self) -> MessageKind | None:
-        """What `next` will take, if it has come whole. Raises `ProtocolError` where what comes can
-        be no frame."""
+        """The kind of the message that `next` will take, or None if not all of it has come. Raises
+        `ProtocolError` if the bytes that come cannot be a frame."""
         return self._decoder.due
 
     def give_up(self) -> None:
-        """This side gives up, unless one of both has done so already or it is too late for it."""
+        """This side gives up, unless either side has done so already or it is too late."""
         if Act.GIVE_UP in self._does[self.state]:
             self._do(Act.GIVE_UP)
 
     def abort(self, why: str) -> list[Buffer]:
-        """ABORT: this side has given up, for good. Nothing may be said after it."""
+        """ABORT: this side has given up for good. Nothing may be sent after it."""
         self._do(MessageKind.ABORT)
         told = _Abort.plain(why=_printable(why[:4000]))
         return self._encoder.frame(MessageKind.ABORT, encode(told))
@@ -311,7 +314,8 @@ class _Side(Generic[_State]):
         self.state = self._does[self.state][what]
 
     def _next(self) -> Message | None:
-        """The next frame, if one is whole and may come now."""
+        """The next frame, or None if not all of it has come. Raises `ProtocolError` if it may not
+        come now."""
         message = self._decoder.next()
         if message is None:
             return None
@@ -326,7 +330,7 @@ class _Side(Generic[_State]):
         return message
 
     def _heard(self, message: Message) -> None:
-        """What is in it is in order."""
+        """Change the state, after the contents of the message were found valid."""
         self.state = self._hears[self.state][message.kind]
 
 
@@ -334,12 +338,13 @@ class Source(_Side[SourceState]):
     """The side that the guest leaves."""
 
     def __init__(self, identity: bytes) -> None:
-        """`identity`: 16 random bytes that tell this migration from others."""
+        """`identity`: 16 random bytes that distinguish this migration from others."""
         super().__init__("source", SourceState.NEW, SOURCE_DOES, SOURCE_HEARS)
         self._identity = identity
 
     def next(self) -> bool:
-        """Take what has come, if a message is whole: did one come? `state` has changed then."""
+        """Take the next message if all of it has come. Returns whether it has; `state` has changed
+        then."""
         message = self._next()
         if message is None:
             return False
@@ -355,12 +360,12 @@ class Source(_Side[SourceState]):
         return self._encoder.frame(MessageKind.HELLO, encode(hello))
 
     def offer(self, offer: bytes) -> list[Buffer]:
-        """OFFER: what the guest is, as `encode` makes it."""
+        """OFFER: the description of the guest, as `encode` makes it."""
         self._do(MessageKind.OFFER)
         return self._encoder.frame(MessageKind.OFFER, offer)
 
     def pages(self, packed: Packed) -> list[Buffer]:
-        """PAGES; the buffers are those of `packed`."""
+        """PAGES, with the buffers of `packed`, which are not copied."""
         self._do(MessageKind.PAGES)
         count = _COUNT.pack(len(packed.runs) // RUN_BYTES)
         return self._encoder.frame(MessageKind.PAGES, count, packed.runs, packed.data)
@@ -371,7 +376,7 @@ class Source(_Side[SourceState]):
         return self._encoder.frame(MessageKind.ROUND, encode(_Round.plain(number=number)))
 
     def stand_still(self) -> None:
-        """The guest stands still, and will until this is over."""
+        """The guest stands still, and will do so until this is over."""
         self._do(Act.STAND_STILL)
 
     def release(self) -> None:
@@ -379,18 +384,18 @@ class Source(_Side[SourceState]):
         self._do(Act.RELEASE)
 
     def stated(self, state: bytes) -> Iterator[list[Buffer]]:
-        """STATE and STATE_END, frame by frame, of a state as `encode` makes it."""
+        """STATE and STATE_END, frame by frame. `state` is as `encode` makes it."""
         self._do(MessageKind.STATE)
         data = memoryview(state)
         if len(data) > MOST_STATE:
-            raise ProtocolError(f"the state has {len(data)} bytes, at most {MOST_STATE} can go")
+            raise ProtocolError(f"the state has {len(data)} bytes, expected at most {MOST_STATE}")
         for at in range(0, len(data), STATE_PIECE):
             yield self._encoder.frame(MessageKind.STATE, data[at : at + STATE_PIECE])
         yield self._encoder.frame(MessageKind.STATE_END, encode(_StateEnd.plain(bytes=len(data))))
 
     def commit(self) -> list[Buffer]:
-        """COMMIT. Once the first byte of it may have left, the source never runs the guest, unless
-        the destination says ABORT."""
+        """COMMIT. Once its first byte may have left, the source never runs the guest, unless the
+        destination sends ABORT."""
         self._do(MessageKind.COMMIT)
         told = _Commit.plain(identity=self._identity)
         return self._encoder.frame(MessageKind.COMMIT, encode(told))
@@ -400,7 +405,7 @@ class Source(_Side[SourceState]):
         self._do(Act.TAKE_BACK)
 
     def lose(self) -> None:
-        """No answer came to COMMIT, or what was released is somebody else's."""
+        """No answer came to COMMIT, or somebody else holds what was released."""
         self._do(Act.LOSE)
 
 
@@ -416,7 +421,8 @@ class Destination(_Side[DestinationState]):
         self._collected = bytearray()
 
     def next(self) -> tuple[Event | None, list[Buffer]] | None:
-        """Take what has come, if a message is whole: what it says, and what to answer at once."""
+        """Take the next message if all of it has come. Returns what it says and the answer to send
+        at once, or None if it has not come."""
         message = self._next()
         if message is None:
             return None
@@ -449,10 +455,10 @@ class Destination(_Side[DestinationState]):
             raise ProtocolError("PAGES came after STATE")
         payload = message.payload
         if len(payload) < _COUNT.size:
-            raise ProtocolError("PAGES without a number of runs")
+            raise ProtocolError("PAGES is too short to have a number of runs")
         end = _COUNT.size + RUN_BYTES * _COUNT.unpack_from(payload)[0]
         if end > len(payload):
-            raise ProtocolError("PAGES tells of more runs than it has")
+            raise ProtocolError("PAGES announces more runs than it has")
         return Pages(Packed(payload[_COUNT.size : end], payload[end:])), []
 
     def _round(self, message: Message) -> tuple[Event, list[Buffer]]:
@@ -466,18 +472,18 @@ class Destination(_Side[DestinationState]):
 
     def _stated(self, message: Message) -> tuple[Event, list[Buffer]]:
         if _read(_StateEnd, message).bytes != len(self._collected):
-            raise ProtocolError("the state has not as many bytes as it should")
+            raise ProtocolError("the state does not have as many bytes as STATE_END says")
         state = _decoded(Message(message.kind, memoryview(self._collected)))
         self._collected = bytearray()
         return State(state), []
 
     def _commit(self, message: Message) -> tuple[Event, list[Buffer]]:
         if _read(_Commit, message).identity != self._identity:
-            raise ProtocolError("COMMIT is of another migration")
+            raise ProtocolError("COMMIT belongs to another migration")
         return Commit(), []
 
     def accept(self) -> list[Buffer]:
-        """ACCEPT: a guest of that description can be here."""
+        """ACCEPT: a guest with that description can run here."""
         self._do(MessageKind.ACCEPT)
         return self._encoder.frame(MessageKind.ACCEPT)
 
@@ -496,7 +502,7 @@ class Destination(_Side[DestinationState]):
         return self._encoder.frame(MessageKind.RUNNING)
 
     def let_go(self) -> None:
-        """What was acquired is not held any more."""
+        """What was acquired is no longer held."""
         self._do(Act.LET_GO)
 
 
@@ -508,7 +514,8 @@ def _decoded(message: Message) -> object:
 
 
 def _printable(text: str) -> str:
-    """It may hold a path's bytes that are no text, or a peer's commands for a terminal."""
+    """Replace what cannot be printed: the text may contain bytes of a path that are not text, or a
+    peer's commands for a terminal."""
     return "".join(
         c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
@@ -523,6 +530,6 @@ def _hello(message: Message) -> _Hello:
     if not set(VERSIONS) & set(hello.versions):
         raise ProtocolError(
             f"the other side speaks versions {hello.versions[:_MOST_SHOWN]} of the protocol, this "
-            f"one {list(VERSIONS)}"
+            f"side speaks {list(VERSIONS)}"
         )
     return hello

@@ -1,13 +1,13 @@
-"""The side that the guest leaves: copies RAM while the guest runs, stops it, hands it over.
+"""The source: copies RAM while the guest runs, stops the guest, and hands it over.
 
-At most one side ever runs the guest. Until COMMIT is begun, whatever goes wrong here (a failure, a
-timeout, a cancellation, at any byte) is undone: the guest runs on as if nothing had been asked.
-Then nothing can be cancelled, and undone only if the destination says that it has given up: for
-`answer_seconds` RUNNING is waited for. If it does not come the guest stays stopped and somebody
-has to decide: `HandOverUnknownError`.
+At most one side ever runs the guest. Before COMMIT is begun, everything is undone after a failure,
+a timeout or a cancellation, at whatever byte: the guest runs on as if nothing had been asked. From
+then on this cannot be cancelled, and is undone only if the destination says that it has given up.
+The source waits `answer_seconds` for RUNNING. If that does not come, the guest stays stopped,
+`HandOverUnknownError` is raised, and somebody has to decide.
 
-What is to be undone, and whether it can be, is told by the protocol's `SourceState`, which knows
-of the standstill and of what was released, too.
+The protocol's `SourceState` says what has to be undone, and whether that is possible. It also
+covers the standstill and what was released.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _TAKE_BACK_SECONDS: Final = 5.0
 _TAKE_BACK_STEP: Final = 0.05
 _GIVEN_UP: Final = (SourceState.ABORTED, SourceState.TAKING_BACK)
 _SAMPLE_SECONDS: Final = 0.1
-"""How often progress is told within a round."""
+"""How often progress is reported within a round."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Options:
 
 
 class Sender:
-    """One migration of one machine. `nursery` is that of the machine, `life` its state."""
+    """One migration of one machine. `nursery` is the machine's, and `life` has its state."""
 
     def __init__(
         self,
@@ -94,16 +94,17 @@ class Sender:
 
     @property
     def state(self) -> SourceState:
-        """Where the guest is; after `send`, however it ends, DONE, ABORTED or UNKNOWN."""
+        """Where the guest is. After `send` has returned or raised: DONE, ABORTED or UNKNOWN."""
         return self._source.state
 
     @in_trio
     async def send(self) -> Report:
-        """Hand the guest over: when this returns it runs at the destination and never again here.
+        """Hand the guest over. When this returns, the guest runs at the destination and never
+        again here.
 
-        Raises `MigrationError` where it could not be, and the guest runs on, `RunstateError`
-        where the guest ends before; `HandOverUnknownError` where that is not known, and it stays
-        paused.
+        Raises `MigrationError` if that is not possible (the guest runs on here), `RunstateError`
+        if the guest ends before, and `HandOverUnknownError` if nobody knows whether it was handed
+        over (the guest stays paused).
         """
         begin = trio.current_time()
         try:
@@ -111,7 +112,7 @@ class Sender:
             async with self._parts.dirty_log() as log:
                 left = await in_thread(self._parts.memory.populated)
                 await self._copy_live(log, left)
-                stopped = trio.current_time()  # nearly: some vCPUs may stand still from here on
+                stopped = trio.current_time()  # about: some vCPUs may stand still a little earlier
                 async with self._coordinator.paused(self._options.deadline):
                     self._source.stand_still()
                     await in_thread(log.collect, left)
@@ -141,7 +142,7 @@ class Sender:
                 await self._connection.hear()
 
     async def _copy_live(self, log: DirtyLog, left: Bitmap) -> None:
-        """Rounds, until what is left can go over within the target downtime."""
+        """Send rounds until the rest can go over within the target downtime."""
         throttling = trio.CancelScope()
         self._nursery.start_soon(self._throttle, throttling)
         try:
@@ -160,7 +161,7 @@ class Sender:
             await self._coordinator.throttle(lambda: self._pace.throttle)
 
     async def _copy(self, left: Bitmap, start: float) -> None:
-        """A round: send these pages; `left` is empty then."""
+        """Send one round: the pages in `left`, which is empty then."""
         self._round += 1
         self._packer.rewind()
         total, first, told = len(left), self._connection.sent, start
@@ -194,11 +195,11 @@ class Sender:
         )
 
     async def _hand_over(self) -> None:
-        """From the standstill on."""
+        """Do everything after the guest has come to a standstill."""
         try:
             self._source.release()
             await self._let_go()
-            # Not before: what somebody received of a console after that would come twice.
+            # Saved only now: output that somebody receives from a console later would come twice.
             state = await saved(self._parts)
             for frame in self._source.stated(await in_thread(encode, state)):
                 await self._connection.say(frame)
@@ -212,9 +213,9 @@ class Sender:
             await self._commit()
 
     async def _give_up(self, error: BaseException) -> None:
-        """Undo what there is to be undone, if that may still be."""
+        """Undo what has to be undone, if that is still possible."""
         self._source.give_up()
-        # First: a destination that is ready holds what is to be taken back.
+        # Tell the destination first: if it is ready, it holds what has to be taken back here.
         try:
             if self.state in _GIVEN_UP and not isinstance(error, PeerAbortedError):
                 await self._connection.give_up(_told(error))
@@ -227,11 +228,12 @@ class Sender:
             await self._parts.release()
         except OSError as error:
             raise MigrationError(
-                f"what the guest has of this host cannot be let go of: {error.strerror or error}"
+                "the guest's disks, interfaces or sockets on this host cannot be released: "
+                f"{error.strerror or error}"
             ) from error
 
     async def _take_back(self) -> None:
-        """Without what it has of this host the guest must not run on here."""
+        """Take back what was released, because the guest must not run on here without it."""
         try:
             with trio.CancelScope(shield=True):
                 await self._acquire_again()
@@ -267,11 +269,11 @@ class Sender:
             with trio.move_on_after(self._options.answer_seconds):
                 await self._connection.say(self._source.commit())
                 await self._until(SourceState.DONE)
-        except PeerAbortedError as error:  # who says so has not run the guest, and never will
+        except PeerAbortedError as error:  # the destination has not run the guest and never will
             given_up.append(error)
-        except Exception as error:  # whatever a stream raises: COMMIT may have left
+        except Exception as error:  # a stream may raise anything, and COMMIT may have left
             why = str(error) or repr(error)
-        finally:  # of an interrupted program, too
+        finally:  # also if the program is interrupted
             if self.state is SourceState.DONE:
                 self._coordinator.forsake()
             elif self.state is SourceState.TAKING_BACK:
@@ -283,14 +285,14 @@ class Sender:
         if self.state is SourceState.UNKNOWN:
             raise HandOverUnknownError(
                 f"COMMIT was sent, then {why}: the guest runs at the destination, or nowhere. It "
-                "stays stopped here. Look whether it runs there; if so, end it here "
-                "(settle(runs_here=False)); only if it certainly does not and never will, let it "
-                "run on here (settle(runs_here=True))"
+                "stays stopped here. Look whether it runs there. If it does, end it here: "
+                "settle(runs_here=False). Only if you are sure that it does not run there and "
+                "never will, let it run on here: settle(runs_here=True)"
             )
 
 
 def _told(error: BaseException) -> str:
-    """What the other side is told of it."""
+    """The reason that the other side is given."""
     if isinstance(error, trio.Cancelled):
         return "the migration was cancelled"
     return f"{type(error).__name__}: {error}"

@@ -23,8 +23,8 @@ class Target:
 
     @classmethod
     def parse(cls, text: str, *, fd: bool = True) -> Target:
-        """Raises `ConfigError` if the text is no target. Without `fd`, fd:N is refused as well: a
-        descriptor means nothing to another process."""
+        """Parse a target. Raises `ConfigError` if the text is not one. Without `fd`, fd:N is
+        refused too, because a descriptor means nothing to another process."""
         kind, _, rest = text.partition(":")
         if kind == "unix" and rest and "\0" not in rest:
             return cls(kind, path=rest)
@@ -48,7 +48,7 @@ class Target:
 
 
 def _is_host(text: str) -> bool:
-    """Can a name like that be looked up? Whether the host exists shows later."""
+    """Can this name be looked up? Whether the host exists is not checked here."""
     try:
         return bool(text) and "\0" not in text and bool(text.encode("idna"))
     except UnicodeError:  # a part of it is empty, or too long

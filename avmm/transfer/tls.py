@@ -1,4 +1,4 @@
-"""TLS between two hosts that a guest moves between: each side proves who it is.
+"""TLS for a guest that moves between two hosts. Each side proves who it is.
 
 Both sides show a certificate, and each accepts only one that its `ca` has signed. The side that
 connects also compares the name in the certificate with the HOST that it connects to. Both speak

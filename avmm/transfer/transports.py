@@ -103,7 +103,7 @@ async def listen(target: str, *, tls: Tls | None = None) -> Listener:
         listeners = await trio.open_tcp_listeners(at.port, host=at.host)
     except OSError as error:
         raise ConfigError(f"{at}: {_why(error)}") from None
-    if at.port == 0:  # each address got a port of its own, and `target` has room for one
+    if at.port == 0:  # each address got its own port, but `target` can name only one
         for listener in listeners[1:]:
             listener.socket.close()
         port = listeners[0].socket.getsockname()[1]
@@ -127,7 +127,7 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
         self._listeners = listeners
         self._context = context
         self._called: deque[trio.SocketStream] = deque()
-        self._turn = trio.Lock()  # trio lets one task wait at a socket
+        self._turn = trio.Lock()  # trio lets only one task wait on a socket
 
     @property
     def target(self) -> str:
@@ -150,7 +150,7 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
                 return stream
             secure = trio.SSLStream(stream, self._context, server_side=True)
             try:
-                await shake_hands(secure, "who called", security.CALLED_SECONDS)
+                await shake_hands(secure, "the caller", security.CALLED_SECONDS)
             except MigrationError as error:
                 logger.warning("%s", error)
             else:

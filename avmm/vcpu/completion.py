@@ -37,16 +37,16 @@ unflagged output only from a kernel that has set the bit before.
 
 **The drain.** A vCPU is drained, and may park, when nothing is pending:
 
-1. `KVM_RUN` is entered with `immediate_exit` set. It finishes what is pending first. The exit
-   that it returns is served, and it is entered again.
-2. The vCPU is drained when that returns -EINTR, or an exit that needs no completion.
+1. `KVM_RUN` is entered with `immediate_exit` set. It first finishes what is pending. If it returns
+   an exit, the exit is served, and `KVM_RUN` is entered again.
+2. The vCPU is drained when `KVM_RUN` returns -EINTR, or an exit that needs no completion.
 3. A vCPU that a kick has interrupted in the guest is already drained if `kvm_run` says that
-   this very `KVM_RUN` was interrupted, and nothing more (`CompletionPolicy.settles`).
+   this `KVM_RUN` was interrupted, and says nothing else (`CompletionPolicy.settles`).
 
 `drain` does this in Python. A vCPU that is in the guest when it is asked to park does the same in
-C (avmm/kvm/parking.h), and comes here only for exits. Neither changes `kvm_run.exit_reason` before
-an exit is completed, because by that field KVM decides on arm64 and RISC-V whether there is
-something to complete.
+C (avmm/kvm/parking.h), and returns to Python only for exits. Neither changes `kvm_run.exit_reason`
+before an exit is completed, because on arm64 and RISC-V KVM uses that field to decide whether
+there is something to complete.
 
 **What is unknown is completed.** An exit type that avmm does not know is treated as one that needs
 completion: completing an exit without need costs 5 µs; not completing one that needs it corrupts a

@@ -53,7 +53,7 @@ _IS_OUTPUT: Final = """\
     return False
 """
 _AWAIT: Final = """\
-            await work  # where it fails, `_wind_up` finds its exit without an answer
+            await work  # if it fails, `_wind_up` finds the exit without an answer
 """
 _ANSWER: Final = """\
             mine = self._bridge.answer_and_poll(True)
@@ -63,8 +63,8 @@ _UNDO: Final = """\
                 try:
                     await self._run_on()
                 except Exception as failure:
-                    # The guest runs on; why it was not paused is what is to be known.
-                    logger.exception("a pause was given up, and on the way back:")
+                    # The guest runs on. The caller needs to know why it was not paused.
+                    logger.exception("a pause failed, and on the way back:")
                     error.add_note(f"and on the way back: {failure!r}")
                     waited_for[-1] += f"; and on the way back: {failure!r}"  # for a deadline
             raise

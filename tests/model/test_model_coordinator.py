@@ -193,7 +193,7 @@ def test_a_deadline_names_the_device_the_address_and_the_time() -> None:
         text = str(pauser.error)
         assert "given up after 1.0 s" in text
         assert "vCPU 0 waits for mmio of vCPU 0" in text
-        assert "KVM_EXIT_MMIO: read of 4 bytes at 0xd0000010, since 1.5 s" in text
+        assert "KVM_EXIT_MMIO: read of 4 bytes at 0xd0000010, for 1.5 s so far" in text
         await world.advance(1.5)
         await world.answer(0)
 
@@ -210,7 +210,7 @@ def test_a_deadline_names_the_device_that_does_not_finish() -> None:
             await world.step(number, 40)
         await world.advance(1.0)
         assert pauser.outcome == "timeout"
-        expected = "pio of vCPU 1 has not finished what it has in flight, since 1.0 s"
+        expected = "pio of vCPU 1 has not finished what it has in flight, for 1.0 s so far"
         assert expected in str(pauser.error)
 
     slow(script)

@@ -446,7 +446,7 @@ def test_who_gives_up_may_say_more_than_this_avmm_knows() -> None:
 
 def test_newer_and_older_versions_are_told_apart() -> None:
     _, peer = destination_in(DestinationState.NEW)
-    with pytest.raises(ProtocolError, match=r"speaks versions \[2, 3\] .* this one \[1\]"):
+    with pytest.raises(ProtocolError, match=r"speaks versions \[2, 3\] .* this side speaks \[1\]"):
         peer.say(MessageKind.HELLO, encode({"versions": [2, 3], "identity": IDENTITY}))
     _, peer = destination_in(DestinationState.NEW)
     with pytest.raises(ProtocolError, match=r"speaks versions \[2, 3, 4, 5, 6, 7, 8, 9\] of"):
@@ -474,7 +474,7 @@ def test_a_state_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ProtocolError, match="more than 100 bytes"):
         peer.say(MessageKind.STATE, bytes(60))
     source, _ = source_in(SourceState.RELEASED)
-    with pytest.raises(ProtocolError, match="at most 100 can go"):
+    with pytest.raises(ProtocolError, match="expected at most 100"):
         list(source.stated(encode({"a": bytes(200)})))
 
 

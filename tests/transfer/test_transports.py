@@ -200,7 +200,7 @@ async def test_certificates_of_others_are_refused(
     assert "IP address mismatch" in await refused(elsewhere, there)
     caplog.clear()
     assert "it was closed" in await refused(there, proof(tmp_path, other, authority, "127.0.0.1"))
-    assert "who called: TLS: the other side's certificate: " in caplog.text
+    assert "the caller: TLS: the other side's certificate: " in caplog.text
 
 
 async def test_who_never_shakes_hands_is_waited_for_in_vain(
