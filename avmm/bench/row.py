@@ -53,10 +53,11 @@ class SizeRow:
 
 @dataclass(frozen=True)
 class StallRow:
-    """One case: for how many milliseconds a task waited for its turn, as the median over the
-    rounds and at the most; for how many of them the thread did not just wait for a core (median,
-    None where that is not known); and the 99th percentile while nothing is done, which is not
-    contained in `ms` and `most_ms`."""
+    """One case: how many milliseconds trio's thread kept a task waiting, as the median and the
+    maximum over the rounds. `blocked_ms` is the median without the time in which the thread waited
+    for a core; it is None if Linux does not count that. `idle_ms` is the 99th percentile while
+    nothing is done; it has been subtracted from `ms` and `most_ms`.
+    """
 
     case: str
     ms: float

@@ -151,20 +151,18 @@ def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
     "--json",
     "as_json",
     is_flag=True,
-    help="Print a list of JSON objects with case, ms, most_ms and idle_ms.",
-)
-@click.option(
-    "--json", "as_json", is_flag=True, help="Objects: case, ms, most_ms, blocked_ms, idle_ms."
+    help="Print a list of JSON objects with case, ms, most_ms, blocked_ms and idle_ms.",
 )
 @ROUNDS
 @MEMORY
 def stall(kernel: Path | None, as_json: bool, rounds: int, memory: str) -> None:
     """How long the program's other tasks wait while avmm works.
 
-    The guests that are cloned, saved and moved have written to all of their memory. Each figure is
-    the longest that a task which sleeps a millisecond was late, as the median over the rounds, and
-    at the most; what 99 of 100 such sleeps are late where nothing is done is taken off. "blocked"
-    is the median without the time in which the thread only waited for a core of a busy host.
+    avmm makes, moves and leaves guests. Those that are cloned, saved and moved have written to all
+    of their memory. A task that sleeps a millisecond, over and over, notes how late it is woken.
+    Each figure is its longest lateness: the median and the maximum over the rounds, minus the 99th
+    percentile while nothing is done. "blocked" is the median without the time in which the thread
+    waited for a core of a busy host.
     """
     size = parse_size(memory, "--memory")
     with _progress(bench_stall.steps(rounds)) as progress:
