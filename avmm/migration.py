@@ -38,7 +38,9 @@ from avmm.errors import DeviceError, PauseTimeout, VcpuError
 logger = logging.getLogger(__name__)
 
 _THROTTLE_SECONDS: Final = 0.04
-"""One period of throttling. A pause may have to wait that long."""
+"""One period of throttling, if the host is not busy."""
+_MOST_STILL_SECONDS: Final = 0.25
+"""How long a throttled guest stands still at a time. A pause may have to wait that long."""
 RESUME_SECONDS: Final = 10.0
 """How long the vCPUs wait for devices to resume. After that they run without them."""
 
@@ -181,9 +183,13 @@ class Coordinator:
 
     async def throttle(self, share: Callable[[], float]) -> None:
         """Make the vCPUs stand still for a share of their time, until cancelled. `share()` returns
-        the share, from 0 to 1, and is called in each period. Devices are not quiesced."""
+        the share, from 0 up to but not 1, and is called in each period. Devices are not quiesced.
+
+        On a busy host this task is woken late, and the guest has run for longer than it should.
+        Then it stands still for longer, too: what was measured is what counts.
+        """
         while True:
-            part = share()
+            part, began = share(), trio.current_time()
             await trio.sleep(_THROTTLE_SECONDS * (1 - part))
             if not part:
                 continue
@@ -193,7 +199,8 @@ class Coordinator:
                 try:
                     self._vcpus.pause()
                     await self._vcpus.parked()
-                    await trio.sleep(_THROTTLE_SECONDS * part)
+                    ran = trio.current_time() - began
+                    await trio.sleep(min(_MOST_STILL_SECONDS, ran * part / (1 - part)))
                 except VcpuError:  # the next task that pauses the machine gets this error
                     return
                 finally:
