@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from avmm.boot.entry import Entry, FlatOptions, Protocol
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from avmm.outcome import Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Space:
+class Space(NamedTuple):
     """An address space in which devices can be placed. `name` is for messages; it has `limit`
     addresses, each of `unit` bytes."""
 
@@ -49,8 +48,7 @@ class Space:
     unit: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class KernelRange:
+class KernelRange(NamedTuple):
     """A range from `first` to `last`, both included, in which KVM itself answers. A device there
     would never be called.
     """
@@ -61,8 +59,7 @@ class KernelRange:
     owner: str
 
 
-@dataclass(frozen=True, slots=True)
-class VirtioRoom:
+class VirtioRoom(NamedTuple):
     """The room for virtio devices without a place of their own. Each gets the next free window,
     which begins at one of `bases`, and the next free one of `interrupts`.
     """
@@ -71,8 +68,7 @@ class VirtioRoom:
     interrupts: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BoardOptions:
+class BoardOptions(NamedTuple):
     """The user's choices for the board."""
 
     cpus: int
@@ -81,16 +77,14 @@ class BoardOptions:
     """The port of QEMU's isa-debug-exit; None if there is none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Board:
+class Board(NamedTuple):
     """The devices that a guest expects to find. Its console is on `serial`."""
 
     serial: Serial
     places: list[Placement]
 
 
-@dataclass(frozen=True, slots=True)
-class GuestImage:
+class GuestImage(NamedTuple):
     """What to load, and how. The settings of the same names explain the fields."""
 
     kernel: Path
@@ -105,15 +99,14 @@ class GuestImage:
     """Is it one of avmm's bundled guests? These do not read firmware tables."""
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(NamedTuple):
     """A guest of one instruction, for `avmm doctor --completion`: its machine code, and the values
     of registers with which it starts.
     """
 
     name: str
     code: bytes
-    registers: Mapping[str, int] = field(default_factory=dict)
+    registers: Mapping[str, int] = MappingProxyType({})
     capability: Capability | None = None
     """The capability that KVM must offer for it."""
     xen: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -11,8 +11,7 @@ from avmm.kvm import eventfd
 from avmm.kvm.vm import Vm
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
+class Watch(NamedTuple):
     """The write that rings a doorbell: `value`, of `size` bytes, at an address or port."""
 
     address: int

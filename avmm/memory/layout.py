@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """A run of guest-physical addresses; `offset` is where it begins in RAM without its hole."""
 
     gpa: int
@@ -19,8 +18,7 @@ class Region:
         return self.gpa + self.size
 
 
-@dataclass(frozen=True, slots=True)
-class RamLayout:
+class RamLayout(NamedTuple):
     """RAM starts at GPA `start`. Where it would reach past `hole_start`, it goes on at
     `hole_end`: the addresses between belong to devices. `limit` is the first GPA at which no
     guest of this kind has memory. All are multiples of the page size."""

@@ -11,9 +11,8 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from avmm.kvm import KvmError
 from avmm.native._native import ffi, lib
@@ -64,8 +63,7 @@ class Bitmap:
         return lib.avmm_pages_count(self._pointer, self._words)
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(NamedTuple):
     """Some pages: runs as they travel, and the contents of those that are not zero."""
 
     runs: memoryview

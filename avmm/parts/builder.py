@@ -16,8 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, TypeVarTuple
 
 from avmm import arch, guests
 from avmm.arch.contract import Architecture, BoardOptions, GuestImage
@@ -54,8 +53,7 @@ _Value = TypeVar("_Value")
 _Args = TypeVarTuple("_Args")
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """From where a machine continues if it does not boot."""
 
     state: object = None

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from avmm.errors import DeviceError
 from avmm.kvm import RunPage, constants
@@ -69,8 +69,7 @@ class CallHandler(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class CallKind:
+class CallKind(NamedTuple):
     """How one kind of call is read from `kvm_run`, answered, and refused by default."""
 
     read: Callable[[RunPage], Call]
