@@ -42,8 +42,7 @@ logger = logging.getLogger(__name__)
 _COMMIT_SECONDS: Final = 20.0
 """How long to wait for COMMIT. A source that has lost the line wants back what is held here."""
 _LONG: Final = (MessageKind.OFFER, MessageKind.STATE_END)
-"""The messages that are decoded in a thread. All others are taken at once. Putting a MiB of pages
-into RAM takes some tenths of a millisecond; a thread for each frame would add to that."""
+"""The messages that are decoded in a thread. All others are decoded at once."""
 _ABORT_SECONDS: Final = 0.2
 """How long an ABORT that has left may take to arrive."""
 
@@ -143,8 +142,7 @@ class Receiver:
         await self._connection.say(self._side.accept())
         while not isinstance(event := await self._next(), Commit):
             if isinstance(event, Pages):
-                self._unpack(event, parts)
-                await trio.lowlevel.checkpoint()  # more of them may have come
+                await in_thread(_unpack, event, parts)  # writing fresh RAM takes milliseconds
             elif isinstance(event, Round):
                 self._on_round(event.number)
             elif isinstance(event, State):
@@ -162,10 +160,11 @@ class Receiver:
             await self._connection.watch(_ABORT_SECONDS)
             raise
 
-    def _unpack(self, pages: Pages, parts: Parts) -> None:
-        packed, memory = pages.packed, parts.memory
-        if not unpack(memory.whole, memory.fd, packed.runs, packed.data):
-            raise ProtocolError("PAGES has pages outside of RAM, or does not have their contents")
+
+def _unpack(pages: Pages, parts: Parts) -> None:
+    packed, memory = pages.packed, parts.memory
+    if not unpack(memory.whole, memory.fd, packed.runs, packed.data):
+        raise ProtocolError("PAGES has pages outside of RAM, or does not have their contents")
 
 
 def _told(error: BaseException) -> str:

@@ -11,6 +11,7 @@ A reader compares a frame's length with the limit for its kind before it allocat
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,22 +95,26 @@ class Encoder:
 class Decoder:
     """Takes the bytes of one direction, in pieces of any size, and returns frames.
 
-    The bytes are kept in one buffer, which is used again and again. Frames are views of it.
+    The bytes are kept in one buffer, which is used again and again. Frames are views of it. The
+    buffer is a mapping, because the kernel gives a mapping its pages one by one, as bytes come. A
+    `bytearray` writes to all of them when it is made, which takes milliseconds.
     """
 
     def __init__(self) -> None:
         self._number = 0
-        self._data = bytearray(_FIRST_ROOM)
+        self._data = mmap.mmap(-1, _FIRST_ROOM)
         self._start = self._end = 0
 
     def feed(self, data: Buffer) -> None:
         """Take the next bytes. They are kept only until `next` has returned their frame."""
         there, wanted = self._end - self._start, self._end - self._start + len(data)
         if self._start + wanted > len(self._data):
-            rest = memoryview(self._data)[self._start : self._end]
             if 2 * wanted > len(self._data):  # or it would be moved again and again
-                self._data = bytearray(4 * wanted)
-            self._data[:there] = rest
+                rest = memoryview(self._data)[self._start : self._end]
+                self._data = mmap.mmap(-1, 4 * wanted)
+                self._data[:there] = rest
+            else:
+                self._data.move(0, self._start, there)
             self._start, self._end = 0, there
         self._data[self._end : self._end + len(data)] = data
         self._end += len(data)
