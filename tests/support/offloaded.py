@@ -2,8 +2,8 @@
 
 `with nothing_blocks() as found:` collects, from the thread that enters it, each
 
-- file that is opened, renamed, removed, cut or locked, each mapping that is made, each socket that
-  is bound and each module that is imported: Python's own audit events tell of them, whoever calls;
+- file that is opened, renamed, removed, cut or locked, each mapping of a file, each socket that is
+  bound and each module that is imported: Python's own audit events tell of them, whoever calls;
 - `fsync`;
 - call to KVM that waits for the kernel, or of which a machine's state takes dozens;
 - function of avmm's own that goes through RAM or a state, where its module is imported already.
@@ -62,6 +62,7 @@ FUNCTIONS: Final = (
     "avmm.parts:Parts.close",
     "avmm.snapshot:read",
     "avmm.snapshot:encode",
+    "avmm.transfer.destination:_unpack",
     "avmm.transfer.source:encode",
 )
 
@@ -96,6 +97,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if watch is None or event not in EVENTS:
         return
     if event == "import" and arguments[0] in sys.modules:
+        return
+    if event == "mmap.__new__" and arguments[0] == -1:  # gets its pages later, one by one
         return
     watch.note(f"{event}{arguments!r:.120}", sys._getframe(1))
 
