@@ -262,8 +262,7 @@ class Machine:
         """Was the guest handed over without an answer, so that `settle` must be called?"""
         return self.state in (Runstate.UNSETTLED, Runstate.SETTLING)
 
-    @asynccontextmanager
-    async def paused(self, deadline: float | None = None) -> AsyncIterator[None]:
+    def paused(self, deadline: float | None = None) -> AbstractAsyncContextManager[None]:
         """`async with vm.paused():` inside the block the machine stands still, drained and
         quiesced.
 
@@ -277,8 +276,7 @@ class Machine:
         `RunstateError`.
         """
         self._life.demand("paused")
-        async with self._inside.coordinator.paused(deadline):
-            yield
+        return self._inside.coordinator.paused(deadline)
 
     def save(self) -> dict[str, Any]:
         """Return the whole state, as plain data, with a copy of RAM.

@@ -34,6 +34,7 @@ from typing import Final, Protocol
 import trio
 
 from avmm.errors import DeviceError, PauseTimeout, VcpuError
+from avmm.failures import raise_together
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +253,7 @@ class Coordinator:
         leaving `paused` raises."""
         self._turn(Stand.RESUMING)
         quiesced, self._quiesced = self._quiesced, []
-        failures: list[Exception] = []
+        failures: list[BaseException] = []
         try:
             if quiesced:
                 await self._resume(quiesced, failures)
@@ -260,13 +261,10 @@ class Coordinator:
             self._vcpus.resume()  # also if the program is interrupted; a second call does nothing
             self._stage = ""
             self._turn(Stand.RUNS)
-        if len(failures) > 1:
-            raise ExceptionGroup("devices could not go on after a pause", failures)
-        if failures:
-            raise failures[0]
+        raise_together(failures, "devices could not go on after a pause")
 
     async def _resume(
-        self, quiesced: Sequence[QuiescableDevice], failures: list[Exception]
+        self, quiesced: Sequence[QuiescableDevice], failures: list[BaseException]
     ) -> None:
         late = {id(device): device for device in reversed(quiesced)}
         all_back = trio.Event()

@@ -53,7 +53,7 @@ class Bounds:
         return f"{number:#x}" if self.in_hex and number else str(number)
 
     def check(self, what: str, value: object) -> int:
-        """`Return `value` if it is a number within the bounds. Otherwise raises `ConfigError`,
+        """Return `value` if it is a number within the bounds. Otherwise raises `ConfigError`,
         whose text begins with `what`.
         """
         if isinstance(value, int) and not isinstance(value, bool) and value in self:

@@ -54,7 +54,7 @@ async def in_thread(function: Callable[[*_Args], _Result], *args: *_Args) -> _Re
 
 
 async def in_thread_shielded(function: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
-    """`Like `in_thread`, for work that must be done even if the caller is cancelled, such as
+    """Like `in_thread`, for work that must be done even if the caller is cancelled, such as
     closing.
 
     If the system cannot start a thread, the call is made in trio's thread.

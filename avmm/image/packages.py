@@ -81,7 +81,7 @@ class Package:
 
 @contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
-    """`Turn all errors that the libraries raise for a cut off or damaged package into
+    """Turn all errors that the libraries raise for a cut off or damaged package into
     `ImageError`.
     """
     import arpy  # noqa: PLC0415

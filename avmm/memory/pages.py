@@ -91,7 +91,9 @@ class Packer:
         of up to 64 MiB in total."""
         self._ram = ffi.cast("uint8_t *", ffi.from_buffer(ram))
         self._most = (most_data if copies else _RUNS_ONLY, most_runs)
-        self._data = bytearray(most_data * PAGE if copies else 0)
+        # A mapping gets its pages when they are written, in the thread that packs. A `bytearray`
+        # of this size would be written to here, which takes a millisecond.
+        self._data = memoryview(mmap.mmap(-1, most_data * PAGE) if copies else b"")
         self._into = ffi.cast("uint8_t *", ffi.from_buffer(self._data) if copies else 0)
         self._runs = bytearray(most_runs * RUN_BYTES)
         self._cursor = ffi.new("uint64_t *")
@@ -123,7 +125,7 @@ class Packer:
             if self._count[0]:
                 return Packed(
                     memoryview(self._runs)[: self._count[0] * RUN_BYTES],
-                    memoryview(self._data)[: copied * PAGE],
+                    self._data[: copied * PAGE],
                 )
         return None
 

@@ -284,10 +284,13 @@ class _Quiescable:
     """
 
     def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+        idle = (Device.run, Device.quiesce)
+        self._devices = [
+            (device, host, (type(device).run, type(device).quiesce) != idle)
+            for device, host in zip(parts.devices, parts.hosts, strict=True)
+        ]
 
     def __iter__(self) -> Iterator[Device]:
-        for device, host in zip(self._parts.devices, self._parts.hosts, strict=True):
-            own = (type(device).run, type(device).quiesce)
-            if host.has_tasks or own != (Device.run, Device.quiesce):
+        for device, host, is_active in self._devices:
+            if is_active or host.has_tasks:
                 yield device

@@ -107,7 +107,7 @@ class Kind(Generic[Value_co]):
     """What a message says was expected, like "a number from 0 to 255"."""
 
     def check(self, value: object) -> Value_co:
-        """`Return `value` if it is of this kind. Otherwise raises `Mismatch`."""
+        """Return `value` if it is of this kind. Otherwise raises `Mismatch`."""
         raise NotImplementedError
 
     def refuse(self, value: object) -> Mismatch:
@@ -179,7 +179,7 @@ def _count(least: int, most: int | None, noun: str) -> str:
 
 
 class Bytes(Kind[bytes]):
-    """`From `least` to `most` bytes; without `most`, any number from `least` on."""
+    """From `least` to `most` bytes; without `most`, any number from `least` on."""
 
     def __init__(self, *, least: int = 0, most: int | None = None) -> None:
         self._least = least
@@ -193,7 +193,7 @@ class Bytes(Kind[bytes]):
 
 
 class Text(Kind[str]):
-    """`From `least` to `most` characters; without `most`, any number from `least` on."""
+    """From `least` to `most` characters; without `most`, any number from `least` on."""
 
     def __init__(self, *, least: int = 0, most: int | None = None) -> None:
         self._least = least

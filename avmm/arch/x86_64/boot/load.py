@@ -46,7 +46,7 @@ StrPath = str | os.PathLike[str]
 def load_image(
     memory: GuestMemory, asked: contract.GuestImage, devices: Sequence[Placement]
 ) -> Entry:
-    """`Call `load` for a machine with these devices; see `avmm.arch.contract.Architecture`."""
+    """Call `load` for a machine with these devices; see `avmm.arch.contract.Architecture`."""
     has_acpi = asked.acpi and not asked.is_bundled
     return load(
         memory,
