@@ -10,7 +10,7 @@ import platform
 from importlib import import_module
 from typing import Final
 
-from avmm.arch.contract import Architecture
+from avmm.arch.contract import AnyArchitecture
 from avmm.errors import AvmmError
 
 _KNOWN: Final = {
@@ -19,7 +19,7 @@ _KNOWN: Final = {
 """For each name that `uname -m` may print, the module that holds the `ARCHITECTURE`."""
 
 
-def host() -> Architecture:
+def host() -> AnyArchitecture:
     """The architecture of this host. KVM runs guests of the same architecture.
 
     Raises `AvmmError` if avmm does not support it.
@@ -30,5 +30,5 @@ def host() -> Architecture:
             f"this host is a machine of type {name!r}; avmm runs guests only on "
             f"{', '.join(_KNOWN)}"
         )
-    found: Architecture = import_module(_KNOWN[name]).ARCHITECTURE
+    found: AnyArchitecture = import_module(_KNOWN[name]).ARCHITECTURE
     return found

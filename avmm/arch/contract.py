@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from avmm.boot.entry import Entry, FlatOptions, Protocol
@@ -113,8 +113,17 @@ class Probe(NamedTuple):
     """Are its hypercalls Xen's?"""
 
 
-class Architecture(ABC):
-    """One architecture and the board that its guests run on. See the top of this file."""
+SystemT = TypeVar("SystemT", bound="System")
+VmT = TypeVar("VmT", bound="Vm")
+VcpuT = TypeVar("VcpuT", bound="Vcpu")
+
+
+class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
+    """One architecture and the board that its guests run on. See the top of this file.
+
+    Its classes for the system, a VM and a vCPU extend those of `avmm.kvm`. All handles that its
+    methods get were made by its own `open_system`, directly or not.
+    """
 
     name: str
     """The name that `uname -m` prints."""
@@ -152,13 +161,17 @@ class Architecture(ABC):
         """
 
     @abstractmethod
-    def create_vm(self, system: System) -> Vm:
+    def open_system(self) -> SystemT:
+        """Open /dev/kvm. Raises `KvmUnavailable`, which says why, if it cannot be used."""
+
+    @abstractmethod
+    def create_vm(self, system: SystemT) -> VmT:
         """A VM with its interrupt controllers and timers, but without memory. If it raises
         `KvmError`, it leaves nothing open.
         """
 
     @abstractmethod
-    def set_up(self, system: System, vcpus: Sequence[Vcpu], entry: Entry) -> None:
+    def set_up(self, system: SystemT, vcpus: Sequence[VcpuT], entry: Entry) -> None:
         """Bring fresh vCPUs into the state in which they start: the first enters the image."""
 
     # -- what leaves the guest ----------------------------------------------------------------
@@ -168,7 +181,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def enable_exits(
-        self, vm: Vm, devices: Sequence[Placement], *, xen: bool, has_calls: bool
+        self, vm: VmT, devices: Sequence[Placement], *, xen: bool, has_calls: bool
     ) -> None:
         """Ask KVM for the exits that it only makes on request, if somebody answers them: accesses
         to processor registers that `devices` answer for, and hypercalls (Xen's, with `xen`).
@@ -179,19 +192,19 @@ class Architecture(ABC):
     # -- what is state ---------------------------------------------------------------------------
 
     @abstractmethod
-    def needs(self, system: System, vcpu: Vcpu) -> dict[str, Any]:
+    def needs(self, system: SystemT, vcpu: VcpuT) -> dict[str, Any]:
         """What a host must have to run this vCPU, as far as it is known before the vCPU's state is
         read.
         """
 
     @abstractmethod
-    def needs_of(self, system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> dict[str, Any]:
+    def needs_of(self, system: SystemT, vcpu: VcpuT, state: Mapping[str, Any]) -> dict[str, Any]:
         """The `needs` of a vCPU that has just been loaded with `state`. This is cheaper than
         asking KVM again.
         """
 
     @abstractmethod
-    def demand(self, system: System, vcpu: Vcpu, needs: Mapping[str, Any]) -> None:
+    def demand(self, system: SystemT, vcpu: VcpuT, needs: Mapping[str, Any]) -> None:
         """Raise `StateError` if this host lacks something in `needs`, which is hostile input.
         `vcpu` must be fresh.
         """
@@ -201,23 +214,23 @@ class Architecture(ABC):
         """The frequency of the guest's own counter in kHz, taken from its `needs`."""
 
     @abstractmethod
-    def save_vcpu(self, system: System, vcpu: Vcpu) -> dict[str, Any]:
+    def save_vcpu(self, system: SystemT, vcpu: VcpuT) -> dict[str, Any]:
         """The state of a drained vCPU, as plain data. Raises `KvmError`."""
 
     @abstractmethod
-    def save_vm(self, vm: Vm) -> dict[str, Any]:
+    def save_vm(self, vm: VmT) -> dict[str, Any]:
         """The state of the VM that belongs to no vCPU. Call it while all vCPUs are parked and all
         devices are quiesced.
         """
 
     @abstractmethod
-    def load_vm(self, vm: Vm, state: object) -> None:
+    def load_vm(self, vm: VmT, state: object) -> None:
         """Give a fresh VM what `save_vm` returned. Call it before the vCPUs get their states. The
         state is hostile input: raises `StateError`.
         """
 
     @abstractmethod
-    def load_vcpus(self, system: System, vcpus: Sequence[Vcpu], states: Sequence[Any]) -> None:
+    def load_vcpus(self, system: SystemT, vcpus: Sequence[VcpuT], states: Sequence[Any]) -> None:
         """Give fresh vCPUs what `save_vcpu` returned, and start their clocks together. The states
         are hostile input: raises `StateError`, also if this host lacks something that they need.
         """
@@ -225,10 +238,14 @@ class Architecture(ABC):
     # -- what an error shows ------------------------------------------------------------------
 
     @abstractmethod
-    def registers(self, vcpu: Vcpu, memory: GuestMemory) -> str:
+    def registers(self, vcpu: VcpuT, memory: GuestMemory) -> str:
         """The registers and the instruction, as lines of text for people. Call it only while the
         vCPU is not inside `KVM_RUN`. May be called in any thread.
         """
+
+    def count_msrs(self, system: SystemT) -> int:
+        """How many MSRs a vCPU's state has on this host. 0 if its processors have none."""
+        return 0
 
     # -- for experiments -----------------------------------------------------------------------
 
@@ -239,7 +256,15 @@ class Architecture(ABC):
         processor's register `register`, and by hypercalls. Raises `KvmUnavailable`.
         """
 
+    @abstractmethod
+    def set_registers(self, vcpu: VcpuT, values: Mapping[str, int]) -> None:
+        """Set the general registers with these names. The others stay as they are."""
+
     probe_names: Sequence[str]
     """The names of all probes. They are known even if there is no KVM."""
     probe_end: bytes
     """The machine code with which such a guest reports the value that it got, and ends the run."""
+
+
+AnyArchitecture: TypeAlias = Architecture[Any, Any, Any]
+"""An architecture whose own classes the code at hand does not know."""

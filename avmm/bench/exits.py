@@ -95,7 +95,7 @@ def _config(kind: str, ring: int, count: int) -> MachineConfig:
 async def _raw(config: MachineConfig) -> float:
     parts = await build(config)
     try:
-        return _microseconds(parts.vcpus[0].run_raw(), parts.vcpus[0].tsc_khz())
+        return _microseconds(parts.vcpus[0].run_raw(), parts.clock_khz)
     finally:
         with trio.CancelScope(shield=True):
             await dismantle(parts)

@@ -31,7 +31,7 @@ from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.config import MachineConfig
 from avmm.devices.state import Stateless
 from avmm.errors import AvmmError
-from avmm.kvm import Capability, KvmError, System, Vcpu, exit_name
+from avmm.kvm import Capability, KvmError, Vcpu, exit_name
 from avmm.kvm.kick import accept_kicks, install_kick, kick
 from avmm.memory.pages import PAGE
 from avmm.outcome import Outcome
@@ -118,10 +118,7 @@ class _Guest:
         guest.vcpu = guest.parts.vcpus[0]
         guest.exits = guest.parts.exits(guest.vcpu)
         if state is None:
-            regs = guest.vcpu.regs()
-            for name, value in shape.registers.items():
-                setattr(regs, name, value)
-            guest.vcpu.set_regs(regs)
+            kind.set_registers(guest.vcpu, shape.registers)
         return guest
 
     def _end(self, outcome: Outcome) -> None:
@@ -151,7 +148,7 @@ class _Guest:
 
 
 def _demand(capability: Capability) -> None:
-    system = System()
+    system = arch.host().open_system()
     try:
         if not system.check(capability):
             raise AvmmError(f"its KVM lacks {capability}")

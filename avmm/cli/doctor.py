@@ -85,14 +85,15 @@ def examine() -> HostReport:
     """Look at KVM, then run a small guest on it."""
     report = HostReport(kernel=platform.release(), modules=_modules())
     try:
-        system = System()
+        kind = arch.host()
+        system = kind.open_system()
     except KvmUnavailable as error:
         report.problems.append(str(error))
         return report
     try:
         report.usable = True
         report.max_vcpus = system.max_vcpus
-        report.msrs = len(system.msr_indices())
+        report.msrs = kind.count_msrs(system)
         report.capabilities = {name: system.check(name) for name in capabilities()}
     finally:
         system.close()

@@ -1,8 +1,8 @@
 """The border to the kernel. No code above this package sees an ioctl, one of KVM's numbers or a
 struct.
 
-`System`, `Vm` and `Vcpu` are the classes for this host's architecture. They extend those in
-`avmm.kvm.system`, `vm` and `vcpu`.
+`System`, `Vm` and `Vcpu` are what KVM has on every architecture. What it has on only one is with
+that architecture (`avmm.arch`), in subclasses of them.
 """
 
 from avmm.kvm._kvm import lib as constants
@@ -11,10 +11,9 @@ from avmm.kvm.errors import KvmError, KvmUnavailable
 from avmm.kvm.exits import exit_name
 from avmm.kvm.handle import Capability, capabilities
 from avmm.kvm.run import RunPage
-from avmm.kvm.x86 import X86System as System
-from avmm.kvm.x86 import X86Vcpu as Vcpu
-from avmm.kvm.x86 import X86Vm as Vm
-from avmm.kvm.x86 import copy_cpuid
+from avmm.kvm.system import System
+from avmm.kvm.vcpu import Vcpu
+from avmm.kvm.vm import Vm
 
 __all__ = [
     "Capability",
@@ -26,7 +25,6 @@ __all__ = [
     "Vm",
     "capabilities",
     "constants",
-    "copy_cpuid",
     "eventfd",
     "exit_name",
 ]

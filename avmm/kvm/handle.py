@@ -4,8 +4,8 @@ Each owns a file descriptor, must be closed explicitly, and raises a `KvmError` 
 that fails. Structures are cffi's own objects with the fields of <linux/kvm.h>, typed by
 `_kvm.pyi`. Source throughout: Documentation/virt/kvm/api.rst.
 
-system.py, vm.py and vcpu.py hold what KVM has on every architecture. What it has only on one is in
-a module of its own (x86.py), in subclasses of those classes.
+system.py, vm.py and vcpu.py hold what KVM has on every architecture. What it has on only one is in
+a module of that architecture (`avmm.arch.x86_64.kvm`), in subclasses of those classes.
 """
 
 from __future__ import annotations

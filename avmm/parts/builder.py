@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, TypeVarTuple
 
 from avmm import arch, guests
-from avmm.arch.contract import Architecture, BoardOptions, GuestImage
+from avmm.arch.contract import AnyArchitecture, BoardOptions, GuestImage
 from avmm.bus.coalesced import CoalescedWrites
 from avmm.config import MachineConfig
 from avmm.errors import ConfigError
@@ -120,7 +120,7 @@ async def _build(
     kind = await in_thread(arch.host)  # in a thread, because it imports the architecture
     # Memory comes first, because the file that it is opened from is closed with it.
     memory = await in_thread(ram.open_memory, stack, kind.ram, config, origin)
-    system = await in_thread(_open_system, stack, config, calls)
+    system = await in_thread(_open_system, stack, kind, config, calls)
     board = kind.board(_board_options(config), config.memory, end)
     own = await in_thread(_configured, stack, config, not origin.standby)
     added = allocate([*devices, *own], board.places, kind.virtio)
@@ -163,11 +163,13 @@ async def _build(
 # -- the steps that belong to no other module ---------------------------------------------------
 
 
-def _open_system(stack: ExitStack, config: MachineConfig, calls: CallHandler | None) -> System:
+def _open_system(
+    stack: ExitStack, kind: AnyArchitecture, config: MachineConfig, calls: CallHandler | None
+) -> System:
     """Open /dev/kvm, and check that it can run what the config asks for."""
     if config.xen and calls is None:
         raise ConfigError("xen: expected a handler for the hypercalls (`calls`)")
-    system = System()
+    system: System = kind.open_system()
     stack.callback(system.close)
     if config.cpus > system.max_vcpus:
         raise ConfigError(f"cpus {config.cpus}: this host's KVM allows 1 to {system.max_vcpus}")
@@ -230,7 +232,7 @@ def _coalesced(attached: Attached, vm: Vm, vcpus: list[Vcpu]) -> CoalescedWrites
 
 
 def _set_up(
-    kind: Architecture, system: System, vcpus: list[Vcpu], entry: Entry
+    kind: AnyArchitecture, system: System, vcpus: list[Vcpu], entry: Entry
 ) -> list[dict[str, Any]]:
     """Bring the vCPUs to the image's entry, and return what a host must have for each of them. The
     needs are read now, because a vCPU in the guest does not answer ioctls until it exits.

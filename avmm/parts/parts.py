@@ -24,7 +24,7 @@ from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.exits import Exits
 
 if TYPE_CHECKING:
-    from avmm.arch.contract import Architecture
+    from avmm.arch.contract import AnyArchitecture
     from avmm.bus.coalesced import CoalescedWrites
     from avmm.bus.space import Placement
     from avmm.config import MachineConfig
@@ -65,7 +65,7 @@ class Parts:
         self,
         *,
         config: MachineConfig,
-        arch: Architecture,
+        arch: AnyArchitecture,
         system: System,
         memory: GuestMemory,
         serial: Serial,

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from avmm.arch.contract import Architecture, VirtioRoom
+from avmm.arch.contract import AnyArchitecture, VirtioRoom
 from avmm.bus.doorbell import EventDoorbell, Watch
 from avmm.bus.host import DeviceHost
 from avmm.bus.interrupts import Interrupts
@@ -106,7 +106,7 @@ class Attached:
 
 def attach(
     stack: ExitStack,
-    kind: Architecture,
+    kind: AnyArchitecture,
     config: MachineConfig,
     memory: GuestMemory,
     places: Sequence[Placement],
@@ -139,7 +139,7 @@ def attach(
     return attached
 
 
-def _check_place(kind: Architecture, memory: GuestMemory, place: Placement) -> None:
+def _check_place(kind: AnyArchitecture, memory: GuestMemory, place: Placement) -> None:
     name = place.device.name
     if place.space not in kind.spaces:
         raise ConfigError(

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from avmm.arch.contract import Architecture
+from avmm.arch.contract import AnyArchitecture
 from avmm.bus.space import Placement
 from avmm.kvm import System, Vm
 from avmm.memory.ram import GuestMemory
 from avmm.parts.placing import Attached
 
 
-def create_vm(stack: ExitStack, kind: Architecture, system: System, memory: GuestMemory) -> Vm:
+def create_vm(stack: ExitStack, kind: AnyArchitecture, system: System, memory: GuestMemory) -> Vm:
     """A VM with this RAM in its memory slots. A slot has the same number as its region."""
-    vm = kind.create_vm(system)
+    vm: Vm = kind.create_vm(system)
     stack.callback(vm.close)
     for slot, (region, view) in enumerate(memory.addresses()):
         vm.set_memory(slot, region.gpa, view, readonly=region.readonly)
@@ -26,7 +26,7 @@ def create_vm(stack: ExitStack, kind: Architecture, system: System, memory: Gues
 
 
 def wire(
-    kind: Architecture,
+    kind: AnyArchitecture,
     vm: Vm,
     attached: Attached,
     devices: Sequence[Placement],

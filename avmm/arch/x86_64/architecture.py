@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from avmm.arch.contract import Architecture, Board, BoardOptions, GuestImage, Probe
 from avmm.arch.x86_64 import board, cpu, layout, probes, report, state, vm
-from avmm.kvm import System, Vcpu, Vm, constants
+from avmm.arch.x86_64.kvm import X86System, X86Vcpu, X86Vm
+from avmm.kvm import constants
 from avmm.vcpu.calls import KINDS
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from avmm.outcome import Outcome
 
 
-class X86_64(Architecture):  # noqa: N801 - the architecture's own spelling
+class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the architecture's own spelling
     """A PC without firmware: PICs, IOAPIC, LAPICs and PIT in the kernel, a serial port at COM1."""
 
     name = "x86_64"
@@ -58,46 +59,62 @@ class X86_64(Architecture):  # noqa: N801 - the architecture's own spelling
 
         return load_image(memory, image, devices)
 
-    def create_vm(self, system: System) -> Vm:
+    def open_system(self) -> X86System:
+        return X86System()
+
+    def create_vm(self, system: X86System) -> X86Vm:
         return vm.create_vm(system)
 
-    def set_up(self, system: System, vcpus: Sequence[Vcpu], entry: Entry) -> None:
+    def set_up(self, system: X86System, vcpus: Sequence[X86Vcpu], entry: Entry) -> None:
         for vcpu in vcpus:
             cpu.set_up(system, vcpu, len(vcpus), entry if vcpu.index == 0 else None)
 
     def enable_exits(
-        self, vm_: Vm, devices: Sequence[Placement], *, xen: bool, has_calls: bool
+        self, vm_: X86Vm, devices: Sequence[Placement], *, xen: bool, has_calls: bool
     ) -> None:
         vm.enable_exits(vm_, devices, xen=xen, has_calls=has_calls)
 
-    def needs(self, system: System, vcpu: Vcpu) -> dict[str, Any]:
+    def needs(self, system: X86System, vcpu: X86Vcpu) -> dict[str, Any]:
         return state.needs(system, vcpu)
 
-    def needs_of(self, system: System, vcpu: Vcpu, state_: Mapping[str, Any]) -> dict[str, Any]:
+    def needs_of(
+        self, system: X86System, vcpu: X86Vcpu, state_: Mapping[str, Any]
+    ) -> dict[str, Any]:
         return state.needs_of(system, vcpu, state_)
 
-    def demand(self, system: System, vcpu: Vcpu, needs: Mapping[str, Any]) -> None:
+    def demand(self, system: X86System, vcpu: X86Vcpu, needs: Mapping[str, Any]) -> None:
         state.demand(system, vcpu, needs)
 
     def clock_khz(self, needs: Mapping[str, Any]) -> int:
         return int(needs["tsc_khz"])
 
-    def save_vcpu(self, system: System, vcpu: Vcpu) -> dict[str, Any]:
+    def save_vcpu(self, system: X86System, vcpu: X86Vcpu) -> dict[str, Any]:
         return state.save_vcpu(system, vcpu)
 
-    def save_vm(self, vm_: Vm) -> dict[str, Any]:
+    def save_vm(self, vm_: X86Vm) -> dict[str, Any]:
         return state.save_vm(vm_)
 
-    def load_vm(self, vm_: Vm, state_: object) -> None:
+    def load_vm(self, vm_: X86Vm, state_: object) -> None:
         state.load_vm(vm_, state_)
 
-    def load_vcpus(self, system: System, vcpus: Sequence[Vcpu], states: Sequence[Any]) -> None:
+    def load_vcpus(
+        self, system: X86System, vcpus: Sequence[X86Vcpu], states: Sequence[Any]
+    ) -> None:
         for vcpu, vcpu_state in zip(vcpus, states, strict=True):
             state.load_vcpu(system, vcpu, vcpu_state)
         state.load_time(vcpus, states)
 
-    def registers(self, vcpu: Vcpu, memory: GuestMemory) -> str:
+    def registers(self, vcpu: X86Vcpu, memory: GuestMemory) -> str:
         return report.registers(vcpu, memory)
+
+    def count_msrs(self, system: X86System) -> int:
+        return len(system.msr_indices())
+
+    def set_registers(self, vcpu: X86Vcpu, values: Mapping[str, int]) -> None:
+        registers = vcpu.regs()
+        for name, value in values.items():
+            setattr(registers, name, value)
+        vcpu.set_regs(registers)
 
     def probes(self, origin: int, port: int, window: int, register: int) -> list[Probe]:
         return probes.probes(origin, port, window, register)

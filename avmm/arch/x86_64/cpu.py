@@ -9,9 +9,17 @@ from __future__ import annotations
 from typing import Final
 
 from avmm.arch.x86_64 import layout, tables
+from avmm.arch.x86_64.kvm import (
+    Cpuid,
+    LapicRegisters,
+    Regs,
+    Segment,
+    Sregs,
+    X86System,
+    X86Vcpu,
+    copy_cpuid,
+)
 from avmm.boot.entry import Entry, Mode
-from avmm.kvm import System, Vcpu, copy_cpuid
-from avmm.kvm.x86 import Cpuid, LapicRegisters, Regs, Segment, Sregs
 
 # Control bits (Intel SDM 3A, 2.5 and 2.2.1).
 _CR0_PE, _CR0_ET, _CR0_NE, _CR0_PG = 1 << 0, 1 << 4, 1 << 5, 1 << 31
@@ -35,7 +43,7 @@ _LVT_LINT0, _LVT_LINT1 = 0x350, 0x360
 _DELIVER_EXTINT, _DELIVER_NMI = 0x700, 0x400
 
 
-def set_up(system: System, vcpu: Vcpu, cpus: int, entry: Entry | None) -> None:
+def set_up(system: X86System, vcpu: X86Vcpu, cpus: int, entry: Entry | None) -> None:
     """Prepare `vcpu`, one of `cpus` vCPUs. `entry` says where the boot processor starts; it is
     None for the others.
     """
@@ -53,7 +61,7 @@ def set_up(system: System, vcpu: Vcpu, cpus: int, entry: Entry | None) -> None:
         vcpu.set_regs(regs)
 
 
-def cpuid(system: System, index: int, cpus: int) -> Cpuid:
+def cpuid(system: X86System, index: int, cpus: int) -> Cpuid:
     """What the host offers, with this vCPU's APIC id and a topology of single-thread cores.
 
     Virtualization is not offered, because no saved state contains what runs in a guest's guest.
@@ -86,7 +94,7 @@ _asked: list[Cpuid] = []
 """
 
 
-def _host_cpuid(system: System) -> Cpuid:
+def _host_cpuid(system: X86System) -> Cpuid:
     """A copy of the host's CPUID, which the caller may change."""
     if not _asked:
         _asked.append(system.supported_cpuid())

@@ -7,7 +7,8 @@ from __future__ import annotations
 from typing import Final
 
 from avmm.arch.contract import Probe
-from avmm.kvm import System, constants
+from avmm.arch.x86_64.kvm import X86System
+from avmm.kvm import constants
 
 END: Final = bytes.fromhex("66baf800 ef f4")
 """`mov dx, 0xf8; out dx, eax; hlt`: the guest reports the value that it got, and ends the run."""
@@ -50,7 +51,7 @@ def _hypercalls() -> list[Probe]:
     """KVM_HC_MAP_GPA_RANGE and one of Xen's hypercalls, made with this host CPU's own
     instruction.
     """
-    system = System()
+    system = X86System()
     try:
         leaves = system.supported_cpuid()
     finally:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from avmm.arch.x86_64.kvm import Sregs, X86Vcpu
 from avmm.errors import GuestMemoryError
-from avmm.kvm import KvmError, Vcpu
-from avmm.kvm.x86 import Sregs
+from avmm.kvm import KvmError
 from avmm.memory.pages import PAGE
 from avmm.memory.ram import GuestMemory
 
@@ -19,7 +19,7 @@ _ROWS: Final = (
 _LONGEST_INSTRUCTION: Final = 15
 
 
-def registers(vcpu: Vcpu, memory: GuestMemory) -> str:
+def registers(vcpu: X86Vcpu, memory: GuestMemory) -> str:
     """The registers and the code, as text. Call it only while the vCPU is not inside `KVM_RUN`."""
     try:
         regs, sregs = vcpu.regs(), vcpu.sregs()
@@ -66,7 +66,7 @@ def instruction(code: bytes, rip: int, sregs: Sregs) -> str:
     return ""
 
 
-def _code(vcpu: Vcpu, memory: GuestMemory, linear: int) -> bytes:
+def _code(vcpu: X86Vcpu, memory: GuestMemory, linear: int) -> bytes:
     """As many bytes as an instruction may have, or fewer if an unmapped page follows."""
     code = b""
     while len(code) < _LONGEST_INSTRUCTION:

@@ -39,8 +39,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from avmm.arch.x86_64 import cpu, features, tsc
+from avmm.arch.x86_64.kvm import X86System, X86Vcpu, X86Vm
 from avmm.errors import StateError
-from avmm.kvm import KvmError, System, Vcpu, Vm, constants
+from avmm.kvm import KvmError, constants
 from avmm.plain import U32, U64, Bytes, Fields, Int, ListOf, OrNone, Row
 
 _TSC_DEADLINE = 0x6E0
@@ -99,7 +100,7 @@ class SavedVm(Fields, version=1):
     clock = U64
 
 
-def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
+def save_vcpu(system: X86System, vcpu: X86Vcpu) -> dict[str, Any]:
     """The state of a drained vCPU. Raises `KvmError` if KVM does not return all of it."""
     parts: dict[str, object] = {"mp_state": vcpu.state("mp_state")}
     for part in ("regs", "sregs"):
@@ -119,7 +120,7 @@ def save_vcpu(system: System, vcpu: Vcpu) -> dict[str, Any]:
     return SavedVcpu.plain(lapic=lapic, **parts)
 
 
-def needs(system: System, vcpu: Vcpu) -> dict[str, Any]:
+def needs(system: X86System, vcpu: X86Vcpu) -> dict[str, Any]:
     """What a host must have for this vCPU, as far as that is known before the vCPU's state is
     read.
     """
@@ -131,7 +132,7 @@ def needs(system: System, vcpu: Vcpu) -> dict[str, Any]:
     )
 
 
-def needs_of(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> dict[str, Any]:
+def needs_of(system: X86System, vcpu: X86Vcpu, state: Mapping[str, Any]) -> dict[str, Any]:
     """The `needs` of a vCPU that has just been given this state. Most of them are in the state;
     asking KVM again would let the guest stand still a millisecond longer.
     """
@@ -143,7 +144,7 @@ def needs_of(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> dict[str, 
     )
 
 
-def demand(system: System, vcpu: Vcpu, needed: Mapping[str, Any]) -> None:
+def demand(system: X86System, vcpu: X86Vcpu, needed: Mapping[str, Any]) -> None:
     """Raise `StateError` if this host lacks something that a vCPU of another host needs
     (`needs`).
     """
@@ -153,7 +154,7 @@ def demand(system: System, vcpu: Vcpu, needed: Mapping[str, Any]) -> None:
     _demand_xsave(system, vcpu, needs_.xsave)
 
 
-def _demand_msrs(system: System, wanted: Iterable[int]) -> None:
+def _demand_msrs(system: X86System, wanted: Iterable[int]) -> None:
     here = set(system.msr_indices())
     if missing := [f"{index:#x}" for index in wanted if index not in here]:
         raise StateError(
@@ -161,7 +162,7 @@ def _demand_msrs(system: System, wanted: Iterable[int]) -> None:
         )
 
 
-def _demand_xsave(system: System, vcpu: Vcpu, size: int) -> None:
+def _demand_xsave(system: X86System, vcpu: X86Vcpu, size: int) -> None:
     here = system.check("KVM_CAP_XSAVE2") or len(vcpu.xsave(0))
     if size != here:
         raise StateError(
@@ -170,7 +171,7 @@ def _demand_xsave(system: System, vcpu: Vcpu, size: int) -> None:
         )
 
 
-def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
+def load_vcpu(system: X86System, vcpu: X86Vcpu, state: Mapping[str, Any]) -> None:
     """Give a fresh vCPU the state that `save_vcpu` returned, here or on another host. Raises
     `StateError` if it is not such a state, or if this host lacks something that it needs.
     """
@@ -201,7 +202,7 @@ def load_vcpu(system: System, vcpu: Vcpu, state: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _offered(system: System, vcpu: Vcpu) -> list[features.Leaf]:
+def _offered(system: X86System, vcpu: X86Vcpu) -> list[features.Leaf]:
     """The CPUID that a new vCPU shows its guest on this host. KVM may show more than it was told
     to: under kvm_pvm, guests see the hardware's CPUID.
     """
@@ -217,7 +218,7 @@ for all vCPUs of a host.
 """
 
 
-def load_time(vcpus: Sequence[Vcpu], states: Sequence[Mapping[str, Any]]) -> None:
+def load_time(vcpus: Sequence[X86Vcpu], states: Sequence[Mapping[str, Any]]) -> None:
     """Start the TSCs of all vCPUs and set their deadlines. Call it after `load_vcpu` of each vCPU,
     which has checked the states. Raises `StateError` as that does.
     """
@@ -235,7 +236,7 @@ def load_time(vcpus: Sequence[Vcpu], states: Sequence[Mapping[str, Any]]) -> Non
         raise StateError(f"this host's KVM refuses the guest's time: {error}") from error
 
 
-def save_vm(vm: Vm) -> dict[str, Any]:
+def save_vm(vm: X86Vm) -> dict[str, Any]:
     """The state of PICs, IOAPIC, PIT and kvmclock. Call it while all vCPUs are parked and all
     devices are quiesced.
     """
@@ -244,7 +245,7 @@ def save_vm(vm: Vm) -> dict[str, Any]:
     )
 
 
-def load_vm(vm: Vm, state: object) -> None:
+def load_vm(vm: X86Vm, state: object) -> None:
     """Give a fresh VM the state that `save_vm` returned. Call it before the vCPUs get their state.
 
     Raises `StateError` as `load_vcpu` does.
@@ -261,7 +262,7 @@ def load_vm(vm: Vm, state: object) -> None:
         raise StateError(f"this host's KVM refuses the state of the VM: {error}") from error
 
 
-def _set_frequency(system: System, vcpu: Vcpu, khz: int) -> None:
+def _set_frequency(system: X86System, vcpu: X86Vcpu, khz: int) -> None:
     here = vcpu.tsc_khz()
     if khz == here:
         return

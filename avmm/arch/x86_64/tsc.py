@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from avmm.arch.x86_64.kvm import X86Vcpu
 from avmm.errors import StateError
-from avmm.kvm import Vcpu
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Saved:
     offset: int | None
 
 
-def load(vcpus: Sequence[Vcpu], saved: Sequence[Saved]) -> None:
+def load(vcpus: Sequence[X86Vcpu], saved: Sequence[Saved]) -> None:
     """Let the counters of all vCPUs continue from where they were.
 
     Raises `StateError` if the counters would go back on this host's KVM, and `KvmError` if KVM
@@ -57,11 +57,11 @@ def load(vcpus: Sequence[Vcpu], saved: Sequence[Saved]) -> None:
     _check(first, begin.value, 0 if exact else _NOTICED_SECONDS)
 
 
-def _now(vcpu: Vcpu) -> int:
+def _now(vcpu: X86Vcpu) -> int:
     return vcpu.msrs([MSR])[MSR]
 
 
-def _check(vcpu: Vcpu, saved: int, tolerated: float) -> None:
+def _check(vcpu: X86Vcpu, saved: int, tolerated: float) -> None:
     ahead = (_now(vcpu) - saved) / vcpu.tsc_khz() / 1000
     if ahead < -tolerated:
         raise StateError(

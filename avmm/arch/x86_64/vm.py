@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from avmm.arch.x86_64 import layout
+from avmm.arch.x86_64.kvm import X86System, X86Vm
 from avmm.bus.space import Placement
 from avmm.errors import ConfigError
-from avmm.kvm import System, Vm, constants
+from avmm.kvm import constants
 from avmm.vcpu.calls import XEN_MSR
 
 
-def create_vm(system: System) -> Vm:
+def create_vm(system: X86System) -> X86Vm:
     """A VM with two PICs, an IOAPIC, a PIT, and a LAPIC for each vCPU that is created later."""
     vm = system.create_vm()
     try:
@@ -25,7 +26,7 @@ def create_vm(system: System) -> Vm:
     return vm
 
 
-def enable_exits(vm: Vm, devices: Sequence[Placement], *, xen: bool, has_calls: bool) -> None:
+def enable_exits(vm: X86Vm, devices: Sequence[Placement], *, xen: bool, has_calls: bool) -> None:
     """See `avmm.arch.contract.Architecture.enable_exits`."""
     if filtered := [place for place in devices if place.space == "msr"]:
         _filter_msrs(vm, filtered)
@@ -35,7 +36,7 @@ def enable_exits(vm: Vm, devices: Sequence[Placement], *, xen: bool, has_calls: 
         vm.enable("KVM_CAP_EXIT_HYPERCALL", 1 << constants.KVM_HC_MAP_GPA_RANGE)
 
 
-def _filter_msrs(vm: Vm, places: Sequence[Placement]) -> None:
+def _filter_msrs(vm: X86Vm, places: Sequence[Placement]) -> None:
     names = ", ".join(place.device.name for place in places)
     if len(places) > constants.KVM_MSR_FILTER_MAX_RANGES:
         raise ConfigError(
@@ -50,7 +51,7 @@ def _filter_msrs(vm: Vm, places: Sequence[Placement]) -> None:
     vm.filter_msrs([(place.base, place.size) for place in places])
 
 
-def _intercept_xen(vm: Vm) -> None:
+def _intercept_xen(vm: X86Vm) -> None:
     if not vm.intercept_xen(XEN_MSR):
         raise ConfigError(
             "xen: this host's KVM does not hand Xen's hypercalls over; expected one that "
