@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support.threads import ours
 
-from avmm.kvm import KvmUnavailable, System
+from avmm.arch.x86_64.kvm import X86System
+from avmm.kvm import KvmUnavailable
 
 pytest_plugins = ["lab.plugin", "support.booting"]
 
@@ -30,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def kvm() -> None:
     """Skips, with the reason, where there is no KVM; fails there if AVMM_REQUIRE_KVM=1."""
     try:
-        System().close()
+        X86System().close()
     except KvmUnavailable as error:
         if os.environ.get("AVMM_REQUIRE_KVM") == "1":
             pytest.fail(f"AVMM_REQUIRE_KVM=1, but: {error}")

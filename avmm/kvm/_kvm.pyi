@@ -90,282 +90,6 @@ class KvmUserspaceMemoryRegionInit(TypedDict, total=False):
     memory_size: int
     userspace_addr: int
 
-class KvmRegs(CData):
-    rax: int
-    rbx: int
-    rcx: int
-    rdx: int
-    rsi: int
-    rdi: int
-    rsp: int
-    rbp: int
-    r8: int
-    r9: int
-    r10: int
-    r11: int
-    r12: int
-    r13: int
-    r14: int
-    r15: int
-    rip: int
-    rflags: int
-
-class KvmRegsPointer(KvmRegs, Pointer[KvmRegs]): ...
-
-class KvmRegsInit(TypedDict, total=False):
-    rax: int
-    rbx: int
-    rcx: int
-    rdx: int
-    rsi: int
-    rdi: int
-    rsp: int
-    rbp: int
-    r8: int
-    r9: int
-    r10: int
-    r11: int
-    r12: int
-    r13: int
-    r14: int
-    r15: int
-    rip: int
-    rflags: int
-
-class KvmSegment(CData):
-    base: int
-    limit: int
-    selector: int
-    type: int
-    present: int
-    dpl: int
-    db: int
-    s: int
-    l: int
-    g: int
-    avl: int
-    unusable: int
-
-class KvmSegmentPointer(KvmSegment, Pointer[KvmSegment]): ...
-
-class KvmSegmentInit(TypedDict, total=False):
-    base: int
-    limit: int
-    selector: int
-    type: int
-    present: int
-    dpl: int
-    db: int
-    s: int
-    l: int
-    g: int
-    avl: int
-    unusable: int
-
-class KvmDtable(CData):
-    base: int
-    limit: int
-
-class KvmDtablePointer(KvmDtable, Pointer[KvmDtable]): ...
-
-class KvmDtableInit(TypedDict, total=False):
-    base: int
-    limit: int
-
-class KvmSregs(CData):
-    cs: KvmSegment
-    ds: KvmSegment
-    es: KvmSegment
-    fs: KvmSegment
-    gs: KvmSegment
-    ss: KvmSegment
-    tr: KvmSegment
-    ldt: KvmSegment
-    gdt: KvmDtable
-    idt: KvmDtable
-    cr0: int
-    cr2: int
-    cr3: int
-    cr4: int
-    cr8: int
-    efer: int
-    apic_base: int
-
-class KvmSregsPointer(KvmSregs, Pointer[KvmSregs]): ...
-
-class KvmSregsInit(TypedDict, total=False):
-    cs: KvmSegmentInit
-    ds: KvmSegmentInit
-    es: KvmSegmentInit
-    fs: KvmSegmentInit
-    gs: KvmSegmentInit
-    ss: KvmSegmentInit
-    tr: KvmSegmentInit
-    ldt: KvmSegmentInit
-    gdt: KvmDtableInit
-    idt: KvmDtableInit
-    cr0: int
-    cr2: int
-    cr3: int
-    cr4: int
-    cr8: int
-    efer: int
-    apic_base: int
-
-class KvmCpuidEntry2(CData):
-    function: int
-    index: int
-    flags: int
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
-
-class KvmCpuidEntry2Pointer(KvmCpuidEntry2, Pointer[KvmCpuidEntry2]): ...
-class KvmCpuidEntry2Array(Array[KvmCpuidEntry2, KvmCpuidEntry2Pointer]): ...
-
-class KvmCpuidEntry2Init(TypedDict, total=False):
-    function: int
-    index: int
-    flags: int
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
-
-class KvmCpuid2(CData):
-    nent: int
-    entries: KvmCpuidEntry2Array
-
-class KvmCpuid2Pointer(KvmCpuid2, Pointer[KvmCpuid2]): ...
-
-class KvmCpuid2Init(TypedDict, total=False):
-    nent: int
-    entries: int | Sequence[KvmCpuidEntry2Init]
-
-class KvmMsrEntry(CData):
-    index: int
-    data: int
-
-class KvmMsrEntryPointer(KvmMsrEntry, Pointer[KvmMsrEntry]): ...
-class KvmMsrEntryArray(Array[KvmMsrEntry, KvmMsrEntryPointer]): ...
-
-class KvmMsrEntryInit(TypedDict, total=False):
-    index: int
-    data: int
-
-class KvmMsrs(CData):
-    nmsrs: int
-    entries: KvmMsrEntryArray
-
-class KvmMsrsPointer(KvmMsrs, Pointer[KvmMsrs]): ...
-
-class KvmMsrsInit(TypedDict, total=False):
-    nmsrs: int
-    entries: int | Sequence[KvmMsrEntryInit]
-
-class KvmMsrList(CData):
-    nmsrs: int
-    indices: Uint32Array
-
-class KvmMsrListPointer(KvmMsrList, Pointer[KvmMsrList]): ...
-
-class KvmMsrListInit(TypedDict, total=False):
-    nmsrs: int
-    indices: int | Sequence[int]
-
-class KvmFpu(CData):
-    fcw: int
-    mxcsr: int
-
-class KvmFpuPointer(KvmFpu, Pointer[KvmFpu]): ...
-
-class KvmFpuInit(TypedDict, total=False):
-    fcw: int
-    mxcsr: int
-
-class KvmLapicState(CData):
-    regs: CharArray
-
-class KvmLapicStatePointer(KvmLapicState, Pointer[KvmLapicState]): ...
-
-class KvmLapicStateInit(TypedDict, total=False):
-    regs: Sequence[bytes]
-
-class KvmMpState(CData):
-    mp_state: int
-
-class KvmMpStatePointer(KvmMpState, Pointer[KvmMpState]): ...
-
-class KvmMpStateInit(TypedDict, total=False):
-    mp_state: int
-
-class KvmXsave(CData): ...
-class KvmXsavePointer(KvmXsave, Pointer[KvmXsave]): ...
-class KvmXsaveInit(TypedDict, total=False): ...
-
-class KvmXcrs(CData):
-    nr_xcrs: int
-
-class KvmXcrsPointer(KvmXcrs, Pointer[KvmXcrs]): ...
-
-class KvmXcrsInit(TypedDict, total=False):
-    nr_xcrs: int
-
-class KvmDebugregs(CData): ...
-class KvmDebugregsPointer(KvmDebugregs, Pointer[KvmDebugregs]): ...
-class KvmDebugregsInit(TypedDict, total=False): ...
-class KvmVcpuEvents(CData): ...
-class KvmVcpuEventsPointer(KvmVcpuEvents, Pointer[KvmVcpuEvents]): ...
-class KvmVcpuEventsInit(TypedDict, total=False): ...
-
-class KvmClockData(CData):
-    clock: int
-    flags: int
-
-class KvmClockDataPointer(KvmClockData, Pointer[KvmClockData]): ...
-
-class KvmClockDataInit(TypedDict, total=False):
-    clock: int
-    flags: int
-
-class KvmIrqchip(CData):
-    chip_id: int
-
-class KvmIrqchipPointer(KvmIrqchip, Pointer[KvmIrqchip]): ...
-
-class KvmIrqchipInit(TypedDict, total=False):
-    chip_id: int
-
-class KvmPitState2(CData): ...
-class KvmPitState2Pointer(KvmPitState2, Pointer[KvmPitState2]): ...
-class KvmPitState2Init(TypedDict, total=False): ...
-
-class KvmMsrFilterRange(CData):
-    flags: int
-    nmsrs: int
-    base: int
-    bitmap: Uint8Pointer
-
-class KvmMsrFilterRangePointer(KvmMsrFilterRange, Pointer[KvmMsrFilterRange]): ...
-class KvmMsrFilterRangeArray(Array[KvmMsrFilterRange, KvmMsrFilterRangePointer]): ...
-
-class KvmMsrFilterRangeInit(TypedDict, total=False):
-    flags: int
-    nmsrs: int
-    base: int
-    bitmap: Uint8Pointer | Uint8Array
-
-class KvmMsrFilter(CData):
-    flags: int
-    ranges: KvmMsrFilterRangeArray
-
-class KvmMsrFilterPointer(KvmMsrFilter, Pointer[KvmMsrFilter]): ...
-
-class KvmMsrFilterInit(TypedDict, total=False):
-    flags: int
-    ranges: Sequence[KvmMsrFilterRangeInit]
-
 class KvmCoalescedMmioZone(CData):
     addr: int
     size: int
@@ -401,50 +125,6 @@ class KvmCoalescedMmioRingPointer(KvmCoalescedMmioRing, Pointer[KvmCoalescedMmio
 class KvmCoalescedMmioRingInit(TypedDict, total=False):
     first: int
     last: int
-
-class KvmXenHvmConfig(CData):
-    flags: int
-    msr: int
-
-class KvmXenHvmConfigPointer(KvmXenHvmConfig, Pointer[KvmXenHvmConfig]): ...
-
-class KvmXenHvmConfigInit(TypedDict, total=False):
-    flags: int
-    msr: int
-
-class KvmTranslation(CData):
-    linear_address: int
-    physical_address: int
-    valid: int
-
-class KvmTranslationPointer(KvmTranslation, Pointer[KvmTranslation]): ...
-
-class KvmTranslationInit(TypedDict, total=False):
-    linear_address: int
-    physical_address: int
-    valid: int
-
-class KvmPitConfig(CData):
-    flags: int
-
-class KvmPitConfigPointer(KvmPitConfig, Pointer[KvmPitConfig]): ...
-
-class KvmPitConfigInit(TypedDict, total=False):
-    flags: int
-
-class KvmDeviceAttr(CData):
-    flags: int
-    group: int
-    attr: int
-    addr: int
-
-class KvmDeviceAttrPointer(KvmDeviceAttr, Pointer[KvmDeviceAttr]): ...
-
-class KvmDeviceAttrInit(TypedDict, total=False):
-    flags: int
-    group: int
-    attr: int
-    addr: int
 
 class KvmDirtyLog(CData):
     slot: int
@@ -831,6 +511,326 @@ class AvmmLotInit(TypedDict, total=False):
     count: int
     spots: AvmmSpotPointer | AvmmSpotArray
 
+class KvmRegs(CData):
+    rax: int
+    rbx: int
+    rcx: int
+    rdx: int
+    rsi: int
+    rdi: int
+    rsp: int
+    rbp: int
+    r8: int
+    r9: int
+    r10: int
+    r11: int
+    r12: int
+    r13: int
+    r14: int
+    r15: int
+    rip: int
+    rflags: int
+
+class KvmRegsPointer(KvmRegs, Pointer[KvmRegs]): ...
+
+class KvmRegsInit(TypedDict, total=False):
+    rax: int
+    rbx: int
+    rcx: int
+    rdx: int
+    rsi: int
+    rdi: int
+    rsp: int
+    rbp: int
+    r8: int
+    r9: int
+    r10: int
+    r11: int
+    r12: int
+    r13: int
+    r14: int
+    r15: int
+    rip: int
+    rflags: int
+
+class KvmSegment(CData):
+    base: int
+    limit: int
+    selector: int
+    type: int
+    present: int
+    dpl: int
+    db: int
+    s: int
+    l: int
+    g: int
+    avl: int
+    unusable: int
+
+class KvmSegmentPointer(KvmSegment, Pointer[KvmSegment]): ...
+
+class KvmSegmentInit(TypedDict, total=False):
+    base: int
+    limit: int
+    selector: int
+    type: int
+    present: int
+    dpl: int
+    db: int
+    s: int
+    l: int
+    g: int
+    avl: int
+    unusable: int
+
+class KvmDtable(CData):
+    base: int
+    limit: int
+
+class KvmDtablePointer(KvmDtable, Pointer[KvmDtable]): ...
+
+class KvmDtableInit(TypedDict, total=False):
+    base: int
+    limit: int
+
+class KvmSregs(CData):
+    cs: KvmSegment
+    ds: KvmSegment
+    es: KvmSegment
+    fs: KvmSegment
+    gs: KvmSegment
+    ss: KvmSegment
+    tr: KvmSegment
+    ldt: KvmSegment
+    gdt: KvmDtable
+    idt: KvmDtable
+    cr0: int
+    cr2: int
+    cr3: int
+    cr4: int
+    cr8: int
+    efer: int
+    apic_base: int
+
+class KvmSregsPointer(KvmSregs, Pointer[KvmSregs]): ...
+
+class KvmSregsInit(TypedDict, total=False):
+    cs: KvmSegmentInit
+    ds: KvmSegmentInit
+    es: KvmSegmentInit
+    fs: KvmSegmentInit
+    gs: KvmSegmentInit
+    ss: KvmSegmentInit
+    tr: KvmSegmentInit
+    ldt: KvmSegmentInit
+    gdt: KvmDtableInit
+    idt: KvmDtableInit
+    cr0: int
+    cr2: int
+    cr3: int
+    cr4: int
+    cr8: int
+    efer: int
+    apic_base: int
+
+class KvmCpuidEntry2(CData):
+    function: int
+    index: int
+    flags: int
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+class KvmCpuidEntry2Pointer(KvmCpuidEntry2, Pointer[KvmCpuidEntry2]): ...
+class KvmCpuidEntry2Array(Array[KvmCpuidEntry2, KvmCpuidEntry2Pointer]): ...
+
+class KvmCpuidEntry2Init(TypedDict, total=False):
+    function: int
+    index: int
+    flags: int
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+class KvmCpuid2(CData):
+    nent: int
+    entries: KvmCpuidEntry2Array
+
+class KvmCpuid2Pointer(KvmCpuid2, Pointer[KvmCpuid2]): ...
+
+class KvmCpuid2Init(TypedDict, total=False):
+    nent: int
+    entries: int | Sequence[KvmCpuidEntry2Init]
+
+class KvmMsrEntry(CData):
+    index: int
+    data: int
+
+class KvmMsrEntryPointer(KvmMsrEntry, Pointer[KvmMsrEntry]): ...
+class KvmMsrEntryArray(Array[KvmMsrEntry, KvmMsrEntryPointer]): ...
+
+class KvmMsrEntryInit(TypedDict, total=False):
+    index: int
+    data: int
+
+class KvmMsrs(CData):
+    nmsrs: int
+    entries: KvmMsrEntryArray
+
+class KvmMsrsPointer(KvmMsrs, Pointer[KvmMsrs]): ...
+
+class KvmMsrsInit(TypedDict, total=False):
+    nmsrs: int
+    entries: int | Sequence[KvmMsrEntryInit]
+
+class KvmMsrList(CData):
+    nmsrs: int
+    indices: Uint32Array
+
+class KvmMsrListPointer(KvmMsrList, Pointer[KvmMsrList]): ...
+
+class KvmMsrListInit(TypedDict, total=False):
+    nmsrs: int
+    indices: int | Sequence[int]
+
+class KvmFpu(CData):
+    fcw: int
+    mxcsr: int
+
+class KvmFpuPointer(KvmFpu, Pointer[KvmFpu]): ...
+
+class KvmFpuInit(TypedDict, total=False):
+    fcw: int
+    mxcsr: int
+
+class KvmLapicState(CData):
+    regs: CharArray
+
+class KvmLapicStatePointer(KvmLapicState, Pointer[KvmLapicState]): ...
+
+class KvmLapicStateInit(TypedDict, total=False):
+    regs: Sequence[bytes]
+
+class KvmMpState(CData):
+    mp_state: int
+
+class KvmMpStatePointer(KvmMpState, Pointer[KvmMpState]): ...
+
+class KvmMpStateInit(TypedDict, total=False):
+    mp_state: int
+
+class KvmXsave(CData): ...
+class KvmXsavePointer(KvmXsave, Pointer[KvmXsave]): ...
+class KvmXsaveInit(TypedDict, total=False): ...
+
+class KvmXcrs(CData):
+    nr_xcrs: int
+
+class KvmXcrsPointer(KvmXcrs, Pointer[KvmXcrs]): ...
+
+class KvmXcrsInit(TypedDict, total=False):
+    nr_xcrs: int
+
+class KvmDebugregs(CData): ...
+class KvmDebugregsPointer(KvmDebugregs, Pointer[KvmDebugregs]): ...
+class KvmDebugregsInit(TypedDict, total=False): ...
+class KvmVcpuEvents(CData): ...
+class KvmVcpuEventsPointer(KvmVcpuEvents, Pointer[KvmVcpuEvents]): ...
+class KvmVcpuEventsInit(TypedDict, total=False): ...
+
+class KvmClockData(CData):
+    clock: int
+    flags: int
+
+class KvmClockDataPointer(KvmClockData, Pointer[KvmClockData]): ...
+
+class KvmClockDataInit(TypedDict, total=False):
+    clock: int
+    flags: int
+
+class KvmIrqchip(CData):
+    chip_id: int
+
+class KvmIrqchipPointer(KvmIrqchip, Pointer[KvmIrqchip]): ...
+
+class KvmIrqchipInit(TypedDict, total=False):
+    chip_id: int
+
+class KvmPitState2(CData): ...
+class KvmPitState2Pointer(KvmPitState2, Pointer[KvmPitState2]): ...
+class KvmPitState2Init(TypedDict, total=False): ...
+
+class KvmMsrFilterRange(CData):
+    flags: int
+    nmsrs: int
+    base: int
+    bitmap: Uint8Pointer
+
+class KvmMsrFilterRangePointer(KvmMsrFilterRange, Pointer[KvmMsrFilterRange]): ...
+class KvmMsrFilterRangeArray(Array[KvmMsrFilterRange, KvmMsrFilterRangePointer]): ...
+
+class KvmMsrFilterRangeInit(TypedDict, total=False):
+    flags: int
+    nmsrs: int
+    base: int
+    bitmap: Uint8Pointer | Uint8Array
+
+class KvmMsrFilter(CData):
+    flags: int
+    ranges: KvmMsrFilterRangeArray
+
+class KvmMsrFilterPointer(KvmMsrFilter, Pointer[KvmMsrFilter]): ...
+
+class KvmMsrFilterInit(TypedDict, total=False):
+    flags: int
+    ranges: Sequence[KvmMsrFilterRangeInit]
+
+class KvmXenHvmConfig(CData):
+    flags: int
+    msr: int
+
+class KvmXenHvmConfigPointer(KvmXenHvmConfig, Pointer[KvmXenHvmConfig]): ...
+
+class KvmXenHvmConfigInit(TypedDict, total=False):
+    flags: int
+    msr: int
+
+class KvmTranslation(CData):
+    linear_address: int
+    physical_address: int
+    valid: int
+
+class KvmTranslationPointer(KvmTranslation, Pointer[KvmTranslation]): ...
+
+class KvmTranslationInit(TypedDict, total=False):
+    linear_address: int
+    physical_address: int
+    valid: int
+
+class KvmPitConfig(CData):
+    flags: int
+
+class KvmPitConfigPointer(KvmPitConfig, Pointer[KvmPitConfig]): ...
+
+class KvmPitConfigInit(TypedDict, total=False):
+    flags: int
+
+class KvmDeviceAttr(CData):
+    flags: int
+    group: int
+    attr: int
+    addr: int
+
+class KvmDeviceAttrPointer(KvmDeviceAttr, Pointer[KvmDeviceAttr]): ...
+
+class KvmDeviceAttrInit(TypedDict, total=False):
+    flags: int
+    group: int
+    attr: int
+    addr: int
+
 _TypeName: TypeAlias = Literal[
     "char",
     "int",
@@ -843,34 +843,9 @@ _TypeName: TypeAlias = Literal[
     "unsigned long",
     "unsigned long long",
     "struct kvm_userspace_memory_region",
-    "struct kvm_regs",
-    "struct kvm_segment",
-    "struct kvm_dtable",
-    "struct kvm_sregs",
-    "struct kvm_cpuid_entry2",
-    "struct kvm_cpuid2",
-    "struct kvm_msr_entry",
-    "struct kvm_msrs",
-    "struct kvm_msr_list",
-    "struct kvm_fpu",
-    "struct kvm_lapic_state",
-    "struct kvm_mp_state",
-    "struct kvm_xsave",
-    "struct kvm_xcrs",
-    "struct kvm_debugregs",
-    "struct kvm_vcpu_events",
-    "struct kvm_clock_data",
-    "struct kvm_irqchip",
-    "struct kvm_pit_state2",
-    "struct kvm_msr_filter_range",
-    "struct kvm_msr_filter",
     "struct kvm_coalesced_mmio_zone",
     "struct kvm_coalesced_mmio",
     "struct kvm_coalesced_mmio_ring",
-    "struct kvm_xen_hvm_config",
-    "struct kvm_translation",
-    "struct kvm_pit_config",
-    "struct kvm_device_attr",
     "struct kvm_dirty_log",
     "struct kvm_irq_level",
     "struct kvm_irqfd",
@@ -902,26 +877,123 @@ _TypeName: TypeAlias = Literal[
     "struct avmm_bridge",
     "struct avmm_spot",
     "struct avmm_lot",
+    "struct kvm_regs",
+    "struct kvm_segment",
+    "struct kvm_dtable",
+    "struct kvm_sregs",
+    "struct kvm_cpuid_entry2",
+    "struct kvm_cpuid2",
+    "struct kvm_msr_entry",
+    "struct kvm_msrs",
+    "struct kvm_msr_list",
+    "struct kvm_fpu",
+    "struct kvm_lapic_state",
+    "struct kvm_mp_state",
+    "struct kvm_xsave",
+    "struct kvm_xcrs",
+    "struct kvm_debugregs",
+    "struct kvm_vcpu_events",
+    "struct kvm_clock_data",
+    "struct kvm_irqchip",
+    "struct kvm_pit_state2",
+    "struct kvm_msr_filter_range",
+    "struct kvm_msr_filter",
+    "struct kvm_xen_hvm_config",
+    "struct kvm_translation",
+    "struct kvm_pit_config",
+    "struct kvm_device_attr",
 ]
 Constant: TypeAlias = Literal[
     "KVM_GET_API_VERSION",
     "KVM_CREATE_VM",
     "KVM_CHECK_EXTENSION",
     "KVM_GET_VCPU_MMAP_SIZE",
-    "KVM_GET_SUPPORTED_CPUID",
-    "KVM_GET_MSR_INDEX_LIST",
     "KVM_CREATE_VCPU",
     "KVM_SET_USER_MEMORY_REGION",
-    "KVM_SET_TSS_ADDR",
-    "KVM_SET_IDENTITY_MAP_ADDR",
-    "KVM_CREATE_IRQCHIP",
-    "KVM_CREATE_PIT2",
     "KVM_IRQ_LINE",
     "KVM_IRQFD",
     "KVM_SIGNAL_MSI",
     "KVM_SET_GSI_ROUTING",
     "KVM_ENABLE_CAP",
     "KVM_RUN",
+    "KVM_REGISTER_COALESCED_MMIO",
+    "KVM_IOEVENTFD",
+    "KVM_CAP_IRQCHIP",
+    "KVM_CAP_USER_MEMORY",
+    "KVM_CAP_NR_VCPUS",
+    "KVM_CAP_NR_MEMSLOTS",
+    "KVM_CAP_MP_STATE",
+    "KVM_CAP_COALESCED_MMIO",
+    "KVM_CAP_IRQFD",
+    "KVM_CAP_IRQ_ROUTING",
+    "KVM_CAP_IOEVENTFD",
+    "KVM_CAP_MAX_VCPUS",
+    "KVM_CAP_MAX_VCPU_ID",
+    "KVM_CAP_SIGNAL_MSI",
+    "KVM_CAP_READONLY_MEM",
+    "KVM_CAP_IRQFD_RESAMPLE",
+    "KVM_CAP_IOEVENTFD_ANY_LENGTH",
+    "KVM_CAP_CHECK_EXTENSION_VM",
+    "KVM_CAP_IMMEDIATE_EXIT",
+    "KVM_CAP_COALESCED_PIO",
+    "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
+    "KVM_CAP_DIRTY_LOG_RING",
+    "KVM_CAP_DIRTY_LOG_RING_ACQ_REL",
+    "KVM_CAP_ENABLE_CAP_VM",
+    "KVM_EXIT_UNKNOWN",
+    "KVM_EXIT_EXCEPTION",
+    "KVM_EXIT_IO",
+    "KVM_EXIT_HYPERCALL",
+    "KVM_EXIT_DEBUG",
+    "KVM_EXIT_HLT",
+    "KVM_EXIT_MMIO",
+    "KVM_EXIT_IRQ_WINDOW_OPEN",
+    "KVM_EXIT_SHUTDOWN",
+    "KVM_EXIT_FAIL_ENTRY",
+    "KVM_EXIT_INTR",
+    "KVM_EXIT_SET_TPR",
+    "KVM_EXIT_TPR_ACCESS",
+    "KVM_EXIT_NMI",
+    "KVM_EXIT_INTERNAL_ERROR",
+    "KVM_EXIT_OSI",
+    "KVM_EXIT_PAPR_HCALL",
+    "KVM_EXIT_WATCHDOG",
+    "KVM_EXIT_EPR",
+    "KVM_EXIT_SYSTEM_EVENT",
+    "KVM_EXIT_IOAPIC_EOI",
+    "KVM_EXIT_HYPERV",
+    "KVM_EXIT_DIRTY_RING_FULL",
+    "KVM_EXIT_X86_RDMSR",
+    "KVM_EXIT_X86_WRMSR",
+    "KVM_EXIT_AP_RESET_HOLD",
+    "KVM_EXIT_X86_BUS_LOCK",
+    "KVM_EXIT_XEN",
+    "KVM_EXIT_NOTIFY",
+    "KVM_EXIT_MEMORY_FAULT",
+    "KVM_EXIT_XEN_HCALL",
+    "KVM_EXIT_IO_IN",
+    "KVM_EXIT_IO_OUT",
+    "KVM_INTERNAL_ERROR_EMULATION",
+    "KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES",
+    "KVM_SYSTEM_EVENT_SHUTDOWN",
+    "KVM_SYSTEM_EVENT_RESET",
+    "KVM_SYSTEM_EVENT_CRASH",
+    "KVM_API_VERSION",
+    "KVM_MEM_READONLY",
+    "KVM_MEM_LOG_DIRTY_PAGES",
+    "KVM_GET_DIRTY_LOG",
+    "KVM_IRQ_ROUTING_IRQCHIP",
+    "KVM_IRQ_ROUTING_MSI",
+    "KVM_IRQFD_FLAG_DEASSIGN",
+    "KVM_IOEVENTFD_FLAG_DATAMATCH",
+    "KVM_IOEVENTFD_FLAG_PIO",
+    "KVM_IOEVENTFD_FLAG_DEASSIGN",
+    "KVM_GET_SUPPORTED_CPUID",
+    "KVM_GET_MSR_INDEX_LIST",
+    "KVM_SET_TSS_ADDR",
+    "KVM_SET_IDENTITY_MAP_ADDR",
+    "KVM_CREATE_IRQCHIP",
+    "KVM_CREATE_PIT2",
     "KVM_GET_REGS",
     "KVM_SET_REGS",
     "KVM_GET_SREGS",
@@ -958,22 +1030,10 @@ Constant: TypeAlias = Literal[
     "KVM_GET_PIT2",
     "KVM_SET_PIT2",
     "KVM_X86_SET_MSR_FILTER",
-    "KVM_REGISTER_COALESCED_MMIO",
-    "KVM_IOEVENTFD",
-    "KVM_UNREGISTER_COALESCED_MMIO",
     "KVM_XEN_HVM_CONFIG",
-    "KVM_CAP_IRQCHIP",
-    "KVM_CAP_USER_MEMORY",
     "KVM_CAP_SET_TSS_ADDR",
     "KVM_CAP_EXT_CPUID",
-    "KVM_CAP_NR_VCPUS",
-    "KVM_CAP_NR_MEMSLOTS",
-    "KVM_CAP_MP_STATE",
-    "KVM_CAP_COALESCED_MMIO",
-    "KVM_CAP_IRQFD",
     "KVM_CAP_PIT2",
-    "KVM_CAP_IRQ_ROUTING",
-    "KVM_CAP_IOEVENTFD",
     "KVM_CAP_SET_IDENTITY_MAP_ADDR",
     "KVM_CAP_ADJUST_CLOCK",
     "KVM_CAP_VCPU_EVENTS",
@@ -983,116 +1043,37 @@ Constant: TypeAlias = Literal[
     "KVM_CAP_XCRS",
     "KVM_CAP_TSC_CONTROL",
     "KVM_CAP_GET_TSC_KHZ",
-    "KVM_CAP_MAX_VCPUS",
-    "KVM_CAP_MAX_VCPU_ID",
     "KVM_CAP_TSC_DEADLINE_TIMER",
-    "KVM_CAP_SIGNAL_MSI",
-    "KVM_CAP_READONLY_MEM",
-    "KVM_CAP_IRQFD_RESAMPLE",
-    "KVM_CAP_IOEVENTFD_ANY_LENGTH",
-    "KVM_CAP_CHECK_EXTENSION_VM",
-    "KVM_CAP_IMMEDIATE_EXIT",
-    "KVM_CAP_COALESCED_PIO",
-    "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
-    "KVM_CAP_DIRTY_LOG_RING",
-    "KVM_CAP_DIRTY_LOG_RING_ACQ_REL",
     "KVM_CAP_X86_USER_SPACE_MSR",
     "KVM_CAP_X86_MSR_FILTER",
     "KVM_CAP_EXIT_HYPERCALL",
     "KVM_CAP_XEN_HVM",
-    "KVM_CAP_ENABLE_CAP_VM",
-    "KVM_EXIT_UNKNOWN",
-    "KVM_EXIT_EXCEPTION",
-    "KVM_EXIT_IO",
-    "KVM_EXIT_HYPERCALL",
-    "KVM_EXIT_DEBUG",
-    "KVM_EXIT_HLT",
-    "KVM_EXIT_MMIO",
-    "KVM_EXIT_IRQ_WINDOW_OPEN",
-    "KVM_EXIT_SHUTDOWN",
-    "KVM_EXIT_FAIL_ENTRY",
-    "KVM_EXIT_INTR",
-    "KVM_EXIT_SET_TPR",
-    "KVM_EXIT_TPR_ACCESS",
-    "KVM_EXIT_NMI",
-    "KVM_EXIT_INTERNAL_ERROR",
-    "KVM_EXIT_OSI",
-    "KVM_EXIT_PAPR_HCALL",
-    "KVM_EXIT_WATCHDOG",
-    "KVM_EXIT_EPR",
-    "KVM_EXIT_SYSTEM_EVENT",
-    "KVM_EXIT_IOAPIC_EOI",
-    "KVM_EXIT_HYPERV",
-    "KVM_EXIT_DIRTY_RING_FULL",
-    "KVM_EXIT_X86_RDMSR",
-    "KVM_EXIT_X86_WRMSR",
-    "KVM_EXIT_AP_RESET_HOLD",
-    "KVM_EXIT_X86_BUS_LOCK",
-    "KVM_EXIT_XEN",
-    "KVM_EXIT_NOTIFY",
-    "KVM_EXIT_MEMORY_FAULT",
     "KVM_MSR_EXIT_REASON_FILTER",
     "KVM_MSR_FILTER_MAX_RANGES",
     "KVM_MSR_FILTER_READ",
     "KVM_MSR_FILTER_WRITE",
     "KVM_MSR_FILTER_DEFAULT_ALLOW",
     "KVM_HC_MAP_GPA_RANGE",
-    "KVM_EXIT_XEN_HCALL",
     "KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL",
-    "KVM_EXIT_IO_IN",
-    "KVM_EXIT_IO_OUT",
-    "KVM_INTERNAL_ERROR_EMULATION",
-    "KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES",
-    "KVM_SYSTEM_EVENT_SHUTDOWN",
-    "KVM_SYSTEM_EVENT_RESET",
-    "KVM_SYSTEM_EVENT_CRASH",
-    "KVM_API_VERSION",
-    "KVM_MEM_READONLY",
-    "KVM_MEM_LOG_DIRTY_PAGES",
-    "KVM_GET_DIRTY_LOG",
     "KVM_PIT_SPEAKER_DUMMY",
-    "KVM_IRQ_ROUTING_IRQCHIP",
-    "KVM_IRQ_ROUTING_MSI",
     "KVM_IRQCHIP_PIC_MASTER",
     "KVM_IRQCHIP_PIC_SLAVE",
     "KVM_IRQCHIP_IOAPIC",
-    "KVM_IRQFD_FLAG_DEASSIGN",
-    "KVM_IOEVENTFD_FLAG_DATAMATCH",
-    "KVM_IOEVENTFD_FLAG_PIO",
-    "KVM_IOEVENTFD_FLAG_DEASSIGN",
     "KVM_VCPU_TSC_CTRL",
     "KVM_VCPU_TSC_OFFSET",
-    "KVM_MP_STATE_RUNNABLE",
-    "KVM_MP_STATE_UNINITIALIZED",
-    "KVM_MP_STATE_INIT_RECEIVED",
-    "KVM_MP_STATE_HALTED",
-    "KVM_MP_STATE_SIPI_RECEIVED",
 ]
 Capability: TypeAlias = Literal[
     "KVM_CAP_IRQCHIP",
     "KVM_CAP_USER_MEMORY",
-    "KVM_CAP_SET_TSS_ADDR",
-    "KVM_CAP_EXT_CPUID",
     "KVM_CAP_NR_VCPUS",
     "KVM_CAP_NR_MEMSLOTS",
     "KVM_CAP_MP_STATE",
     "KVM_CAP_COALESCED_MMIO",
     "KVM_CAP_IRQFD",
-    "KVM_CAP_PIT2",
     "KVM_CAP_IRQ_ROUTING",
     "KVM_CAP_IOEVENTFD",
-    "KVM_CAP_SET_IDENTITY_MAP_ADDR",
-    "KVM_CAP_ADJUST_CLOCK",
-    "KVM_CAP_VCPU_EVENTS",
-    "KVM_CAP_DEBUGREGS",
-    "KVM_CAP_XSAVE",
-    "KVM_CAP_XSAVE2",
-    "KVM_CAP_XCRS",
-    "KVM_CAP_TSC_CONTROL",
-    "KVM_CAP_GET_TSC_KHZ",
     "KVM_CAP_MAX_VCPUS",
     "KVM_CAP_MAX_VCPU_ID",
-    "KVM_CAP_TSC_DEADLINE_TIMER",
     "KVM_CAP_SIGNAL_MSI",
     "KVM_CAP_READONLY_MEM",
     "KVM_CAP_IRQFD_RESAMPLE",
@@ -1103,11 +1084,24 @@ Capability: TypeAlias = Literal[
     "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
     "KVM_CAP_DIRTY_LOG_RING",
     "KVM_CAP_DIRTY_LOG_RING_ACQ_REL",
+    "KVM_CAP_ENABLE_CAP_VM",
+    "KVM_CAP_SET_TSS_ADDR",
+    "KVM_CAP_EXT_CPUID",
+    "KVM_CAP_PIT2",
+    "KVM_CAP_SET_IDENTITY_MAP_ADDR",
+    "KVM_CAP_ADJUST_CLOCK",
+    "KVM_CAP_VCPU_EVENTS",
+    "KVM_CAP_DEBUGREGS",
+    "KVM_CAP_XSAVE",
+    "KVM_CAP_XSAVE2",
+    "KVM_CAP_XCRS",
+    "KVM_CAP_TSC_CONTROL",
+    "KVM_CAP_GET_TSC_KHZ",
+    "KVM_CAP_TSC_DEADLINE_TIMER",
     "KVM_CAP_X86_USER_SPACE_MSR",
     "KVM_CAP_X86_MSR_FILTER",
     "KVM_CAP_EXIT_HYPERCALL",
     "KVM_CAP_XEN_HVM",
-    "KVM_CAP_ENABLE_CAP_VM",
 ]
 
 class FFI:
@@ -1120,93 +1114,6 @@ class FFI:
         init: KvmUserspaceMemoryRegionInit = ...,
         /,
     ) -> KvmUserspaceMemoryRegionPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_regs *"], init: KvmRegsInit = ..., /
-    ) -> KvmRegsPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_segment *"], init: KvmSegmentInit = ..., /
-    ) -> KvmSegmentPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_dtable *"], init: KvmDtableInit = ..., /
-    ) -> KvmDtablePointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_sregs *"], init: KvmSregsInit = ..., /
-    ) -> KvmSregsPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_cpuid_entry2 *"], init: KvmCpuidEntry2Init = ..., /
-    ) -> KvmCpuidEntry2Pointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_cpuid2 *"], init: KvmCpuid2Init = ..., /
-    ) -> KvmCpuid2Pointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_msr_entry *"], init: KvmMsrEntryInit = ..., /
-    ) -> KvmMsrEntryPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_msrs *"], init: KvmMsrsInit = ..., /
-    ) -> KvmMsrsPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_msr_list *"], init: KvmMsrListInit = ..., /
-    ) -> KvmMsrListPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_fpu *"], init: KvmFpuInit = ..., /
-    ) -> KvmFpuPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_lapic_state *"], init: KvmLapicStateInit = ..., /
-    ) -> KvmLapicStatePointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_mp_state *"], init: KvmMpStateInit = ..., /
-    ) -> KvmMpStatePointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_xsave *"], init: KvmXsaveInit = ..., /
-    ) -> KvmXsavePointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_xcrs *"], init: KvmXcrsInit = ..., /
-    ) -> KvmXcrsPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_debugregs *"], init: KvmDebugregsInit = ..., /
-    ) -> KvmDebugregsPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_vcpu_events *"], init: KvmVcpuEventsInit = ..., /
-    ) -> KvmVcpuEventsPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_clock_data *"], init: KvmClockDataInit = ..., /
-    ) -> KvmClockDataPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_irqchip *"], init: KvmIrqchipInit = ..., /
-    ) -> KvmIrqchipPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_pit_state2 *"], init: KvmPitState2Init = ..., /
-    ) -> KvmPitState2Pointer: ...
-    @overload
-    def new(
-        self,
-        c_type: Literal["struct kvm_msr_filter_range *"],
-        init: KvmMsrFilterRangeInit = ...,
-        /,
-    ) -> KvmMsrFilterRangePointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_msr_filter *"], init: KvmMsrFilterInit = ..., /
-    ) -> KvmMsrFilterPointer: ...
     @overload
     def new(
         self,
@@ -1225,22 +1132,6 @@ class FFI:
         init: KvmCoalescedMmioRingInit = ...,
         /,
     ) -> KvmCoalescedMmioRingPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_xen_hvm_config *"], init: KvmXenHvmConfigInit = ..., /
-    ) -> KvmXenHvmConfigPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_translation *"], init: KvmTranslationInit = ..., /
-    ) -> KvmTranslationPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_pit_config *"], init: KvmPitConfigInit = ..., /
-    ) -> KvmPitConfigPointer: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_device_attr *"], init: KvmDeviceAttrInit = ..., /
-    ) -> KvmDeviceAttrPointer: ...
     @overload
     def new(
         self, c_type: Literal["struct kvm_dirty_log *"], init: KvmDirtyLogInit = ..., /
@@ -1373,6 +1264,124 @@ class FFI:
     ) -> AvmmLotPointer: ...
     @overload
     def new(
+        self, c_type: Literal["struct kvm_regs *"], init: KvmRegsInit = ..., /
+    ) -> KvmRegsPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_segment *"], init: KvmSegmentInit = ..., /
+    ) -> KvmSegmentPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_dtable *"], init: KvmDtableInit = ..., /
+    ) -> KvmDtablePointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_sregs *"], init: KvmSregsInit = ..., /
+    ) -> KvmSregsPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_cpuid_entry2 *"], init: KvmCpuidEntry2Init = ..., /
+    ) -> KvmCpuidEntry2Pointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_cpuid2 *"], init: KvmCpuid2Init = ..., /
+    ) -> KvmCpuid2Pointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_msr_entry *"], init: KvmMsrEntryInit = ..., /
+    ) -> KvmMsrEntryPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_msrs *"], init: KvmMsrsInit = ..., /
+    ) -> KvmMsrsPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_msr_list *"], init: KvmMsrListInit = ..., /
+    ) -> KvmMsrListPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_fpu *"], init: KvmFpuInit = ..., /
+    ) -> KvmFpuPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_lapic_state *"], init: KvmLapicStateInit = ..., /
+    ) -> KvmLapicStatePointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_mp_state *"], init: KvmMpStateInit = ..., /
+    ) -> KvmMpStatePointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_xsave *"], init: KvmXsaveInit = ..., /
+    ) -> KvmXsavePointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_xcrs *"], init: KvmXcrsInit = ..., /
+    ) -> KvmXcrsPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_debugregs *"], init: KvmDebugregsInit = ..., /
+    ) -> KvmDebugregsPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_vcpu_events *"], init: KvmVcpuEventsInit = ..., /
+    ) -> KvmVcpuEventsPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_clock_data *"], init: KvmClockDataInit = ..., /
+    ) -> KvmClockDataPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_irqchip *"], init: KvmIrqchipInit = ..., /
+    ) -> KvmIrqchipPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_pit_state2 *"], init: KvmPitState2Init = ..., /
+    ) -> KvmPitState2Pointer: ...
+    @overload
+    def new(
+        self,
+        c_type: Literal["struct kvm_msr_filter_range *"],
+        init: KvmMsrFilterRangeInit = ...,
+        /,
+    ) -> KvmMsrFilterRangePointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_msr_filter *"], init: KvmMsrFilterInit = ..., /
+    ) -> KvmMsrFilterPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_xen_hvm_config *"], init: KvmXenHvmConfigInit = ..., /
+    ) -> KvmXenHvmConfigPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_translation *"], init: KvmTranslationInit = ..., /
+    ) -> KvmTranslationPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_pit_config *"], init: KvmPitConfigInit = ..., /
+    ) -> KvmPitConfigPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_device_attr *"], init: KvmDeviceAttrInit = ..., /
+    ) -> KvmDeviceAttrPointer: ...
+    @overload
+    def new(
+        self,
+        c_type: Literal["struct kvm_irq_routing_entry[]"],
+        init: int | Sequence[KvmIrqRoutingEntryInit],
+        /,
+    ) -> KvmIrqRoutingEntryArray: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct kvm_run[]"], init: int | Sequence[KvmRunInit], /
+    ) -> KvmRunArray: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct avmm_spot[]"], init: int | Sequence[AvmmSpotInit], /
+    ) -> AvmmSpotArray: ...
+    @overload
+    def new(
         self,
         c_type: Literal["struct kvm_cpuid_entry2[]"],
         init: int | Sequence[KvmCpuidEntry2Init],
@@ -1389,21 +1398,6 @@ class FFI:
         init: int | Sequence[KvmMsrFilterRangeInit],
         /,
     ) -> KvmMsrFilterRangeArray: ...
-    @overload
-    def new(
-        self,
-        c_type: Literal["struct kvm_irq_routing_entry[]"],
-        init: int | Sequence[KvmIrqRoutingEntryInit],
-        /,
-    ) -> KvmIrqRoutingEntryArray: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct kvm_run[]"], init: int | Sequence[KvmRunInit], /
-    ) -> KvmRunArray: ...
-    @overload
-    def new(
-        self, c_type: Literal["struct avmm_spot[]"], init: int | Sequence[AvmmSpotInit], /
-    ) -> AvmmSpotArray: ...
     @overload
     def new(self, c_type: Literal["char *"], init: bytes = ..., /) -> CharPointer: ...
     @overload
@@ -1458,90 +1452,6 @@ class FFI:
     ) -> KvmUserspaceMemoryRegionPointer: ...
     @overload
     def cast(
-        self, c_type: Literal["struct kvm_regs *"], value: Address | int, /
-    ) -> KvmRegsPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_segment *"], value: Address | int, /
-    ) -> KvmSegmentPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_dtable *"], value: Address | int, /
-    ) -> KvmDtablePointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_sregs *"], value: Address | int, /
-    ) -> KvmSregsPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_cpuid_entry2 *"], value: Address | int, /
-    ) -> KvmCpuidEntry2Pointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_cpuid2 *"], value: Address | int, /
-    ) -> KvmCpuid2Pointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_msr_entry *"], value: Address | int, /
-    ) -> KvmMsrEntryPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_msrs *"], value: Address | int, /
-    ) -> KvmMsrsPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_msr_list *"], value: Address | int, /
-    ) -> KvmMsrListPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_fpu *"], value: Address | int, /
-    ) -> KvmFpuPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_lapic_state *"], value: Address | int, /
-    ) -> KvmLapicStatePointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_mp_state *"], value: Address | int, /
-    ) -> KvmMpStatePointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_xsave *"], value: Address | int, /
-    ) -> KvmXsavePointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_xcrs *"], value: Address | int, /
-    ) -> KvmXcrsPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_debugregs *"], value: Address | int, /
-    ) -> KvmDebugregsPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_vcpu_events *"], value: Address | int, /
-    ) -> KvmVcpuEventsPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_clock_data *"], value: Address | int, /
-    ) -> KvmClockDataPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_irqchip *"], value: Address | int, /
-    ) -> KvmIrqchipPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_pit_state2 *"], value: Address | int, /
-    ) -> KvmPitState2Pointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_msr_filter_range *"], value: Address | int, /
-    ) -> KvmMsrFilterRangePointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_msr_filter *"], value: Address | int, /
-    ) -> KvmMsrFilterPointer: ...
-    @overload
-    def cast(
         self, c_type: Literal["struct kvm_coalesced_mmio_zone *"], value: Address | int, /
     ) -> KvmCoalescedMmioZonePointer: ...
     @overload
@@ -1552,22 +1462,6 @@ class FFI:
     def cast(
         self, c_type: Literal["struct kvm_coalesced_mmio_ring *"], value: Address | int, /
     ) -> KvmCoalescedMmioRingPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_xen_hvm_config *"], value: Address | int, /
-    ) -> KvmXenHvmConfigPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_translation *"], value: Address | int, /
-    ) -> KvmTranslationPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_pit_config *"], value: Address | int, /
-    ) -> KvmPitConfigPointer: ...
-    @overload
-    def cast(
-        self, c_type: Literal["struct kvm_device_attr *"], value: Address | int, /
-    ) -> KvmDeviceAttrPointer: ...
     @overload
     def cast(
         self, c_type: Literal["struct kvm_dirty_log *"], value: Address | int, /
@@ -1693,6 +1587,106 @@ class FFI:
         self, c_type: Literal["struct avmm_lot *"], value: Address | int, /
     ) -> AvmmLotPointer: ...
     @overload
+    def cast(
+        self, c_type: Literal["struct kvm_regs *"], value: Address | int, /
+    ) -> KvmRegsPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_segment *"], value: Address | int, /
+    ) -> KvmSegmentPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_dtable *"], value: Address | int, /
+    ) -> KvmDtablePointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_sregs *"], value: Address | int, /
+    ) -> KvmSregsPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_cpuid_entry2 *"], value: Address | int, /
+    ) -> KvmCpuidEntry2Pointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_cpuid2 *"], value: Address | int, /
+    ) -> KvmCpuid2Pointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_msr_entry *"], value: Address | int, /
+    ) -> KvmMsrEntryPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_msrs *"], value: Address | int, /
+    ) -> KvmMsrsPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_msr_list *"], value: Address | int, /
+    ) -> KvmMsrListPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_fpu *"], value: Address | int, /
+    ) -> KvmFpuPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_lapic_state *"], value: Address | int, /
+    ) -> KvmLapicStatePointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_mp_state *"], value: Address | int, /
+    ) -> KvmMpStatePointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_xsave *"], value: Address | int, /
+    ) -> KvmXsavePointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_xcrs *"], value: Address | int, /
+    ) -> KvmXcrsPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_debugregs *"], value: Address | int, /
+    ) -> KvmDebugregsPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_vcpu_events *"], value: Address | int, /
+    ) -> KvmVcpuEventsPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_clock_data *"], value: Address | int, /
+    ) -> KvmClockDataPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_irqchip *"], value: Address | int, /
+    ) -> KvmIrqchipPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_pit_state2 *"], value: Address | int, /
+    ) -> KvmPitState2Pointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_msr_filter_range *"], value: Address | int, /
+    ) -> KvmMsrFilterRangePointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_msr_filter *"], value: Address | int, /
+    ) -> KvmMsrFilterPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_xen_hvm_config *"], value: Address | int, /
+    ) -> KvmXenHvmConfigPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_translation *"], value: Address | int, /
+    ) -> KvmTranslationPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_pit_config *"], value: Address | int, /
+    ) -> KvmPitConfigPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct kvm_device_attr *"], value: Address | int, /
+    ) -> KvmDeviceAttrPointer: ...
+    @overload
     def cast(self, c_type: Literal["char *"], value: Address | int, /) -> CharPointer: ...
     @overload
     def cast(self, c_type: Literal["int *"], value: Address | int, /) -> IntPointer: ...
@@ -1723,6 +1717,22 @@ class FFI:
     @overload
     def from_buffer(
         self,
+        c_type: Literal["struct kvm_irq_routing_entry[]"],
+        data: Buffer,
+        /,
+        require_writable: bool = ...,
+    ) -> KvmIrqRoutingEntryArray: ...
+    @overload
+    def from_buffer(
+        self, c_type: Literal["struct kvm_run[]"], data: Buffer, /, require_writable: bool = ...
+    ) -> KvmRunArray: ...
+    @overload
+    def from_buffer(
+        self, c_type: Literal["struct avmm_spot[]"], data: Buffer, /, require_writable: bool = ...
+    ) -> AvmmSpotArray: ...
+    @overload
+    def from_buffer(
+        self,
         c_type: Literal["struct kvm_cpuid_entry2[]"],
         data: Buffer,
         /,
@@ -1744,22 +1754,6 @@ class FFI:
         /,
         require_writable: bool = ...,
     ) -> KvmMsrFilterRangeArray: ...
-    @overload
-    def from_buffer(
-        self,
-        c_type: Literal["struct kvm_irq_routing_entry[]"],
-        data: Buffer,
-        /,
-        require_writable: bool = ...,
-    ) -> KvmIrqRoutingEntryArray: ...
-    @overload
-    def from_buffer(
-        self, c_type: Literal["struct kvm_run[]"], data: Buffer, /, require_writable: bool = ...
-    ) -> KvmRunArray: ...
-    @overload
-    def from_buffer(
-        self, c_type: Literal["struct avmm_spot[]"], data: Buffer, /, require_writable: bool = ...
-    ) -> AvmmSpotArray: ...
     @overload
     def from_buffer(
         self, c_type: Literal["char[]"], data: Buffer, /, require_writable: bool = ...
@@ -1817,20 +1811,92 @@ class Lib:
     KVM_CREATE_VM: Final[int]
     KVM_CHECK_EXTENSION: Final[int]
     KVM_GET_VCPU_MMAP_SIZE: Final[int]
-    KVM_GET_SUPPORTED_CPUID: Final[int]
-    KVM_GET_MSR_INDEX_LIST: Final[int]
     KVM_CREATE_VCPU: Final[int]
     KVM_SET_USER_MEMORY_REGION: Final[int]
-    KVM_SET_TSS_ADDR: Final[int]
-    KVM_SET_IDENTITY_MAP_ADDR: Final[int]
-    KVM_CREATE_IRQCHIP: Final[int]
-    KVM_CREATE_PIT2: Final[int]
     KVM_IRQ_LINE: Final[int]
     KVM_IRQFD: Final[int]
     KVM_SIGNAL_MSI: Final[int]
     KVM_SET_GSI_ROUTING: Final[int]
     KVM_ENABLE_CAP: Final[int]
     KVM_RUN: Final[int]
+    KVM_REGISTER_COALESCED_MMIO: Final[int]
+    KVM_IOEVENTFD: Final[int]
+    KVM_CAP_IRQCHIP: Final[int]
+    KVM_CAP_USER_MEMORY: Final[int]
+    KVM_CAP_NR_VCPUS: Final[int]
+    KVM_CAP_NR_MEMSLOTS: Final[int]
+    KVM_CAP_MP_STATE: Final[int]
+    KVM_CAP_COALESCED_MMIO: Final[int]
+    KVM_CAP_IRQFD: Final[int]
+    KVM_CAP_IRQ_ROUTING: Final[int]
+    KVM_CAP_IOEVENTFD: Final[int]
+    KVM_CAP_MAX_VCPUS: Final[int]
+    KVM_CAP_MAX_VCPU_ID: Final[int]
+    KVM_CAP_SIGNAL_MSI: Final[int]
+    KVM_CAP_READONLY_MEM: Final[int]
+    KVM_CAP_IRQFD_RESAMPLE: Final[int]
+    KVM_CAP_IOEVENTFD_ANY_LENGTH: Final[int]
+    KVM_CAP_CHECK_EXTENSION_VM: Final[int]
+    KVM_CAP_IMMEDIATE_EXIT: Final[int]
+    KVM_CAP_COALESCED_PIO: Final[int]
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: Final[int]
+    KVM_CAP_DIRTY_LOG_RING: Final[int]
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL: Final[int]
+    KVM_CAP_ENABLE_CAP_VM: Final[int]
+    KVM_EXIT_UNKNOWN: Final[int]
+    KVM_EXIT_EXCEPTION: Final[int]
+    KVM_EXIT_IO: Final[int]
+    KVM_EXIT_HYPERCALL: Final[int]
+    KVM_EXIT_DEBUG: Final[int]
+    KVM_EXIT_HLT: Final[int]
+    KVM_EXIT_MMIO: Final[int]
+    KVM_EXIT_IRQ_WINDOW_OPEN: Final[int]
+    KVM_EXIT_SHUTDOWN: Final[int]
+    KVM_EXIT_FAIL_ENTRY: Final[int]
+    KVM_EXIT_INTR: Final[int]
+    KVM_EXIT_SET_TPR: Final[int]
+    KVM_EXIT_TPR_ACCESS: Final[int]
+    KVM_EXIT_NMI: Final[int]
+    KVM_EXIT_INTERNAL_ERROR: Final[int]
+    KVM_EXIT_OSI: Final[int]
+    KVM_EXIT_PAPR_HCALL: Final[int]
+    KVM_EXIT_WATCHDOG: Final[int]
+    KVM_EXIT_EPR: Final[int]
+    KVM_EXIT_SYSTEM_EVENT: Final[int]
+    KVM_EXIT_IOAPIC_EOI: Final[int]
+    KVM_EXIT_HYPERV: Final[int]
+    KVM_EXIT_DIRTY_RING_FULL: Final[int]
+    KVM_EXIT_X86_RDMSR: Final[int]
+    KVM_EXIT_X86_WRMSR: Final[int]
+    KVM_EXIT_AP_RESET_HOLD: Final[int]
+    KVM_EXIT_X86_BUS_LOCK: Final[int]
+    KVM_EXIT_XEN: Final[int]
+    KVM_EXIT_NOTIFY: Final[int]
+    KVM_EXIT_MEMORY_FAULT: Final[int]
+    KVM_EXIT_XEN_HCALL: Final[int]
+    KVM_EXIT_IO_IN: Final[int]
+    KVM_EXIT_IO_OUT: Final[int]
+    KVM_INTERNAL_ERROR_EMULATION: Final[int]
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES: Final[int]
+    KVM_SYSTEM_EVENT_SHUTDOWN: Final[int]
+    KVM_SYSTEM_EVENT_RESET: Final[int]
+    KVM_SYSTEM_EVENT_CRASH: Final[int]
+    KVM_API_VERSION: Final[int]
+    KVM_MEM_READONLY: Final[int]
+    KVM_MEM_LOG_DIRTY_PAGES: Final[int]
+    KVM_GET_DIRTY_LOG: Final[int]
+    KVM_IRQ_ROUTING_IRQCHIP: Final[int]
+    KVM_IRQ_ROUTING_MSI: Final[int]
+    KVM_IRQFD_FLAG_DEASSIGN: Final[int]
+    KVM_IOEVENTFD_FLAG_DATAMATCH: Final[int]
+    KVM_IOEVENTFD_FLAG_PIO: Final[int]
+    KVM_IOEVENTFD_FLAG_DEASSIGN: Final[int]
+    KVM_GET_SUPPORTED_CPUID: Final[int]
+    KVM_GET_MSR_INDEX_LIST: Final[int]
+    KVM_SET_TSS_ADDR: Final[int]
+    KVM_SET_IDENTITY_MAP_ADDR: Final[int]
+    KVM_CREATE_IRQCHIP: Final[int]
+    KVM_CREATE_PIT2: Final[int]
     KVM_GET_REGS: Final[int]
     KVM_SET_REGS: Final[int]
     KVM_GET_SREGS: Final[int]
@@ -1867,22 +1933,10 @@ class Lib:
     KVM_GET_PIT2: Final[int]
     KVM_SET_PIT2: Final[int]
     KVM_X86_SET_MSR_FILTER: Final[int]
-    KVM_REGISTER_COALESCED_MMIO: Final[int]
-    KVM_IOEVENTFD: Final[int]
-    KVM_UNREGISTER_COALESCED_MMIO: Final[int]
     KVM_XEN_HVM_CONFIG: Final[int]
-    KVM_CAP_IRQCHIP: Final[int]
-    KVM_CAP_USER_MEMORY: Final[int]
     KVM_CAP_SET_TSS_ADDR: Final[int]
     KVM_CAP_EXT_CPUID: Final[int]
-    KVM_CAP_NR_VCPUS: Final[int]
-    KVM_CAP_NR_MEMSLOTS: Final[int]
-    KVM_CAP_MP_STATE: Final[int]
-    KVM_CAP_COALESCED_MMIO: Final[int]
-    KVM_CAP_IRQFD: Final[int]
     KVM_CAP_PIT2: Final[int]
-    KVM_CAP_IRQ_ROUTING: Final[int]
-    KVM_CAP_IOEVENTFD: Final[int]
     KVM_CAP_SET_IDENTITY_MAP_ADDR: Final[int]
     KVM_CAP_ADJUST_CLOCK: Final[int]
     KVM_CAP_VCPU_EVENTS: Final[int]
@@ -1892,90 +1946,24 @@ class Lib:
     KVM_CAP_XCRS: Final[int]
     KVM_CAP_TSC_CONTROL: Final[int]
     KVM_CAP_GET_TSC_KHZ: Final[int]
-    KVM_CAP_MAX_VCPUS: Final[int]
-    KVM_CAP_MAX_VCPU_ID: Final[int]
     KVM_CAP_TSC_DEADLINE_TIMER: Final[int]
-    KVM_CAP_SIGNAL_MSI: Final[int]
-    KVM_CAP_READONLY_MEM: Final[int]
-    KVM_CAP_IRQFD_RESAMPLE: Final[int]
-    KVM_CAP_IOEVENTFD_ANY_LENGTH: Final[int]
-    KVM_CAP_CHECK_EXTENSION_VM: Final[int]
-    KVM_CAP_IMMEDIATE_EXIT: Final[int]
-    KVM_CAP_COALESCED_PIO: Final[int]
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: Final[int]
-    KVM_CAP_DIRTY_LOG_RING: Final[int]
-    KVM_CAP_DIRTY_LOG_RING_ACQ_REL: Final[int]
     KVM_CAP_X86_USER_SPACE_MSR: Final[int]
     KVM_CAP_X86_MSR_FILTER: Final[int]
     KVM_CAP_EXIT_HYPERCALL: Final[int]
     KVM_CAP_XEN_HVM: Final[int]
-    KVM_CAP_ENABLE_CAP_VM: Final[int]
-    KVM_EXIT_UNKNOWN: Final[int]
-    KVM_EXIT_EXCEPTION: Final[int]
-    KVM_EXIT_IO: Final[int]
-    KVM_EXIT_HYPERCALL: Final[int]
-    KVM_EXIT_DEBUG: Final[int]
-    KVM_EXIT_HLT: Final[int]
-    KVM_EXIT_MMIO: Final[int]
-    KVM_EXIT_IRQ_WINDOW_OPEN: Final[int]
-    KVM_EXIT_SHUTDOWN: Final[int]
-    KVM_EXIT_FAIL_ENTRY: Final[int]
-    KVM_EXIT_INTR: Final[int]
-    KVM_EXIT_SET_TPR: Final[int]
-    KVM_EXIT_TPR_ACCESS: Final[int]
-    KVM_EXIT_NMI: Final[int]
-    KVM_EXIT_INTERNAL_ERROR: Final[int]
-    KVM_EXIT_OSI: Final[int]
-    KVM_EXIT_PAPR_HCALL: Final[int]
-    KVM_EXIT_WATCHDOG: Final[int]
-    KVM_EXIT_EPR: Final[int]
-    KVM_EXIT_SYSTEM_EVENT: Final[int]
-    KVM_EXIT_IOAPIC_EOI: Final[int]
-    KVM_EXIT_HYPERV: Final[int]
-    KVM_EXIT_DIRTY_RING_FULL: Final[int]
-    KVM_EXIT_X86_RDMSR: Final[int]
-    KVM_EXIT_X86_WRMSR: Final[int]
-    KVM_EXIT_AP_RESET_HOLD: Final[int]
-    KVM_EXIT_X86_BUS_LOCK: Final[int]
-    KVM_EXIT_XEN: Final[int]
-    KVM_EXIT_NOTIFY: Final[int]
-    KVM_EXIT_MEMORY_FAULT: Final[int]
     KVM_MSR_EXIT_REASON_FILTER: Final[int]
     KVM_MSR_FILTER_MAX_RANGES: Final[int]
     KVM_MSR_FILTER_READ: Final[int]
     KVM_MSR_FILTER_WRITE: Final[int]
     KVM_MSR_FILTER_DEFAULT_ALLOW: Final[int]
     KVM_HC_MAP_GPA_RANGE: Final[int]
-    KVM_EXIT_XEN_HCALL: Final[int]
     KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL: Final[int]
-    KVM_EXIT_IO_IN: Final[int]
-    KVM_EXIT_IO_OUT: Final[int]
-    KVM_INTERNAL_ERROR_EMULATION: Final[int]
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES: Final[int]
-    KVM_SYSTEM_EVENT_SHUTDOWN: Final[int]
-    KVM_SYSTEM_EVENT_RESET: Final[int]
-    KVM_SYSTEM_EVENT_CRASH: Final[int]
-    KVM_API_VERSION: Final[int]
-    KVM_MEM_READONLY: Final[int]
-    KVM_MEM_LOG_DIRTY_PAGES: Final[int]
-    KVM_GET_DIRTY_LOG: Final[int]
     KVM_PIT_SPEAKER_DUMMY: Final[int]
-    KVM_IRQ_ROUTING_IRQCHIP: Final[int]
-    KVM_IRQ_ROUTING_MSI: Final[int]
     KVM_IRQCHIP_PIC_MASTER: Final[int]
     KVM_IRQCHIP_PIC_SLAVE: Final[int]
     KVM_IRQCHIP_IOAPIC: Final[int]
-    KVM_IRQFD_FLAG_DEASSIGN: Final[int]
-    KVM_IOEVENTFD_FLAG_DATAMATCH: Final[int]
-    KVM_IOEVENTFD_FLAG_PIO: Final[int]
-    KVM_IOEVENTFD_FLAG_DEASSIGN: Final[int]
     KVM_VCPU_TSC_CTRL: Final[int]
     KVM_VCPU_TSC_OFFSET: Final[int]
-    KVM_MP_STATE_RUNNABLE: Final[int]
-    KVM_MP_STATE_UNINITIALIZED: Final[int]
-    KVM_MP_STATE_INIT_RECEIVED: Final[int]
-    KVM_MP_STATE_HALTED: Final[int]
-    KVM_MP_STATE_SIPI_RECEIVED: Final[int]
     def avmm_ioctl(self, arg0: int, arg1: int, arg2: Address, /) -> int: ...
     def avmm_ioctl_value(self, arg0: int, arg1: int, arg2: int, /) -> int: ...
     def avmm_run(self, arg0: int, arg1: KvmRunPointer | KvmRunArray, /) -> int: ...

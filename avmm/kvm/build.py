@@ -1,17 +1,22 @@
 """Builds `avmm.kvm._kvm`, the compiled border to the kernel (cffi, API mode).
 
-Layouts and numbers come from the C compiler and `<linux/kvm.h>`; `cdef.h` only names what is
-used, `shim.c` adds the few functions that must be C. Used by setup.py, not at run time.
+Layouts and numbers come from the C compiler and `<linux/kvm.h>`. `cdef.h`, and `kvm.h` in the
+folder of this machine's architecture, only name what is used. `shim.c` adds the few functions that
+must be C. Used by setup.py, not at run time.
 """
 
+import platform
 from pathlib import Path
 
 from cffi import FFI
 
 HERE = Path(__file__).parent
+OWN = HERE.parent / "arch" / platform.machine() / "kvm.h"
+DECLARATIONS = [HERE / "cdef.h", *([OWN] if OWN.exists() else [])]
 
 ffibuilder = FFI()
-ffibuilder.cdef((HERE / "cdef.h").read_text())
+for declarations in DECLARATIONS:
+    ffibuilder.cdef(declarations.read_text())
 ffibuilder.set_source(
     "avmm.kvm._kvm",
     '#include "shim.c"',
@@ -20,7 +25,7 @@ ffibuilder.set_source(
         str(HERE / "shim.c"),
         str(HERE / "bridge.h"),
         str(HERE / "parking.h"),
-        str(HERE / "cdef.h"),
+        *map(str, DECLARATIONS),
     ],
     extra_compile_args=["-O2", "-std=gnu11"],
 )

@@ -15,12 +15,12 @@ from support.guest import machine
 
 import avmm
 from avmm import Device
+from avmm.arch.x86_64.kvm import X86System
 from avmm.bus.coalesced import CoalescedWrites
 from avmm.bus.space import Bus, PostedWrites
 from avmm.bus.wakeup import device_lock
 from avmm.devices.base import Host, ReadAnswer, WriteAnswer
 from avmm.errors import DeviceError
-from avmm.kvm import System
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
 
@@ -47,7 +47,7 @@ class Log(Device):
 
 @pytest.fixture(autouse=True)
 def rings() -> None:
-    system = System()
+    system = X86System()
     missing = [n for n in ("MMIO", "PIO") if not system.check(f"KVM_CAP_COALESCED_{n}")]
     system.close()
     if missing:

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from avmm import arch
 from avmm.arch.contract import Probe
+from avmm.arch.x86_64.kvm import X86System
 from avmm.cli import completion_report, doctor
 from avmm.cli.completion_report import examine_shape, shapes
-from avmm.kvm import System
 
 pytestmark = pytest.mark.usefixtures("kvm")
 
@@ -35,9 +35,9 @@ async def test_a_shape_that_this_kvm_does_not_offer_is_said_to_be_impossible(
 ) -> None:
     kvms, xens = shape_of("hypercall"), shape_of("Xen hypercall")
     lacking = {"KVM_CAP_EXIT_HYPERCALL", "KVM_CAP_XEN_HVM"}
-    check = System.check
+    check = X86System.check
     monkeypatch.setattr(
-        System, "check", lambda system, name: 0 if name in lacking else check(system, name)
+        X86System, "check", lambda system, name: 0 if name in lacking else check(system, name)
     )
     assert (await examine_shape(kvms)).error == "its KVM lacks KVM_CAP_EXIT_HYPERCALL"
     assert (await examine_shape(xens)).error == "its KVM lacks KVM_CAP_XEN_HVM"
@@ -92,8 +92,8 @@ async def test_an_uncompleted_hypercall_of_xens_is_lost_and_repeated() -> None:
 
 @pytest.fixture
 def no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = System.__init__
-    monkeypatch.setattr(System, "__init__", lambda system: there(system, "/nowhere/kvm"))
+    there = X86System.__init__
+    monkeypatch.setattr(X86System, "__init__", lambda system: there(system, "/nowhere/kvm"))
 
 
 @pytest.mark.usefixtures("no_kvm")

@@ -21,19 +21,10 @@ from support.assembler import assemble
 
 import avmm
 from avmm.arch.x86_64.board import PINS
+from avmm.arch.x86_64.kvm import X86System, X86Vcpu, X86Vm
 from avmm.bus.interrupts import Interrupts, IrqLine
 from avmm.errors import AvmmError, ConfigError
-from avmm.kvm import (
-    KvmError,
-    KvmUnavailable,
-    System,
-    Vcpu,
-    Vm,
-    capabilities,
-    constants,
-    errors,
-    exit_name,
-)
+from avmm.kvm import KvmError, KvmUnavailable, capabilities, constants, errors, exit_name
 from avmm.kvm.exits import MmioExit
 from avmm.kvm.kick import accept_kicks, install_kick, kick
 
@@ -88,7 +79,7 @@ def test_every_hint_is_for_an_ioctl_that_exists() -> None:
 
 def refusal(path: object) -> KvmUnavailable:
     with pytest.raises(KvmUnavailable) as caught:
-        System(str(path))
+        X86System(str(path))
     return caught.value
 
 
@@ -113,14 +104,15 @@ def test_a_file_that_is_not_kvm_is_no_kvm(tmp_path: Path) -> None:
 def test_a_device_closed_to_the_user_is_said(tmp_path: Path) -> None:
     child = """if True:
         import grp, os  # grp: where Python lies may be closed to the other user
-        from avmm.kvm import KvmUnavailable, System
+        from avmm.arch.x86_64.kvm import X86System
+        from avmm.kvm import KvmUnavailable
         os.chmod(".", 0o755)
         open("kvm", "w").close()
         os.chmod("kvm", 0)
         if os.geteuid() == 0:
             os.seteuid(65534)
         try:
-            System("kvm")
+            X86System("kvm")
         except KvmUnavailable as error:
             print(error)
     """
@@ -165,13 +157,13 @@ def fake_system(
 ) -> None:
     """Any file is KVM, of that version and with those capabilities."""
 
-    def ioctl(self: System, name: str, argument: int = 0) -> int:
+    def ioctl(self: X86System, name: str, argument: int = 0) -> int:
         return version if name == "KVM_GET_API_VERSION" else check(argument)
 
-    monkeypatch.setattr(System, "_ioctl_value", ioctl)
+    monkeypatch.setattr(X86System, "_ioctl_value", ioctl)
 
 
-@pytest.mark.parametrize(("name", "since"), System.REQUIRED.items())
+@pytest.mark.parametrize(("name", "since"), X86System.REQUIRED.items())
 @pytest.mark.usefixtures("nothing_left")
 def test_a_kernel_that_lacks_something_is_too_old(
     monkeypatch: pytest.MonkeyPatch, name: str, since: str
@@ -192,14 +184,14 @@ def test_cpuid_is_asked_for_with_more_and_more_room(monkeypatch: pytest.MonkeyPa
     fake_system(monkeypatch)
     rooms = []
 
-    def ioctl(self: System, name: str, cpuid: Any) -> None:
+    def ioctl(self: X86System, name: str, cpuid: Any) -> None:
         rooms.append(cpuid.nent)
         if cpuid.nent < 200:
             raise KvmError(name, errno.E2BIG)
         cpuid.nent = 150
 
-    monkeypatch.setattr(System, "_ioctl", ioctl)
-    system = System("/dev/null")
+    monkeypatch.setattr(X86System, "_ioctl", ioctl)
+    system = X86System("/dev/null")
     assert system.supported_cpuid().nent == 150
     assert rooms == [64, 128, 256]
     system.close()
@@ -209,7 +201,7 @@ def test_cpuid_is_asked_for_with_more_and_more_room(monkeypatch: pytest.MonkeyPa
 def test_a_vcpu_that_cannot_be_mapped_is_closed() -> None:
     fd, other = os.pipe()
     with pytest.raises(KvmError, match="mmap of kvm_run failed"):
-        Vcpu(fd, 0, 2 * PAGE)
+        X86Vcpu(fd, 0, 2 * PAGE)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
     os.close(other)
@@ -226,34 +218,34 @@ def test_exits_have_names() -> None:
 
 
 def test_capabilities_have_names() -> None:
-    assert {*System.REQUIRED, "KVM_CAP_READONLY_MEM"} <= set(capabilities())
+    assert {*X86System.REQUIRED, "KVM_CAP_READONLY_MEM"} <= set(capabilities())
 
 
 # -- handles -------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def system(kvm: None, nothing_left: None) -> Iterator[System]:
-    system = System()
+def system(kvm: None, nothing_left: None) -> Iterator[X86System]:
+    system = X86System()
     yield system
     system.close()
 
 
 @pytest.fixture
-def vm(system: System) -> Iterator[Vm]:
+def vm(system: X86System) -> Iterator[X86Vm]:
     vm = system.create_vm()
     yield vm
     vm.close()
 
 
 @pytest.fixture
-def vcpu(vm: Vm) -> Iterator[Vcpu]:
+def vcpu(vm: X86Vm) -> Iterator[X86Vcpu]:
     vcpu = vm.create_vcpu(0)
     yield vcpu
     vcpu.close()
 
 
-def test_the_system_tells_what_it_can(system: System) -> None:
+def test_the_system_tells_what_it_can(system: X86System) -> None:
     assert system.check("KVM_CAP_USER_MEMORY") == 1
     assert system.max_vcpus >= 1
     assert system.run_size >= PAGE
@@ -279,7 +271,7 @@ def test_a_closed_handle_is_closed_once_and_refuses(
         handle.check("KVM_CAP_USER_MEMORY")
 
 
-def test_a_closed_vcpu_has_no_kvm_run(vcpu: Vcpu) -> None:
+def test_a_closed_vcpu_has_no_kvm_run(vcpu: X86Vcpu) -> None:
     assert "kvm-vcpu" in Path("/proc/self/maps").read_text()
     vcpu.close()
     assert "kvm-vcpu" not in Path("/proc/self/maps").read_text()
@@ -287,17 +279,17 @@ def test_a_closed_vcpu_has_no_kvm_run(vcpu: Vcpu) -> None:
     assert vcpu.run() == -errno.EBADF
 
 
-def test_a_vcpu_exists_once(vm: Vm, vcpu: Vcpu) -> None:
+def test_a_vcpu_exists_once(vm: X86Vm, vcpu: X86Vcpu) -> None:
     with pytest.raises(KvmError, match=r"EEXIST\); a vCPU with this number exists already"):
         vm.create_vcpu(0)
 
 
-def test_a_vcpu_too_many_is_refused(vm: Vm) -> None:
+def test_a_vcpu_too_many_is_refused(vm: X86Vm) -> None:
     with pytest.raises(KvmError, match=r"EINVAL\); more vCPUs than this host's KVM allows"):
         vm.create_vcpu(1 << 20)
 
 
-def test_a_write_rings_one_eventfd_at_a_time(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_rings_one_eventfd_at_a_time(vm: X86Vm, monkeypatch: pytest.MonkeyPatch) -> None:
     fd = avmm.kvm.eventfd()
     try:
         assert vm.ioeventfd(fd, 0xC000_0050, 4, 1)
@@ -312,14 +304,14 @@ def test_a_write_rings_one_eventfd_at_a_time(vm: Vm, monkeypatch: pytest.MonkeyP
         os.close(fd)
 
 
-def test_an_msr_that_kvm_does_not_know_is_named(vcpu: Vcpu) -> None:
+def test_an_msr_that_kvm_does_not_know_is_named(vcpu: X86Vcpu) -> None:
     efer, nonsense = 0xC000_0080, 0xBAD_F00D
     vcpu.set_msrs({efer: 0})
     with pytest.raises(KvmError, match="MSR 0xbadf00d refused"):
         vcpu.set_msrs({efer: 0, nonsense: 0, efer + 1: 0})
 
 
-def test_registers_are_kept(vcpu: Vcpu) -> None:
+def test_registers_are_kept(vcpu: X86Vcpu) -> None:
     regs, sregs = vcpu.regs(), vcpu.sregs()
     regs.rax, regs.r15, regs.rip, sregs.ds.selector = 0x1122334455667788, 15, 0x77, 0x123
     vcpu.set_regs(regs)
@@ -329,7 +321,7 @@ def test_registers_are_kept(vcpu: Vcpu) -> None:
     assert sregs.ds.selector == 0x123
 
 
-def test_the_tsc_ticks(vcpu: Vcpu) -> None:
+def test_the_tsc_ticks(vcpu: X86Vcpu) -> None:
     assert vcpu.tsc_khz() > 100_000
 
 
@@ -339,7 +331,7 @@ def test_the_tsc_ticks(vcpu: Vcpu) -> None:
 class Guest:
     """64 KiB of RAM and a vCPU that starts at ORIGIN in real mode, all segments at 0."""
 
-    def __init__(self, stack: ExitStack, system: System, source: str, *, irqchip: bool) -> None:
+    def __init__(self, stack: ExitStack, system: X86System, source: str, *, irqchip: bool) -> None:
         self.ram = memoryview(stack.enter_context(mmap.mmap(-1, RAM)))
         stack.callback(self.ram.release)
         code = assemble(source, 16, ORIGIN)
@@ -384,7 +376,7 @@ Boot = Callable[..., Guest]
 
 
 @pytest.fixture
-def boot(system: System) -> Iterator[Boot]:
+def boot(system: X86System) -> Iterator[Boot]:
     with ExitStack() as stack:
         yield lambda source, irqchip=False: Guest(stack, system, source, irqchip=irqchip)
 
@@ -582,13 +574,13 @@ def test_an_eventfd_drives_one_interrupt_until_it_is_taken_back(boot: Boot) -> N
     os.close(fd)
 
 
-def enable_lapic(vcpu: Vcpu) -> None:
+def enable_lapic(vcpu: X86Vcpu) -> None:
     lapic = vcpu.lapic()
     lapic.regs[0xF0:0xF2] = [b"\xff", b"\x01"]  # spurious vector 255, enabled
     vcpu.set_lapic(lapic)
 
 
-def pending(vcpu: Vcpu) -> set[int]:
+def pending(vcpu: X86Vcpu) -> set[int]:
     """The vectors that wait in the local APIC (IRR)."""
     regs = vcpu.lapic().regs
     found = set()
@@ -599,7 +591,7 @@ def pending(vcpu: Vcpu) -> set[int]:
     return found
 
 
-def wait_pending(vcpu: Vcpu, vectors: set[int]) -> None:
+def wait_pending(vcpu: X86Vcpu, vectors: set[int]) -> None:
     """KVM may deliver what an eventfd asks for from a task of its own."""
     deadline = time.monotonic() + 10
     while not vectors <= pending(vcpu):

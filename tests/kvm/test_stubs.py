@@ -51,12 +51,13 @@ def test_a_structure_has_the_fields_that_the_compiler_knows(module: stubs.StubMo
 
 
 SNIPPET = """\
-from avmm.kvm import RunPage, System, Vcpu, constants
+from avmm.arch.x86_64.kvm import X86System, X86Vcpu
+from avmm.kvm import RunPage, constants
 from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.exits import MmioExit, PioExit
 from avmm.native._native import ffi as native
 
-def registers(vcpu: Vcpu) -> int:
+def registers(vcpu: X86Vcpu) -> int:
     regs, sregs = vcpu.regs(), vcpu.sregs()
     regs.rax = sregs.cs.base
     regs.rxa = 0  # wrong
@@ -66,7 +67,7 @@ def registers(vcpu: Vcpu) -> int:
     vcpu.set_regs(sregs)  # wrong
     return regs.rip
 
-def leaves(system: System) -> int:
+def leaves(system: X86System) -> int:
     cpuid = system.supported_cpuid()
     cpuid.entries[0].eex = 0  # wrong
     return max(leaf.function for leaf in cpuid.entries)
@@ -83,7 +84,7 @@ def page(page: RunPage) -> str:
             return hex(address)
     return constants.KVM_EXIT_MIMO  # wrong
 
-def border(system: System) -> None:
+def border(system: X86System) -> None:
     system.check("KVM_CAP_IRQFD")
     system.check("KVM_CAP_IRQDF")  # wrong
     irqfd = ffi.new("struct kvm_irqfd *", {"fd": 1, "gsi": 2})

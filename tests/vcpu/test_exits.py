@@ -13,10 +13,11 @@ import pytest
 import trio
 
 from avmm import arch
+from avmm.arch.x86_64.kvm import X86Vcpu
 from avmm.bus.space import Bus, mmio, msr, pio
 from avmm.devices.base import Device
 from avmm.errors import DeviceError, MsrFault, VcpuError
-from avmm.kvm import Vcpu, constants
+from avmm.kvm import constants
 from avmm.outcome import Cause, Outcome
 from avmm.vcpu.calls import Answer, Call, serve_call
 from avmm.vcpu.exits import Exits
@@ -27,7 +28,7 @@ DATA = 4096
 NOISE = b"\xee" * 8
 
 
-class FakeVcpu(Vcpu):
+class FakeVcpu(X86Vcpu):
     """The real thing but for its kernel."""
 
     def __init__(self) -> None:

@@ -9,8 +9,9 @@ import pytest
 from support.guest import EXIT, machine
 
 import avmm
+from avmm.arch.x86_64.kvm import X86System, X86Vm
 from avmm.devices.base import ReadAnswer, WriteAnswer
-from avmm.kvm import KvmError, System, Vm
+from avmm.kvm import KvmError
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
 
@@ -74,7 +75,7 @@ async def test_more_ranges_than_kvm_filters() -> None:
 
 
 def test_nor_are_any_left_out_below() -> None:
-    with closing(System()) as system, closing(system.create_vm()) as vm:
+    with closing(X86System()) as system, closing(system.create_vm()) as vm:
         vm.filter_msrs([(FIRST + n, 1) for n in range(16)])
         with pytest.raises(KvmError, match="17 ranges of MSRs"):
             vm.filter_msrs([(FIRST + n, 1) for n in range(17)])
@@ -84,8 +85,8 @@ def test_nor_are_any_left_out_below() -> None:
 async def test_a_kernel_that_does_not_hand_them_over(
     monkeypatch: pytest.MonkeyPatch, lacking: str
 ) -> None:
-    check = Vm.check
-    monkeypatch.setattr(Vm, "check", lambda vm, name: 0 if name == lacking else check(vm, name))
+    check = X86Vm.check
+    monkeypatch.setattr(X86Vm, "check", lambda vm, name: 0 if name == lacking else check(vm, name))
     with pytest.raises(avmm.ConfigError, match=r"Registers: this host's KVM .* \(Linux 5\.10\)"):
         async with avmm.Machine(devices=[avmm.msr(Registers(), FIRST)]):
             pass

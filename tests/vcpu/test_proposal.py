@@ -15,7 +15,8 @@ from support.guest import EXIT, machine
 
 import avmm
 from avmm import Call, Device
-from avmm.kvm import System, Vcpu, constants
+from avmm.arch.x86_64.kvm import X86System, X86Vcpu
+from avmm.kvm import constants
 from avmm.machine import machine_of
 from avmm.memory.ram import GuestMemory
 from avmm.parts import Parts
@@ -57,7 +58,7 @@ async def pauses(vm: avmm.Machine, echo: Echo, until: Callable[[], object]) -> N
 
 
 def announces(capability: int) -> bool:
-    system = System()
+    system = X86System()
     try:
         return system.announces(capability)
     finally:
@@ -279,9 +280,9 @@ async def test_a_hypercall_that_a_pause_catches_is_neither_lost_nor_repeated(
 
 
 @pytest.fixture
-def halting() -> Iterator[Vcpu]:
+def halting() -> Iterator[X86Vcpu]:
     """A vCPU of a VM without interrupt chips, in real mode, before `hlt`."""
-    system = System()
+    system = X86System()
     vm = system.create_vm()
     memory = GuestMemory("1M")
     vm.set_memory(0, 0, memory.addresses()[0][1])
@@ -300,7 +301,7 @@ def halting() -> Iterator[Vcpu]:
 
 
 @proposing
-def test_an_exit_without_the_flag_is_not_entered_again(halting: Vcpu) -> None:
+def test_an_exit_without_the_flag_is_not_entered_again(halting: X86Vcpu) -> None:
     policy = CompletionPolicy(capability=PROPOSED, announced=True)
     status = halting.run()
     assert status == constants.KVM_EXIT_HLT

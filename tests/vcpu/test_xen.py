@@ -11,7 +11,8 @@ import trio
 from support.guest import EXIT, machine
 
 from avmm import Call, ConfigError
-from avmm.kvm import System, constants
+from avmm.arch.x86_64.kvm import X86System
+from avmm.kvm import constants
 from avmm.vcpu.calls import XEN_MSR
 
 pytestmark = pytest.mark.usefixtures("kvm")
@@ -28,7 +29,7 @@ EXPECTED = Call("xen", NUMBER, (1, 0x1122_3344_5566_7788, 3, 4, 5, 6))
 
 @pytest.fixture
 def intercepting(kvm: None) -> None:
-    system = System()
+    system = X86System()
     offered = system.check("KVM_CAP_XEN_HVM")
     system.close()
     if not offered & constants.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL:
@@ -60,7 +61,7 @@ async def test_kvms_hypercalls_are_xens_then(tmp_path: Path) -> None:
         calls.append(call)
         return 42
 
-    system = System()
+    system = X86System()
     leaves = system.supported_cpuid()
     system.close()
     genu = int.from_bytes(b"Genu", "little")
@@ -121,7 +122,7 @@ async def test_without_a_handler_nobody_would_answer(tmp_path: Path) -> None:
 async def test_a_host_that_cannot_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("avmm.kvm.Vm.intercept_xen", lambda vm, msr: False)
+    monkeypatch.setattr("avmm.arch.x86_64.kvm.X86Vm.intercept_xen", lambda vm, msr: False)
     with pytest.raises(ConfigError, match=r"xen: this host's KVM does not .*KVM_CAP_XEN_HVM"):
         async with machine(tmp_path, "hlt", calls=lambda call: 0, xen=True):
             pass

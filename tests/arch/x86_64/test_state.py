@@ -17,7 +17,8 @@ import avmm
 from avmm.arch.x86_64 import cpu, layout
 from avmm.arch.x86_64 import state as cpu_state
 from avmm.arch.x86_64.features import demand
-from avmm.kvm import KvmError, System, Vcpu
+from avmm.arch.x86_64.kvm import X86System, X86Vcpu
+from avmm.kvm import KvmError
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm", "nothing_left")]
 
@@ -77,7 +78,7 @@ async def test_registers_survive_to_the_bit(tmp_path: Path) -> None:
 
 def loaded(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The states of a vCPU and of its VM that were given this machine's."""
-    system = System()
+    system = X86System()
     kvm = system.create_vm()
     kvm.create_irqchip(0xFFFB_C000, 0xFFFB_D000)
     kvm.create_pit()
@@ -167,14 +168,14 @@ Spoil = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture
-def system() -> Iterator[System]:
-    system = System()
+def system() -> Iterator[X86System]:
+    system = X86System()
     yield system
     system.close()
 
 
 @contextmanager
-def fresh(system: System) -> Iterator[Vcpu]:
+def fresh(system: X86System) -> Iterator[X86Vcpu]:
     with closing(system.create_vm()) as vm:
         vm.create_irqchip(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
         with closing(vm.create_vcpu(0)) as vcpu:
@@ -185,7 +186,7 @@ def fresh(system: System) -> Iterator[Vcpu]:
 class Noted:
     """A vCPU, and what is asked of it, in order."""
 
-    def __init__(self, vcpu: Vcpu) -> None:
+    def __init__(self, vcpu: X86Vcpu) -> None:
         self.vcpu = vcpu
         self.asked: list[str] = []
 
@@ -205,7 +206,7 @@ class Noted:
         return ask
 
 
-def test_the_order_of_state_is_that_of_its_reasons(system: System) -> None:
+def test_the_order_of_state_is_that_of_its_reasons(system: X86System) -> None:
     """`avmm.arch.x86_64.state` gives them; on many a host a guest in a test would not notice."""
     with fresh(system) as vcpu:
         reading: Any = Noted(vcpu)
@@ -234,7 +235,7 @@ def test_the_order_of_state_is_that_of_its_reasons(system: System) -> None:
     assert max(map(written.index, time)) > written.index("clock_paused")
 
 
-def test_an_msr_that_kvm_does_not_give_is_named(system: System) -> None:
+def test_an_msr_that_kvm_does_not_give_is_named(system: X86System) -> None:
     with fresh(system) as vcpu, pytest.raises(KvmError, match="0xbadf00d"):
         vcpu.msrs([0x10, 0xBADF00D, 0x174])
 
@@ -353,10 +354,10 @@ async def test_what_is_no_state_of_this_machine_is_refused(
 async def test_an_msr_that_kvm_does_not_take_is_named(
     saved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Vcpu, values: dict[int, int]) -> None:
+    def refuse(self: X86Vcpu, values: dict[int, int]) -> None:
         raise avmm.KvmError("KVM_SET_MSRS", 22, f"MSR {next(iter(values)):#x} refused")
 
-    monkeypatch.setattr(Vcpu, "set_msrs", refuse)
+    monkeypatch.setattr(X86Vcpu, "set_msrs", refuse)
     with pytest.raises(avmm.StateError, match=r"refuses the state of vCPU 0: .*MSR 0x.* refused"):
         async with machine(tmp_path, EXIT.format(0), cpus=2, state=saved):
             pytest.fail("it was loaded")
@@ -417,11 +418,11 @@ async def test_a_frequency_that_kvm_does_not_take_over_is_noticed(
     saved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A KVM that says it can scale a TSC, and does not."""
-    check = System.check
+    check = X86System.check
     monkeypatch.setattr(
-        System, "check", lambda self, name: name == "KVM_CAP_TSC_CONTROL" or check(self, name)
+        X86System, "check", lambda self, name: name == "KVM_CAP_TSC_CONTROL" or check(self, name)
     )
-    monkeypatch.setattr(Vcpu, "set_tsc_khz", lambda self, khz: None)
+    monkeypatch.setattr(X86Vcpu, "set_tsc_khz", lambda self, khz: None)
     state = copy.deepcopy(saved)
     state["vcpus"][1]["tsc_khz"] += 100_000
     with pytest.raises(avmm.StateError, match="does not let a TSC run at"):
