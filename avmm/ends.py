@@ -15,7 +15,6 @@ import os
 import tty
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import trio
@@ -63,9 +62,7 @@ async def serve_unix(
                 nursery.cancel_scope.cancel()
             clients.cancel_scope.deadline = trio.current_time() + _LAST_OUTPUT_SECONDS
     finally:
-        listener.close()
-        with suppress(FileNotFoundError):
-            Path(path).unlink()
+        sockets.close(listener, path)
 
 
 async def serve_pty(log: Scrollback, announce: Callable[[str], None]) -> None:

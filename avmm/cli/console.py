@@ -21,13 +21,13 @@ from contextlib import (
 )
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final, TypeAlias
 
 import trio
 
 from avmm.cli import terminal
 from avmm.control.holds import TERMINAL, Holds, PauseRefused
+from avmm.devices import sockets
 from avmm.devices.console import ConsoleStream
 from avmm.devices.hostfd import HostFd
 from avmm.devices.virtio.console import Console
@@ -309,12 +309,11 @@ async def _connect_file(
 
 @contextmanager
 def _unix(target: ConsoleTarget) -> Iterator[Connect]:
-    with closing(listen(target.path)) as listener:
-        try:
-            yield partial(_connect_unix, listener)
-        finally:
-            with suppress(FileNotFoundError):
-                Path(target.path).unlink()
+    listener = listen(target.path)
+    try:
+        yield partial(_connect_unix, listener)
+    finally:
+        sockets.close(listener, target.path)
 
 
 async def _connect_unix(

@@ -107,8 +107,7 @@ class Lines:
         return line
 
 
-# -- what a server sends and receives
-# ----------------------------------------------------------------
+# -- what a server sends and receives ------------------------------------------------------------
 
 
 def greeting() -> bytes:
@@ -146,8 +145,7 @@ def parse_request(line: bytes) -> Verb:
     return verbs.parse(request.pop("command", None), request)
 
 
-# -- what a client sends and receives
-# ----------------------------------------------------------------
+# -- what a client sends and receives ------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

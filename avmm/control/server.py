@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Final
 
 import trio
@@ -63,12 +62,11 @@ async def serve(
 def listening(path: str | PathLike[str]) -> Iterator[trio.socket.SocketType]:
     """A control socket that listens at `path` inside the block. Raises `ConfigError`."""
     path = fspath(path)
-    with closing(trio.socket.from_stdlib_socket(sockets.listen(path, "control", 16))) as listener:
-        try:
-            yield listener
-        finally:
-            with suppress(FileNotFoundError):
-                Path(path).unlink()
+    listener = trio.socket.from_stdlib_socket(sockets.listen(path, "control", 16))
+    try:
+        yield listener
+    finally:
+        sockets.close(listener, path)
 
 
 @asynccontextmanager

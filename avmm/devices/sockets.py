@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 from typing import Final
 
@@ -22,8 +23,8 @@ def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
     """A socket that listens at `path`, and that only its user may connect to.
 
     If there is a socket at `path` that nobody serves, this one replaces it. Raises `ConfigError`,
-    which names `what` and `path`, if the socket cannot be made. The caller closes it, and unlinks
-    `path`. Does not block.
+    which names `what` and `path`, if the socket cannot be made. The caller ends it with `close`.
+    Does not block.
     """
     with suppress(OSError):  # if something else is in the way, `bind` says so
         if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
@@ -38,6 +39,13 @@ def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
         listener.close()
         raise ConfigError(f"{what} socket {path}: {error.strerror or error}") from None
     return listener
+
+
+def close(listener: socket.socket | trio.socket.SocketType, path: str | PathLike[str]) -> None:
+    """Close what `listen` returned, and remove `path`. Idempotent."""
+    listener.close()
+    with suppress(FileNotFoundError):
+        Path(path).unlink()
 
 
 def _served(path: str | Path) -> bool:

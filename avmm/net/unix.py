@@ -10,7 +10,6 @@ import logging
 import socket
 from contextlib import suppress
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Final
 
 import trio
@@ -109,7 +108,7 @@ class UnixStream(Backend):
         self._forget()
         if listener is not None:
             trio.lowlevel.notify_closing(listener)  # tasks that wait for a peer wait once more
-            await in_thread_shielded(self._end, listener)
+            await in_thread_shielded(sockets.close, listener, self._path)
 
     async def acquire(self) -> None:
         """See `Backend`. If this is cancelled, it may hold the socket all the same."""
@@ -166,11 +165,6 @@ class UnixStream(Backend):
             self._peer.close()
             self._peer = None
         if self._listener is not None:
-            self._end(self._listener)
+            sockets.close(self._listener, self._path)
             self._listener = None
         self._acquired = trio.Event()
-
-    def _end(self, listener: socket.socket) -> None:
-        listener.close()
-        with suppress(FileNotFoundError):
-            Path(self._path).unlink()

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import trio
@@ -188,8 +187,7 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
         while self._called:
             await trio.aclose_forcefully(self._called.popleft())
         if self._target.kind == "unix":
-            with suppress(FileNotFoundError):
-                Path(self._target.path).unlink()
+            sockets.close(self._listeners[0].socket, self._target.path)
         await trio.lowlevel.checkpoint()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 import trustme
+from trio.testing import wait_all_tasks_blocked
 
 import avmm
 from avmm.transfer import tls as security
@@ -110,7 +111,7 @@ async def test_who_calls_waits_where_as_many_wait_as_may(tmp_path: Path) -> None
                     assert await stream.receive_some() == b"at last"
 
             nursery.start_soon(call)
-            await trio.sleep(0.1)
+            await wait_all_tasks_blocked()
             full.accept()[0].close()
             full.settimeout(10)
             second = await trio.to_thread.run_sync(lambda: full.accept()[0])
@@ -241,7 +242,7 @@ async def test_reading_files_does_not_stall_the_loop(
     async with trio.open_nursery() as nursery:
 
         async def write() -> None:
-            await trio.sleep(0.05)
+            await wait_all_tasks_blocked()
             await trio.to_thread.run_sync(Path(tls.cert).write_bytes, content)
 
         nursery.start_soon(write)

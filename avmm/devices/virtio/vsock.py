@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Final
 
 import trio
 
+from avmm.devices import sockets
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio import vsock_unix
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
@@ -400,7 +401,7 @@ class Vsock(VirtioDevice):
             self._is_acquired = trio.Event()
             listener, self._listener = self._listener, None
             if listener is not None:
-                await in_thread_shielded(vsock_unix.close, listener, self._unix)
+                await in_thread_shielded(sockets.close, listener, self._unix)
             self._serving.cancel()
             await self._served.wait()
 
@@ -414,7 +415,7 @@ class Vsock(VirtioDevice):
         """Close the sockets that `acquire` opened and that nobody serves. Whoever made the device
         calls this. Idempotent."""
         if self._listener is not None and self._unix is not None:
-            vsock_unix.close(self._listener, self._unix)
+            sockets.close(self._listener, self._unix)
             self._listener = None
 
     def save(self) -> Mapping[str, Any]:

@@ -17,7 +17,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from os import PathLike, fspath
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -54,13 +53,6 @@ def listen(path: str | PathLike[str]) -> socket.socket:
     return sockets.listen(path, "vsock", backlog=16)
 
 
-def close(listener: socket.socket, path: str | PathLike[str]) -> None:
-    """Close the socket that `listen` returned, and remove PATH."""
-    listener.close()
-    with suppress(FileNotFoundError):
-        Path(path).unlink()
-
-
 async def serve_sockets(
     vsock: GuestSockets, listener: socket.socket, path: str | PathLike[str]
 ) -> None:
@@ -75,7 +67,7 @@ async def serve_sockets(
                 client, _ = await trio.socket.from_stdlib_socket(listener).accept()
                 nursery.start_soon(_serve_client, vsock, trio.SocketStream(client), free)
     finally:
-        await in_thread_shielded(close, listener, path)
+        await in_thread_shielded(sockets.close, listener, path)
 
 
 async def _serve_client(
