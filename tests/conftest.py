@@ -7,10 +7,12 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.commands import PROMPT, Command
 from support.threads import ours
 
 from avmm.arch.x86_64.kvm import X86System
@@ -87,3 +89,18 @@ def full_up_to(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
     yield leave
     assert libc.umount2(os.fsencode(folder), 0) == 0, os.strerror(ctypes.get_errno())
+
+
+@pytest.fixture
+def commands() -> Iterator[ExitStack]:
+    """Put a `Command` on this stack: it is ended with the test."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def guest(tmp_path: Path, commands: ExitStack) -> Command:
+    """The shell, with its control socket at tmp_path/ctl."""
+    guest = commands.enter_context(Command("run", "--control", f"unix:{tmp_path / 'ctl'}"))
+    guest.expect(PROMPT)
+    return guest

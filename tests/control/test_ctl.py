@@ -21,20 +21,6 @@ from support.commands import AVMM, PROMPT, Command, avmm, ctl, receiver, status
 pytestmark = pytest.mark.usefixtures("kvm")
 
 
-@pytest.fixture
-def commands() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def guest(tmp_path: Path, commands: ExitStack) -> Command:
-    """The shell, with its control socket at tmp_path/ctl."""
-    guest = commands.enter_context(Command("run", "--control", f"unix:{tmp_path / 'ctl'}"))
-    guest.expect(PROMPT)
-    return guest
-
-
 class Raw:
     """A client that says what it likes."""
 

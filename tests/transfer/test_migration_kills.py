@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,12 +95,6 @@ class Line:
         os.kill(self._pid, signal.SIGKILL)
         os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)  # its locks are gone then
         self.has_happened = True
-
-
-@pytest.fixture
-def commands() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def answers(guest: Command) -> None:

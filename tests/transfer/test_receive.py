@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,6 @@ from avmm.disks import RawDisk
 from avmm.transfer.protocol import Commit, Destination, Offer, State
 
 pytestmark = pytest.mark.usefixtures("kvm")
-
-
-@pytest.fixture
-def commands() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def guest(tmp_path: Path, commands: ExitStack) -> Command:
-    """The shell, with its control socket at tmp_path/ctl."""
-    guest = commands.enter_context(Command("run", "--control", f"unix:{tmp_path / 'ctl'}"))
-    guest.expect(PROMPT)
-    return guest
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 from support.guest import EXIT, machine
+from support.held_call import ANSWER, HeldCalls, caught
 
 import avmm
 from avmm import Call, Device
@@ -247,36 +248,12 @@ async def test_a_hypercall_is_answered_on_stock_kvm(tmp_path: Path) -> None:
 async def test_a_hypercall_that_a_pause_catches_is_neither_lost_nor_repeated(
     tmp_path: Path, capability: int | None
 ) -> None:
-    calls: list[Call] = []
-    asked, go_on = trio.Event(), trio.Event()
-
-    def answer(call: Call) -> Awaitable[int]:
-        async def later() -> int:
-            calls.append(call)
-            asked.set()
-            await go_on.wait()
-            return 42
-
-        return later()
-
-    code = CALL + EXIT.format("ebx")
-    config: dict[str, Any] = {"calls": answer, "completion_capability": capability}
-    states = []
-    async with machine(tmp_path, code, **config) as vm:
-        await asked.wait()
-        async with trio.open_nursery() as nursery:
-
-            async def pause() -> None:
-                async with vm.paused(deadline=20):
-                    states.append(vm.save())
-
-            nursery.start_soon(pause)
-            while not vm._inside.parts.group._lot.asked:
-                await trio.lowlevel.checkpoint()
-            go_on.set()
-    async with machine(tmp_path, code, state=states[0], **config) as vm:
-        assert (await vm.wait()).status == 42
-    assert len(calls) == 1
+    calls, code = HeldCalls(), CALL + EXIT.format("ebx")
+    config: dict[str, Any] = {"completion_capability": capability}
+    state = await caught(calls, tmp_path, code, **config)
+    async with machine(tmp_path, code, state=state, calls=calls, **config) as vm:
+        assert (await vm.wait()).status == ANSWER
+    assert len(calls.seen) == 1
 
 
 @pytest.fixture

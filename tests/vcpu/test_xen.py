@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import trio
 from support.guest import EXIT, machine
+from support.held_call import ANSWER, HeldCalls, caught
 
 from avmm import Call, ConfigError
 from avmm.arch.x86_64.kvm import X86System
@@ -80,37 +78,12 @@ async def test_kvms_hypercalls_are_xens_then(tmp_path: Path) -> None:
 async def test_a_xen_hypercall_that_a_pause_catches_is_neither_lost_nor_repeated(
     tmp_path: Path,
 ) -> None:
-    calls: list[Call] = []
-    asked, go_on = trio.Event(), trio.Event()
-
-    def answer(call: Call) -> Awaitable[int]:
-        async def later() -> int:
-            calls.append(call)
-            asked.set()
-            await go_on.wait()
-            return 42
-
-        return later()
-
-    code = MADE + CALL + EXIT.format("ebx")
-    config: dict[str, Any] = {"calls": answer, "xen": True}
-    states = []
-    async with machine(tmp_path, code, **config) as vm:
-        await asked.wait()
-        async with trio.open_nursery() as nursery:
-
-            async def pause() -> None:
-                async with vm.paused(deadline=20):
-                    states.append(vm.save())
-
-            nursery.start_soon(pause)
-            while not vm._inside.parts.group._lot.asked:
-                await trio.lowlevel.checkpoint()
-            go_on.set()
-    async with machine(tmp_path, code, state=states[0], **config) as vm:
+    calls, code = HeldCalls(), MADE + CALL + EXIT.format("ebx")
+    state = await caught(calls, tmp_path, code, xen=True)
+    async with machine(tmp_path, code, state=state, calls=calls, xen=True) as vm:
         assert vm.memory.read(0, 4096) == bytes(4096), "no hypercall page where there was none"
-        assert (await vm.wait()).status == 42
-    assert calls == [EXPECTED]
+        assert (await vm.wait()).status == ANSWER
+    assert calls.seen == [EXPECTED]
 
 
 async def test_without_a_handler_nobody_would_answer(tmp_path: Path) -> None:
