@@ -136,7 +136,7 @@ class MachineConfig:
         "Where the console goes: stdio, pty, unix:PATH or file:PATH. With virtio, or with "
         "virtio: in front of one of these, the guest's console is hvc0.",
         metavar="TARGET",
-        help_anew="Where the guest's console (the serial port or hvc0) goes: stdio, pty, "
+        help_again="Where the guest's console (the serial port or hvc0) goes: stdio, pty, "
         "unix:PATH or file:PATH.",
     )
     """Python programs use `Machine.console` instead."""
@@ -147,8 +147,8 @@ class MachineConfig:
         "A virtio disk (vda, vdb, ...). With ro it is read-only; with overlay the guest's "
         "changes are thrown away.",
         metavar="FILE[,ro][,overlay][,serial=NAME]",
-        help_anew="The file on this host for one of the guest's disks. Give one for each disk, in "
-        "the guest's order.",
+        help_again="The file on this host for one of the guest's disks. Give one for each disk, "
+        "in the guest's order.",
     )
     net: tuple[NetOptions, ...] = setting(
         (),
@@ -156,7 +156,7 @@ class MachineConfig:
         Side.LINK,
         "A virtio network device. LINK is tap=NAME, unix=PATH or listen=PATH.",
         metavar="LINK[,mac=..][,mtu=..]",
-        help_anew="The link on this host for one of the guest's network devices. Give one for "
+        help_again="The link on this host for one of the guest's network devices. Give one for "
         "each device, in the guest's order. LINK is tap=NAME, unix=PATH or listen=PATH.",
     )
     vsock: VsockOptions | None = setting(
@@ -166,7 +166,7 @@ class MachineConfig:
         "A virtio socket device. The guest's CID is N, and the unix socket at PATH leads to "
         "the guest.",
         metavar="cid=N[,unix=PATH]",
-        help_anew="The guest's CID, and its unix socket, on this host.",
+        help_again="The guest's CID, and its unix socket, on this host.",
     )
     rng: bool = setting(
         False,

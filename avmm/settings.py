@@ -35,11 +35,11 @@ class Side(Enum):
     GUEST = "stays as it was"
     """The guest has seen it, so it must stay the same. A description of the machine contains
     it."""
-    LINK = "named anew"
+    LINK = "given again"
     """It names something outside of the machine, on a host; see `avmm.parts.description`."""
-    HOST = "may be chosen anew"
+    HOST = "may be given again"
     """The guest does not see it. A description contains it for a user who does not choose it."""
-    COMMAND = "named anew by the command"
+    COMMAND = "given again to the command"
     """Only the `avmm` command uses it."""
 
     @property
@@ -292,7 +292,7 @@ class Setting(Generic[T]):
     """Its meaning, in the sentences that the command's help shows."""
     metavar: str = ""
     """The word for a value in the command's help. If empty, the `metavar` of its kind."""
-    help_anew: str = ""
+    help_again: str = ""
     """The help of commands in which a guest continues. If empty, `help`."""
     argument: str = ""
     """If not empty, the command takes it as an argument with this name instead of an option."""
@@ -330,12 +330,12 @@ def setting(
     help: str,
     *,
     metavar: str = "",
-    help_anew: str = "",
+    help_again: str = "",
     argument: str = "",
     no_option: str = "",
 ) -> T:
     """Declare a field of `MachineConfig`. The parameters are those of `Setting`."""
-    declared = Setting("", default, kind, side, help, metavar, help_anew, argument, no_option)
+    declared = Setting("", default, kind, side, help, metavar, help_again, argument, no_option)
     made: T = field(default=default, metadata={_METADATA: declared})
     return made
 

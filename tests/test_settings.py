@@ -286,7 +286,7 @@ BAR = "\\|"
 def table() -> list[str]:
     """That of docs/settings.md."""
     lines = [
-        "| Setting | Option | TOML key | Meaning | Default | Where a guest goes on |",
+        "| Setting | Option | TOML key | Meaning | Default | When a guest continues |",
         "|---|---|---|---|---|---|",
     ]
     for setting in SETTINGS.values():

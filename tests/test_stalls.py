@@ -36,7 +36,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 
 def links(settings: dict[str, Any]) -> dict[str, Any]:
-    """What has to be named anew."""
+    """What has to be given again."""
     return {name: settings[name] for name in ("disks", "net", "vsock")}
 
 

@@ -32,7 +32,7 @@ def arriving(command: _Command) -> _Command:
     for setting in reversed(list(SETTINGS.values())):
         if setting.side.is_hosts or setting.side is Side.COMMAND:
             default = "as it was" if setting.side is Side.HOST else setting.shown_default
-            command = _option(setting, setting.help_anew or setting.help, default)(command)
+            command = _option(setting, setting.help_again or setting.help, default)(command)
     return command
 
 
