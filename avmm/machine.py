@@ -354,8 +354,8 @@ class Machine:
         `HandOverUnknownError`, the guest stays stopped, and you must call `settle`.
         """
         await in_thread(import_module, "avmm.transfer.source")  # reads files
-        from avmm.transfer.protocol import SourceState  # noqa: PLC0415 - xxhash and msgpack
-        from avmm.transfer.source import Options, Sender  # noqa: PLC0415
+        from avmm.transfer.source import Options, Sender  # noqa: PLC0415 - xxhash and msgpack
+        from avmm.transfer.states import SourceState  # noqa: PLC0415
 
         options = Options(target_downtime, bandwidth, deadline, stall_seconds, answer_seconds)
         parts, inside, life = self._use("migrate"), self._inside, self._life

@@ -31,7 +31,8 @@ from avmm import Cause, Runstate, RunstateError
 from avmm.errors import MigrationError
 from avmm.migration import STANDS, Stand
 from avmm.runstate import AT_END, MEANWHILE, OPERATIONS, TRANSITIONS, Life
-from avmm.transfer.protocol import Commit, Destination, DestinationState, Offer, State
+from avmm.transfer.protocol import Commit, Destination, Offer, State
+from avmm.transfer.states import DestinationState
 
 pytestmark = [pytest.mark.usefixtures("kvm", "nothing_left")]
 

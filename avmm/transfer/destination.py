@@ -25,13 +25,13 @@ from avmm.transfer.frames import MessageKind
 from avmm.transfer.protocol import (
     Commit,
     Destination,
-    DestinationState,
     Event,
     Offer,
     Pages,
     Round,
     State,
 )
+from avmm.transfer.states import DestinationState
 
 if TYPE_CHECKING:
     from avmm.parts import Parts

@@ -31,7 +31,8 @@ from avmm.threads import in_thread
 from avmm.transfer.connection import Connection
 from avmm.transfer.frames import MOST_DATA_PAGES, MOST_RUNS
 from avmm.transfer.pace import Pace
-from avmm.transfer.protocol import Source, SourceState
+from avmm.transfer.protocol import Source
+from avmm.transfer.states import SourceState
 
 if TYPE_CHECKING:
     from avmm.memory.dirty import DirtyLog

@@ -16,7 +16,7 @@ import xxhash
 
 import avmm
 from avmm.outcome import Cause
-from avmm.transfer.protocol import DestinationState, SourceState
+from avmm.transfer.states import DestinationState, SourceState
 
 pytestmark = [pytest.mark.usefixtures("kvm", "nothing_left"), pytest.mark.timeout(60)]
 

@@ -14,21 +14,15 @@ from avmm.errors import PeerAbortedError, ProtocolError
 from avmm.memory.pages import PAGE, Packed
 from avmm.plain import encode
 from avmm.transfer.frames import Buffer, Encoder, MessageKind
-from avmm.transfer.protocol import (
+from avmm.transfer.protocol import Commit, Destination, Offer, Pages, Round, Source, State
+from avmm.transfer.states import (
     DESTINATION_DOES,
     DESTINATION_HEARS,
     SOURCE_DOES,
     SOURCE_HEARS,
     Act,
-    Commit,
-    Destination,
     DestinationState,
-    Offer,
-    Pages,
-    Round,
-    Source,
     SourceState,
-    State,
 )
 
 IDENTITY = bytes(range(16))
