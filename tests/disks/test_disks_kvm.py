@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,38 @@ async def test_a_read_only_disk_refuses_the_guest(image: Path) -> None:
     assert image.read_bytes() == b"i" * (1 << 20)
 
 
-async def test_pauses_in_the_midst_of_requests(image: Path) -> None:
+class Requests:
+    """Counts the writes that begin on any disk, and says when there were enough."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._left = 0
+        self._enough = trio.Event()
+        for kind in (avmm.RawDisk, avmm.OverlayDisk):
+            monkeypatch.setattr(kind, "begin_write", self._counted(kind.begin_write))
+
+    def _counted(self, begin_write: Callable[..., bool]) -> Callable[..., bool]:
+        def begin(*args: Any) -> bool:
+            self._left -= 1
+            if self._left == 0:
+                self._enough.set()
+            return begin_write(*args)
+
+        return begin
+
+    async def begun(self, count: int) -> None:
+        """Return when `count` more have begun."""
+        self._left, self._enough = count, trio.Event()
+        await self._enough.wait()
+
+
+async def test_pauses_in_the_midst_of_requests(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = Requests(monkeypatch)
     with trio.fail_after(400):
         async with avmm.Machine(**config("write", 3000, str(image))) as vm:
             for _ in range(30):
-                await trio.sleep(0.003)
+                await requests.begun(60)
                 async with vm.paused(deadline=10):
                     frozen = vm.memory.read(0, vm.memory.size), image.read_bytes()
                     await trio.sleep(0.002)
@@ -72,17 +100,20 @@ async def test_pauses_in_the_midst_of_requests(image: Path) -> None:
 
 
 @pytest.mark.parametrize("options", ["", ",overlay"])
-async def test_moved_in_the_midst_of_requests(image: Path, options: str) -> None:
+async def test_moved_in_the_midst_of_requests(
+    image: Path, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever loads opens the file after it was closed: it is locked as long as it is in use."""
-    settings = config("write", 4000, f"{image}{options}")
+    requests = Requests(monkeypatch)
+    settings = config("write", 8000, f"{image}{options}")
     state = None
     with trio.fail_after(400):
         for _ in range(5):
             async with avmm.Machine(**settings, state=state) as vm:
-                await trio.sleep(0.05)
+                await requests.begun(300)
                 async with vm.paused(deadline=10):
                     with pytest.raises(avmm.ConfigError, match="in use"):
                         avmm.RawDisk(image)
                     state = vm.save()
         async with avmm.Machine(**settings, state=state) as vm:
-            assert served(await said(vm), 4000), await vm.wait()
+            assert served(await said(vm), 8000), await vm.wait()
