@@ -84,7 +84,7 @@ async def served(listener: trio.socket.SocketType, control: Control) -> AsyncIte
 
     async def accept(nursery: trio.Nursery) -> None:
         while True:
-            connection, _ = await listener.accept()
+            connection = await sockets.accept(listener, "control socket")
             if len(clients) < _MOST_CLIENTS:
                 stream = trio.SocketStream(connection)
                 nursery.start_soon(converse, _Conversation(stream, control))

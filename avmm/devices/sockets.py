@@ -1,9 +1,19 @@
-"""Unix sockets of the host: to listen at a path, and to connect to one."""
+"""Unix sockets of the host: to listen at a path, to accept, to connect, to see who has gone.
+
+**Descriptors run out.** A client that cannot be accepted for lack of a descriptor or of memory
+waits in the listener's queue. `accept` tries again after a moment, so one client too many never
+ends a guest.
+
+**Half-closed connections.** A client that ends the direction in which it sends may still read.
+Only `has_gone` says that it has closed the connection.
+"""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import select
 import socket
 import stat
 from contextlib import suppress
@@ -15,8 +25,28 @@ import trio
 
 from avmm.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _QUEUE_SECONDS: Final = 10.0
 _QUEUE_STEP: Final = 0.02
+_SCARCE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+"""The errors of accept(2) that say what the host has too little of. The client still waits."""
+_SCARCE_SECONDS: Final = 0.1
+_GONE_BEFORE: Final = (
+    errno.ECONNABORTED,
+    errno.EPROTO,
+    errno.ENOPROTOOPT,
+    errno.EOPNOTSUPP,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENONET,
+)
+"""The errors of accept(2) that belong to the one connection that was to be accepted."""
+_GONE_STEP: Final = 0.05
+_GONE_MOST_STEP: Final = 1.0
+QUEUE_IS_FULL: Final = "the program that listens there accepts no more connections"
 
 
 def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
@@ -49,18 +79,76 @@ def close(listener: socket.socket | trio.socket.SocketType, path: str | PathLike
 
 
 def _served(path: str | Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # a full queue of connections would make it wait
-        return probe.connect_ex(str(path)) in (0, errno.EAGAIN)
+    """Does a socket of some process have this path? Finding out leaves no connection in its queue.
+
+    A datagram socket cannot be connected to a stream socket: Linux says that the types differ, or
+    that nobody has the path.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) in (0, errno.EPROTOTYPE)
 
 
-async def connect(path: str | Path) -> trio.SocketStream:
+async def accept(listener: trio.socket.SocketType, what: str) -> trio.socket.SocketType:
+    """The next connection. Cancelling loses none.
+
+    If the host lacks descriptors or memory, this logs a line that begins with `what`, and tries
+    again until it succeeds. Raises `OSError` if the listener itself fails, and
+    `trio.ClosedResourceError` if it is closed.
+    """
+    told = False
+    while True:
+        try:
+            connection, _ = await listener.accept()
+        except OSError as error:
+            if error.errno in _SCARCE:
+                if not told:
+                    told = True
+                    logger.warning(
+                        "%s: a client waits, because the host cannot take it now: %s",
+                        what,
+                        error.strerror,
+                    )
+                await trio.sleep(_SCARCE_SECONDS)
+            elif listener.fileno() < 0:
+                raise trio.ClosedResourceError("this socket was closed") from None
+            elif error.errno not in _GONE_BEFORE:
+                raise
+        else:
+            return connection
+
+
+def has_gone(connection: trio.socket.SocketType) -> bool:
+    """Has the other side closed this stream socket, and not just one direction of it? Data that
+    it sent before may still be waiting."""
+    poll = select.poll()
+    poll.register(connection.fileno(), 0)  # Linux reports POLLHUP and POLLERR anyway
+    return bool(poll.poll(0))
+
+
+def has_data(connection: trio.socket.SocketType) -> bool:
+    """Does data of the other side wait to be received?"""
+    with socket.socket(fileno=os.dup(connection.fileno())) as peek, suppress(OSError):
+        return bool(peek.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    return False
+
+
+async def gone(connection: trio.socket.SocketType) -> None:
+    """Return when the other side `has_gone`, or when this side has closed the connection."""
+    step = _GONE_STEP
+    while connection.fileno() >= 0 and not has_gone(connection):
+        await trio.sleep(step)
+        step = min(2 * step, _GONE_MOST_STEP)
+
+
+async def connect(path: str | Path, seconds: float = _QUEUE_SECONDS) -> trio.SocketStream:
     """Connect to the socket at `path`. Raises `OSError`.
 
-    If the listener's queue of connections is full, this waits for up to ten seconds. trio by
-    itself would return such a socket as connected, though it is not.
+    If the listener's queue of connections is full, this waits for up to `seconds`, and then raises
+    an `OSError` (EAGAIN) that says so. trio by itself would return such a socket as connected,
+    though it is not.
     """
-    give_up = trio.current_time() + _QUEUE_SECONDS
+    give_up = trio.current_time() + seconds
     while True:
         stream = await trio.open_unix_socket(path)
         try:
@@ -72,5 +160,20 @@ async def connect(path: str | Path) -> trio.SocketStream:
         else:
             return stream
         if trio.current_time() >= give_up:
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            raise OSError(errno.EAGAIN, QUEUE_IS_FULL)
         await trio.sleep(_QUEUE_STEP)
+
+
+def connect_now(path: str | Path) -> socket.socket:
+    """Connect to the socket at `path` without waiting. Raises `OSError`, as `connect` does."""
+    peer = socket.socket(socket.AF_UNIX)
+    try:
+        peer.setblocking(False)
+        peer.connect(str(path))
+    except BlockingIOError:
+        peer.close()
+        raise OSError(errno.EAGAIN, QUEUE_IS_FULL) from None
+    except BaseException:
+        peer.close()
+        raise
+    return peer

@@ -1,7 +1,8 @@
 """Frames over a unix stream socket, each after its length (4 bytes, big endian).
 
 This is the format of passt and of QEMU's `-netdev stream`. When the peer goes, the guest's link
-goes down and stays down.
+goes down. If it had connected to us, the link comes up again with the next peer; there is one at a
+time, and the others wait for their turn.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class UnixStream(Backend):
 
     @classmethod
     def listen(cls, path: str | PathLike[str], *, held: bool = True) -> UnixStream:
-        """Wait at `path` for one peer. Raises `ConfigError` if that is not possible."""
+        """Wait at `path` for one peer after the other. Raises `ConfigError` if that cannot be."""
         backend = cls(fspath(path), listens=True)
         if held:
             backend._hold(backend._open())
@@ -66,14 +67,10 @@ class UnixStream(Backend):
     def _open(self) -> socket.socket:
         if self._listens:
             return sockets.listen(self._path, "net")
-        peer = socket.socket(socket.AF_UNIX)
-        peer.setblocking(False)
         try:
-            peer.connect(self._path)
+            return sockets.connect_now(self._path)
         except OSError as error:
-            peer.close()
             raise ConfigError(f"net socket {self._path}: {error.strerror or error}") from None
-        return peer
 
     def _hold(self, opened: socket.socket) -> None:
         if self._listens:
@@ -98,8 +95,8 @@ class UnixStream(Backend):
             await self._acquired.wait()
             if self._listener is not None:
                 with suppress(trio.ClosedResourceError):  # released meanwhile
-                    peer, _ = await trio.socket.from_stdlib_socket(self._listener).accept()
-                    self._plug(peer)
+                    listener = trio.socket.from_stdlib_socket(self._listener)
+                    self._plug(await sockets.accept(listener, f"net socket {self._path}"))
 
     async def release(self) -> None:
         """See `Backend`."""
@@ -118,24 +115,33 @@ class UnixStream(Backend):
     async def receive(self) -> Frame:
         """See `Backend`."""
         await self._connected.wait()
-        assert self._peer is not None
+        peer = self._peer
+        assert peer is not None
         while True:
             received = self._received
             length = int.from_bytes(received[:_LENGTH], "big")
             if length > MOST_BYTES:
                 logger.warning("net: the peer sends a frame of %d bytes: the link is cut", length)
+                self._lose(peer)
                 raise trio.EndOfChannel
             if len(received) >= _LENGTH + length:
                 data = bytes(received[_LENGTH : _LENGTH + length])
                 del received[: _LENGTH + length]
                 return Frame(data)
-            try:
-                more = await self._peer.recv(_CHUNK)
-            except OSError:
-                raise trio.EndOfChannel from None
+            more = b""
+            with suppress(OSError):
+                more = await peer.recv(_CHUNK)
             if not more:
+                self._lose(peer)
                 raise trio.EndOfChannel
             received += more
+
+    def _lose(self, peer: trio.socket.SocketType) -> None:
+        """The peer has gone. Where we listen, another one may come."""
+        if self._listens and self._peer is peer:
+            peer.close()
+            self._peer = None
+            self._forget()
 
     async def send(self, frame: Frame) -> None:
         """See `Backend`."""
@@ -149,7 +155,9 @@ class UnixStream(Backend):
                 self._unsent = len(frame.data).to_bytes(_LENGTH, "big") + frame.data
                 self._begun = frame
             await self._flush(peer)
-        except OSError as error:
+        except (OSError, trio.ClosedResourceError) as error:
+            with suppress(OSError):  # so that `receive` notices as well
+                peer.shutdown(socket.SHUT_RDWR)
             raise trio.BrokenResourceError("the peer has gone") from error
 
     async def _flush(self, peer: trio.socket.SocketType) -> None:

@@ -168,7 +168,8 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
 
         async def accept(listener: trio.SocketListener) -> None:
             try:
-                self._called.append(await listener.accept())
+                connection = await sockets.accept(listener.socket, f"migration {self._target}")
+                self._called.append(trio.SocketStream(connection))
             except (OSError, trio.ClosedResourceError) as error:
                 failures.append(error)
             nursery.cancel_scope.cancel()

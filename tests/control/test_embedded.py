@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+from support.scarcity import no_more_descriptors
 
 import avmm
 import avmm.control
@@ -189,6 +191,22 @@ async def test_its_pauses_end_with_it(tmp_path: Path) -> None:
             nursery.cancel_scope.cancel()
         assert not vm.is_paused
         assert not (tmp_path / "ctl").exists()
+
+
+@embedded
+async def test_one_client_more_than_there_are_descriptors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "ctl"
+    async with steered(path):
+        with socket.socket(socket.AF_UNIX) as client, trio.fail_after(30):
+            client.setblocking(False)
+            with no_more_descriptors():
+                client.connect(str(path))
+                while "a client waits" not in caplog.text:  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+            await trio.lowlevel.wait_readable(client)
+            assert b"avmm" in client.recv(4096)
 
 
 @embedded

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 import trustme
+from support.scarcity import no_more_descriptors
 from trio.testing import wait_all_tasks_blocked
 
 import avmm
@@ -117,6 +119,41 @@ async def test_who_calls_waits_where_as_many_wait_as_may(tmp_path: Path) -> None
             second = await trio.to_thread.run_sync(lambda: full.accept()[0])
             with second:
                 second.sendall(b"at last")
+
+
+@pytest.mark.parametrize("target", ["unix:{}/line", "tcp:127.0.0.1:0"])
+async def test_one_caller_more_than_there_are_descriptors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, target: str
+) -> None:
+    async with await avmm.listen(target.format(tmp_path)) as listener:
+        kind, _, rest = listener.target.partition(":")
+        family = socket.AF_UNIX if kind == "unix" else socket.AF_INET
+        with socket.socket(family) as client:
+            address = rest if kind == "unix" else ("127.0.0.1", int(rest.rpartition(":")[2]))
+
+            async def call() -> None:
+                with no_more_descriptors():
+                    client.connect(address)
+                    while "a client waits" not in caplog.text:  # noqa: ASYNC110
+                        await trio.sleep(0.001)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(call)
+                async with await listener.accept() as stream:
+                    client.send(b"hello")
+                    assert await stream.receive_some() == b"hello"
+
+
+async def test_a_program_that_accepts_nobody_is_named(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    path = tmp_path / "line"
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as first:
+        server.bind(str(path))
+        server.listen(0)
+        first.connect(str(path))
+        with pytest.raises(avmm.MigrationError, match=f"{path}: the program that listens there"):
+            await avmm.connect(f"unix:{path}")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

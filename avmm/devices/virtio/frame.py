@@ -72,8 +72,9 @@ class Backend:
         """Return when there is somebody at the other end."""
 
     async def receive(self) -> Frame:
-        """The next frame for the guest. Raises `trio.EndOfChannel` if no more will come: the
-        guest's link is down from then on."""
+        """The next frame for the guest. Raises `trio.EndOfChannel` if the other end has gone: the
+        guest's link is down from then on, or until `connected` returns if `is_connected` is now
+        False."""
         raise NotImplementedError
 
     async def send(self, frame: Frame) -> None:

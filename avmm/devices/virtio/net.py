@@ -76,7 +76,8 @@ class Net(VirtioDevice):
         and those that came while there was no link."""
         self._link_wanted = True
         self._plugged = backend.is_connected
-        self._acquired = Waiters()
+        self._replugged = Waiters()
+        """Wakes `run`: the backend may have to wait for somebody at the other end."""
         self._is_loaded = False
         self._frame: Frame | None = None
 
@@ -109,10 +110,10 @@ class Net(VirtioDevice):
 
     async def run(self) -> None:
         while True:
-            if not self._plugged:
+            if not self.backend.is_connected:
                 await self.backend.connected()
                 self._change(self._link_wanted, True)
-            await self._acquired.wait()
+            await self._replugged.wait()
 
     async def serve(self, queues: Mapping[int, GuestQueue], features: int) -> None:
         if self._is_loaded:  # the link may differ from what it was when the state was saved
@@ -151,24 +152,31 @@ class Net(VirtioDevice):
                     self._frame = await self.backend.receive()
                 except trio.EndOfChannel:
                     self._change(self._link_wanted, False)
-                    return
+                    if self.backend.is_connected:
+                        return
+                    self._replugged.set()
+                    continue
             frame = self._frame
             needed = _HEADER.size + len(frame.data)
-            while (room := sum(chain.writable_bytes for chain in chains)) < needed or not chains:
-                if len(chains) == most:
-                    break
-                chains.append(await queue.next())
+            count = room = 0
+            while count == 0 or (room < needed and count < most):
+                if count == len(chains):
+                    chains.append(await queue.next())
+                room += chains[count].writable_bytes
+                count += 1
             # There is no `await` from here to the end, so the frame is given exactly once.
             self._frame = None
             if room < needed or not self.link_up or not frame.is_sound:
                 self.dropped += 1
                 continue
-            packet = memoryview(_packet(frame, features, len(chains)))
-            for chain in chains:
+            # A dropped frame may have left buffers here. Only as many as this one fills go: the
+            # others stay (5.1.6.4).
+            filled, chains = chains[:count], chains[count:]
+            packet = memoryview(_packet(frame, features, count))
+            for chain in filled:
                 written = chain.put(packet)
                 packet = packet[written:]
-                queue.push(chain, written, more=chain is not chains[-1])
-            chains = []
+                queue.push(chain, written, more=chain is not filled[-1])
 
     # -- its life ------------------------------------------------------------------------------
 
@@ -181,7 +189,7 @@ class Net(VirtioDevice):
     async def acquire(self) -> None:
         await self.backend.acquire()
         self._change(self._link_wanted, self.backend.is_connected)
-        self._acquired.set()
+        self._replugged.set()
 
     def save(self) -> Mapping[str, Any]:
         return self.State.plain(mac=self.mac, mtu=self.mtu, link=self._link_wanted)

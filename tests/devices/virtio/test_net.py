@@ -6,7 +6,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.scarcity import no_more_descriptors
 from support.tap_guest import summed
 from support.virtio_driver import EVENT_IDX, VERSION_1, Bench, Driver, settle
 
@@ -119,8 +120,26 @@ async def test_frames_that_do_not_fit_are_dropped(cable: tuple[Net, End]) -> Non
         await far.send(Frame(bytes(2000)))
         await far.send(Frame(bytes(1000)))
         await settle()
-        assert len(guest.got()) == 64
+        assert len(guest.got()) == 51
         assert net.dropped == 2
+
+
+async def test_a_short_frame_after_a_dropped_long_one(cable: tuple[Net, End]) -> None:
+    """The long one has gathered buffers. The short one fills as many as it needs, and says so; the
+    others are there for the next one."""
+    net, far = cable
+    async with guest_of(net, MRG, size=128) as guest:
+        guest.give(100, count=66)
+        await far.send(Frame(bytes(9000)))
+        await far.send(Frame(bytes(60)))
+        await far.send(Frame(bytes(150)))
+        await settle()
+        assert guest.got() == [
+            HEADER.pack(0, 0, 0, 0, 0, 0, 1) + bytes(60),
+            HEADER.pack(0, 0, 0, 0, 0, 0, 2) + bytes(88),
+            bytes(62),
+        ]
+        assert net.dropped == 1
 
 
 async def test_a_guest_without_buffers_makes_the_sender_wait() -> None:
@@ -387,6 +406,55 @@ async def test_a_peer_comes_again_after_a_hand_over_that_failed(tmp_path: Path) 
             await device.resume()
             assert not net.link_up
             assert guest.driver.bench.read(CONFIG_GENERATION) == generation + 1, turn
+    backend.close()
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    with trio.fail_after(20):
+        while not is_so():  # noqa: ASYNC110
+            await trio.sleep(0.001)
+
+
+@pytest.mark.parametrize("goes", ["closes", "in the midst of a frame", "reads no more"])
+async def test_one_peer_after_the_other(tmp_path: Path, goes: str) -> None:
+    """Whoever comes while there is a peer is taken when that one has gone."""
+    path = tmp_path / "net"
+    backend = UnixStream.listen(path)
+    net = Net(backend)
+    async with guest_of(net) as guest, await trio.open_unix_socket(str(path)) as peer:
+        await until(lambda: net.link_up)
+        first = backend._peer
+        async with await trio.open_unix_socket(str(path)) as next_one:
+            if goes == "reads no more":
+                peer.socket.shutdown(socket.SHUT_RD)
+                guest.send(FRAME)
+            else:
+                await peer.send_all(b"" if goes == "closes" else b"\0\0\0\x64half")
+                await peer.aclose()
+            await until(lambda: backend._peer not in (first, None) and net.link_up)
+            guest.send(FRAME)
+            with trio.fail_after(20):
+                assert await next_one.receive_some() == b"\0\0\0\x64" + FRAME
+            guest.give()
+            await next_one.send_all(b"\0\0\0\x14" + bytes(20))
+            got: list[bytes] = []
+            await until(lambda: bool(got.extend(guest.got()) or got))
+            assert got == [HEADER.pack(0, 0, 0, 0, 0, 0, 1) + bytes(20)]
+        await until(lambda: not net.link_up)
+    backend.close()
+
+
+async def test_one_peer_more_than_there_are_descriptors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = UnixStream.listen(tmp_path / "net")
+    net = Net(backend)
+    async with guest_of(net):
+        with socket.socket(socket.AF_UNIX) as client:
+            with no_more_descriptors():
+                client.connect(str(tmp_path / "net"))
+                await until(lambda: "a client waits" in caplog.text)
+            await until(lambda: net.link_up)
     backend.close()
 
 
