@@ -86,7 +86,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self._input = bytearray()
         self._output = bytearray()
         self._guest_sends = self._guest_receives = True
-        self._ending = False
+        self._ending = self._deaf = False
         self._closed = False
         self._shut = 0
         # 32-bit counters that wrap: bytes sent, and how many of these the guest has taken; bytes
@@ -141,6 +141,16 @@ class VsockStream(trio.abc.HalfCloseableStream):
             self._tell()
             await trio.lowlevel.checkpoint()
 
+    def stop_receiving(self) -> None:
+        """Tell the guest that nothing more will be received. What it has sent is thrown away, and
+        `receive_some` returns b"". Does nothing the second time."""
+        if not self._deaf:
+            self._deaf = True
+            self._forward(len(self._input))
+            self._input.clear()
+            self._changed.set()
+            self._tell()
+
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Wait for data: at least one byte, at most `max_bytes`, or b"" once the guest sends no
         more. Cancelling loses nothing."""
@@ -156,7 +166,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
                     del self._input[: len(data)]
                     self._forward(len(data))
                     return data
-                if not self._guest_sends:
+                if self._deaf or not self._guest_sends:
                     return b""
                 if self._stage is _Stage.GONE:
                     raise trio.BrokenResourceError("the guest has reset the connection")
@@ -247,6 +257,11 @@ class VsockStream(trio.abc.HalfCloseableStream):
         return self._stage is _Stage.GONE and not self._ops
 
     @property
+    def has_ended(self) -> bool:
+        """Does the guest no longer know the connection? Data that came before may be left."""
+        return self._stage is _Stage.GONE
+
+    @property
     def is_closed(self) -> bool:
         """Has the host closed it?"""
         return self._closed
@@ -263,9 +278,13 @@ class VsockStream(trio.abc.HalfCloseableStream):
 
     @property
     def _wanted_shut(self) -> int:
-        if self._stage is not _Stage.OPEN or self._output:
+        if self._stage is not _Stage.OPEN:
             return 0
-        return BOTH if self._closed else NO_MORE_SENT if self._ending else 0
+        sent_all = (self._closed or self._ending) and not self._output
+        return (NO_MORE_SENT if sent_all else 0) | (
+            # A guest that learns this early might reset the connection, with output under way.
+            NO_MORE_RECEIVED if self._deaf or (self._closed and sent_all) else 0
+        )
 
     @property
     def is_due(self) -> bool:
@@ -288,7 +307,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
             self._sent = self._sent + count & _WORD
             self._changed.set()
             return Op.RW, 0, data
-        if not self._output and (shut := self._wanted_shut) & ~self._shut:
+        if (shut := self._wanted_shut) & ~self._shut:
             self._shut |= shut
             return Op.SHUTDOWN, self._shut, b""
         if self._output and self._credit <= 0 and not self._asked:
@@ -345,7 +364,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
     def _take_data(self, data: bytes) -> bool:
         if not self._guest_sends or len(self._input) + len(data) > BUFFER:
             return False
-        if self._closed:
+        if self._closed or self._deaf:
             self._forward(len(data))
         else:
             self._input += data

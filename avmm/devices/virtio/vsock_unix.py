@@ -6,7 +6,12 @@
 - A program in the guest that connects to port P on the host reaches the unix socket PATH_P. It is
   refused if nobody listens there, or if the program on the host does not accept it.
 
-If one side ends its direction (a half-close), the other side is told.
+**Each direction ends for itself.** If one side ends its direction, or no longer reads the other
+one, the other side is told so, and what was sent before is delivered. A connection ends when both
+directions have ended.
+
+**A program that gives up** before the guest has answered frees its place. If it had sent data
+along with its request, the data is still owed to the guest, and the request stays for a while.
 """
 
 from __future__ import annotations
@@ -34,6 +39,10 @@ _LINE_SECONDS: Final = 10.0
 _CLIENTS: Final = 256
 """The most programs that are served at the same time, in each direction. Others wait or are
 refused."""
+_OWED_SECONDS: Final = 10.0
+_HOST_SECONDS: Final = 1.5
+"""How long the host's program may take to accept. A Linux guest's connect gives up after two
+seconds (VSOCK_DEFAULT_CONNECT_TIMEOUT)."""
 _BROKEN: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 _LONGEST_PATH: Final = 107 - len("_4294967295")
 
@@ -59,12 +68,13 @@ async def serve_sockets(
     """Serve PATH until cancelled, and close it."""
     path = fspath(path)
     free = trio.Semaphore(_CLIENTS)
+    waiting = trio.socket.from_stdlib_socket(listener)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_serve_guest, vsock, path, free, nursery)
             while True:
                 await free.acquire()
-                client, _ = await trio.socket.from_stdlib_socket(listener).accept()
+                client = await sockets.accept(waiting, f"vsock socket {path}")
                 nursery.start_soon(_serve_client, vsock, trio.SocketStream(client), free)
     finally:
         await in_thread_shielded(sockets.close, listener, path)
@@ -78,10 +88,39 @@ async def _serve_client(
             port, rest = await _read_line(client)
             if port is None:
                 return
-            async with await vsock.connect(port) as stream:
-                await client.send_all(b"OK %d\n" % stream.host_port)
-                await stream.send_all(rest)
-                await _join(client, stream)
+            stream = await _connect_for(client, vsock, port, is_owed=bool(rest))
+            if stream is None:
+                return
+            async with stream:
+                with suppress(*_BROKEN):  # it may have gone, but what it sent is owed
+                    await client.send_all(b"OK %d\n" % stream.host_port)
+                await _join(client, stream, rest)
+
+
+async def _connect_for(
+    client: trio.SocketStream, vsock: GuestSockets, port: int, *, is_owed: bool
+) -> VsockStream | None:
+    """Connect to the guest's `port`. None if it is refused, or if the client goes away first. If
+    the client's data `is_owed` to the guest, this waits for a while even then."""
+    stream: VsockStream | None = None
+
+    async def give_up() -> None:
+        await sockets.gone(client.socket)
+        if is_owed or sockets.has_data(client.socket):
+            await trio.sleep(_OWED_SECONDS)
+        nursery.cancel_scope.cancel()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(give_up)
+            with suppress(OSError):
+                stream = await vsock.connect(port)
+            nursery.cancel_scope.cancel()
+    except BaseException:
+        if stream is not None:
+            stream.close()
+        raise
+    return stream
 
 
 async def _read_line(client: trio.SocketStream) -> tuple[int | None, bytes]:
@@ -118,28 +157,54 @@ async def _serve_request(path: str, stream: VsockStream, free: trio.Semaphore) -
     with _one_of(free):
         async with stream:
             try:
-                host = await trio.open_unix_socket(f"{path}_{stream.host_port}")
+                host = await sockets.connect(f"{path}_{stream.host_port}", _HOST_SECONDS)
             except OSError:
                 return  # closing it unanswered refuses it
             async with host:
                 stream.accept()
-                await _join(host, stream)
+                await _join(host, stream, b"")
 
 
-async def _join(host: trio.SocketStream, guest: VsockStream) -> None:
-    """Copy in both directions, until both have ended or one of them is broken."""
+async def _join(host: trio.SocketStream, guest: VsockStream, first: bytes) -> None:
+    """Copy in both directions, until both have ended. `first` goes to the guest first."""
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(_copy_to_guest, host, guest, first)
+        await _copy_to_host(guest, host)
 
-        async def copy(source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream) -> None:
+
+async def _copy_to_host(guest: VsockStream, host: trio.SocketStream) -> None:
+    with suppress(trio.BrokenResourceError):  # the guest has reset the connection
+        while data := await guest.receive_some():
             try:
-                async for data in source:
-                    await sink.send_all(data)
-                await sink.send_eof()
-            except _BROKEN:
-                nursery.cancel_scope.cancel()
+                await host.send_all(data)
+            except _BROKEN:  # the program reads no more
+                guest.stop_receiving()
+                return
+    _shut(host, socket.SHUT_RDWR if guest.has_ended else socket.SHUT_WR)
 
-        nursery.start_soon(copy, host, guest)
-        await copy(guest, host)
+
+async def _copy_to_guest(host: trio.SocketStream, guest: VsockStream, first: bytes) -> None:
+    data: bytes | bytearray = first
+    while True:
+        try:
+            await guest.send_all(data)
+        except _BROKEN:  # the guest reads no more
+            _shut(host, socket.SHUT_RD)
+            return
+        try:
+            data = await host.receive_some()
+        except _BROKEN:  # the program has gone, and has left data of the guest's unread
+            break
+        if not data:
+            break
+    await guest.send_eof()
+    await sockets.gone(host.socket)
+    guest.stop_receiving()
+
+
+def _shut(host: trio.SocketStream, how: int) -> None:
+    with suppress(OSError):
+        host.socket.shutdown(how)
 
 
 @contextlib.contextmanager

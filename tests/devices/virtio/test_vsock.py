@@ -1,95 +1,31 @@
-"""The socket device: connections, credit, half-close, limits, hostile packets, unix sockets."""
+"""The socket device: connections, credit, half-close, limits, hostile packets."""
 
 from __future__ import annotations
 
 import errno
-import socket
-import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.virtio_driver import EVENT_IDX, VERSION_1, Bench, Driver, settle
+from support.virtio_driver import Bench, settle
+from support.vsock_guest import (
+    ASK,
+    FEATURES,
+    REQUEST,
+    RESPONSE,
+    RST,
+    RW,
+    SHUTDOWN,
+    UPDATE,
+    Guest,
+    guest_of,
+    packets,
+)
 
 from avmm.devices.virtio.vsock import BACKLOG, MOST, Vsock
 from avmm.devices.virtio.vsock_stream import BUFFER
 from avmm.errors import ConfigError
-
-HEADER = struct.Struct("<QQIIIHHIII")
-REQUEST, RESPONSE, RST, SHUTDOWN, RW, UPDATE, ASK = range(1, 8)
-FEATURES = VERSION_1 | EVENT_IDX | 1
-SLOT = 4096 + HEADER.size
-Packet = tuple[int, int, int, int, bytes]
-
-
-class Guest:
-    """The guest's end of the transport; `room` and `taken` are the credit that it tells."""
-
-    def __init__(self, driver: Driver, *, buffers: int = 16) -> None:
-        self.driver, self.memory, self.rings = driver, driver.bench.memory, driver.rings
-        self.slots: dict[int, int] = {}
-        self.room, self.taken = 65536, 0
-        self.credit: tuple[int, int] = (0, 0)
-        self.flags = 0
-        for n in range(buffers):
-            self.give(driver.end + n * 8192)
-        self.out = driver.end + 16 * 8192
-
-    def give(self, at: int, size: int = SLOT) -> None:
-        self.slots[self.rings[0].add([(at, size, True)])] = at
-        self.rings[0].kick()
-
-    def raw(self, data: bytes) -> None:
-        self.memory.write(self.out, data)
-        self.rings[1].take()
-        self.rings[1].add([(self.out, len(data), False)])
-        self.rings[1].kick()
-
-    def pack(self, op: int, ours: int, theirs: int, data: bytes = b"", **other: int) -> bytes:
-        fields = {"cid": 3, "to": 2, "length": len(data), "kind": 1, "flags": 0} | other
-        fields = {"room": self.room, "taken": self.taken} | fields
-        ports = (fields["cid"], fields["to"], ours, theirs, fields["length"], fields["kind"])
-        return HEADER.pack(*ports, op, fields["flags"], fields["room"], fields["taken"]) + data
-
-    async def send(self, op: int, ours: int, theirs: int, data: bytes = b"", **other: int) -> None:
-        self.raw(self.pack(op, ours, theirs, data, **other))
-        await settle()
-
-    def got(self) -> list[Packet]:
-        """(op, our port, the host's port, flags, data) of what came."""
-        found = []
-        for head, written in self.rings[0].take():
-            at = self.slots.pop(head)
-            data = self.memory.read(at, written)
-            cid, to, theirs, ours, length, kind, op, flags, *credit = HEADER.unpack(data[:44])
-            assert (cid, to, kind, length) == (2, 3, 1, written - 44)
-            self.credit = (credit[0], credit[1])
-            found.append((op, ours, theirs, flags, data[44:]))
-            self.give(at)
-        return found
-
-    async def stream(self, vsock: Vsock, port: int = 1024):
-        """A connection that the host has asked for."""
-        stream = vsock.request(port)
-        await settle()
-        assert self.got() == [(REQUEST, port, stream.host_port, 0, b"")]
-        await self.send(RESPONSE, port, stream.host_port)
-        with trio.fail_after(20):
-            await stream.connected()
-        return stream
-
-
-@asynccontextmanager
-async def guest_of(vsock: Vsock, **kwargs: int) -> AsyncIterator[Guest]:
-    bench = Bench(vsock)
-    async with bench.running() as driver:
-        await driver.start(FEATURES)
-        assert bench.read(0x100) | bench.read(0x104) << 32 == vsock.cid
-        yield Guest(driver, **kwargs)
 
 
 async def test_the_host_connects() -> None:
@@ -480,125 +416,6 @@ async def test_whatever_the_guest_sends(steps) -> None:
         assert not vsock._due
 
 
-# -- unix sockets ------------------------------------------------------------------------------
-
-
-async def client_of(path: Path) -> trio.SocketStream:
-    with trio.fail_after(20):
-        while True:
-            try:
-                return await trio.open_unix_socket(str(path))
-            except (FileNotFoundError, ConnectionRefusedError):
-                await trio.sleep(0.001)  # it is being bound: a thread does that
-
-
-async def packets(guest: Guest, count: int) -> list[Packet]:
-    found: list[Packet] = []
-    with trio.fail_after(20):
-        while len(found) < count:
-            await trio.sleep(0.001)
-            found += guest.got()
-    return found
-
-
-async def test_a_client_connects_to_the_guest(tmp_path: Path) -> None:
-    path = tmp_path / "vsock"
-    vsock = Vsock(unix=path)
-    async with guest_of(vsock) as guest:
-        async with await client_of(path) as client:
-            assert path.stat().st_mode & 0o777 == 0o600
-            await client.send_all(b"CONNECT 1024\nhello")
-            ((op, ours, port, _, _),) = await packets(guest, 1)
-            assert (op, ours) == (REQUEST, 1024)
-            await guest.send(RESPONSE, 1024, port)
-            assert await client.receive_some() == b"OK %d\n" % port
-            assert await packets(guest, 1) == [(RW, 1024, port, 0, b"hello")]
-            await client.send_eof()
-            assert await packets(guest, 1) == [(SHUTDOWN, 1024, port, 2, b"")]
-            await guest.send(RW, 1024, port, b"answer")
-            await guest.send(SHUTDOWN, 1024, port, flags=3)
-            assert b"".join([part async for part in client]) == b"answer"
-        assert await packets(guest, 1) == [(RST, 1024, port, 0, b"")]
-        while vsock._held:  # noqa: ASYNC110
-            await trio.sleep(0.001)
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("line", [b"CONNECT x\n", b"\n", b"x" * 100, b"CONNECT 4294967295\n", b""])
-async def test_a_client_that_asks_for_nothing_sensible(tmp_path: Path, line: bytes) -> None:
-    vsock = Vsock(unix=tmp_path / "vsock")
-    async with guest_of(vsock) as guest, await client_of(tmp_path / "vsock") as client:
-        await client.send_all(line)
-        await client.send_eof()
-        with trio.fail_after(20):
-            assert await client.receive_some() == b""
-        assert guest.got() == []
-
-
-async def test_a_client_that_the_guest_refuses(tmp_path: Path) -> None:
-    vsock = Vsock(unix=tmp_path / "vsock")
-    async with guest_of(vsock) as guest, await client_of(tmp_path / "vsock") as client:
-        await client.send_all(b"CONNECT 7\n")
-        ((_, _, port, _, _),) = await packets(guest, 1)
-        await guest.send(RST, 7, port)
-        with trio.fail_after(20):
-            assert await client.receive_some() == b""
-
-
-async def test_the_guest_reaches_a_unix_socket(tmp_path: Path) -> None:
-    path = tmp_path / "vsock"
-    vsock = Vsock(unix=path)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(f"{path}_52")
-        server.listen()
-        server.setblocking(False)
-        async with guest_of(vsock) as guest:
-            (await client_of(path)).socket.close()
-            await guest.send(REQUEST, 9, 52)
-            assert await packets(guest, 1) == [(RESPONSE, 9, 52, 0, b"")]
-            connection, _ = await trio.socket.from_stdlib_socket(server).accept()
-            async with trio.SocketStream(connection) as host:
-                await guest.send(RW, 9, 52, b"hello")
-                assert await host.receive_some() == b"hello"
-                await host.send_all(b"there")
-                assert await packets(guest, 1) == [(RW, 9, 52, 0, b"there")]
-            assert await packets(guest, 1) == [(SHUTDOWN, 9, 52, 2, b"")]
-            await guest.send(REQUEST, 9, 53)
-            assert await packets(guest, 1) == [(RST, 9, 53, 0, b"")]
-
-
-async def test_who_takes_over_listens_at_once_or_says_that_it_cannot(tmp_path: Path) -> None:
-    path = tmp_path / "vsock"
-    standby = Vsock(unix=path, held=False)
-    async with guest_of(Vsock(unix=path)) as guest:
-        device = guest.driver.bench.device
-        (await client_of(path)).socket.close()
-        with pytest.raises(ConfigError, match="vsock socket"):
-            await standby.acquire()
-        await device.release()
-        assert not path.exists()
-        await standby.acquire()
-        assert path.exists()
-        with pytest.raises(ConfigError, match="vsock socket"):
-            await device.acquire()
-        with trio.fail_after(20):
-            await standby.release()  # which has not run, and so serves nobody
-        assert not path.exists()
-        with trio.fail_after(20):
-            await device.acquire()
-            await device.release()  # before it could serve anybody
-            await settle()
-            assert not path.exists()
-            await device.acquire()
-        async with await client_of(path) as client:
-            await client.send_all(b"CONNECT 7\n")
-            await packets(guest, 1)
-    await standby.acquire()
-    standby.close()
-    standby.close()
-    assert not path.exists()
-
-
 def test_what_cannot_be() -> None:
     for cid in (2, -1, 0xFFFF_FFFF, "3", True):
         with pytest.raises(ConfigError, match="cid"):
@@ -608,11 +425,3 @@ def test_what_cannot_be() -> None:
             Vsock().request(port)
         with pytest.raises(ValueError, match="port"):
             Vsock().listen(port)
-
-
-async def test_where_no_socket_can_be(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing" / "vsock", tmp_path / ("x" * 108)):
-        with pytest.raises(BaseExceptionGroup) as caught:
-            async with guest_of(Vsock(unix=path)):
-                await trio.sleep_forever()
-        assert caught.group_contains(ConfigError, match="vsock socket")
