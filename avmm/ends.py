@@ -88,24 +88,27 @@ async def _accept(
     listener: trio.socket.SocketType, log: Scrollback, clients: trio.Nursery
 ) -> None:
     while True:
-        connection, _ = await listener.accept()
+        connection = await sockets.accept(listener, "console socket")
         clients.start_soon(_exchange, log, trio.SocketStream(connection))
 
 
 async def _exchange(log: Scrollback, client: trio.abc.Stream) -> None:
-    """Pass data in both directions until the client leaves or the stream has ended."""
+    """Pass data in both directions, until the client has gone or the stream has ended. A direction
+    that the client ends does not end the other one."""
 
-    async def listen_to() -> None:
+    async def take_input() -> None:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async for data in client:
                 await log.send(bytes(data))
-        nursery.cancel_scope.cancel()
+        if isinstance(client, trio.SocketStream):  # it may still read
+            await sockets.gone(client.socket)
+            nursery.cancel_scope.cancel()
 
     async with client, trio.open_nursery() as nursery:
-        nursery.start_soon(listen_to)
+        nursery.start_soon(take_input)
         with suppress(trio.BrokenResourceError):
             await log.follow(client.send_all)
-        nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
 
 
 def listen(path: str) -> trio.socket.SocketType:

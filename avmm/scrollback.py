@@ -15,6 +15,7 @@ from typing import Final
 import trio
 
 from avmm.errors import ConfigError
+from avmm.feeder import Feeder
 
 _CHUNK: Final = 16 * 1024
 
@@ -28,6 +29,7 @@ class Scrollback:
         if type(size) is not int or size < 1:
             raise ConfigError(f"a scrollback of {size!r} bytes: expected at least 1")
         self._stream = stream
+        self._input = Feeder(stream)
         self._size = size
         self._kept = bytearray()
         self._end = 0
@@ -40,17 +42,20 @@ class Scrollback:
         return bytes(self._kept)
 
     async def run(self) -> None:
-        """Read the stream until its end. If this is cancelled, output that it has not read yet
-        stays in the stream.
+        """Read the stream until its end, and deliver the followers' input to it. If this is
+        cancelled, output that it has not read yet stays in the stream.
         """
-        with suppress(trio.ClosedResourceError):
-            while data := await self._stream.receive_some():
-                self._kept += data
-                del self._kept[: -self._size]
-                self._end += len(data)
-                self._news.unpark_all()
-        self._ended.set()
-        self._news.unpark_all()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._input.run)
+            with suppress(trio.ClosedResourceError):
+                while data := await self._stream.receive_some():
+                    self._kept += data
+                    del self._kept[: -self._size]
+                    self._end += len(data)
+                    self._news.unpark_all()
+            self._ended.set()
+            self._news.unpark_all()
+            nursery.cancel_scope.cancel()
 
     async def follow(self, send: Callable[[bytes], Awaitable[object]]) -> None:
         """Await `send` with the bytes that are kept, then with new ones as they come, until the
@@ -69,8 +74,9 @@ class Scrollback:
                 await self._news.park()
 
     async def send(self, data: bytes) -> None:
-        """Send input from any follower to the guest."""
-        await self._stream.send_all(data)
+        """Send input from any follower to the guest. It is delivered while `run` runs, in the
+        order of the calls; up to a mebibyte waits for the guest, and then this waits too."""
+        await self._input.put(data)
 
     async def ended(self) -> None:
         """Return when the stream has ended."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from support.scarcity import no_more_descriptors
 
 from avmm.ends import Scrollback, serve_pty, serve_unix, write_file
 from avmm.errors import AvmmError, ConfigError
@@ -123,3 +125,95 @@ async def test_a_file(tmp_path: Path) -> None:
 def test_a_size_that_is_none() -> None:
     with pytest.raises(ConfigError, match="scrollback"):
         Scrollback(cable()[0], 0)
+
+
+async def test_a_client_that_ends_its_side_still_reads(tmp_path: Path) -> None:
+    guest, host = cable()
+    log = Scrollback(host)
+    path = tmp_path / "socket"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(log.run)
+        await nursery.start(serve_unix, log, path)
+        async with await trio.open_unix_socket(path) as client:
+            await client.send_all(b"command\n")
+            await client.send_eof()
+            assert await guest.receive_some() == b"command\n"
+            await guest.send_all(b"answer\n")
+            assert await client.receive_some() == b"answer\n"
+            await guest.aclose()
+            assert await client.receive_some() == b""
+
+
+async def test_a_client_that_reads_no_more_still_sends(tmp_path: Path) -> None:
+    guest, host = cable()
+    log = Scrollback(host)
+    path = tmp_path / "socket"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(log.run)
+        await nursery.start(serve_unix, log, path)
+        async with await trio.open_unix_socket(path) as client:
+            client.socket.shutdown(socket.SHUT_RD)
+            await guest.send_all(b"nobody reads this")
+            await trio.testing.wait_all_tasks_blocked()
+            await client.send_all(b"command\n")
+            with trio.fail_after(20):
+                assert await guest.receive_some() == b"command\n"
+        await guest.aclose()
+
+
+async def test_input_of_clients_that_have_gone_and_that_send_at_the_same_time(
+    tmp_path: Path,
+) -> None:
+    guest, host = trio.testing.lockstep_stream_pair()
+    log = Scrollback(host)
+    path = tmp_path / "socket"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(log.run)
+        await nursery.start(serve_unix, log, path)
+        for _ in range(10):
+            async with await trio.open_unix_socket(path) as client:
+                await client.send_all(b"0123456789" * 1000)
+        got = b""
+        with trio.fail_after(20):
+            while len(got) < 100_000:
+                got += await guest.receive_some()
+        assert got == b"0123456789" * 10_000
+        await guest.aclose()
+
+
+async def test_one_client_more_than_there_are_descriptors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest, host = cable()
+    log = Scrollback(host)
+    path = tmp_path / "socket"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(log.run)
+        await nursery.start(serve_unix, log, path)
+        with socket.socket(socket.AF_UNIX) as client:
+            with no_more_descriptors(), trio.fail_after(20):
+                client.connect(str(path))
+                while "a client waits" not in caplog.text:  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+            client.send(b"command\n")
+            with trio.fail_after(20):
+                assert await guest.receive_some() == b"command\n"
+        await guest.aclose()
+
+
+async def test_asking_whether_a_path_is_served_makes_no_client(tmp_path: Path) -> None:
+    guest, host = cable()
+    log = Scrollback(host)
+    path = tmp_path / "socket"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(log.run)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+            server.listen()
+            server.setblocking(False)
+            with pytest.raises(ConfigError, match="Address already in use"):
+                await serve_unix(log, path)
+            with pytest.raises(BlockingIOError):
+                server.accept()
+        await guest.aclose()
+        await serve_unix(log, path)  # nobody serves the path now

@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
     AbstractContextManager,
     ExitStack,
+    asynccontextmanager,
     closing,
     contextmanager,
     suppress,
@@ -25,7 +26,7 @@ from typing import Final, TypeAlias
 
 import trio
 
-from avmm.cli import terminal
+from avmm.cli import clients, terminal
 from avmm.control.holds import TERMINAL, Holds, PauseRefused
 from avmm.devices import sockets
 from avmm.devices.console import ConsoleStream
@@ -34,6 +35,7 @@ from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.port import Port
 from avmm.ends import listen
 from avmm.errors import AvmmError, ConfigError
+from avmm.feeder import Feeder
 from avmm.machine import Machine
 from avmm.outcome import Cause
 
@@ -266,17 +268,29 @@ def _pty(target: ConsoleTarget) -> Iterator[Connect]:
     near, far = os.openpty()
     try:
         with closing(os.fdopen(near, "r+b", buffering=0)) as file, terminal.raw(far):
+            os.set_blocking(near, False)
             print(f"avmm: the console is {os.ttyname(far)}", file=sys.stderr, flush=True)
-            yield partial(_connect_pty, file.fileno())
+            yield partial(_connect_pty, file.fileno(), far)
     finally:
         os.close(far)
 
 
 async def _connect_pty(
-    near: int, vm: Machine, stream: ConsoleStream, typed: Input, holds: Holds
+    near: int, far: int, vm: Machine, stream: ConsoleStream, typed: Input, holds: Holds
 ) -> None:
-    async with trio.lowlevel.FdStream(os.dup(near)) as host:
-        await _serve(host, stream, typed)
+    async with _fed(stream, typed) as feeder:
+        await clients.serve_pty(near, far, vm, stream, feeder)
+
+
+@asynccontextmanager
+async def _fed(stream: ConsoleStream, typed: Input) -> AsyncIterator[Feeder]:
+    """Deliver what is put into the feeder, inside the block. What is left is `typed`'s."""
+    feeder = Feeder(stream)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(feeder.run)
+        yield feeder
+        nursery.cancel_scope.cancel()
+    typed.undelivered = bytes(feeder.waiting)
 
 
 @contextmanager
@@ -323,46 +337,8 @@ async def _connect_unix(
     typed: Input,
     holds: Holds,
 ) -> None:
-    """Serve one client at a time. While there is none, the guest's output waits in the port's
-    buffer.
-    """
-    while (connection := await _next_client(listener, vm)) is not None:
-        async with trio.SocketStream(connection) as client:
-            await _serve(client, stream, typed)
-
-
-async def _next_client(
-    listener: trio.socket.SocketType, vm: Machine
-) -> trio.socket.SocketType | None:
-    """The next client that connects; None if the guest ends first."""
-    connection = None
-    async with trio.open_nursery() as nursery:
-
-        async def give_up() -> None:
-            await vm.wait()
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(give_up)
-        connection, _ = await listener.accept()
-        nursery.cancel_scope.cancel()
-    return connection
-
-
-async def _serve(client: trio.abc.Stream, stream: ConsoleStream, typed: Input) -> None:
-    """Serve `client` until it leaves, or until the guest has ended and its last output is sent."""
-    typed.undelivered = b""  # it was the previous client's
-    async with trio.open_nursery() as nursery:
-
-        async def listen_to() -> None:
-            with suppress(trio.BrokenResourceError):
-                async for data in client:
-                    await typed.send(bytes(data))
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(listen_to)
-        with suppress(trio.BrokenResourceError):
-            await _output(stream, client.send_all)
-        nursery.cancel_scope.cancel()
+    async with _fed(stream, typed) as feeder:
+        await clients.serve_unix(listener, vm, stream, feeder)
 
 
 _KINDS: Final[dict[str, Callable[[ConsoleTarget], AbstractContextManager[Connect]]]] = {

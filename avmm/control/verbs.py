@@ -24,6 +24,7 @@ from avmm.control.holds import CONTROL, Holds
 from avmm.errors import AvmmError, ConfigError, HandOverUnknownError
 from avmm.machine import Machine
 from avmm.progress import MigrationProgress, SnapshotProgress
+from avmm.runstate import Runstate
 from avmm.transfer import transports
 from avmm.transfer.targets import Target
 from avmm.transfer.tls import Tls
@@ -81,7 +82,7 @@ class Status(TypedDict):
     """The guest's state."""
 
     state: str
-    """running, paused, migrating or unsettled."""
+    """running, paused, migrating, unsettled or ended."""
     pauses: dict[str, int]
     """How many pauses of each holder there are."""
     cpus: int
@@ -216,6 +217,8 @@ class GetStatus(Verb):
             state, moving = "migrating", {"target": str(control.target), **control.progress}
         if vm.is_unsettled:
             state = "unsettled"
+        if vm.state is Runstate.ENDED:
+            state = "ended"
         await trio.lowlevel.checkpoint()
         return {
             "state": state,
