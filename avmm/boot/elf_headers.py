@@ -186,6 +186,12 @@ def notes(elf: Elf) -> Iterator[Note]:
             at = -(-end // align) * align
 
 
+def is_linux(elf: Elf) -> bool:
+    """Is it a Linux kernel? Those have notes of the owner "Linux" (include/linux/elfnote-lto.h,
+    build-salt.h, from 4.19 on). Raises `ImageError` if a note is malformed."""
+    return any(note.owner == b"Linux" for note in notes(elf))
+
+
 class Structs:
     """pyelftools' definitions for one class and byte order. Its errors are turned into
     `ImageError`s.

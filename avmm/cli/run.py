@@ -9,6 +9,7 @@ from typing import Any
 import click
 import trio
 
+from avmm.boot.cmdline import inserted
 from avmm.cli import attend, console, options
 from avmm.config import MachineConfig, read_toml
 from avmm.machine import Machine
@@ -35,7 +36,7 @@ def command(control_target: str | None, config: Path | None, **settings: Any) ->
     machine_config = MachineConfig.make(**from_file | options.given(settings))
     target = console.parse(machine_config.console)
     if target.virtio:
-        cmdline = f"{machine_config.cmdline} console=hvc0".lstrip()
+        cmdline = inserted(machine_config.cmdline, ["console=hvc0"])
         machine_config = replace(machine_config, cmdline=cmdline)
     attend.end(*trio.run(_run, machine_config, target, control_target))
 

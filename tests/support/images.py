@@ -98,9 +98,11 @@ def pvh_note(entry: int, size: int = 8) -> bytes:
     return note(b"Xen\0", 18, entry.to_bytes(size, "little"))
 
 
-def pvh_elf(entry: int = 0x100004, bits: int = 64, **fields: object) -> Elf:
+def pvh_elf(
+    entry: int = 0x100004, bits: int = 64, system: bytes = b"Linux\0", **fields: object
+) -> Elf:
     """An ELF with the note between two others, and code from 1 MiB on."""
-    notes = note(b"GNU\0", 3, bytes(20)) + pvh_note(entry) + note(b"Linux\0", 257, b"\0")
+    notes = note(b"GNU\0", 3, bytes(20)) + pvh_note(entry) + note(system, 257, b"\0")
     segments = [Segment(b"\xf4" * 16), Segment(notes, kind=PT_NOTE)]
     return Elf(segments, bits=bits, **fields)  # type: ignore[arg-type]
 
@@ -133,6 +135,8 @@ class BzImage:
     payload_length: int | None = None
     initrd_addr_max: int = 0x7FFF_FFFF
     cmdline_size: int = 2047
+    pref_address: int = 0x100000
+    init_size: int = 0
     jump: int = 0x6A
     """The header's length after 0x202, in the second byte of its jump."""
 
@@ -145,4 +149,5 @@ class BzImage:
         struct.pack_into("<I", page, 0x22C, self.initrd_addr_max)
         struct.pack_into("<HI", page, 0x236, self.xloadflags, self.cmdline_size)
         struct.pack_into("<II", page, 0x248, self.payload_offset, length)
+        struct.pack_into("<QI", page, 0x258, self.pref_address, self.init_size)
         return bytes(page) + bytes([0x90]) * self.payload_offset + self.payload

@@ -15,6 +15,7 @@ from typing import Final
 from avmm.arch.x86_64 import acpi, layout, mptable
 from avmm.arch.x86_64.acpi import AcpiDevice
 from avmm.boot.claims import Claims, Rules
+from avmm.boot.cmdline import inserted
 from avmm.boot.image import Image, open_image
 from avmm.errors import ConfigError, ImageError
 from avmm.memory.ram import GuestMemory
@@ -62,12 +63,21 @@ class Assembly:
     cmdline: str = ""
     files: Sequence[str] = ()
     """The initrd, if any, and the modules: paths, in the order the guest sees them."""
+    devices: Sequence[str] = ()
+    """Kernel parameters that name the virtio devices, for a guest that does not read ACPI."""
     rsdp: int = 0
     """The address of ACPI's tables; 0 if there are none."""
+    longest_cmdline: int = layout.CMDLINE_MAX
+    """How many bytes of command line the guest takes. Linux cuts off the rest in silence."""
     claims: Claims = field(init=False)
 
     def __post_init__(self) -> None:
         self.claims = Claims(self.memory.ram, PC)
+
+    def name_devices(self) -> None:
+        """Name the devices on the command line. Does nothing the second time."""
+        self.cmdline = inserted(self.cmdline, self.devices)
+        self.devices = ()
 
     def load(self, image: Image, offset: int, size: int, gpa: int) -> None:
         """Copy a part of a file to `gpa`, which must have been claimed.
@@ -112,9 +122,17 @@ class Assembly:
     def write_cmdline(self, text: str) -> None:
         """Write the command line, with its NUL, to `layout.CMDLINE`.
 
-        Raises `ConfigError` if it is too long, or contains a NUL, or cannot be encoded.
+        Raises `ConfigError` if it is longer than `longest_cmdline`, or contains a NUL, or cannot
+        be encoded.
         """
-        self.memory.write(layout.CMDLINE, _encode_cmdline(text) + b"\0")
+        data = _encode_cmdline(text)
+        if len(data) > self.longest_cmdline:
+            raise ConfigError(
+                f"command line {text[:40]!r}... is {len(data)} bytes with what avmm adds to it; "
+                f"expected at most {self.longest_cmdline}, because {self.name} takes "
+                "no more"
+            )
+        self.memory.write(layout.CMDLINE, data + b"\0")
 
     def write_mp_table(self, cpus: int) -> None:
         """Claim room for the MP table in the BIOS area and write it.
@@ -169,9 +187,4 @@ def _encode_cmdline(text: str) -> bytes:
         raise ConfigError(f"command line {text!r}: cannot be encoded: {error.reason}") from error
     if b"\0" in data:
         raise ConfigError(f"command line {text!r}: contains a NUL at byte {data.index(0)}")
-    if len(data) > layout.CMDLINE_MAX:
-        raise ConfigError(
-            f"command line {text[:40]!r}... is {len(data)} bytes; "
-            f"expected at most {layout.CMDLINE_MAX}"
-        )
     return data

@@ -32,20 +32,24 @@ def physical_entry(elf: Elf) -> int:
 
     By the ABI it is a virtual address, so it is translated by the segment that contains it.
     Linux's vmlinux has a physical one (`phys_startup_64`). So an address that lies in no segment's
-    virtual range is used as it is, if it lies in a segment's physical range. If there are
-    executable segments, only these count, because the per-CPU segment of a Linux kernel lies at
-    virtual address 0.
+    virtual range is used as it is, if it lies in a segment's physical range.
+
+    Executable segments come first. Linux has its entry in one that is not executable since 6.18,
+    where the text and the data are one segment each. But the per-CPU segment of an older Linux
+    kernel, which lies at virtual address 0, never holds the entry.
     """
     loadable = elf.loadable
-    candidates = [s for s in loadable if s.flags & PF_X] or loadable
-    for s in candidates:
-        if s.vaddr <= elf.entry < s.vaddr + s.memsz:
-            return elf.entry - s.vaddr + s.paddr
-    for s in candidates:
-        if s.paddr <= elf.entry < s.paddr + s.memsz:
-            return elf.entry
+    executable = [s for s in loadable if s.flags & PF_X]
+    others = [s for s in loadable if not s.flags & PF_X and (s.vaddr or not executable)]
+    for segments in (executable, others):
+        for s in segments:
+            if s.vaddr <= elf.entry < s.vaddr + s.memsz:
+                return elf.entry - s.vaddr + s.paddr
+        for s in segments:
+            if s.paddr <= elf.entry < s.paddr + s.memsz:
+                return elf.entry
     raise elf.image.error(
-        f"has its entry point at {elf.entry:#x}, which is not in an executable segment"
+        f"has its entry point at {elf.entry:#x}, which is not in any segment that could hold it"
     )
 
 

@@ -12,16 +12,20 @@ Source: libkrunfw's bin2cbundle.py, which writes both.
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 from dataclasses import dataclass
 from typing import Final
 
-from avmm.arch.x86_64.boot import longmode
+from avmm.arch.x86_64.boot import longmode, zeropage
 from avmm.arch.x86_64.boot.assembly import Assembly
+from avmm.boot.cmdline import has
 from avmm.boot.elf_headers import MAX_PROGRAM_HEADERS, Structs
-from avmm.boot.entry import Entry
+from avmm.boot.entry import Entry, Protocol
 from avmm.boot.image import Image
+
+logger = logging.getLogger(__name__)
 
 _TYPE_AT: Final = 16
 _ET_DYN: Final = b"\x03\x00"
@@ -92,8 +96,25 @@ def find(image: Image) -> Bundle | None:
     return Bundle(offset, told, address, entry)
 
 
-def load(assembly: Assembly, image: Image, bundle: Bundle) -> Entry:
-    """Copy the kernel to its place. It is entered as `longmode` says."""
+def load(assembly: Assembly, image: Image, bundle: Bundle, protocol: Protocol) -> Entry:
+    """Copy the kernel to its place. It is entered as `longmode` says.
+
+    libkrun's kernels are built without ACPI and without a serial port: devices are named on the
+    command line, and a console must be a virtio one. Raises `ImageError` if the protocol is PVH.
+    """
+    if protocol is Protocol.PVH:
+        raise image.error(
+            f"is a libkrunfw, which is entered by Linux's 64-bit boot protocol; expected the "
+            f"protocol {Protocol.LINUX64.value!r}, or none"
+        )
+    assembly.name_devices()
+    assembly.longest_cmdline = zeropage.LINUX_CMDLINE_MAX
+    if not has(assembly.cmdline, "console"):
+        logger.warning(
+            "%s: this kernel has no serial console: it prints nothing without a virtio console "
+            "and console=hvc0, which --console virtio gives it",
+            image.name,
+        )
     longmode.claim(assembly)
     assembly.claims.claim(bundle.address, bundle.size, f"{image.name}: the kernel")
     behind = bundle.address + bundle.size

@@ -12,7 +12,8 @@
 4. *Multiboot* (`multiboot`): a 32-bit ELF with the header.
 5. *ELF* (`elf`): a 64-bit ELF, entered in long mode by our own contract (`longmode`), of which
    Linux's 64-bit boot protocol is a part.
-6. *bzImage* (`bzimage`): the vmlinux inside it, entered in the same way.
+6. *bzImage* (`bzimage`): the vmlinux inside it, or a program without a payload (memtest86+),
+   entered in the same way.
 7. *libkrunfw* (`krunfw`): a shared object with a kernel in it, entered in the same way.
 
 Files are taken compressed as well (`compressed`). Any other file is refused, with an error that
@@ -30,10 +31,10 @@ from collections.abc import Sequence
 from avmm.arch import contract
 from avmm.arch.x86_64 import acpi as acpi_tables
 from avmm.arch.x86_64.acpi import AcpiDevice
-from avmm.arch.x86_64.boot import bzimage, elf, flat, krunfw, multiboot, pvh
+from avmm.arch.x86_64.boot import bzimage, elf, flat, krunfw, multiboot, pvh, zeropage
 from avmm.arch.x86_64.boot.assembly import Assembly
 from avmm.boot.describe import HEAD, describe
-from avmm.boot.elf_headers import MAGIC, parse
+from avmm.boot.elf_headers import MAGIC, is_linux, parse
 from avmm.boot.entry import Entry, FlatOptions, Protocol
 from avmm.boot.image import SLACK, Image, open_image
 from avmm.bus.space import Placement
@@ -47,11 +48,12 @@ def load_image(
     memory: GuestMemory, asked: contract.GuestImage, devices: Sequence[Placement]
 ) -> Entry:
     """Call `load` for a machine with these devices; see `avmm.arch.contract.Architecture`."""
-    has_acpi = asked.acpi and not asked.is_bundled
     return load(
         memory,
         asked.kernel,
-        cmdline=asked.cmdline if has_acpi else named(asked.cmdline, devices),
+        cmdline=asked.cmdline,
+        devices=named(devices),
+        reads_acpi=not asked.is_bundled,
         initrd=asked.initrd,
         modules=asked.modules,
         cpus=asked.cpus,
@@ -61,16 +63,13 @@ def load_image(
     )
 
 
-def named(cmdline: str, devices: Sequence[Placement]) -> str:
-    """`cmdline`, followed by options that tell Linux where the virtio devices are (for boots
-    without ACPI).
-    """
-    found = [
+def named(devices: Sequence[Placement]) -> list[str]:
+    """Kernel parameters that tell Linux where the virtio devices are (for boots without ACPI)."""
+    return [
         f"virtio_mmio.device={place.size:#x}@{place.base:#x}:{place.irq}"
         for place in devices
         if isinstance(place.device, VirtioMmio)
     ]
-    return " ".join([*([cmdline] if cmdline else []), *found])
 
 
 def load(
@@ -78,6 +77,8 @@ def load(
     image: StrPath,
     *,
     cmdline: str = "",
+    devices: Sequence[str] = (),
+    reads_acpi: bool = True,
     initrd: StrPath | None = None,
     modules: Sequence[StrPath] = (),
     cpus: int = 1,
@@ -86,6 +87,8 @@ def load(
     acpi: Sequence[AcpiDevice] | None = None,
 ) -> Entry:
     """Load `image` into fresh guest memory. Returns where the boot processor starts.
+
+    A guest without ACPI, or one that does not read it, gets `devices` as kernel parameters.
 
     The guest gets `cmdline`, the memory map and the `modules` (`initrd` is the first of them) in
     the way that its format defines. An MP table describes its `cpus`. Unless `acpi` is None, ACPI
@@ -97,11 +100,13 @@ def load(
     """
     files = [os.fspath(path) for path in ([] if initrd is None else [initrd])]
     files += [os.fspath(path) for path in modules]
-    assembly = Assembly(memory, os.fspath(image), cmdline, files)
+    assembly = Assembly(memory, os.fspath(image), cmdline, files, devices)
     assembly.write_mp_table(cpus)
     assembly.write_reset_vector()
     if acpi is not None:
         assembly.write_acpi(cpus, acpi)
+    if acpi is None or not reads_acpi:
+        assembly.name_devices()
     limit = None if flat is not None else memory.size + SLACK
     with open_image(image, unpack_limit=limit) as content:
         return _load_image(assembly, content, flat, protocol)
@@ -112,15 +117,17 @@ def _load_image(
 ) -> Entry:
     if options is not None:
         return flat.load(assembly, image, options)
+    if (bundle := krunfw.find(image)) is not None:
+        return krunfw.load(assembly, image, bundle, protocol)
     if protocol is not Protocol.AUTO:
         return _load_linux(assembly, image, protocol)
     header = multiboot.find(image)
     if header is not None and header.addresses is not None:
         return multiboot.load(assembly, image, header)
-    if (bundle := krunfw.find(image)) is not None:
-        return krunfw.load(assembly, image, bundle)
     if image.head(4) == MAGIC:
         executable = parse(image)
+        if is_linux(executable):
+            assembly.longest_cmdline = zeropage.LINUX_CMDLINE_MAX
         ip = pvh.entry_point(executable)
         if ip is not None:
             return pvh.load(assembly, executable, ip)
@@ -139,9 +146,12 @@ def _load_image(
 def _load_linux(assembly: Assembly, image: Image, protocol: Protocol) -> Entry:
     """Load a vmlinux, or the vmlinux in a bzImage, so that it is entered by `protocol`."""
     if bzimage.is_bzimage(image):
+        setup = bzimage.parse(image)
+        if not setup.payload_size:
+            return bzimage.load_as_it_is(assembly, image, setup, protocol)
         limit = assembly.memory.size + SLACK
-        with bzimage.unpack(image, limit) as (vmlinux, header):
-            return _load_vmlinux(assembly, vmlinux, protocol, header)
+        with bzimage.unpack(image, setup, limit) as vmlinux:
+            return _load_vmlinux(assembly, vmlinux, protocol, setup.raw)
     if image.head(4) != MAGIC:
         looks = describe(image.head(HEAD))
         raise image.error(
@@ -155,6 +165,7 @@ def _load_vmlinux(
     assembly: Assembly, image: Image, protocol: Protocol, header: bytes | None
 ) -> Entry:
     executable = parse(image)
+    assembly.longest_cmdline = zeropage.LINUX_CMDLINE_MAX
     if protocol is Protocol.LINUX64:
         return elf.load(assembly, executable, header)
     ip = pvh.entry_point(executable)

@@ -40,7 +40,8 @@ def enter(assembly: Assembly, ip: int, header: bytes | None = None) -> Entry:
 
     `header` is the setup header of the bzImage that the image comes from, if any.
     """
-    header = header or zeropage.own_header()
+    header = header or zeropage.own_header(assembly.longest_cmdline)
+    assembly.longest_cmdline = zeropage.longest_cmdline(header)
     modules = assembly.load_modules(zeropage.initrd_limit(header))
     start_info = write_start_info(assembly, modules)
     zeropage.write(assembly, modules, header)

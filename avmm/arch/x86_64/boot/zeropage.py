@@ -13,7 +13,6 @@ from typing import Final
 
 from avmm.arch.x86_64 import layout
 from avmm.arch.x86_64.boot.assembly import Assembly, Module
-from avmm.errors import ConfigError
 
 HEADER: Final = 0x1F1
 """Where the setup header begins, both in a bzImage and in the zero page."""
@@ -35,19 +34,22 @@ _E820_TABLE: Final = 0x2D0
 _E820_MOST: Final = 128
 _E820_ENTRY: Final = struct.Struct("<QQI")
 
+LINUX_CMDLINE_MAX: Final = 2047
+"""The longest command line that Linux takes on x86 (COMMAND_LINE_SIZE in asm/setup.h, with its
+NUL). A bzImage's header says so itself."""
 _UNDEFINED_LOADER: Final = 0xFF
 _LOADED_HIGH: Final = 1 << 0
 _NEWEST_KNOWN: Final = 0x20F
 
 
-def own_header() -> bytes:
+def own_header(longest_cmdline: int) -> bytes:
     """A setup header for an image that comes without one."""
     page = bytearray(_CMDLINE_SIZE + 4)
     struct.pack_into("<H", page, _BOOT_FLAG, 0xAA55)
     struct.pack_into("<4sH", page, _MAGIC, b"HdrS", _NEWEST_KNOWN)
     struct.pack_into("<B", page, _LOADFLAGS, _LOADED_HIGH)
     struct.pack_into("<I", page, _INITRD_ADDR_MAX, layout.INITRD_LIMIT - 1)
-    struct.pack_into("<I", page, _CMDLINE_SIZE, layout.CMDLINE_MAX)
+    struct.pack_into("<I", page, _CMDLINE_SIZE, longest_cmdline)
     return bytes(page[HEADER:])
 
 
@@ -57,20 +59,17 @@ def initrd_limit(header: bytes) -> int:
     return min(int(highest) + 1, layout.INITRD_LIMIT)
 
 
-def write(assembly: Assembly, modules: Sequence[Module], header: bytes) -> None:
-    """Write the zero page to `layout.ZERO_PAGE`. All claims must have been made before.
+def longest_cmdline(header: bytes) -> int:
+    """How many bytes of command line a kernel with this header takes."""
+    (longest,) = struct.unpack_from("<I", header.ljust(_HEADER_END), _CMDLINE_SIZE - HEADER)
+    return min(int(longest), layout.CMDLINE_MAX)
 
-    Raises `ConfigError` if the command line is longer than the kernel's header allows.
-    """
+
+def write(assembly: Assembly, modules: Sequence[Module], header: bytes) -> None:
+    """Write the zero page to `layout.ZERO_PAGE`. All claims must have been made before."""
     page = bytearray(layout.ZERO_PAGE_SIZE)
     header = header[: _HEADER_END - HEADER]
     page[HEADER : HEADER + len(header)] = header
-    (longest,) = struct.unpack_from("<I", page, _CMDLINE_SIZE)
-    if len(assembly.cmdline.encode("utf-8", "replace")) > longest:
-        raise ConfigError(
-            f"command line: expected at most {longest} bytes, because {assembly.name} accepts "
-            "no more"
-        )
     page[_TYPE_OF_LOADER] = _UNDEFINED_LOADER
     struct.pack_into("<I", page, _CMDLINE, layout.CMDLINE)
     struct.pack_into("<II", page, _RAMDISK, 0, 0)

@@ -110,9 +110,17 @@ def test_a_protocol_that_the_image_does_not_have_is_refused(
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no payload": ({"payload": b""}, "a bzImage with a payload of 0 bytes"),
+    "a payload of nothing": ({"payload": b"x"}, "a bzImage with a payload of 1 bytes"),
+    "no payload, no 64-bit entry": (
+        {"payload": b"", "version": 0x20A},
+        "needs a BIOS, which there is not: it has boot protocol 2.10, no payload and no 64-bit",
+    ),
+    "a program without an entry": ({"payload": b""}, "the program of this bzImage should be"),
     "32 bits": ({"xloadflags": 0}, "a 32-bit kernel; expected a 64-bit one"),
-    "old": ({"version": 0x207}, r"boot protocol 2.07; expected 2.08"),
+    "needs a BIOS": (
+        {"version": 0x207},
+        r"starts in real mode and needs a BIOS, which there is not: it has boot protocol 2.07",
+    ),
     "beyond the file": (
         {"payload_length": 1 << 31},
         r"the payload of this bzImage should be the 2147483648 bytes at offset 0xa40",
@@ -160,8 +168,39 @@ def test_an_initrd_that_does_not_fit_is_refused(memory: GuestMemory, write: Writ
         load(memory, write(BzImage(packed("bzip2"))), initrd=initrd)
 
 
+def test_a_program_without_a_payload_is_entered_as_it_is(
+    memory: GuestMemory, write: Write
+) -> None:
+    """As Debian's memtest86+ is made: protocol 2.12, the 64-bit entry, its own code."""
+    program = bytes(0x1C0) + CODE * 100
+    image = BzImage(b"", version=0x20C, sectors=2, payload_offset=0x40, init_size=0x10000)
+    entry = load(memory, write(bytes(image) + program), cmdline="console=ttyS0,115200")
+    assert (entry.mode, entry.ip) == (Mode.LONG, 0x100200)
+    assert memory.read(0x100040, len(program)) == program
+    assert entry.registers["rsi"] == layout.ZERO_PAGE
+    with pytest.raises(ImageError, match="no PVH note, which the protocol 'pvh' needs"):
+        load(memory, write(bytes(image) + program), protocol=Protocol.PVH)
+
+
 def test_a_command_line_that_the_kernel_does_not_take_is_refused(
     memory: GuestMemory, write: Write
 ) -> None:
-    with pytest.raises(ConfigError, match="expected at most 255 bytes"):
-        load(memory, write(BzImage(packed("gzip"), cmdline_size=255)), cmdline="x" * 256)
+    image = write(BzImage(packed("gzip"), cmdline_size=255))
+    with pytest.raises(ConfigError, match=f"expected at most 255, because {image} takes no more"):
+        load(memory, image, cmdline="x" * 256)
+    devices = ["virtio_mmio.device=0x200@0xd0000000:5"]
+    with pytest.raises(ConfigError, match="is 258 bytes with what avmm adds to it"):
+        load(memory, image, cmdline="x" * 220, devices=devices)
+
+
+@pytest.mark.parametrize("protocol", Protocol)
+def test_what_linux_would_cut_off_is_refused(
+    memory: GuestMemory, write: Write, protocol: Protocol
+) -> None:
+    """A vmlinux has no header that says how much it takes."""
+    with pytest.raises(ConfigError, match=r"is 2048 bytes .* expected at most 2047"):
+        load(memory, write(pvh_elf()), cmdline="x" * 2048, protocol=protocol)
+
+
+def test_another_kernel_takes_more(memory: GuestMemory, write: Write) -> None:
+    load(memory, write(pvh_elf(system=b"Other\0")), cmdline="x" * 2048)

@@ -87,6 +87,14 @@ def test_physical_entry_as_in_vmlinux(memory: GuestMemory, write: Write) -> None
     assert load(memory, write(elf)).ip == 0x200010, "not the non-executable one's 0x500010"
 
 
+def test_an_entry_in_a_segment_that_is_not_executable(memory: GuestMemory, write: Write) -> None:
+    """As in Linux from 6.18 on: one segment of text, and one of data with the physical entry."""
+    high = 0xFFFFFFFF_81000000
+    text = Segment(b"text", paddr=0x200000, vaddr=high, memsz=0x1000, flags=5)
+    data = Segment(b"data", paddr=0x300000, vaddr=high + 0x100000, memsz=0x1000, flags=6)
+    assert load(memory, write(Elf([text, data], entry=0x300123))).ip == 0x300123
+
+
 def test_segments_without_execute_flag_count_where_none_has_it(
     memory: GuestMemory, write: Write
 ) -> None:

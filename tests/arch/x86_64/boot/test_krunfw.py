@@ -10,7 +10,7 @@ import pytest
 
 from avmm.arch.x86_64 import layout
 from avmm.arch.x86_64.boot.load import load
-from avmm.boot import Mode
+from avmm.boot import Mode, Protocol
 from avmm.errors import ImageError
 from avmm.memory.ram import GuestMemory
 
@@ -54,6 +54,27 @@ def test_the_kernel_is_found_and_entered(
     assert (entry.mode, entry.ip) == (Mode.LONG, 0x200123)
     assert entry.registers["rsi"] == layout.ZERO_PAGE
     assert memory.read(0x200000, 0x1001) == b"K" * 0x1000 + b"\0"
+
+
+def test_it_gets_what_such_a_kernel_needs(
+    memory: GuestMemory, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no ACPI and no serial port."""
+    devices = ["virtio_mmio.device=0x200@0xd0000000:5"]
+    load(memory, make("-O2"), cmdline="quiet -- x", devices=devices, acpi=[])
+    assert memory.read(layout.CMDLINE, 50).startswith(b"quiet " + devices[0].encode() + b" -- x\0")
+    assert "this kernel has no serial console" in caplog.text
+    caplog.clear()
+    load(memory, make("-O2"), cmdline="console=hvc0")
+    assert not caplog.text
+
+
+def test_a_protocol_may_be_given_if_it_is_the_one_that_it_has(
+    memory: GuestMemory, make: Make
+) -> None:
+    assert load(memory, make("-O2"), protocol=Protocol.LINUX64).ip == 0x200123
+    with pytest.raises(ImageError, match="is a libkrunfw, which is entered by Linux's 64-bit"):
+        load(memory, make("-O2"), protocol=Protocol.PVH)
 
 
 def test_modules_stay_clear_of_what_follows_it(make: Make, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_number_of_cpus(memory: GuestMemory, write: Write, cpus: int) -> None:
 
 
 def test_command_line(memory: GuestMemory, write: Write) -> None:
-    path = write(pvh_elf())
+    path = write(pvh_elf(system=b"Other\0"))
 
     def told(cmdline: str) -> bytes:
         entry = load(memory, path, cmdline=cmdline)
@@ -118,7 +118,7 @@ def test_command_line(memory: GuestMemory, write: Write) -> None:
 
     assert told("x" * 4095) == b"x" * 4095
     assert told("ä\udcff") == b"\xc3\xa4\xff", "bytes of argv that are no UTF-8 come through"
-    with pytest.raises(ConfigError, match="is 4096 bytes; expected at most 4095"):
+    with pytest.raises(ConfigError, match=r"is 4096 bytes .*expected at most 4095"):
         told("ä" * 2048)
     with pytest.raises(ConfigError, match="contains a NUL at byte 1"):
         told("a\0b")

@@ -212,7 +212,7 @@ def test_path_counts_for_the_command_line(memory: GuestMemory, write: Write) -> 
     entry = load(memory, path, cmdline="x" * room)
     told = guestview.multiboot(memory, entry.registers["rbx"])
     assert told.cmdline == bytes(path) + b" " + b"x" * room
-    with pytest.raises(ConfigError, match="is 4096 bytes; expected at most 4095"):
+    with pytest.raises(ConfigError, match=r"is 4096 bytes .*expected at most 4095"):
         load(memory, path, cmdline="x" * (room + 1))
 
 
