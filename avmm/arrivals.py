@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from functools import partial
 from importlib import import_module
 from os import PathLike
@@ -14,6 +13,7 @@ import trio
 
 from avmm.bus.space import Placement
 from avmm.config import HostSettings, demand_hosts
+from avmm.ctrl_c import context
 from avmm.errors import ConfigError
 from avmm.machine import Machine, machine_from, machine_of
 from avmm.memory.layout import RamLayout
@@ -75,7 +75,7 @@ def restore(
     return machine_from(life, open_and_build)
 
 
-@asynccontextmanager
+@context
 async def receive(
     stream: trio.abc.Stream,
     *,

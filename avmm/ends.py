@@ -19,6 +19,7 @@ from typing import Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices import sockets
 from avmm.errors import AvmmError
 from avmm.scrollback import Scrollback
@@ -28,6 +29,7 @@ __all__ = ["Scrollback", "serve_pty", "serve_unix", "write_file"]
 _LAST_OUTPUT_SECONDS: Final = 1.0
 
 
+@protected
 async def write_file(log: Scrollback, path: str | os.PathLike[str]) -> None:
     """Write what the guest prints to the file at `path`, until the stream has ended.
 
@@ -40,6 +42,7 @@ async def write_file(log: Scrollback, path: str | os.PathLike[str]) -> None:
         raise AvmmError(f"console file {os.fspath(path)}: {error.strerror}") from None
 
 
+@protected
 async def serve_unix(
     log: Scrollback,
     path: str | os.PathLike[str],
@@ -65,6 +68,7 @@ async def serve_unix(
         sockets.close(listener, path)
 
 
+@protected
 async def serve_pty(log: Scrollback, announce: Callable[[str], None]) -> None:
     """Offer the console as a terminal, whose path is passed to `announce`. Returns when the stream
     has ended and its last output is written, or a second after the end.
@@ -84,6 +88,7 @@ async def serve_pty(log: Scrollback, announce: Callable[[str], None]) -> None:
         os.close(far)
 
 
+@protected
 async def _accept(
     listener: trio.socket.SocketType, log: Scrollback, clients: trio.Nursery
 ) -> None:
@@ -92,10 +97,12 @@ async def _accept(
         clients.start_soon(_exchange, log, trio.SocketStream(connection))
 
 
+@protected
 async def _exchange(log: Scrollback, client: trio.abc.Stream) -> None:
     """Pass data in both directions, until the client has gone or the stream has ended. A direction
     that the client ends does not end the other one."""
 
+    @protected
     async def take_input() -> None:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async for data in client:

@@ -63,9 +63,10 @@ class Failures:
         self.errors.append(error)
         self._cancel()
 
+    @trio.lowlevel.enable_ki_protection
     async def guard(self, function: Callable[[], Awaitable[object]]) -> None:
         """Await `function()` and keep the errors that it raises. Only cancellations are raised
-        again."""
+        again. Ctrl-C goes to the main task (`avmm.ctrl_c`), unless the function lets it in."""
         try:
             await function()
         except BaseException as error:

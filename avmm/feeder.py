@@ -12,6 +12,8 @@ from typing import Final
 
 import trio
 
+from avmm.ctrl_c import protected
+
 MOST: Final = 1 << 20
 """The most bytes that wait for the guest before `put` waits."""
 _CHUNK: Final = 16 * 1024
@@ -27,6 +29,7 @@ class Feeder:
         self.waiting = bytearray()
         """The input that the guest has not taken yet."""
 
+    @protected
     async def put(self, data: bytes) -> None:
         """Add input. Waits while `MOST` bytes or more wait for the guest. If this is cancelled,
         nothing was added. Input that comes after the guest has ended stays in `waiting`, up to
@@ -39,6 +42,7 @@ class Feeder:
         self.waiting += data
         self._changed.unpark_all()
 
+    @protected
     async def run(self) -> None:
         """Deliver the input until the guest has ended. If this is cancelled, the input that was
         not delivered stays in `waiting`."""

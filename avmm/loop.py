@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from avmm.ctrl_c import interruptible
 from avmm.errors import VcpuError
 from avmm.failures import Failures, raise_together
 from avmm.kvm import KvmError, constants
@@ -325,7 +326,8 @@ class VcpuLoop:
         yielded = time.perf_counter()
         mine = self._bridge.poll(True)
         while (work := await self._next(mine)) is not None:
-            await work  # if it fails, `_wind_up` finds the exit without an answer
+            # If it fails, `_wind_up` finds the exit without an answer.
+            await interruptible(work)
             mine = self._bridge.answer_and_poll(True)
             if (now := time.perf_counter()) - yielded > _YIELD_SECONDS:
                 await trio.lowlevel.checkpoint()

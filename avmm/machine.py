@@ -40,6 +40,7 @@ import trio
 
 from avmm.bus.space import Placement
 from avmm.config import HostSettings, MachineConfig, Settings
+from avmm.ctrl_c import context, interruptible, protected, undisturbed
 from avmm.devices.base import Device, InterruptLine
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.balloon import Balloon
@@ -278,6 +279,7 @@ class Machine:
         self._life.demand("paused")
         return self._inside.coordinator.paused(deadline)
 
+    @protected
     def save(self) -> dict[str, Any]:
         """Return the whole state, as plain data, with a copy of RAM.
 
@@ -294,6 +296,7 @@ class Machine:
             )
         return parts.save()
 
+    @protected
     async def snapshot(
         self,
         path: str | PathLike[str],
@@ -327,6 +330,7 @@ class Machine:
                 on_progress=on_progress,
             )
 
+    @protected
     async def migrate(
         self,
         stream: trio.abc.Stream,
@@ -376,6 +380,7 @@ class Machine:
                 )
 
     @in_trio
+    @protected
     async def settle(self, *, runs_here: bool) -> None:
         """After a `HandOverUnknownError`: say where the guest runs.
 
@@ -437,6 +442,7 @@ class Machine:
 
     # -- its life -------------------------------------------------------------------------
 
+    @protected
     async def __aenter__(self) -> Self:
         self._life.demand("enter")
         self._life.move(Runstate.STARTING)
@@ -444,6 +450,7 @@ class Machine:
         await self._manager.__aenter__()
         return self
 
+    @protected
     async def __aexit__(
         self,
         kind: type[BaseException] | None,
@@ -464,8 +471,7 @@ class Machine:
                 yield
         finally:
             self._life.leave()
-            with trio.CancelScope(shield=True):
-                await dismantle(parts)
+            await dismantle(parts)
 
     @asynccontextmanager
     async def _run(self, parts: Parts) -> AsyncIterator[None]:
@@ -491,8 +497,7 @@ class Machine:
                         raise left
                 except BaseException as error:
                     failures.errors.extend(_strays(error, left))
-                with trio.CancelScope(shield=True):
-                    await self._inside.operations_over()
+                await undisturbed(self._inside.operations_over)
                 if cancelled and not own and not failures.errors:
                     # If somebody outside has cancelled the block, this is theirs. If nobody has,
                     # a device has cancelled the nursery, and the cancellation ends here.
@@ -511,7 +516,9 @@ class Machine:
         for device, host in zip(parts.devices, parts.hosts, strict=True):
             host.start(nursery)
             if type(device).run is not Device.run:
-                nursery.start_soon(failures.guard, device.run, name=f"{device.name}.run")
+                own = type(device).__module__.startswith("avmm.")
+                run = device.run if own else partial(_run_by_user, device)
+                nursery.start_soon(failures.guard, run, name=f"{device.name}.run")
         run_vcpus = partial(self._run_vcpus, parts, failures)
         nursery.start_soon(failures.guard, run_vcpus, name="vCPUs")
 
@@ -571,6 +578,10 @@ def machine_of(parts: Parts, life: Life) -> Machine:
     return machine_from(life, there_already, parts.config)
 
 
+async def _run_by_user(device: Device) -> None:
+    await interruptible(device.run())
+
+
 def _ports(parts: Parts) -> dict[str, Port]:
     return {
         name: port
@@ -592,7 +603,7 @@ def _strays(error: BaseException, left: _LeftError) -> list[BaseException]:
     return [own for own in parts if own is not None]
 
 
-@asynccontextmanager
+@context
 async def _clone(
     machine: Machine,
     devices: Sequence[Placement | Unplaced],

@@ -27,12 +27,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Set
-from contextlib import asynccontextmanager
 from enum import Enum
 from typing import Final, Protocol
 
 import trio
 
+from avmm.ctrl_c import context, protected, undisturbed
 from avmm.errors import DeviceError, PauseTimeout, VcpuError
 from avmm.failures import raise_together
 
@@ -125,7 +125,7 @@ class Coordinator:
             raise RuntimeError(f"a machine that {self._stand.value} cannot become {to.name}")
         self._stand = to
 
-    @asynccontextmanager
+    @context
     async def paused(self, deadline: float | None = None) -> AsyncIterator[None]:
         """The machine stands still inside the block.
 
@@ -134,9 +134,9 @@ class Coordinator:
         waited for. It also raises what a device raises when it is quiesced. It can be cancelled
         at any moment before the machine stands still. After any of these the guest runs on.
 
-        Leaving the block is shielded from cancellation, and returns when the guest runs. It
-        raises what a device raises when it is resumed, a `DeviceError` that names the devices
-        that are not resumed within `RESUME_SECONDS`, or both in a group.
+        Leaving the block is shielded from cancellation and from Ctrl-C, and returns when the guest
+        runs. It raises what a device raises when it is resumed, a `DeviceError` that names the
+        devices that are not resumed within `RESUME_SECONDS`, or both in a group.
         """
         waited_for = [""]  # this call's own: other calls may fail meanwhile for other reasons
         with trio.move_on_after(float("inf") if deadline is None else deadline) as scope:
@@ -146,8 +146,7 @@ class Coordinator:
         try:
             yield
         finally:
-            with trio.CancelScope(shield=True):
-                await self._release()
+            await self._leave()
 
     async def _hold(self, waited_for: list[str]) -> None:
         try:
@@ -179,9 +178,9 @@ class Coordinator:
 
     async def relinquish(self) -> None:
         """End what `retain` began. The guest runs on, unless somebody else keeps it paused."""
-        with trio.CancelScope(shield=True):
-            await self._release()
+        await undisturbed(self._release)
 
+    @protected
     async def throttle(self, share: Callable[[], float]) -> None:
         """Make the vCPUs stand still for a share of their time, until cancelled. `share()` returns
         the share, from 0 up to but not 1, and is called in each period. Devices are not quiesced.
@@ -215,11 +214,29 @@ class Coordinator:
     def _enter(self, stage: str) -> None:
         self._stage, self._stage_begun = stage, trio.current_time()
 
+    async def _leave(self) -> None:
+        """`_release`, which neither a cancellation nor Ctrl-C disturbs."""
+        if self._moving.locked():
+            await undisturbed(self._release)
+            return
+        # Nearly always nobody else pauses. A task for what is undisturbed would take longer than
+        # the whole pause; `_run_on` needs none.
+        self._moving.acquire_nowait()
+        try:
+            with trio.CancelScope(shield=True):
+                await self._release_one()
+        finally:
+            self._moving.release()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
     async def _release(self) -> None:
         async with self._moving:
-            self._holders -= 1
-            if not self._holders and self._stand is Stand.STILL:
-                await self._run_on()
+            await self._release_one()
+
+    async def _release_one(self) -> None:
+        self._holders -= 1
+        if not self._holders and self._stand is Stand.STILL:
+            await self._run_on()
 
     async def _stand_still(self, waited_for: list[str]) -> None:
         """Take all steps. If one fails, the machine runs on, and `waited_for` gets what it had
@@ -249,8 +266,8 @@ class Coordinator:
         self._turn(Stand.STILL)
 
     async def _run_on(self) -> None:
-        """Resume the devices that were quiesced, and then the vCPUs. Call it shielded. Raises what
-        leaving `paused` raises."""
+        """Resume the devices that were quiesced, and then the vCPUs. Call it shielded. Ctrl-C does
+        not disturb it. Raises what leaving `paused` raises."""
         self._turn(Stand.RESUMING)
         quiesced, self._quiesced = self._quiesced, []
         failures: list[BaseException] = []
@@ -268,32 +285,44 @@ class Coordinator:
     ) -> None:
         late = {id(device): device for device in reversed(quiesced)}
         all_back = trio.Event()
+        # A scope each, because an interrupt cancels the nursery.
+        scopes = [trio.CancelScope(shield=True) for _ in quiesced]
 
         def name_late() -> str:
             return ", ".join(device.name for device in late.values())
 
-        async def resume(device: QuiescableDevice) -> None:
-            try:
-                await device.resume()
-            except Exception as error:  # of any type, because it must not cancel the others
-                failures.append(error)
-            late.pop(id(device), None)
-            self._enter(f"not resumed yet: {name_late()}")
-            if not late:
-                self._vcpus.resume()  # here, so that the guest need not wait for the scheduler
-                all_back.set()
+        @protected
+        async def resume(device: QuiescableDevice, scope: trio.CancelScope) -> None:
+            with scope:
+                try:
+                    await device.resume()
+                except Exception as error:  # of any type, because it must not cancel the others
+                    failures.append(error)
+                late.pop(id(device), None)
+                self._enter(f"not resumed yet: {name_late()}")
+                if not late:
+                    self._vcpus.resume()  # here: the guest need not wait for the scheduler
+                    all_back.set()
 
         self._enter(f"not resumed yet: {name_late()}")
-        async with trio.open_nursery() as nursery:
-            for device in quiesced[::-1]:
-                nursery.start_soon(resume, device)
-            with trio.move_on_after(RESUME_SECONDS):
-                await all_back.wait()
-            if late:
-                text = f"not resumed within {RESUME_SECONDS:g} s after a pause: {name_late()}"
-                logger.error("%s; the guest runs on", text)
-                failures.append(DeviceError(text))
-                # Before the devices are cancelled: a device that ignores the cancellation as
-                # well holds up the task that leaves the pause, but not the guest.
-                self._vcpus.resume()
-                nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                for device, scope in zip(quiesced[::-1], scopes, strict=True):
+                    nursery.start_soon(resume, device, scope)
+                with trio.move_on_after(RESUME_SECONDS):
+                    while not all_back.is_set():
+                        try:
+                            await all_back.wait()
+                        except KeyboardInterrupt as interrupt:
+                            failures.append(interrupt)
+                if late:
+                    text = f"not resumed within {RESUME_SECONDS:g} s after a pause: {name_late()}"
+                    logger.error("%s; the guest runs on", text)
+                    failures.append(DeviceError(text))
+                    # Before the devices are cancelled: a device that ignores the cancellation as
+                    # well holds up the task that leaves the pause, but not the guest.
+                    self._vcpus.resume()
+                    for scope in scopes:
+                        scope.cancel()
+        except BaseExceptionGroup as group:  # interrupts, and what is no `Exception`
+            failures.extend(group.exceptions)

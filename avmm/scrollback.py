@@ -14,6 +14,7 @@ from typing import Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.errors import ConfigError
 from avmm.feeder import Feeder
 
@@ -41,6 +42,7 @@ class Scrollback:
         """The bytes that are kept now, oldest first."""
         return bytes(self._kept)
 
+    @protected
     async def run(self) -> None:
         """Read the stream until its end, and deliver the followers' input to it. If this is
         cancelled, output that it has not read yet stays in the stream.
@@ -57,6 +59,7 @@ class Scrollback:
             self._news.unpark_all()
             nursery.cancel_scope.cancel()
 
+    @protected
     async def follow(self, send: Callable[[bytes], Awaitable[object]]) -> None:
         """Await `send` with the bytes that are kept, then with new ones as they come, until the
         stream has ended.

@@ -31,7 +31,7 @@ import secrets
 import stat
 import struct
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar, TypeVarTuple
 import trio
 import xxhash
 
+from avmm.ctrl_c import context
 from avmm.disks import files
 from avmm.errors import SnapshotError, StateError
 from avmm.memory.layout import RamLayout
@@ -297,7 +298,7 @@ def _errors_named(target: Path) -> Iterator[None]:
         raise SnapshotError(f"snapshot {target}: {error.strerror or error}") from error
 
 
-@asynccontextmanager
+@context
 async def _replacement(target: Path, size: int) -> AsyncIterator[int]:
     """A new file of `size` bytes, to be written inside the block. When the block ends, it takes
     the place of `target`.

@@ -37,6 +37,7 @@ _limiters: Final[trio.lowlevel.RunVar[trio.CapacityLimiter]] = trio.lowlevel.Run
 )
 
 
+@trio.lowlevel.enable_ki_protection
 async def in_thread(function: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
     """Call `function(*args)` in a thread. Returns what it returns, and raises what it raises.
 
@@ -53,21 +54,36 @@ async def in_thread(function: Callable[[*_Args], _Result], *args: *_Args) -> _Re
         raise AvmmError(f"the system cannot start another thread: {error}") from None
 
 
+@trio.lowlevel.enable_ki_protection
 async def in_thread_shielded(function: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
     """Like `in_thread`, for work that must be done even if the caller is cancelled, such as
     closing.
 
-    If the system cannot start a thread, the call is made in trio's thread.
+    If the system cannot start a thread, the call is made in trio's thread. Ctrl-C is raised after
+    the call.
     """
     job = [(function, args)]
     del function, args
+    interrupt: KeyboardInterrupt | None = None
     try:
-        with trio.CancelScope(shield=True):
-            return (await trio.to_thread.run_sync(_work, job, limiter=_limiter())).unwrap()
-    except RuntimeError:
-        if not job:
-            raise  # the function's own
-    return _work(job).unwrap()
+        while True:
+            try:
+                with trio.CancelScope(shield=True):
+                    done = await trio.to_thread.run_sync(_work, job, limiter=_limiter())
+            except RuntimeError:
+                if not job:
+                    raise  # the function's own
+                done = _work(job)
+            except KeyboardInterrupt as error:
+                if not job:
+                    raise
+                interrupt = error  # it came before the call had begun
+                continue
+            if interrupt is not None:
+                raise interrupt
+            return done.unwrap()
+    finally:
+        del interrupt
 
 
 def _limiter() -> trio.CapacityLimiter:

@@ -22,6 +22,7 @@ from avmm.control.verbs import (
     Status,
     Stopped,
 )
+from avmm.ctrl_c import protected
 from avmm.devices import sockets
 from avmm.errors import AvmmError, ConfigError
 from avmm.transfer.targets import Target
@@ -36,6 +37,7 @@ def _ignore(progress: Progress) -> None:
     pass
 
 
+@protected
 async def connect(path: str | PathLike[str]) -> Client:
     """Connect to the control socket at `path`, which `avmm run --control unix:PATH` or
     `avmm.control.serve` has made.
@@ -169,6 +171,7 @@ class Client(trio.abc.AsyncResource):
         with self._named():
             protocol.parse_greeting(await self._next())
 
+    @protected
     async def _ask(
         self,
         verb: type[verbs.Verb],

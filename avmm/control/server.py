@@ -24,6 +24,7 @@ import trio
 from avmm.control import holds, protocol
 from avmm.control.protocol import GivenUp
 from avmm.control.verbs import Control, Progress, RequestError
+from avmm.ctrl_c import protected
 from avmm.devices import sockets
 from avmm.errors import AvmmError
 from avmm.machine import Machine
@@ -35,6 +36,7 @@ _MOST_EVENTS: Final = 256
 _LAST_WORDS_SECONDS: Final = 1.0
 
 
+@protected
 async def serve(
     vm: Machine,
     path: str | PathLike[str],
@@ -75,6 +77,7 @@ async def served(listener: trio.socket.SocketType, control: Control) -> AsyncIte
     has a second to get it."""
     clients: set[_Conversation] = set()
 
+    @protected
     async def converse(client: _Conversation) -> None:
         clients.add(client)
         try:
@@ -82,6 +85,7 @@ async def served(listener: trio.socket.SocketType, control: Control) -> AsyncIte
         finally:
             clients.remove(client)
 
+    @protected
     async def accept(nursery: trio.Nursery) -> None:
         while True:
             connection = await sockets.accept(listener, "control socket")
@@ -174,12 +178,14 @@ class _Conversation:
             events.close()
         return answer
 
+    @protected
     async def _tell(self, told: trio.MemoryReceiveChannel[Progress]) -> None:
         with suppress(trio.BrokenResourceError):  # the client has gone, which `_hear` notices
             async with told:
                 async for progress in told:
                     await self._stream.send_all(protocol.event(progress))
 
+    @protected
     async def _cancel_at_end(self, scope: trio.CancelScope) -> None:
         """Cancel when the client has ended its side, or has sent too much."""
         while not self._lines.is_full and await self._hear():

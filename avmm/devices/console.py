@@ -13,6 +13,8 @@ from typing import Protocol
 
 import trio
 
+from avmm.ctrl_c import protected
+
 
 class _Waitable(Protocol):
     async def wait(self) -> None:
@@ -72,6 +74,7 @@ class ConsoleStream(trio.abc.Stream):
         self._receiving = OneTask("receiving from this console")
         self.accepted = 0
 
+    @protected
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data` to the guest; returns when all of it is accepted for delivery.
 
@@ -89,6 +92,7 @@ class ConsoleStream(trio.abc.Stream):
                     return
                 await cable._room.wait()
 
+    @protected
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until at least one byte would be accepted at once. Cancelling changes nothing."""
         with self._sending:
@@ -96,6 +100,7 @@ class ConsoleStream(trio.abc.Stream):
             while not self._cable._has_room():
                 await self._cable._room.wait()
 
+    @protected
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Wait for output of the guest: at least one byte, at most `max_bytes`, or b"" at its
         end. Cancelling loses nothing."""
@@ -114,6 +119,7 @@ class ConsoleStream(trio.abc.Stream):
         bytes."""
         return len(self._cable._take(None) or b"")
 
+    @protected
     async def aclose(self) -> None:
         """Close this end at once, even if cancelled; does nothing the second time."""
         self._cable._close()

@@ -23,6 +23,7 @@ from typing import Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def _served(path: str | Path) -> bool:
         return probe.connect_ex(str(path)) in (0, errno.EPROTOTYPE)
 
 
+@protected
 async def accept(listener: trio.socket.SocketType, what: str) -> trio.socket.SocketType:
     """The next connection. Cancelling loses none.
 
@@ -141,6 +143,7 @@ async def gone(connection: trio.socket.SocketType) -> None:
         step = min(2 * step, _GONE_MOST_STEP)
 
 
+@protected
 async def connect(path: str | Path, seconds: float = _QUEUE_SECONDS) -> trio.SocketStream:
     """Connect to the socket at `path`. Raises `OSError`.
 

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import trio
-
 from avmm.bus.host import DeviceHost
 from avmm.bus.interrupts import Interrupts
+from avmm.ctrl_c import context, undisturbed
 from avmm.devices.base import Device
 from avmm.errors import GuestMemoryError, StateError
 from avmm.memory.dirty import DirtyLog
@@ -132,7 +131,7 @@ class Parts:
         """The devices to quiesce at a pause. Each iteration looks at their current state."""
         return _Quiescable(self)
 
-    @asynccontextmanager
+    @context
     async def dirty_log(self) -> AsyncIterator[DirtyLog]:
         """Log inside the block which pages of RAM are written. Raises what `DirtyLog` raises."""
         log = DirtyLog(self.vm, self.memory)
@@ -273,8 +272,7 @@ class Parts:
             for device in self.devices:
                 await device.acquire()
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await self.release()
+            await undisturbed(self.release)
             raise
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from avmm.ctrl_c import undisturbed
 from avmm.errors import ConfigError, PeerAbortedError, ProtocolError
 from avmm.memory.pages import unpack
 from avmm.parts import dismantle
@@ -93,27 +94,28 @@ class Receiver:
     async def _let_go(self, parts: Parts) -> None:
         """Close the parts, and first release what was acquired, because the caller's own devices
         are not closed with the machine."""
-        with trio.CancelScope(shield=True):
-            try:
-                if self._side.state is DestinationState.LETTING_GO:
-                    await parts.release()
-            except OSError as error:
-                logger.error(
-                    "the guest's disks, interfaces or sockets on this host cannot be released: %s",
-                    error,
-                )
-            finally:
-                if self._side.state is DestinationState.LETTING_GO:
-                    self._side.let_go()
-                await dismantle(parts)
+        await undisturbed(self._close, parts)
+
+    async def _close(self, parts: Parts) -> None:
+        try:
+            if self._side.state is DestinationState.LETTING_GO:
+                await parts.release()
+        except OSError as error:
+            logger.error(
+                "the guest's disks, interfaces or sockets on this host cannot be released: %s",
+                error,
+            )
+        finally:
+            if self._side.state is DestinationState.LETTING_GO:
+                self._side.let_go()
+            await dismantle(parts)
 
     @in_trio
     async def confirm(self) -> None:
         """Tell the source that the guest runs here. Raises what `Connection.say` raises; the guest
         may run all the same, because the source keeps it stopped. This cannot be cancelled, but it
         gives up if the line stands still."""
-        with trio.CancelScope(shield=True):
-            await self._connection.say(self._side.running())
+        await undisturbed(self._connection.say, self._side.running())
 
     async def _next(self) -> Event:
         """Wait for the next event, and meanwhile send the answers that have to be sent at once."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from avmm.ctrl_c import protected, undisturbed
 from avmm.errors import ConfigError, HandOverUnknownError, MigrationError, PeerAbortedError
 from avmm.memory.pages import PAGE, Bitmap, Packer
 from avmm.parts.saving import saved
@@ -157,6 +158,7 @@ class Sender:
         finally:
             throttling.cancel()
 
+    @protected
     async def _throttle(self, scope: trio.CancelScope) -> None:
         with scope:
             await self._coordinator.throttle(lambda: self._pace.throttle)
@@ -210,8 +212,7 @@ class Sender:
         except BaseException as error:
             await self._give_up(error)
             raise
-        with trio.CancelScope(shield=True):
-            await self._commit()
+        await undisturbed(self._commit)
 
     async def _give_up(self, error: BaseException) -> None:
         """Undo what has to be undone, if that is still possible."""
@@ -236,8 +237,7 @@ class Sender:
     async def _take_back(self) -> None:
         """Take back what was released, because the guest must not run on here without it."""
         try:
-            with trio.CancelScope(shield=True):
-                await self._acquire_again()
+            await undisturbed(self._acquire_again)
             self._source.take_back()
         except (ConfigError, OSError) as error:
             raise HandOverUnknownError(

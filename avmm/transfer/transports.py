@@ -21,6 +21,7 @@ from typing import Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices import sockets
 from avmm.errors import ConfigError, MigrationError
 from avmm.threads import in_thread
@@ -34,6 +35,7 @@ _CLOSE_SECONDS: Final = 1.0
 _BACKLOG: Final = 16
 
 
+@protected
 async def connect(target: str, *, tls: Tls | None = None) -> trio.abc.Stream:
     """Connect to `target`, for example to an `avmm.listen` in another process.
 
@@ -69,6 +71,7 @@ async def connect(target: str, *, tls: Tls | None = None) -> trio.abc.Stream:
     return secure
 
 
+@protected
 async def listen(target: str, *, tls: Tls | None = None) -> Listener:
     """Listen at `target` for connections, for example from `avmm.connect` in another process.
 
@@ -133,6 +136,7 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
         """Where it listens, in the form that `avmm.connect` takes. The port is never 0."""
         return str(self._target)
 
+    @protected
     async def accept(self) -> trio.abc.Stream:
         """Wait for the next connection, and return its stream. Close the stream when you are done
         with it.
@@ -166,6 +170,7 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
     async def _wait(self) -> None:
         failures: list[Exception] = []
 
+        @protected
         async def accept(listener: trio.SocketListener) -> None:
             try:
                 connection = await sockets.accept(listener.socket, f"migration {self._target}")
@@ -180,6 +185,7 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
         if failures and not self._called:
             raise failures[0]
 
+    @protected
     async def aclose(self) -> None:
         """Stop listening, and remove the unix socket's PATH. Connections that nobody has accepted
         are closed."""

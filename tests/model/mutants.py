@@ -53,7 +53,8 @@ _IS_OUTPUT: Final = """\
     return False
 """
 _AWAIT: Final = """\
-            await work  # if it fails, `_wind_up` finds the exit without an answer
+            # If it fails, `_wind_up` finds the exit without an answer.
+            await interruptible(work)
 """
 _ANSWER: Final = """\
             mine = self._bridge.answer_and_poll(True)
@@ -299,7 +300,10 @@ BUGS: Final = (
     ),
     Bug(
         "devices' resume is cut short by a cancellation",
-        (("migration", _UNDO, "            await self._run_on()\n            raise\n"),),
+        (
+            ("migration", _UNDO, "            await self._run_on()\n            raise\n"),
+            ("migration", "[trio.CancelScope(shield=True) for", "[trio.CancelScope() for"),
+        ),
         "each checkpoint",
     ),
     Bug(
@@ -308,9 +312,10 @@ BUGS: Final = (
             (
                 "migration",
                 "            with trio.CancelScope(shield=True):\n"
-                "                await self._release()\n",
-                "            await self._release()\n",
+                "                await self._release_one()\n",
+                "            await self._release_one()\n",
             ),
+            ("migration", "[trio.CancelScope(shield=True) for", "[trio.CancelScope() for"),
         ),
         "world",
     ),

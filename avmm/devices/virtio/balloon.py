@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice, VirtioLink
 from avmm.devices.virtio.port import Waiters
@@ -169,6 +170,7 @@ class Balloon(VirtioDevice):
             for index, queue in queues.items():
                 nursery.start_soon(by_index.get(index, self.serve_queue), queue)
 
+    @protected
     async def serve_queue(self, queue: GuestQueue) -> None:
         while True:
             chain = await queue.next()

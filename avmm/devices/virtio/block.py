@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.queue import Chain, QueueError
@@ -203,6 +204,7 @@ class VirtioBlock(VirtioDevice):
         self.disk.load(saved.disk)
 
 
+@protected
 async def _fail_with(error: Exception) -> None:
     """Raise `error` in a task, as the request would have done. The frame must not keep a reference
     to the error, because the error's traceback refers to the frame."""
@@ -272,6 +274,7 @@ class _Service:
                 chain = queue.pop() if left else None
             self._signal()
 
+    @protected
     async def _tell(self) -> None:
         """Interrupt the guest once for all requests that ended in the same round of the
         scheduler."""
@@ -328,6 +331,7 @@ class _Service:
                 return
         self._nursery.start_soon(self._read, request, buffers, length)
 
+    @protected
     async def _read(self, request: _Request, buffers: Sequence[memoryview], length: int) -> None:
         try:
             await self._disk.read(request.sector * SECTOR, buffers)
@@ -411,6 +415,7 @@ class _Service:
         finally:
             self._waiting -= 1
 
+    @protected
     async def _write(self, request: _Request, buffers: Sequence[memoryview], number: int) -> None:
         try:
             await self._disk.write(request.sector * SECTOR, buffers)
@@ -423,6 +428,7 @@ class _Service:
         self._end(number)
         self._finished.set()
 
+    @protected
     async def _flush(self, request: _Request, begun: int) -> None:
         """Flush after all changes that were requested before, and not only those that have
         ended."""
@@ -452,6 +458,7 @@ class _Service:
         else:
             self._nursery.start_soon(self._change_ranges, request, ranges, self._number())
 
+    @protected
     async def _change_ranges(
         self, request: _Request, ranges: Sequence[tuple[int, int, int]], number: int
     ) -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.port import Port, Waiters
@@ -123,6 +124,7 @@ class Console(VirtioDevice):
             if multiport and _CONTROL_OUT in queues:
                 nursery.start_soon(self._listen, queues[_CONTROL_OUT])
 
+    @protected
     async def _receive(self, queue: GuestQueue, port: Port) -> None:
         """Move input from the host to the guest."""
         while True:
@@ -134,6 +136,7 @@ class Console(VirtioDevice):
             port.took(written)
             queue.push(chain, written)
 
+    @protected
     async def _transmit(self, queue: GuestQueue, port: Port) -> None:
         """Move output from the guest to the host. `chain.done` counts the bytes as they are
         taken."""
@@ -159,6 +162,7 @@ class Console(VirtioDevice):
 
     # -- control messages --------------------------------------------------------------------
 
+    @protected
     async def _listen(self, queue: GuestQueue) -> None:
         while True:
             chain = await queue.next()
@@ -197,6 +201,7 @@ class Console(VirtioDevice):
         if self._ports[number].ready:
             self._say(number, PORT_OPEN, 0)
 
+    @protected
     async def _tell(self, queue: GuestQueue) -> None:
         while True:
             while not self._messages:

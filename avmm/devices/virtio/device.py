@@ -7,6 +7,7 @@ A `VirtioDevice` says what it is (id, features, queue sizes, config space) and s
         device_id = 42
         queue_sizes = (64,)
 
+        @protected
         async def serve_queue(self, queue: GuestQueue) -> None:
             while True:
                 chain = await queue.next()
@@ -39,6 +40,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices.base import Doorbell, Wakeup
 from avmm.devices.hostfd import HostFd
 from avmm.devices.virtio.queue import Chain, Queue
@@ -217,6 +219,7 @@ class VirtioDevice:
             for queue in queues.values():
                 nursery.start_soon(self.serve_queue, queue)
 
+    @protected
     async def serve_queue(self, queue: GuestQueue) -> None:
         """Serve one queue, unless `serve` is overridden."""
         raise DeviceError(f"{self.name} does not serve its queue {queue.index}")

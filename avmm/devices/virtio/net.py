@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
@@ -125,6 +126,7 @@ class Net(VirtioDevice):
             if _TX in queues:
                 nursery.start_soon(self._transmit, queues[_TX], features)
 
+    @protected
     async def _transmit(self, queue: GuestQueue, features: int) -> None:
         """Send the guest's frames to the backend."""
         while True:
@@ -142,6 +144,7 @@ class Net(VirtioDevice):
                     self._change(self._link_wanted, False)
             queue.push(chain)
 
+    @protected
     async def _receive(self, queue: GuestQueue, features: int) -> None:
         """Give the backend's frames to the guest."""
         chains: list[Chain] = []

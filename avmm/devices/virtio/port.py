@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices.console import ConsoleStream
 from avmm.devices.hostfd import HostFd
 from avmm.devices.state import DeviceState
@@ -120,11 +121,13 @@ class Port(ConsoleStream):
 
     # -- the host's side ---------------------------------------------------------------------
 
+    @protected
     async def opened(self) -> None:
         """Return when the guest has opened the port. Raises `trio.BrokenResourceError` if the
         guest ends before that."""
         await self._until(True)
 
+    @protected
     async def closed(self) -> None:
         """Return when the guest has closed the port, or has ended."""
         await self._until(False)
@@ -136,6 +139,7 @@ class Port(ConsoleStream):
                 raise trio.BrokenResourceError("the guest has ended")
             await self._changed.wait()
 
+    @protected
     async def write_to(self, fd: int) -> None:
         """Receive all output until the guest ends, and write it to `fd`: a file, pipe, terminal or
         socket, whose own mode is not changed. The near end of a pseudoterminal should not block.

@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar, Final
 
+from avmm.ctrl_c import protected
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.errors import DeviceError
@@ -41,6 +42,7 @@ class Rng(VirtioDevice):
     def name(self) -> str:
         return "rng"
 
+    @protected
     async def serve_queue(self, queue: GuestQueue) -> None:
         while True:
             chain = await queue.next()

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices import sockets
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio import vsock_unix
@@ -69,6 +70,7 @@ class VsockListener(trio.abc.Listener[VsockStream]):
         self._changed = Waiters()
         self._closed = False
 
+    @protected
     async def accept(self) -> VsockStream:
         """The next connection. Cancelling loses none."""
         await trio.lowlevel.checkpoint()
@@ -160,6 +162,7 @@ class Vsock(VirtioDevice):
 
     # -- the host's side -----------------------------------------------------------------------
 
+    @protected
     async def connect(self, port: int) -> VsockStream:
         """Connect to `port` in the guest.
 
@@ -262,6 +265,7 @@ class Vsock(VirtioDevice):
                 finally:
                     self._served.set()
 
+    @protected
     async def _reap(self) -> None:
         """After a while, reset connections whose end the guest does not confirm."""
         while True:
@@ -283,6 +287,7 @@ class Vsock(VirtioDevice):
             if _RX in queues:
                 nursery.start_soon(self._send, queues[_RX])
 
+    @protected
     async def _send(self, queue: GuestQueue) -> None:
         """Send packets to the guest: replies first, then those of the connections in turn."""
         chain: Chain | None = None
@@ -328,6 +333,7 @@ class Vsock(VirtioDevice):
         self._forget_if_gone(stream)
         return header + data
 
+    @protected
     async def _receive(self, queue: GuestQueue) -> None:
         """Take packets from the guest."""
         while True:

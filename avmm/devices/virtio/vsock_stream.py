@@ -17,6 +17,7 @@ from typing import Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices.console import OneTask
 from avmm.devices.virtio.port import Waiters
 
@@ -107,6 +108,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
 
     # -- the host's side -----------------------------------------------------------------------
 
+    @protected
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data`; returns when all of it is accepted for delivery. If this is cancelled, an
         unknown part of it was accepted. Raises as trio's streams do."""
@@ -123,6 +125,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
                     return
                 await self._changed.wait()
 
+    @protected
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until at least one byte would be accepted at once, or sending would fail."""
         with self._sending:
@@ -132,6 +135,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
             while self._is_sendable and len(self._output) >= _OUTPUT:
                 await self._changed.wait()
 
+    @protected
     async def send_eof(self) -> None:
         """Tell the guest, after what was accepted, that nothing more will be sent."""
         with self._sending:
@@ -151,6 +155,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
             self._changed.set()
             self._tell()
 
+    @protected
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Wait for data: at least one byte, at most `max_bytes`, or b"" once the guest sends no
         more. Cancelling loses nothing."""
@@ -172,6 +177,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
                     raise trio.BrokenResourceError("the guest has reset the connection")
                 await self._changed.wait()
 
+    @protected
     async def aclose(self) -> None:
         """Close the connection. Data that was accepted still reaches a guest that reads it. Never
         waits."""

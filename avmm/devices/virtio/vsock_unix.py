@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices import sockets
 from avmm.errors import ConfigError
 from avmm.threads import in_thread_shielded
@@ -80,6 +81,7 @@ async def serve_sockets(
         await in_thread_shielded(sockets.close, listener, path)
 
 
+@protected
 async def _serve_client(
     vsock: GuestSockets, client: trio.SocketStream, free: trio.Semaphore
 ) -> None:
@@ -104,6 +106,7 @@ async def _connect_for(
     the client's data `is_owed` to the guest, this waits for a while even then."""
     stream: VsockStream | None = None
 
+    @protected
     async def give_up() -> None:
         await sockets.gone(client.socket)
         if is_owed or sockets.has_data(client.socket):
@@ -139,6 +142,7 @@ async def _read_line(client: trio.SocketStream) -> tuple[int | None, bytes]:
     return port, data[match.end() :]
 
 
+@protected
 async def _serve_guest(
     vsock: GuestSockets, path: str, free: trio.Semaphore, nursery: trio.Nursery
 ) -> None:
@@ -153,6 +157,7 @@ async def _serve_guest(
                 nursery.start_soon(_serve_request, path, stream, free)
 
 
+@protected
 async def _serve_request(path: str, stream: VsockStream, free: trio.Semaphore) -> None:
     with _one_of(free):
         async with stream:
@@ -183,6 +188,7 @@ async def _copy_to_host(guest: VsockStream, host: trio.SocketStream) -> None:
     _shut(host, socket.SHUT_RDWR if guest.has_ended else socket.SHUT_WR)
 
 
+@protected
 async def _copy_to_guest(host: trio.SocketStream, guest: VsockStream, first: bytes) -> None:
     data: bytes | bytearray = first
     while True:
