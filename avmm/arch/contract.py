@@ -235,6 +235,13 @@ class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
         are hostile input: raises `StateError`, also if this host lacks something that they need.
         """
 
+    @abstractmethod
+    def renew_generation(self, memory: GuestMemory, vm: VmT) -> None:
+        """Tell a guest that it is a copy: it continues from a state that may have been loaded
+        before, or whose guest runs on elsewhere. Call it after the state is loaded, before the
+        vCPUs run. Blocks for a moment.
+        """
+
     # -- what an error shows ------------------------------------------------------------------
 
     @abstractmethod

@@ -40,7 +40,7 @@ class Pins:
         raise ConfigError(f"{owner}: interrupt {gsi} {why}; expected {self._spans()}")
 
     def _spans(self) -> str:
-        """The free pins in words: "1 or 3 to 23"."""
+        """The free pins in words: "1, 3 to 12 or 14 to 23"."""
         free = [gsi for gsi in range(self.count) if gsi not in self.reserved]
         spans: list[list[int]] = []
         for gsi in free:
@@ -49,7 +49,7 @@ class Pins:
             else:
                 spans.append([gsi])
         words = [f"{s[0]}" if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in spans]
-        return " or ".join(words)
+        return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
 class IrqLine:

@@ -153,6 +153,7 @@ async def _build(
         parts.needs = await in_thread(_set_up, kind, system, vcpus, entry)
     elif origin.state is not None:
         await load(parts, origin.state)
+        await in_thread(kind.renew_generation, memory, vm)
     if origin.needs is not None:
         await in_thread(parts.demand, origin.needs)
     parts.group = _loops(stack, parts)

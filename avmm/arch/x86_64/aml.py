@@ -1,4 +1,5 @@
-"""The part of AML that is needed to describe devices: names, numbers, packages, resources.
+"""The part of AML that is needed to describe devices: names, numbers, packages, resources, and
+methods that notify.
 
 ACPI specification 6.5, chapter 20 ("AML Specification") for the encoding and 6.4 for resource
 descriptors. Terms are bytes; they are put together with `+` and `b"".join`.
@@ -12,6 +13,8 @@ from typing import Final
 _ZERO, _ONE, _ONES = b"\x00", b"\x01", b"\xff"
 _BYTE, _WORD, _DWORD, _STRING, _QWORD = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x0e"
 _NAME, _SCOPE, _BUFFER, _PACKAGE, _DEVICE = b"\x08", b"\x10", b"\x11", b"\x12", b"\x5b\x82"
+_METHOD, _NOTIFY, _DUAL = b"\x14", b"\x86", b"\x2e"
+_SERIALIZED: Final = 1 << 3
 _END_TAG: Final = b"\x79\x00"
 """6.4.2.9. Guests accept a checksum of 0."""
 
@@ -58,6 +61,16 @@ def scope(path: str, body: bytes) -> bytes:
 def device(path: str, body: bytes) -> bytes:
     """20.2.5.2: `Device (path) {...}`."""
     return _DEVICE + _sized(_segment(path) + body)
+
+
+def method(path: str, arguments: int, body: bytes) -> bytes:
+    """20.2.5.2: `Method (path, arguments, Serialized) {...}`."""
+    return _METHOD + _sized(_segment(path) + bytes([arguments | _SERIALIZED]) + body)
+
+
+def notify(scope_: str, path: str, value: int) -> bytes:
+    """20.2.5.3: `Notify (\\scope.path, value)`."""
+    return _NOTIFY + b"\\" + _DUAL + _segment(scope_) + _segment(path) + integer(value)
 
 
 def resources(*descriptors: bytes) -> bytes:

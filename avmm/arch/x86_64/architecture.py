@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from avmm.arch.contract import Architecture, Board, BoardOptions, GuestImage, Probe
-from avmm.arch.x86_64 import board, cpu, layout, probes, report, state, vm
+from avmm.arch.x86_64 import board, cpu, generation, layout, probes, report, state, vm
 from avmm.arch.x86_64.kvm import X86System, X86Vcpu, X86Vm
 from avmm.kvm import constants
 from avmm.vcpu.calls import KINDS
@@ -103,6 +103,9 @@ class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the archi
         for vcpu, vcpu_state in zip(vcpus, states, strict=True):
             state.load_vcpu(system, vcpu, vcpu_state)
         state.load_time(vcpus, states)
+
+    def renew_generation(self, memory: GuestMemory, vm_: X86Vm) -> None:
+        generation.renew(memory, vm_)
 
     def registers(self, vcpu: X86Vcpu, memory: GuestMemory) -> str:
         return report.registers(vcpu, memory)

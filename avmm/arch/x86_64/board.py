@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from avmm.arch.contract import Board, BoardOptions, KernelRange, Space, VirtioRoom
-from avmm.arch.x86_64 import acpi, layout, mptable
+from avmm.arch.x86_64 import acpi, generation, layout, mptable
 from avmm.bus.interrupts import Pins
 from avmm.bus.space import Placement, pio
 from avmm.devices.pc.cmos import Cmos
@@ -42,7 +42,9 @@ IN_KERNEL: Final = (
     KernelRange("mmio", layout.KVM_IDENTITY_MAP, layout.KVM_PAGES_END - 1, "TSS"),
     KernelRange("msr", 0x800, 0x8FF, "LAPIC"),
 )
-PINS: Final = Pins(mptable.IRQ_PINS, {0: "the timer", 2: "the second PIC"})
+PINS: Final = Pins(
+    mptable.IRQ_PINS, {0: "the timer", 2: "the second PIC", generation.GSI: "the generation id"}
+)
 """The pins of the IOAPIC. The first 16 are also the inputs of the two PICs. KVM lays them out in
 this way by itself.
 """

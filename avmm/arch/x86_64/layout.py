@@ -81,7 +81,9 @@ RESET_VECTOR: Final = 0xF_FFF0
 """Where a PC's firmware starts in real mode. Jumping there is the last way of resetting that
 guests try.
 """
-ACPI_SIZE: Final = RESET_VECTOR - ACPI
+GENERATION: Final = 0xF_FF80
+"""The generation id (`generation`)."""
+ACPI_SIZE: Final = GENERATION - ACPI
 
 HIMEM: Final = 0x10_0000
 """Where extended memory begins."""

@@ -84,13 +84,18 @@ def end_of_package(data: bytes, at: int) -> tuple[int, int]:
 
 
 def terms(data: bytes) -> dict[str, Any]:
-    """The names in AML: numbers, text, bytes of buffers, lists, and devices as dicts."""
+    """The names in AML: numbers, text, bytes of buffers, lists, devices as dicts, and methods as
+    their flags and body."""
     found: dict[str, Any] = {}
     at = 0
     while at < len(data):
         if data[at] == 0x08:
             name, (value, at) = data[at + 1 : at + 5].decode(), value_at(data, at + 5)
             found[name] = value
+            continue
+        if data[at] == 0x14:
+            start, at = end_of_package(data, at + 1)
+            found[data[start : start + 4].decode()] = (data[start + 4], data[start + 5 : at])
             continue
         if data[at] == 0x10:
             start, at = end_of_package(data, at + 1)
@@ -141,9 +146,25 @@ def test_every_cpu_is_named(cpus: int) -> None:
     tables = made(cpus, [])
     assert tables.cpus() == list(range(cpus))
     scope = terms(tables.dsdt)["_SB_"]
-    assert [(d["_HID"], d["_UID"]) for d in scope.values()] == [
+    assert [(d["_HID"], d.get("_UID")) for d in scope.values() if d["_HID"] == "ACPI0007"] == [
         ("ACPI0007", cpu) for cpu in range(cpus)
     ]
+
+
+def test_the_generation_id_is_named_and_its_changes_are_told() -> None:
+    """As Linux's vmgenid and the ACPI specification's generic event device want it."""
+    scope = terms(made(1, []).dsdt)["_SB_"]
+    generation, events = scope["VGEN"], scope["GED_"]
+    assert generation["_CID"] == "VM_Gen_Counter"
+    low, high = generation["ADDR"]
+    assert (low | high << 32) == layout.GENERATION + 16
+    assert low % 8 == 0
+    assert layout.ACPI + layout.ACPI_SIZE <= low < layout.RESET_VECTOR - 16
+    assert events["_HID"] == "ACPI0013"
+    assert events["_CRS"] == bytes.fromhex("89060003 01 0d000000 7900")
+    arguments, body = events["_EVT"]
+    assert arguments & 7 == 1
+    assert body == b"\x86\\\x2e_SB_VGEN\x0a\x80"
 
 
 def test_the_power_switch_is_where_the_fadt_says() -> None:
@@ -178,7 +199,7 @@ def test_devices_have_their_ids_and_resources() -> None:
 
 def test_hundreds_of_devices_are_told_or_refused(write: Write) -> None:
     many = [VIRTIO] * 200
-    assert len(terms(made(4, many).dsdt)["_SB_"]) == 204
+    assert len(terms(made(4, many).dsdt)["_SB_"]) == 206
     memory = GuestMemory("4M")
     with pytest.raises(ConfigError, match=r"ACPI tables of 2000 devices are .* acpi = false"):
         load(memory, write(Elf()), acpi=[VIRTIO] * 2000)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from avmm.arch.x86_64 import acpi, layout, mptable
+from avmm.arch.x86_64 import acpi, generation, layout, mptable
 from avmm.arch.x86_64.acpi import AcpiDevice
 from avmm.boot.claims import Claims, Rules
 from avmm.boot.cmdline import inserted
@@ -174,6 +174,8 @@ class Assembly:
             )
         self.claim_own(layout.ACPI, len(tables), "ACPI tables")
         self.memory.write(layout.ACPI, tables)
+        self.claim_own(layout.GENERATION, generation.SIZE, "generation id")
+        generation.first(self.memory)
         self.rsdp = layout.ACPI
 
 

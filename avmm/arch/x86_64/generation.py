@@ -1,0 +1,59 @@
+"""The generation id: tells a guest that it is a copy, so that it makes new random numbers.
+
+A clone, and a guest that is restored, would otherwise hand out the same keys, tokens and UUIDs as
+the guest that it is a copy of. The id is 16 random bytes in reserved RAM. An ACPI device names
+their address, and a generic event device tells the guest by an interrupt that they have changed
+("Virtual Machine Generation ID", Microsoft; ACPI 6.5, 5.6.9). Linux reseeds its random number
+generator then (drivers/virt/vmgenid.c, from 5.18 on; by ACPI alone).
+
+The interrupt is pending before the guest runs, but Linux answers it in a work queue, so the first
+reads after a load may still give old numbers.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Final
+
+from avmm.arch.x86_64 import aml, layout
+from avmm.arch.x86_64.kvm import X86Vm
+from avmm.memory.ram import GuestMemory
+
+GSI: Final = 13
+"""The interrupt. Nothing else of a PC without firmware uses the FPU's pin."""
+SIZE: Final = 32
+"""Bytes in reserved RAM: a mark, and the id behind it."""
+_MARK: Final = b"avmm vmgenid\0\0\0\1"
+_ID_BYTES: Final = 16
+_CHANGED: Final = 0x80
+
+
+def first(memory: GuestMemory) -> None:
+    """Give a guest that boots its first id. The range must have been claimed."""
+    memory.write(layout.GENERATION, _MARK + secrets.token_bytes(_ID_BYTES))
+
+
+def renew(memory: GuestMemory, vm: X86Vm) -> None:
+    """Give a guest that was just loaded a new id, and interrupt it. Does nothing if the guest was
+    booted without an id."""
+    if memory.ram[0].end < layout.BIOS_END:
+        return
+    if memory.read(layout.GENERATION, len(_MARK)) != _MARK:
+        return
+    memory.write(layout.GENERATION + len(_MARK), secrets.token_bytes(_ID_BYTES))
+    vm.irq_line(GSI, True)
+    vm.irq_line(GSI, False)
+
+
+def devices() -> bytes:
+    """The two devices for the DSDT's scope `\\_SB`."""
+    address = layout.GENERATION + len(_MARK)
+    generation = aml.name("_HID", aml.string("VMGENCTR"))
+    generation += aml.name("_CID", aml.string("VM_Gen_Counter"))
+    generation += aml.name("_DDN", aml.string("VM_Gen_Counter"))
+    generation += aml.name("ADDR", aml.package(aml.integer(address), aml.integer(0)))
+    events = aml.name("_HID", aml.string("ACPI0013"))
+    events += aml.name("_UID", aml.integer(0))
+    events += aml.name("_CRS", aml.resources(aml.interrupt(GSI)))
+    events += aml.method("_EVT", 1, aml.notify("_SB", "VGEN", _CHANGED))
+    return aml.device("VGEN", generation) + aml.device("GED", events)

@@ -1,0 +1,63 @@
+"""Linux with a driver for the generation id: a copy does not give the numbers of its original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+import avmm
+
+pytestmark = [
+    pytest.mark.lab(only="stock"),
+    pytest.mark.usefixtures("kvm", "nothing_left"),
+    pytest.mark.timeout(400),
+]
+
+GUEST = Path("sent/debian-6.12")
+CMDLINE = "console=ttyS0 quiet panic=-1"
+PROMPT = "avmm:/root# "
+RESEEDED = "crng reseeded due to virtual machine fork"
+
+
+async def until(vm: avmm.Machine, what: str) -> str:
+    text = ""
+    with trio.fail_after(200):
+        while what not in text:
+            text += (await vm.console.receive_some()).decode()
+    return text
+
+
+async def command(vm: avmm.Machine, line: str) -> str:
+    await vm.console.send_all(line.encode() + b"\r")
+    return (await until(vm, PROMPT)).partition("\n")[2].replace("\r", "")
+
+
+async def reseeded(vm: avmm.Machine) -> int:
+    """How often it has made new numbers of its own since it was booted."""
+    return (await command(vm, "dmesg")).count(RESEEDED)
+
+
+async def test_a_clone_and_a_restored_guest_have_their_own_random_numbers(
+    tmp_path: Path,
+) -> None:
+    guest = {"kernel": GUEST / "vmlinuz", "initrd": GUEST / "initrd.cpio.gz"}
+    read = "od -An -N16 -x /dev/urandom"
+    async with avmm.Machine(**guest, cmdline=CMDLINE, memory="256M") as vm:
+        await until(vm, PROMPT)
+        await vm.snapshot(tmp_path / "snapshot")
+        async with vm.clone() as twin:
+            with trio.fail_after(60):
+                while not await reseeded(twin):
+                    pass
+            numbers = [await command(twin, read)]
+        assert await reseeded(vm) == 0
+        numbers.append(await command(vm, read))
+    for _ in range(2):
+        async with avmm.restore(tmp_path / "snapshot") as vm:
+            with trio.fail_after(60):
+                while not await reseeded(vm):
+                    pass
+            numbers.append(await command(vm, read))
+    assert len(set(numbers)) == 4
