@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 
@@ -97,3 +98,19 @@ class StateError(AvmmError, ValueError):
     """A saved state cannot be loaded: it is not a valid state, or this host lacks something that
     it needs.
     """
+
+
+@contextmanager
+def host_errors(what: str) -> Iterator[None]:
+    """Turn an `OSError` of the block into an `AvmmError` that begins with `what`: the host lacks
+    descriptors, memory, threads or room, or does not permit something."""
+    try:
+        yield
+    except AvmmError:
+        raise
+    except OSError as error:
+        raise AvmmError(f"{what}: {error.strerror or error}{_named(error)}") from error
+
+
+def _named(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""

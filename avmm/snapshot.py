@@ -42,7 +42,7 @@ import xxhash
 
 from avmm.ctrl_c import context
 from avmm.disks import files
-from avmm.errors import SnapshotError, StateError
+from avmm.errors import SnapshotError, StateError, host_errors
 from avmm.memory.layout import RamLayout
 from avmm.memory.pages import PAGE, Bitmap, Packer
 from avmm.memory.ram import GuestMemory
@@ -166,7 +166,8 @@ async def write(
     async with _replacement(target, HEADER_BYTES + parts.memory.size) as fd:
         writer = _Writer(fd, parts.memory, target)
         async with parts.dirty_log() as log:
-            left = await in_thread(parts.memory.populated)
+            with host_errors(f"snapshot {target}"):
+                left = await in_thread(parts.memory.populated)
 
             def tell(number: int) -> None:
                 on_progress(SnapshotProgress(number, len(left)))

@@ -13,15 +13,16 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Sized
+from collections.abc import Awaitable, Coroutine, Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from avmm.errors import ConfigError, DeviceError
+from avmm.errors import ConfigError, DeviceError, VcpuError
 
 if TYPE_CHECKING:
     from avmm.devices.base import Device, ReadAnswer, WriteAnswer
+    from avmm.memory.layout import Region
 
 logger = logging.getLogger(__name__)
 
@@ -188,13 +189,21 @@ class Bus:
     """One address space of `limit` addresses. `unclaimed` is the `logging` level at which accesses
     that no device claims are reported; 0 means never.
 
-    An address holds `unit` bytes; `read` and `write` count in bytes.
+    An address holds `unit` bytes; `read` and `write` count in bytes. `ram` are the guest's memory
+    regions in this space. KVM hands an access to one of them over only if the host cannot provide
+    the page, or if it is a write to a read-only region.
     """
 
     def __init__(
-        self, name: str, limit: int, unclaimed: int = logging.WARNING, unit: int = 1
+        self,
+        name: str,
+        limit: int,
+        unclaimed: int = logging.WARNING,
+        unit: int = 1,
+        ram: Sequence[Region] = (),
     ) -> None:
         self._unit = unit
+        self._ram = ram
         self.name = name
         self._limit = limit
         self._unclaimed = unclaimed
@@ -278,7 +287,7 @@ class Bus:
         parts = self._split(address, size)
         value = 0
         for index, (part, length, claimed) in enumerate(parts):
-            answer = self.read(part, length) if claimed else MASKS[length]
+            answer = self.read(part, length) if claimed else self._read_nobody(part, length)
             if not isinstance(answer, int):
                 return self._read_rest(answer, value, address, parts[index:])
             value |= answer << 8 * (part - address)
@@ -289,12 +298,17 @@ class Bus:
     ) -> int:
         value |= await first << 8 * (parts[0][0] - address)
         for part, length, claimed in parts[1:]:
-            answer = self.read(part, length) if claimed else MASKS[length]
+            answer = self.read(part, length) if claimed else self._read_nobody(part, length)
             value |= (answer if isinstance(answer, int) else await answer) << 8 * (part - address)
         return value
 
     def _write_parts(self, address: int, size: int, value: int) -> WriteAnswer:
-        parts = [part for part in self._split(address, size) if part[2]]
+        parts = []
+        for each in self._split(address, size):
+            if each[2]:
+                parts.append(each)
+            else:
+                self._demand_no_ram(each[0], is_write=True)
         for index, (part, length, _) in enumerate(parts):
             answer = self.write(part, length, value >> 8 * (part - address) & MASKS[length])
             if answer is not None:
@@ -309,6 +323,20 @@ class Bus:
             answer = self.write(part, length, value >> 8 * (part - address) & MASKS[length])
             if answer is not None:
                 await answer
+
+    def _read_nobody(self, address: int, size: int) -> int:
+        """What a read gives for which no device answers: all bits set, as on a PC's bus."""
+        self._demand_no_ram(address, is_write=False)
+        return MASKS[size]
+
+    def _demand_no_ram(self, address: int, *, is_write: bool) -> None:
+        """Raise `VcpuError` if the access is one to RAM that the host has failed to provide."""
+        for region in self._ram:
+            if region.gpa <= address < region.end and not (is_write and region.readonly):
+                raise VcpuError(
+                    f"the host cannot provide the guest's memory at {address:#x}: is the file "
+                    "that it was restored from still there, and whole?"
+                )
 
     def _split(self, address: int, size: int) -> list[tuple[int, int, bool]]:
         """The parts of an access: (address, size, whether a device claims it)."""

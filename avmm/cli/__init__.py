@@ -2,8 +2,8 @@
 is called.
 
 Exit statuses: the guest's own; 2 if an option, a setting or a file cannot be used (as in click);
-`FAILED` if avmm or a vCPU fails while the guest runs. `FAILED` is not 1, because a debug exit uses
-1 for success.
+`FAILED` if avmm or a vCPU fails, in whatever way; 130 after Ctrl-C. `FAILED` is not 1, because a
+debug exit uses 1 for success.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
-from typing import Any, Final
+import traceback
+from collections.abc import Iterator
+from typing import Final, NoReturn
 
 import click
 
 FAILED: Final = 125
+_INTERRUPTED: Final = 128 + signal.SIGINT
 COMMANDS: Final = {
     "run": "Run a guest (without IMAGE, the bundled shell).",
     "restore": "Run the guest of a snapshot from where it was.",
@@ -43,6 +47,14 @@ class Commands(click.Group):
         command: click.Command = importlib.import_module(f"avmm.cli.{cmd_name}").command
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would end with 1
+            # The reader of our output has gone. Nothing more may be written on the way out.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+            sys.exit(128 + signal.SIGPIPE)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -62,26 +74,58 @@ def cli(log_level: str) -> None:
     logging.basicConfig(format="avmm: %(message)s", level=log_level.upper(), stream=sys.stderr)
 
 
-def main(arguments: list[str] | None = None) -> Any:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """The command's entry point; does not return."""
-    from avmm.errors import AvmmError, ConfigError  # noqa: PLC0415 - keep --help light
-
     _fill_standard_descriptors()
 
     try:
-        return cli.main(arguments, prog_name="avmm")
-    except (AvmmError, BaseExceptionGroup) as error:
-        alone: BaseException = error
-        while isinstance(alone, BaseExceptionGroup) and len(alone.exceptions) == 1:
-            alone = alone.exceptions[0]  # the commands run nurseries, and each adds a group
-        if isinstance(alone, ConfigError):
-            click.echo(f"avmm: {alone}", err=True)
-            sys.exit(2)
-        if isinstance(alone, AvmmError):
-            lines = ["avmm: " + str(alone), *getattr(alone, "__notes__", ())]
-            click.echo("\n".join(lines), err=True)
-            sys.exit(FAILED)
-        raise
+        status = cli.main(arguments, prog_name="avmm", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_INTERRUPTED)
+    except Exception as error:
+        sys.exit(_failed(error))
+    except BaseExceptionGroup as group:  # of interrupts, perhaps with something else
+        if group.split(KeyboardInterrupt)[0] is None:
+            raise
+        sys.exit(_INTERRUPTED)
+
+
+def _failed(error: Exception) -> int:
+    """Say what went wrong. Returns the command's status, which never means success."""
+    from avmm.errors import AvmmError, ConfigError  # noqa: PLC0415 - keep --help light
+
+    errors = list(_single(error))
+    for one in errors:
+        if isinstance(one, AvmmError):
+            click.echo("\n".join([f"avmm: {one}", *getattr(one, "__notes__", ())]), err=True)
+        else:
+            _report_bug(one)
+    return 2 if all(isinstance(one, ConfigError) for one in errors) else FAILED
+
+
+def _single(error: BaseException) -> Iterator[BaseException]:
+    """The errors in a group: the commands run nurseries, and each adds a group."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _single(one)
+    else:
+        yield error
+
+
+def _report_bug(error: BaseException) -> None:
+    where = traceback.extract_tb(error.__traceback__)
+    place = f", at {where[-1].filename}:{where[-1].lineno}" if where else ""
+    click.echo(
+        f"avmm: unexpected {type(error).__name__}: {error}{place}. This is a bug of avmm, or the "
+        "host failed in an unexpected way. Please report it, with what `avmm --log-level debug` "
+        "prints and what led to it.",
+        err=True,
+    )
+    logging.getLogger(__name__).debug("the error:", exc_info=error)
 
 
 def _fill_standard_descriptors() -> None:

@@ -136,6 +136,20 @@ class GuestMemory:
         """The regions that are RAM, by ascending GPA."""
         return tuple(r for r in self._regions if not r.readonly)
 
+    @property
+    def missing(self) -> str:
+        """In words: what of RAM the host can no longer provide. Empty if it is all there. Looks at
+        the size of the file that RAM is mapped from."""
+        if not self.is_private or self._closed:
+            return ""
+        there = os.fstat(self.fd).st_size
+        if there >= self._base + self.size:
+            return ""
+        return (
+            f"the file that it is mapped from has {there} bytes, expected "
+            f"{self._base + self.size}: it was cut off after the guest was restored"
+        )
+
     def add_readonly(self, gpa: int, data: bytes) -> Region:
         """Put `data` at `gpa`, where the guest can read and execute but not write it.
 

@@ -22,7 +22,7 @@ from avmm import arch, guests
 from avmm.arch.contract import AnyArchitecture, BoardOptions, GuestImage
 from avmm.bus.coalesced import CoalescedWrites
 from avmm.config import MachineConfig
-from avmm.errors import ConfigError
+from avmm.errors import ConfigError, host_errors
 from avmm.kvm import System
 from avmm.kvm.parking import ParkingLot
 from avmm.kvm.ring import WriteRing
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from avmm.parts.placing import Attached
 
 logger = logging.getLogger(__name__)
+
+_CANNOT: Final = "the machine cannot be made"
 
 _Value = TypeVar("_Value")
 _Args = TypeVarTuple("_Args")
@@ -118,9 +120,10 @@ async def _build(
     origin: Origin,
 ) -> Parts:
     kind = await in_thread(arch.host)  # in a thread, because it imports the architecture
-    # Memory comes first, because the file that it is opened from is closed with it.
-    memory = await in_thread(ram.open_memory, stack, kind.ram, config, origin)
-    system = await in_thread(_open_system, stack, kind, config, calls)
+    with host_errors(_CANNOT):
+        # Memory comes first, because the file that it is opened from is closed with it.
+        memory = await in_thread(ram.open_memory, stack, kind.ram, config, origin)
+        system = await in_thread(_open_system, stack, kind, config, calls)
     board = kind.board(_board_options(config), config.memory, end)
     own = await in_thread(_configured, stack, config, not origin.standby)
     added = allocate([*devices, *own], board.places, kind.virtio)
@@ -130,10 +133,12 @@ async def _build(
     entry = None
     if origin.boots:
         entry = await in_thread(kind.load_image, memory, _image(config), places)
-    vm = await in_thread(wiring.create_vm, stack, kind, system, memory)
+    with host_errors(_CANNOT):
+        vm = await in_thread(wiring.create_vm, stack, kind, system, memory)
     attached = attach(stack, kind, config, memory, places)
-    await in_thread(wiring.wire, kind, vm, attached, added, config.xen, calls is not None)
-    vcpus = await in_thread(_create_vcpus, stack, vm, config.cpus)
+    with host_errors(_CANNOT):
+        await in_thread(wiring.wire, kind, vm, attached, added, config.xen, calls is not None)
+        vcpus = await in_thread(_create_vcpus, stack, vm, config.cpus)
     parts = Parts(
         config=config,
         arch=kind,
@@ -156,7 +161,8 @@ async def _build(
         await in_thread(kind.renew_generation, memory, vm)
     if origin.needs is not None:
         await in_thread(parts.demand, origin.needs)
-    parts.group = _loops(stack, parts)
+    with host_errors(_CANNOT):
+        parts.group = _loops(stack, parts)
     parts.owns(stack)
     return parts
 

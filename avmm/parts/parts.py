@@ -119,6 +119,7 @@ class Parts:
             partial(self.arch.registers, vcpu, self.memory),
             self._calls,
             self.coalesced,
+            lambda: self.memory.missing,
         )
 
     def deliver_coalesced(self) -> None:

@@ -119,7 +119,13 @@ def attach(
     """
     unclaimed = UNCLAIMED[config.unclaimed]
     buses = {
-        name: Bus(space.name, space.limit, unclaimed, unit=space.unit)
+        name: Bus(
+            space.name,
+            space.limit,
+            unclaimed,
+            unit=space.unit,
+            ram=memory.regions if name == "mmio" else (),
+        )
         for name, space in kind.spaces.items()
     }
     interrupts = Interrupts(kind.pins)

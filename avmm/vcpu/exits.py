@@ -43,7 +43,8 @@ class Exits:
 
     `buses` maps the name of each space of the architecture, as in `Placement.space`, to its bus.
     `reasons` are the exits that the architecture has (`KVM_EXIT_*`). `registers` describes the
-    vCPU's registers and instruction for error messages.
+    vCPU's registers and instruction for error messages. `missing` says what of RAM the host cannot
+    provide; a guest that is without it faults through no fault of its own.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Exits:
         registers: Callable[[], str],
         calls: CallHandler | None = None,
         coalesced: CoalescedWrites | None = None,
+        missing: Callable[[], str] = str,
     ) -> None:
         self._vcpu = vcpu
+        self._missing = missing
         self._coalesced = coalesced
         self._delivers = False
         self._page = vcpu.page
@@ -194,6 +197,8 @@ class Exits:
             self._page.refuse_msr()
 
     def _serve_shutdown(self) -> Served:
+        if missing := self._missing():
+            raise VcpuError(f"the host cannot provide the guest's memory: {missing}")
         self._end(Outcome(Cause.TRIPLE_FAULT, detail=f"at rip {self._vcpu.pc():#x}"))
         return None
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from avmm.bus.space import MASKS, Bus, Placement, mmio, msr, pio
 from avmm.devices.base import Device
-from avmm.errors import ConfigError, DeviceError
+from avmm.errors import ConfigError, DeviceError, VcpuError
+from avmm.memory.layout import Region
 
 BASE = 0x100
 
@@ -658,3 +659,17 @@ async def test_any_devices_together_are_as_one_flat_array(
                 if at in claimed:
                     flat[at] = byte
     assert all(flat[base : base + len(data)] == data for base, data in parts)
+
+
+def test_an_access_to_ram_that_leaves_the_guest_is_the_hosts_failure() -> None:
+    """A page-table KVM exits as for MMIO if a page of RAM cannot be had. No guest can bring that
+    about, except by a write to a read-only region."""
+    ram = [Region(0, 0x2000, 0), Region(0x2000, 0x1000, 0x2000, readonly=True)]
+    made = Bus("address", 1 << 52, 0, ram=ram)
+    for address in (0, 0x1FFF, 0x2000):
+        with pytest.raises(VcpuError, match=f"cannot provide the guest's memory at {address:#x}"):
+            made.read(address, 1)
+    with pytest.raises(VcpuError, match="cannot provide the guest's memory at 0x1ff8"):
+        made.write(0x1FF8, 8, 0)
+    assert made.write(0x2000, 4, 1) is None
+    assert made.read(0x3000, 4) == 0xFFFF_FFFF

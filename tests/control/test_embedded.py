@@ -18,7 +18,7 @@ from support.scarcity import no_more_descriptors
 
 import avmm
 import avmm.control
-from avmm.control import protocol, verbs
+from avmm.control import holds, protocol, verbs
 from avmm.control.protocol import Event, Failure, Lines, Result
 
 embedded = pytest.mark.usefixtures("kvm", "nothing_left")
@@ -191,6 +191,15 @@ async def test_its_pauses_end_with_it(tmp_path: Path) -> None:
             nursery.cancel_scope.cancel()
         assert not vm.is_paused
         assert not (tmp_path / "ctl").exists()
+
+
+@embedded
+async def test_a_guest_that_has_ended_is_told_as_such() -> None:
+    async with avmm.Machine(memory="16M") as vm, holds.opened(vm) as held:
+        vm.stop()
+        await vm.wait()
+        told = await verbs.GetStatus().run(verbs.Control(vm, held), lambda progress: None)
+    assert told["state"] == "ended"
 
 
 @embedded

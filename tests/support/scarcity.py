@@ -1,4 +1,4 @@
-"""A process that has no descriptor left."""
+"""A process that has few descriptors left, or none."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from pathlib import Path
 
 
 @contextmanager
-def no_more_descriptors() -> Iterator[None]:
-    """This process cannot open a descriptor inside the block, as at its limit (EMFILE)."""
+def no_more_descriptors(free: int = 0) -> Iterator[None]:
+    """This process can open only so many descriptors inside the block, as near its limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Descriptors are given from below: all below the limit are in use if the lowest free one is
-    # at the limit. Holes are filled first.
     held = []
     try:
+        # The lowest free number is always given next, so holes are filled first.
         highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
         while (fd := os.open("/dev/null", os.O_RDONLY)) < highest:
             held.append(fd)
         os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (fd, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fd + free, hard))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
