@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 
 class Cause(Enum):
@@ -16,15 +17,20 @@ class Cause(Enum):
     RESET = "reset"
     """The guest asked to be reset (keyboard controller, reset port, firmware call)."""
     TRIPLE_FAULT = "triple fault"
-    """The guest was reset by a triple fault: Linux does that for `reboot=t`, or the guest
-    crashed.
+    """The guest was reset by a triple fault: it crashed, or it is a Linux that does that on
+    purpose for a reboot (`reboot=t`).
     """
     CRASH = "crash"
-    """The guest reported that it had crashed."""
+    """The guest reported that it had crashed (pvpanic, firmware call)."""
     STOPPED = "stopped"
     """The host stopped the guest."""
     MOVED = "moved"
     """The guest runs on in another process."""
+
+
+CRASHED: Final = 134
+"""The status of a run that ended by a crash or a triple fault: the one that a shell gives for a
+program that was aborted."""
 
 
 @dataclass(frozen=True, slots=True)

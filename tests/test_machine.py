@@ -141,7 +141,7 @@ async def test_a_handlers_exception_comes_out_of_the_block(
 async def test_a_triple_fault_ends_the_run(tmp_path: Path) -> None:
     async with machine(tmp_path, "lidt [0f]; ud2; 0: .long 0, 0, 0", mode="protected") as vm:
         outcome = await vm.wait()
-    assert (outcome.cause, outcome.status) == (Cause.TRIPLE_FAULT, 0)
+    assert (outcome.cause, outcome.status) == (Cause.TRIPLE_FAULT, 134)
 
 
 async def test_the_keyboard_controller_resets(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from avmm.kvm.exits import (
     UnknownExit,
 )
 from avmm.kvm.vcpu import Vcpu
-from avmm.outcome import Cause, Outcome
+from avmm.outcome import CRASHED, Cause, Outcome
 from avmm.vcpu.calls import KINDS, CallHandler, serve_call
 
 Served = Awaitable[None] | None
@@ -199,7 +199,7 @@ class Exits:
     def _serve_shutdown(self) -> Served:
         if missing := self._missing():
             raise VcpuError(f"the host cannot provide the guest's memory: {missing}")
-        self._end(Outcome(Cause.TRIPLE_FAULT, detail=f"at rip {self._vcpu.pc():#x}"))
+        self._end(Outcome(Cause.TRIPLE_FAULT, CRASHED, f"at rip {self._vcpu.pc():#x}"))
         return None
 
     def _serve_system_event(self) -> Served:
@@ -207,7 +207,7 @@ class Exits:
         cause = _SYSTEM_EVENTS.get(kind)
         if cause is None:
             raise VcpuError(f"vCPU {self._vcpu.index}: system event {kind} at {self.report()}")
-        self._end(Outcome(cause, status=1 if cause is Cause.CRASH else 0))
+        self._end(Outcome(cause, status=CRASHED if cause is Cause.CRASH else 0))
         return None
 
     def report(self) -> str:

@@ -26,6 +26,7 @@ from avmm.devices.pc.i8042 import I8042
 from avmm.devices.pc.pci import PciConfig
 from avmm.devices.pc.post import DebugConsole, PostCode
 from avmm.devices.pc.power import Power
+from avmm.devices.pc.pvpanic import Pvpanic
 from avmm.devices.serial import Serial
 from avmm.devices.state import Stateless
 from avmm.devices.virtio.device import VirtioDevice
@@ -49,6 +50,7 @@ PC: dict[str, Callable[[], Device]] = {
     "PciConfig": PciConfig,
     "PostCode": PostCode,
     "Power": lambda: Power(_nothing, _nothing, off_type=5, reset_value=1),
+    "Pvpanic": lambda: Pvpanic(_nothing),
     "Serial": lambda: Serial(output_size=8, input_size=32),
 }
 

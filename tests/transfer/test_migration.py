@@ -573,7 +573,7 @@ async def test_that_running_cannot_be_told_is_no_end_of_the_guest(pair: Pair) ->
     [
         (b"exit 7", (avmm.Cause.EXIT, 7)),
         (b"reboot", (avmm.Cause.RESET, 0)),
-        (b"crash", (avmm.Cause.TRIPLE_FAULT, 0)),
+        (b"crash", (avmm.Cause.TRIPLE_FAULT, 134)),
     ],
 )
 @pytest.mark.parametrize("microseconds", [0, 3000, 10_000, 20_000, 40_000])

@@ -497,12 +497,12 @@ def test_a_call_that_nobody_answers_is_refused_as_its_kind_has_it() -> None:
 
 def test_a_shutdown_is_a_triple_fault_and_says_where(board: Board) -> None:
     assert board.exit(constants.KVM_EXIT_SHUTDOWN) is None
-    assert board.ends == [Outcome(Cause.TRIPLE_FAULT, detail="at rip 0x1234")]
+    assert board.ends == [Outcome(Cause.TRIPLE_FAULT, 134, "at rip 0x1234")]
 
 
 @pytest.mark.parametrize(
     ("kind", "cause", "status"),
-    [("SHUTDOWN", Cause.SHUTDOWN, 0), ("RESET", Cause.RESET, 0), ("CRASH", Cause.CRASH, 1)],
+    [("SHUTDOWN", Cause.SHUTDOWN, 0), ("RESET", Cause.RESET, 0), ("CRASH", Cause.CRASH, 134)],
 )
 def test_a_system_event_ends_the_run(board: Board, kind: str, cause: Cause, status: int) -> None:
     board.page.system_event.type = getattr(constants, f"KVM_SYSTEM_EVENT_{kind}")

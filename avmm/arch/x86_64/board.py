@@ -16,12 +16,15 @@ from avmm.devices.pc.pci import PciConfig
 from avmm.devices.pc.post import DebugConsole, PostCode
 from avmm.devices.pc.power import SIZE as POWER_PORTS
 from avmm.devices.pc.power import Power
+from avmm.devices.pc.pvpanic import Pvpanic
 from avmm.devices.serial import Serial
 from avmm.options import IO_PORTS
-from avmm.outcome import Cause, Outcome
+from avmm.outcome import CRASHED, Cause, Outcome
 
 SERIAL_PORT: Final = 0x3F8
 SERIAL_IRQ: Final = 4
+PANIC_PORT: Final = 0x505
+"""The port that QEMU's pvpanic has."""
 EXIT_STATUS_PORT: Final = 0xF8
 """The port at which avmm's own guests write the status with which the run ends."""
 
@@ -68,6 +71,9 @@ def board(options: BoardOptions, memory_size: int, end: Callable[[Outcome], None
     def power_off() -> None:
         end(Outcome(Cause.SHUTDOWN))
 
+    def panicked() -> None:
+        end(Outcome(Cause.CRASH, CRASHED, "the guest has panicked"))
+
     serial = Serial()
     keyboard = I8042(reset)
     high = layout.RAM.above_hole(memory_size)
@@ -85,6 +91,7 @@ def board(options: BoardOptions, memory_size: int, end: Callable[[Outcome], None
     if options.acpi:
         power = Power(power_off, reset, off_type=acpi.SLEEP_TYPE_OFF, reset_value=acpi.RESET_VALUE)
         places.append(pio(power, layout.POWER_PORT, POWER_PORTS))
+        places.append(pio(Pvpanic(panicked), PANIC_PORT, 1))
     if options.debug_exit is not None:
         width = min(4, _PORTS - options.debug_exit)
         places.append(pio(DebugExit(end_with), options.debug_exit, width))
