@@ -118,14 +118,31 @@ def _control_socket(
     return server.listening(path)
 
 
+@contextmanager
+def ending_signals() -> Iterator[AsyncIterator[int]]:
+    """The signals that end a guest, as they come, except those that were ignored before."""
+    heeded = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    if heeded:
+        with trio.open_signal_receiver(*heeded) as signals:
+            yield signals
+    else:
+        yield _never()
+
+
+async def _never() -> AsyncIterator[int]:
+    await trio.sleep_forever()
+    yield 0
+
+
 async def _stop_on_signal(
     vm: Machine, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]
 ) -> None:
     """SIGINT, SIGTERM and SIGHUP end the guest, so that the terminal is put back on the way out.
 
-    Output that nobody reads within a second after that is dropped.
+    Output that nobody reads within a second after that is dropped. A signal that was ignored when
+    the command began stays ignored: `nohup` and a shell's `&` rely on that.
     """
-    with trio.open_signal_receiver(*_ENDING) as signals:
+    with ending_signals() as signals:
         task_status.started()
         async for number in signals:
             vm.stop(status=128 + number)
@@ -145,7 +162,7 @@ async def expecting() -> AsyncIterator[Callable[[], None]]:
     watch = trio.CancelScope()
 
     async def mind(task_status: trio.TaskStatus[None]) -> None:
-        with watch, trio.open_signal_receiver(*_ENDING) as signals:
+        with watch, ending_signals() as signals:
             task_status.started()
             async for number in signals:
                 ended_by.append(number)

@@ -167,11 +167,11 @@ async def _connect_stdio(
 ) -> None:
     interactive = os.isatty(0)
     with ExitStack() as stack:
-        if interactive:
-            stack.enter_context(terminal.raw(0))
+        own = stack.enter_context(terminal.raw(0)) if interactive else None
         async with trio.open_nursery() as nursery:
-            if interactive:
-                nursery.start_soon(_type, source, sink, vm, typed, holds)
+            if own is not None:
+                nursery.start_soon(_type, source, sink, vm, typed, holds, own)
+                nursery.start_soon(own.follow)
             else:
                 nursery.start_soon(_pipe, source, typed)
             try:
@@ -223,7 +223,9 @@ async def _pipe(source: HostFd, typed: Input) -> None:
         typed.undelivered = b""
 
 
-async def _type(source: HostFd, sink: HostFd, vm: Machine, typed: Input, holds: Holds) -> None:
+async def _type(
+    source: HostFd, sink: HostFd, vm: Machine, typed: Input, holds: Holds, own: terminal.Raw
+) -> None:
     """Input from a person, who may also talk to avmm itself.
 
     What is typed goes through a channel, so that the escape key works even if the guest reads
@@ -244,6 +246,8 @@ async def _type(source: HostFd, sink: HostFd, vm: Machine, typed: Input, holds: 
                     await sink.write(terminal.HELP.encode())
                 elif part is terminal.Command.QUIT:
                     vm.stop()
+                elif part is terminal.Command.SUSPEND:
+                    own.suspend()
                 else:
                     await sink.write(f"\r\navmm: {await _toggle(holds)}\r\n".encode())
         vm.stop(status=128 + signal.SIGHUP)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
+import signal
 import sys
 import termios
 import tty
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from typing import Final
+
+import trio
 
 ESCAPE: Final = 0x01
 """Ctrl-A, as in QEMU and screen."""
@@ -19,6 +23,7 @@ HELP: Final = (
     "\r\nCtrl-A h   this help"
     "\r\nCtrl-A x   end the guest"
     "\r\nCtrl-A p   pause the guest, or let it run on"
+    "\r\nCtrl-A z   suspend avmm, until the shell's fg"
     "\r\nCtrl-A a   send Ctrl-A to the guest (Ctrl-A Ctrl-A does, too)\r\n"
 )
 
@@ -29,6 +34,7 @@ class Command(Enum):
     HELP = ord("h")
     QUIT = ord("x")
     PAUSE = ord("p")
+    SUSPEND = ord("z")
 
 
 class Escape:
@@ -61,25 +67,68 @@ class Escape:
             yield bytes(plain)
 
 
+class Raw:
+    """A terminal in raw mode. Made by `raw`."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._before = termios.tcgetattr(fd)
+
+    def enter(self) -> None:
+        """Put it into raw mode."""
+        tty.setraw(self._fd, termios.TCSADRAIN)
+
+    def restore(self) -> None:
+        """Put it back as it was found."""
+        termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+
+    def suspend(self) -> None:
+        """Stop this process, as Ctrl-Z does in a shell, with the terminal put back meanwhile.
+        Returns when the process continues."""
+        self.restore()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._enter_in_front()
+
+    async def follow(self) -> None:
+        """Until cancelled: put the terminal back before this process is stopped (SIGTSTP), and
+        into raw mode again when it continues, however it was stopped. Meanwhile the shell has the
+        terminal in its own mode."""
+        handled = [
+            number
+            for number in (signal.SIGTSTP, signal.SIGCONT)
+            if signal.getsignal(number) is not signal.SIG_IGN
+        ]
+        if not handled:
+            return
+        with trio.open_signal_receiver(*handled) as signals:
+            async for number in signals:
+                if number == signal.SIGTSTP:
+                    self.suspend()
+                else:
+                    self._enter_in_front()
+
+    def _enter_in_front(self) -> None:
+        """Enter raw mode, unless the shell continues this process in the background."""
+        with suppress(OSError):
+            if os.tcgetpgrp(self._fd) == os.getpgrp():
+                self.enter()
+
+
 @contextmanager
-def raw(fd: int) -> Iterator[None]:
+def raw(fd: int) -> Iterator[Raw]:
     """Put the terminal into raw mode inside the block, and restore it afterwards, whatever
     happens.
     """
-    before = termios.tcgetattr(fd)
-
-    def restore() -> None:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
-
+    terminal = Raw(fd)
     # If the interpreter ends without unwinding, this still runs (except after os._exit).
-    atexit.register(restore)
+    atexit.register(terminal.restore)
     try:
-        tty.setraw(fd, termios.TCSADRAIN)
+        terminal.enter()
         with _messages_with_carriage_return():
-            yield
+            yield terminal
     finally:
-        restore()
-        atexit.unregister(restore)
+        terminal.restore()
+        atexit.unregister(terminal.restore)
 
 
 @contextmanager
