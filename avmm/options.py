@@ -145,10 +145,27 @@ def parse_mac(text: object) -> bytes:
     return mac
 
 
+def _parts(text: str) -> list[str]:
+    """The parts of `text` between its commas. Two commas are a comma in a part, as with QEMU."""
+    parts = [""]
+    at = 0
+    while at < len(text):
+        if text.startswith(",,", at):
+            parts[-1] += ","
+            at += 2
+            continue
+        if text[at] == ",":
+            parts.append("")
+        else:
+            parts[-1] += text[at]
+        at += 1
+    return parts
+
+
 def _fields(what: str, value: object, known: tuple[str, ...], expected: str) -> dict[str, Any]:
     """The fields of a table, or of text like "cid=3,unix=PATH". Raises `ConfigError`."""
     if isinstance(value, str):
-        pairs = [part.partition("=") for part in value.split(",")]
+        pairs = [part.partition("=") for part in _parts(value)]
         fields = {name.strip().lower(): text for name, equals, text in pairs if equals and text}
         if len(fields) != len(pairs):
             raise ConfigError(f"{what} {value!r}: {expected}")
@@ -194,7 +211,8 @@ class DiskOptions:
     @classmethod
     def parse(cls, value: object) -> DiskOptions:
         """Make it from text like "FILE[,ro][,overlay][,serial=NAME]", or from a table with the
-        keys `file`, `ro`, `overlay` and `serial`. Raises `ConfigError`.
+        keys `file`, `ro`, `overlay` and `serial`. A comma in FILE is written twice. Raises
+        `ConfigError`.
         """
         if isinstance(value, cls):
             return value
@@ -204,7 +222,7 @@ class DiskOptions:
                 raise ConfigError(f"disk {value!r}: {_DISK}")
             names = {"ro": "read_only"}
             return cls(**{names.get(name, name): field for name, field in fields.items()})
-        file, *words = value.split(",") if isinstance(value, str) else ("",)
+        file, *words = _parts(value) if isinstance(value, str) else ("",)
         if not file:
             raise ConfigError(f"disk {value!r}: {_DISK}")
         serial = ""
@@ -291,7 +309,8 @@ class NetOptions:
         """As it is written on the command line."""
         fields = [(name, getattr(self, name)) for name in (*_BACKENDS, "mac")]
         fields += [("mtu", self.mtu)] if self.mtu != DEFAULT_MTU else []
-        return ",".join(f"{name}={value}" for name, value in fields if value is not None)
+        told = [f"{name}={value}" for name, value in fields if value is not None]
+        return ",".join(text.replace(",", ",,") for text in told)
 
     @classmethod
     def parse(cls, value: object) -> NetOptions:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import secrets
@@ -54,6 +55,8 @@ from avmm.threads import in_thread, in_thread_shielded
 if TYPE_CHECKING:
     from avmm.migration import Coordinator
     from avmm.parts import Parts
+
+logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _Args = TypeVarTuple("_Args")
@@ -309,8 +312,10 @@ async def _replacement(target: Path, size: int) -> AsyncIterator[int]:
     """
     if not target.name:
         raise SnapshotError(f"snapshot {target}: expected the name of a file")
-    partial_path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     with _errors_named(target):
+        target = await in_thread(_followed, target)
+        # The target's own name may already be as long as a name may be.
+        partial_path = target.with_name(f".avmm-{secrets.token_hex(8)}.partial")
         fd = await in_thread(_create, target, partial_path, size)
     try:
         yield fd
@@ -318,6 +323,11 @@ async def _replacement(target: Path, size: int) -> AsyncIterator[int]:
             await in_thread(_put, partial_path, target)
     finally:
         await in_thread_shielded(_forget, fd, partial_path)
+
+
+def _followed(target: Path) -> Path:
+    """The file that a symbolic link leads to: it is that file which is replaced, not the link."""
+    return target.resolve() if target.is_symlink() else target
 
 
 def _create(target: Path, partial_path: Path, size: int) -> int:
@@ -340,12 +350,21 @@ def _create(target: Path, partial_path: Path, size: int) -> int:
 
 
 def _put(partial_path: Path, target: Path) -> None:
+    """Replace `target`. What fails after that is only a warning, because the file is there."""
     partial_path.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        logger.warning(
+            "snapshot %s: it is complete, but might be gone after a power failure, because its "
+            "folder cannot be flushed: %s",
+            target,
+            error.strerror,
+        )
 
 
 def _forget(fd: int, partial_path: Path) -> None:
@@ -391,6 +410,11 @@ def read(
             body = _body(file, header, name)
             if verify:
                 _verify(file, header, name, on_chunk)
+        except BlockingIOError:
+            raise SnapshotError(
+                f"snapshot {name}: another program has locked it, as one does that changes it; "
+                "expected a file that nobody changes"
+            ) from None
         except OSError as error:
             raise SnapshotError(f"snapshot {name}: {error.strerror}") from None
         stack.pop_all()

@@ -217,6 +217,25 @@ def test_a_table_that_is_no_disk(table: dict[str, object], why: str) -> None:
         MachineConfig.make(disks=[table])
 
 
+@pytest.mark.parametrize(
+    ("text", "file", "read_only"),
+    [
+        ("a,,b.img", "a,b.img", False),
+        ("a,,b.img,ro", "a,b.img", True),
+        ("a,,,ro", "a,", True),
+        (",,,,", ",,", False),
+    ],
+)
+def test_a_comma_in_a_name_is_written_twice(text: str, file: str, read_only: bool) -> None:
+    options = DiskOptions.parse(text)
+    assert (options.file, options.read_only) == (Path(file), read_only)
+    sockets = VsockOptions.parse(f"cid=3,unix={text.removesuffix(',ro')}")
+    assert sockets.unix == Path(file)
+    net = NetOptions.parse(f"unix={text.removesuffix(',ro')},mtu=1400")
+    assert net.unix == Path(file)
+    assert NetOptions.parse(str(net)) == net
+
+
 def test_lists_and_flags() -> None:
     with pytest.raises(ConfigError, match="net 'tap=x': expected a list"):
         MachineConfig.make(net="tap=x")

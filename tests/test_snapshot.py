@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import random
 import resource
+import stat
 import struct
 import subprocess
 import sys
@@ -429,19 +432,62 @@ async def test_killed_while_it_writes(snap: Path, tmp_path: Path) -> None:
         async with process.stdout:
             assert await process.stdout.receive_some()
             if number % 3 == 0:  # while there is such a file, for certain but for its last moment
-                while not list(tmp_path.glob(f".{snap.name}.*.partial")):
+                while not list(tmp_path.glob(".avmm-*.partial")):
                     await trio.lowlevel.checkpoint()
             else:
                 await trio.sleep(moments.random() * 0.05)
             process.kill()
             await process.wait()
         snapshot.read(snap, verify=True).close()
-        for path in tmp_path.glob(f".{snap.name}.*.partial"):
+        for path in tmp_path.glob(".avmm-*.partial"):
             path.unlink()
             partials += 1
         assert list(tmp_path.iterdir()) == [snap]
     assert partials, "none was killed in the midst of writing"
     await runs(snap)
+
+
+async def test_a_link_leads_to_the_file_that_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    there = tmp_path / "folder" / "there"
+    for link, to in (("link", there), ("second", tmp_path / "link"), ("relative", "folder/there")):
+        (tmp_path / link).symlink_to(to)
+        async with avmm.Machine(memory="8M") as vm:
+            await vm.snapshot(tmp_path / link)
+        assert (tmp_path / link).is_symlink()
+        await runs(there)
+        there.unlink()
+
+
+async def test_a_name_may_be_as_long_as_names_may_be(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 255)
+    async with avmm.Machine(memory="8M") as vm:
+        await vm.snapshot(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+async def test_a_folder_that_cannot_be_flushed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a file system that refuses that, or in a folder that may be written and not read."""
+    fsync = os.fsync
+
+    def refuse(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    async with avmm.Machine(memory="8M") as vm:
+        await vm.snapshot(tmp_path / "snap")
+    assert "its folder cannot be flushed: Invalid argument" in caplog.text
+    await runs(tmp_path / "snap")
+
+
+async def test_a_file_that_somebody_has_locked_is_named(snap: Path) -> None:
+    with snap.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused(snap, "another program has locked it")
 
 
 async def test_places_where_no_file_can_be(tmp_path: Path) -> None:
@@ -455,7 +501,7 @@ async def test_places_where_no_file_can_be(tmp_path: Path) -> None:
             ("link", "expected a regular file or nothing there, not a device, pipe or socket"),
             ("missing/snap", "No such file"),
             ("folder", "Is a directory"),
-            ("x" * 250, "File name too long"),
+            ("x" * 256, "File name too long"),
         ):
             with pytest.raises(SnapshotError, match=why):
                 await vm.snapshot(tmp_path / name)

@@ -8,6 +8,7 @@ not be lost because a file cannot be created.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -38,6 +39,8 @@ from avmm.errors import AvmmError, ConfigError
 from avmm.feeder import Feeder
 from avmm.machine import Machine
 from avmm.outcome import Cause
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SECONDS: Final = 0.004
 _LAST_KEYS_SECONDS: Final = 0.2
@@ -322,7 +325,13 @@ async def _connect_file(
     try:
         await _write_out(stream, fd, sink)
     except OSError as error:
-        raise AvmmError(f"console file {path}: {error.strerror}") from None
+        logger.warning(
+            "console file %s: %s; the guest runs on, and what it prints from now on is lost",
+            path,
+            error.strerror,
+        )
+        async for _ in stream:
+            pass
 
 
 @contextmanager

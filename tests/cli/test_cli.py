@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,16 @@ def test_a_console_in_a_file_has_all_that_the_guest_printed(tmp_path: Path) -> N
     done = avmm("run", *exits, "--console", f"file:{out}")
     assert (done.returncode, done.stdout) == (0, "")
     assert "exits kind=pio" in out.read_text()
+
+
+def test_a_console_file_on_a_full_disk_does_not_end_the_guest(
+    full_up_to: Callable[[int], Path],
+) -> None:
+    out = full_up_to(0) / "console"
+    exits = [str(guests.path("exits")), "--cmdline", "count=3"]
+    done = avmm("run", *exits, "--console", f"file:{out}")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"console file {out}: No space left on device; the guest runs on" in done.stderr
 
 
 @pytest.fixture
