@@ -166,6 +166,8 @@ class VcpuLoop:
         self._bridge = Bridge()
         self._work: Awaitable[None] | None = None
         """The awaitable that the thread has handed over and the task has not taken yet."""
+        self.task: trio.lowlevel.Task | None = None
+        """The task in which `run` runs."""
         self._errors: list[BaseException] = []
         """The error with which the thread has ended: at most one."""
 
@@ -297,6 +299,7 @@ class VcpuLoop:
         if `KVM_RUN` fails. Each says what the vCPU was doing. Cancelling stops the vCPU and leaves
         its exit unfinished, so the vCPU must not be run again.
         """
+        self.task = trio.lowlevel.current_task()
         thread = threading.Thread(target=self._main, name=f"avmm vCPU {self.index}", daemon=True)
         try:
             self._start(thread)
@@ -305,6 +308,7 @@ class VcpuLoop:
             self._annotate(error)
             raise
         finally:
+            self.task = None
             await self._wind_up(thread)
         if self._errors:
             self._annotate(self._errors[0])
@@ -413,6 +417,10 @@ class VcpuGroup:
                         nursery.start_soon(failures.guard, loop.run, name=f"vCPU {loop.index}")
         finally:
             raise_together(failures.errors, "several vCPUs have failed")
+
+    def served_by(self, task: trio.lowlevel.Task) -> int | None:
+        """The index of the vCPU whose exits this task serves. None if it is none of them."""
+        return next((loop.index for loop in self.loops if loop.task is task), None)
 
     @anywhere
     def stop(self) -> None:

@@ -50,7 +50,7 @@ from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.vsock import Vsock
-from avmm.errors import AvmmError, ConfigError
+from avmm.errors import AvmmError, ConfigError, DeviceError
 from avmm.failures import Failures, parted, raise_together
 from avmm.memory.ram import GuestMemory
 from avmm.migration import Coordinator, Stand
@@ -94,7 +94,8 @@ class _Inside:
     def operation(self, name: str, life: Life) -> Iterator[None]:
         """Put this around an operation that uses the parts for longer than a moment. Leaving the
         machine cancels the operation and waits until it is over. The operation then raises
-        `RunstateError`."""
+        `RunstateError`. Raises `AvmmError` in a task that serves an exit of the machine."""
+        self.demand_other_task(name)
         with trio.CancelScope() as scope:
             self._ongoing.add(scope)
             try:
@@ -105,6 +106,16 @@ class _Inside:
         if scope.cancelled_caught:
             needed, expected = OPERATIONS[name]
             raise refusal(name, Runstate.LEFT, needed, expected)
+
+    def demand_other_task(self, name: str) -> None:
+        """Raise `AvmmError` if this task serves an exit of the machine, which cannot stand still
+        before that is done."""
+        if (index := self.parts.group.served_by(trio.lowlevel.current_task())) is not None:
+            raise AvmmError(
+                f"{name}: this task serves an exit of the machine's vCPU {index}, so it would "
+                "wait for itself; start a task of its own for it, in a nursery that does not "
+                "belong to the handler"
+            )
 
     def cancel_operations(self) -> None:
         """Cancel all operations. A hand-over that has begun is decided first."""
@@ -149,6 +160,11 @@ class Machine:
             raise ConfigError("expected either a MachineConfig or settings, not both")
         if config is not None and not isinstance(config, MachineConfig):
             raise ConfigError(f"config {config!r}: expected a MachineConfig, or settings by name")
+        if "console" in settings:
+            raise ConfigError(
+                "console: this setting is the avmm command's; expected none here: use vm.console, "
+                "or the functions of avmm.ends"
+            )
         if not isinstance(devices, Iterable) or isinstance(devices, str | Mapping):
             raise ConfigError(f"devices {devices!r}: expected a list, like [avmm.virtio(...)]")
         config = config or MachineConfig.make(**settings)
@@ -277,6 +293,7 @@ class Machine:
         `RunstateError`.
         """
         self._life.demand("paused")
+        self._inside.demand_other_task("paused")
         return self._inside.coordinator.paused(deadline)
 
     @protected
@@ -579,7 +596,10 @@ def machine_of(parts: Parts, life: Life) -> Machine:
 
 
 async def _run_by_user(device: Device) -> None:
-    await interruptible(device.run())
+    work: object = device.run()
+    if not isinstance(work, Awaitable):
+        raise DeviceError(f"{device.name}: run() returned {work!r}; expected a coroutine")
+    await interruptible(work)
 
 
 def _ports(parts: Parts) -> dict[str, Port]:

@@ -131,6 +131,8 @@ class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
     # -- where things are ------------------------------------------------------------------
 
     ram: RamLayout
+    most_cpus: int
+    """How many CPUs the board's tables can describe."""
     spaces: Mapping[str, Space]
     """The address spaces, by the names that `Placement.space` uses."""
     in_kernel: Sequence[KernelRange]

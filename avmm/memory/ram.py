@@ -199,6 +199,8 @@ class GuestMemory:
                 start = gpa - region.gpa
                 if start >= 0 and start + length <= region.size:
                     return view[start : start + length]
+        if self._closed:
+            raise GuestMemoryError("this guest memory is closed, because its machine was left")
         raise GuestMemoryError(f"{length} bytes at {gpa:#x} are not within guest memory")
 
     def read(self, gpa: int, length: int) -> bytes:

@@ -178,8 +178,8 @@ def _open_system(
         raise ConfigError("xen: expected a handler for the hypercalls (`calls`)")
     system: System = kind.open_system()
     stack.callback(system.close)
-    if config.cpus > system.max_vcpus:
-        raise ConfigError(f"cpus {config.cpus}: this host's KVM allows 1 to {system.max_vcpus}")
+    if config.cpus > (most := min(system.max_vcpus, kind.most_cpus)):
+        raise ConfigError(f"cpus {config.cpus}: expected 1 to {most} on this host")
     return system
 
 

@@ -14,7 +14,7 @@ from avmm.bus.host import DeviceHost
 from avmm.bus.interrupts import Interrupts
 from avmm.ctrl_c import context, undisturbed
 from avmm.devices.base import Device
-from avmm.errors import GuestMemoryError, StateError
+from avmm.errors import DeviceError, GuestMemoryError, StateError
 from avmm.memory.dirty import DirtyLog
 from avmm.parts import description
 from avmm.parts.description import STATE_VERSION
@@ -193,7 +193,10 @@ class Parts:
         states = saved or {}
         return {
             "devices": [
-                [device.name, dict(states[number] if number in states else device.save())]
+                [
+                    device.name,
+                    _plain(device, states[number] if number in states else device.save()),
+                ]
                 for number, device in enumerate(self.devices)
             ]
         }
@@ -275,6 +278,13 @@ class Parts:
         except BaseException:
             await undisturbed(self.release)
             raise
+
+
+def _plain(device: Device, state: object) -> dict[str, Any]:
+    """A device's state. Raises `DeviceError` if its `save` has returned anything but a mapping."""
+    if not isinstance(state, Mapping):
+        raise DeviceError(f"{device.name}: save() returned {state!r}; expected a mapping")
+    return dict(state)
 
 
 class _Quiescable:

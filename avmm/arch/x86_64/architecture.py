@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from avmm.arch.contract import Architecture, Board, BoardOptions, GuestImage, Probe
-from avmm.arch.x86_64 import board, cpu, generation, layout, probes, report, state, vm
+from avmm.arch.x86_64 import board, cpu, generation, layout, mptable, probes, report, state, vm
 from avmm.arch.x86_64.kvm import X86System, X86Vcpu, X86Vm
 from avmm.kvm import constants
 from avmm.vcpu.calls import KINDS
@@ -26,6 +26,7 @@ class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the archi
 
     name = "x86_64"
     ram = layout.RAM
+    most_cpus = mptable.MAX_CPUS
     spaces = board.SPACES
     in_kernel = board.IN_KERNEL
     pins = board.PINS
