@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import click
 import trio
@@ -16,6 +17,11 @@ from avmm.outcome import Outcome
 from avmm.transfer import transports
 from avmm.transfer.targets import Target
 from avmm.transfer.tls import Tls
+
+logger = logging.getLogger(__name__)
+
+_HELLO_SECONDS: Final = 5.0
+_MOST_CALLERS: Final = 32
 
 
 @click.command()
@@ -79,9 +85,41 @@ async def _run(
     raise AssertionError("the wait for a guest was cancelled without a signal")
 
 
+async def _first_source(listener: transports.Listener) -> trio.abc.Stream:
+    """The first caller that begins as a source of a guest does. A port scan, a health check or a
+    caller that says nothing does not keep the guest from coming: several are heard at once, each
+    for a short while."""
+    chosen: list[trio.abc.Stream] = []
+    free = trio.Semaphore(_MOST_CALLERS)
+
+    async def hear(line: trio.abc.Stream) -> None:
+        try:
+            with trio.move_on_after(_HELLO_SECONDS):
+                if await transports.says_hello(line) and not chosen:
+                    chosen.append(line)
+                    nursery.cancel_scope.cancel()
+                    return
+            logger.warning("a caller was turned away: it did not begin as a guest's source does")
+        finally:
+            free.release()
+            if line not in chosen:
+                await trio.aclose_forcefully(line)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            while True:
+                await free.acquire()
+                nursery.start_soon(hear, await listener.accept())
+    except BaseException:
+        for line in chosen:
+            await trio.aclose_forcefully(line)
+        raise
+    return chosen[0]
+
+
 async def _caller(at: Target, proof: Tls | None) -> trio.abc.Stream:
     async with await transports.listen(str(at), tls=proof) as listener:
         click.echo(f"avmm: waiting at {listener.target} for a guest", err=True)
-        line = await listener.accept()
+        line = await _first_source(listener)
     click.echo("avmm: a guest is on its way here", err=True)
     return line

@@ -76,6 +76,18 @@ class Message:
     payload: memoryview
 
 
+def begins_as_hello(data: bytes) -> bool | None:
+    """Do the first bytes of a line begin a HELLO, which is how a source begins? None if more bytes
+    are needed to tell."""
+    head = data[: _HEAD.size]
+    if not _HEAD.pack(MessageKind.HELLO, 0, 0, 0, 0)[:4].startswith(head[:4]):
+        return False
+    if len(head) < _HEAD.size:
+        return None
+    _, _, _, length, number = _HEAD.unpack(head)
+    return bool(number == 0 and length <= MOST[MessageKind.HELLO])
+
+
 class Encoder:
     """Makes the frames of one direction."""
 

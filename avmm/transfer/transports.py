@@ -31,6 +31,7 @@ from avmm.transfer.tls import Tls, shake_hands
 
 logger = logging.getLogger(__name__)
 
+_PEEK_SECONDS: Final = 0.01
 _CLOSE_SECONDS: Final = 1.0
 _BACKLOG: Final = 16
 
@@ -196,6 +197,26 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
         if self._target.kind == "unix":
             sockets.close(self._listeners[0].socket, self._target.path)
         await trio.lowlevel.checkpoint()
+
+
+async def says_hello(stream: trio.abc.Stream) -> bool:
+    """Wait for the first bytes of a connection that was accepted. Does it begin as a migration's
+    source does? Nothing is received. Over TLS the caller has shown who it is, and this is not
+    asked."""
+    from avmm.transfer.frames import HEADER_BYTES, begins_as_hello  # noqa: PLC0415 - xxhash
+
+    if not isinstance(stream, trio.SocketStream):
+        return True
+    told: bool | None = None
+    with suppress(OSError):
+        while told is None:
+            first = await stream.socket.recv(HEADER_BYTES, socket.MSG_PEEK)
+            if not first:
+                return False
+            told = begins_as_hello(first)
+            if told is None:  # the socket stays readable, so there is nothing to wait for
+                await trio.sleep(_PEEK_SECONDS)
+    return bool(told)
 
 
 async def close(stream: trio.abc.Stream) -> None:

@@ -262,6 +262,31 @@ def test_who_waits_can_be_ended(tmp_path: Path, commands: ExitStack, number: int
     assert not (tmp_path / "move").exists()
 
 
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_callers_that_are_no_source_do_not_use_the_receiver_up(
+    guest: Command, tmp_path: Path, commands: ExitStack, kind: str
+) -> None:
+    """A port scan, a health check, an HTTP client, half a HELLO, somebody silent: the guest comes
+    nevertheless, while some of them still hold their connections."""
+    at = f"unix:{tmp_path / 'move'}" if kind == "unix" else "tcp:127.0.0.1:0"
+    destination, target = receiver(commands, at)
+    family = socket.AF_UNIX if kind == "unix" else socket.AF_INET
+    host, _, port = target.removeprefix("tcp:").rpartition(":")
+    for said in (None, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x02" * 16, b"\x01\0\0", b""):
+        caller = commands.enter_context(socket.socket(family))
+        caller.connect(target.removeprefix("unix:") if kind == "unix" else (host, int(port)))
+        if said is None:
+            caller.close()
+        else:
+            caller.sendall(said)
+    moved = ctl(tmp_path / "ctl", "migrate", target)
+    assert moved.returncode == 0, moved.stderr
+    assert guest.wait() == 0
+    destination.say("exit 5\n")
+    assert destination.wait() == 5
+    assert "it did not begin as a guest's source does" in destination.told
+
+
 def test_a_report_is_drawn(guest: Command, tmp_path: Path, commands: ExitStack) -> None:
     _, target = receiver(commands, f"unix:{tmp_path / 'move'}")
     picture = tmp_path / "report.png"
