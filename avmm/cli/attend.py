@@ -25,7 +25,7 @@ import trio
 
 from avmm.cli import console
 from avmm.control import holds, server
-from avmm.control.verbs import Control
+from avmm.control.verbs import Control, NoGuestYet
 from avmm.devices.virtio.console import Console
 from avmm.errors import ConfigError
 from avmm.machine import Machine
@@ -73,6 +73,16 @@ class Ends:
         if self._target.virtio:
             raise ConfigError("console: the guest has no virtio console, but a serial one")
         return []
+
+    @asynccontextmanager
+    async def awaiting(self, where: str, stop: Callable[[], None]) -> AsyncIterator[None]:
+        """Serve the control socket while this process waits for a guest at `where`, inside the
+        block. Whoever asks to end it has `stop` called."""
+        async with AsyncExitStack() as stack:
+            if self._listener is not None:
+                control = NoGuestYet(where, stop)
+                await stack.enter_async_context(server.served(self._listener, control))
+            yield
 
     async def attend(self, vm: Machine) -> Outcome:
         """Connect and serve the guest until it has ended and its output is delivered.

@@ -129,7 +129,10 @@ def status(path: Path, as_json: bool) -> None:
 def _state(told: Status) -> str:
     from avmm.cli.progress import size  # noqa: PLC0415
 
-    parts = [f"{told['cpus']} vCPU{'s' * (told['cpus'] > 1)}", f"{size(told['memory'])} of RAM"]
+    parts = []
+    if told["cpus"]:  # 0 if there is no guest yet
+        parts.append(f"{told['cpus']} vCPU{'s' * (told['cpus'] > 1)}")
+        parts.append(f"{size(told['memory'])} of RAM")
     parts.append(f"process {told['pid']}")
     if holders := _holders(told["pauses"]):
         parts.append(f"paused by {holders}")

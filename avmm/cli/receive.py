@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -69,7 +70,10 @@ async def _run(
 ) -> tuple[Outcome, bytes]:
     with attend.opened(console_target, control_target) as ends:
         async with attend.expecting() as has_come:
-            line = await _caller(at, proof)
+            line = await _caller(at, proof, ends)
+            if line is None:
+                click.echo("avmm: stopped before a guest has come", err=True)
+                sys.exit(0)
             try:
                 async with receive(
                     line,
@@ -85,10 +89,12 @@ async def _run(
     raise AssertionError("the wait for a guest was cancelled without a signal")
 
 
-async def _first_source(listener: transports.Listener) -> trio.abc.Stream:
+async def _first_source(
+    listener: transports.Listener, stopped: trio.Event
+) -> trio.abc.Stream | None:
     """The first caller that begins as a source of a guest does. A port scan, a health check or a
     caller that says nothing does not keep the guest from coming: several are heard at once, each
-    for a short while."""
+    for a short while. None if this is `stopped` first."""
     chosen: list[trio.abc.Stream] = []
     free = trio.Semaphore(_MOST_CALLERS)
 
@@ -107,6 +113,12 @@ async def _first_source(listener: transports.Listener) -> trio.abc.Stream:
 
     try:
         async with trio.open_nursery() as nursery:
+
+            async def stop() -> None:
+                await stopped.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(stop)
             while True:
                 await free.acquire()
                 nursery.start_soon(hear, await listener.accept())
@@ -114,12 +126,15 @@ async def _first_source(listener: transports.Listener) -> trio.abc.Stream:
         for line in chosen:
             await trio.aclose_forcefully(line)
         raise
-    return chosen[0]
+    return chosen[0] if chosen else None
 
 
-async def _caller(at: Target, proof: Tls | None) -> trio.abc.Stream:
+async def _caller(at: Target, proof: Tls | None, ends: attend.Ends) -> trio.abc.Stream | None:
+    stopped = trio.Event()
     async with await transports.listen(str(at), tls=proof) as listener:
         click.echo(f"avmm: waiting at {listener.target} for a guest", err=True)
-        line = await _first_source(listener)
-    click.echo("avmm: a guest is on its way here", err=True)
+        async with ends.awaiting(listener.target, stopped.set):
+            line = await _first_source(listener, stopped)
+    if line is not None:
+        click.echo("avmm: a guest is on its way here", err=True)
     return line

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias, TypedDict
@@ -63,9 +63,39 @@ class Control:
         """Where the guest was last handed over to, even if that may have failed."""
         self._copied = ""
 
+    def status(self) -> Status:
+        """The guest's state."""
+        vm = self.vm
+        state = "paused" if vm.is_paused else "running"
+        moving = None
+        if self.target is not None:
+            state, moving = "migrating", {"target": str(self.target), **self.progress}
+        if vm.is_unsettled:
+            state = "unsettled"
+        if vm.state is Runstate.ENDED:
+            state = "ended"
+        return {
+            "state": state,
+            "pauses": self.holds.counts,
+            "cpus": vm.config.cpus,
+            "memory": vm.config.memory,
+            "pid": os.getpid(),
+            "migration": moving,
+            "unsettled": (self.unsettled or _NOBODY_KNOWS) if vm.is_unsettled else None,
+        }
+
+    async def stop(self) -> None:
+        """End the guest, and wait for its end."""
+        self.vm.stop()
+        await self.vm.wait()
+
+    def copying(self, what: str) -> AbstractContextManager[None]:
+        """RAM is copied inside the block. Entering it raises `AvmmError` if it is being copied
+        already."""
+        return self._copying(what)
+
     @contextmanager
-    def copying(self, what: str) -> Iterator[None]:
-        """RAM is copied inside the block. Raises `AvmmError` if it is being copied already."""
+    def _copying(self, what: str) -> Iterator[None]:
         if self._copied:
             raise AvmmError(f"not now: {self._copied}")
         self._copied = what
@@ -75,6 +105,48 @@ class Control:
             self._copied = ""
 
 
+class NoGuestYet(Control):
+    """What the verbs see while a process waits for a guest from another one."""
+
+    def __init__(self, where: str, stop: Callable[[], None]) -> None:
+        self._where = where
+        self._stop = stop
+
+    @property
+    def vm(self) -> Machine:  # type: ignore[override]
+        """There is none: raises `AvmmError`."""
+        raise self._refusal()
+
+    @property
+    def holds(self) -> Holds:  # type: ignore[override]
+        """There are none: raises `AvmmError`."""
+        raise self._refusal()
+
+    def copying(self, what: str) -> AbstractContextManager[None]:
+        """There is nothing to copy: raises `AvmmError`."""
+        raise self._refusal()
+
+    def _refusal(self) -> AvmmError:
+        return AvmmError(f"there is no guest yet: this process waits for one at {self._where}")
+
+    def status(self) -> Status:
+        """See `Control.status`."""
+        return {
+            "state": f"waiting at {self._where}",
+            "pauses": {},
+            "cpus": 0,
+            "memory": 0,
+            "pid": os.getpid(),
+            "migration": None,
+            "unsettled": None,
+        }
+
+    async def stop(self) -> None:
+        """Stop waiting."""
+        await trio.lowlevel.checkpoint()
+        self._stop()
+
+
 # -- answers ------------------------------------------------------------------------------------
 
 
@@ -82,7 +154,8 @@ class Status(TypedDict):
     """The guest's state."""
 
     state: str
-    """running, paused, migrating, unsettled or ended."""
+    """running, paused, migrating, unsettled or ended; or "waiting at", and where, if the guest has
+    not come yet. Then `cpus` and `memory` are 0."""
     pauses: dict[str, int]
     """How many pauses of each holder there are."""
     cpus: int
@@ -210,25 +283,8 @@ class GetStatus(Verb):
 
     async def run(self, control: Control, emit: Emit) -> Status:
         """See `Verb`."""
-        vm = control.vm
-        state = "paused" if vm.is_paused else "running"
-        moving = None
-        if control.target is not None:
-            state, moving = "migrating", {"target": str(control.target), **control.progress}
-        if vm.is_unsettled:
-            state = "unsettled"
-        if vm.state is Runstate.ENDED:
-            state = "ended"
         await trio.lowlevel.checkpoint()
-        return {
-            "state": state,
-            "pauses": control.holds.counts,
-            "cpus": vm.config.cpus,
-            "memory": vm.config.memory,
-            "pid": os.getpid(),
-            "migration": moving,
-            "unsettled": (control.unsettled or _NOBODY_KNOWS) if vm.is_unsettled else None,
-        }
+        return control.status()
 
 
 _DEADLINE: Final = "Give up if the guest does not stand still within this time."
@@ -381,8 +437,7 @@ class Stop(Verb):
 
     async def run(self, control: Control, emit: Emit) -> Stopped:
         """See `Verb`."""
-        control.vm.stop()
-        await control.vm.wait()
+        await control.stop()
         return {}
 
 

@@ -287,6 +287,38 @@ def test_callers_that_are_no_source_do_not_use_the_receiver_up(
     assert "it did not begin as a guest's source does" in destination.told
 
 
+def test_a_receiver_that_waits_is_asked_and_stopped(
+    guest: Command, tmp_path: Path, commands: ExitStack
+) -> None:
+    there = tmp_path / "there"
+    at = f"unix:{tmp_path / 'move'}"
+    destination, target = receiver(commands, at, "--control", f"unix:{there}")
+    assert status(there)["state"] == f"waiting at {target}"
+    assert ctl(there, "status").stdout == f"waiting at {target}: process {destination.pid}\n"
+    for verb in (
+        ["pause"],
+        ["resume"],
+        ["snapshot", "x"],
+        ["migrate", "unix:x"],
+        ["settle", "here"],
+    ):
+        refused = ctl(there, *verb)
+        assert refused.returncode == 125, verb
+        assert f"there is no guest yet: this process waits for one at {target}" in refused.stderr
+    assert ctl(there, "stop").returncode == 0
+    assert destination.wait() == 0
+    assert "stopped before a guest has come" in destination.told
+    assert not there.exists()
+    # A guest that comes is steered through the same socket.
+    destination, target = receiver(commands, at, "--control", f"unix:{there}")
+    assert status(there)["cpus"] == 0
+    assert ctl(tmp_path / "ctl", "migrate", target).returncode == 0
+    assert status(there)["state"] == "running"
+    assert guest.wait() == 0
+    assert ctl(there, "stop").returncode == 0
+    assert destination.wait() == 0
+
+
 def test_a_report_is_drawn(guest: Command, tmp_path: Path, commands: ExitStack) -> None:
     _, target = receiver(commands, f"unix:{tmp_path / 'move'}")
     picture = tmp_path / "report.png"
