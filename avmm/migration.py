@@ -223,11 +223,13 @@ class Coordinator:
         # the whole pause; `_run_on` needs none.
         self._moving.acquire_nowait()
         try:
+            # Not after the guest runs: whoever has saved it here leaves the machine next, and what
+            # the guest does until then is lost.
+            await trio.lowlevel.cancel_shielded_checkpoint()
             with trio.CancelScope(shield=True):
                 await self._release_one()
         finally:
             self._moving.release()
-        await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def _release(self) -> None:
         async with self._moving:
