@@ -41,7 +41,7 @@ def test_at_some_lines(tmp_path: Path, life: str) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("life", ["stays", "leaves", "comes"])
 def test_at_many_lines(tmp_path: Path, life: str) -> None:
-    assert swept(tmp_path, life, 1, 101, 890) == []
+    assert swept(tmp_path, life, 1, 211, 890) == []
 
 
 def pressed() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.commands import Command, avmm
 
-pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(240)]
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def served(path: Path, commands: ExitStack) -> Command:
 
 def ends(command: Command, connection: socket.socket) -> None:
     connection.sendall(b"exit 3\r")
-    assert command.wait() == 3
+    assert command.wait(timeout=200) == 3
 
 
 def test_who_leaves_without_reading_leaves_the_output_to_the_next(
@@ -127,8 +127,8 @@ def test_a_client_that_reads_nothing_does_not_keep_the_command(
     served: Command, path: Path
 ) -> None:
     with client(path) as connection:
-        connection.sendall(b"count 30000\rexit 3\r")
-        assert served.wait() == 3
+        connection.sendall(b"count 20000\rexit 3\r")
+        assert served.wait(timeout=200) == 3
     assert re.search(r"avmm: console: nobody has read the last \d+ bytes", served.told)
 
 
@@ -138,5 +138,5 @@ def test_a_terminal_that_nobody_opens_does_not_keep_the_command(commands: ExitSt
     fd = os.open(line.split()[-1], os.O_RDWR | os.O_NOCTTY)
     os.write(fd, b"count 3000\rexit 3\r")
     os.close(fd)
-    assert command.wait() == 3
+    assert command.wait(timeout=200) == 3
     assert re.search(r"avmm: console: nobody has read the last \d+ bytes", command.told)
