@@ -62,7 +62,7 @@ def _folder(name: str, kernel: str) -> Path:
         run(["mke2fs", "-q", "-t", "ext4", place / "ext4.img", "16M"])
         with (
             open_image(made.kernel) as image,
-            bzimage.unpack(image, _MOST) as (vmlinux, _),
+            bzimage.unpack(image, bzimage.parse(image), _MOST) as vmlinux,
             (place / "vmlinux").open("wb") as out,
         ):
             source = os.fdopen(os.dup(vmlinux.fileno()), "rb")
