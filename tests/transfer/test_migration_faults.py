@@ -208,11 +208,12 @@ async def at_messages(folder: Path, kind: MessageKind, at: int) -> None:
     """Before COMMIT nothing has happened; without RUNNING nobody knows."""
     for way, message, number in SAID:
         fault = Fault(kind, way, at, message, number)
-        for _ in range(20):  # the one that comes twice may come once
+        for tries in range(20):  # the one that comes twice may come once
             outcome, line = await attempt(folder, fault)
             if line.has_happened:
                 break
-            assert number, fault
+            # A busy host may be slower than the short patience of both sides here.
+            assert number or tries < 2, (fault, line.why)
         assert line.has_happened, fault
         if kind == "double" and message in (Message.COMMIT, Message.RUNNING):
             wanted = "migrated"  # what comes after the last word is not listened to
