@@ -535,8 +535,7 @@ class Machine:
         for device, host in zip(parts.devices, parts.hosts, strict=True):
             host.start(nursery)
             if type(device).run is not Device.run:
-                own = type(device).__module__.startswith("avmm.")
-                run = device.run if own else partial(_run_by_user, device)
+                run = partial(_run_device, device)
                 nursery.start_soon(failures.guard, run, name=f"{device.name}.run")
         run_vcpus = partial(self._run_vcpus, parts, failures)
         nursery.start_soon(failures.guard, run_vcpus, name="vCPUs")
@@ -597,7 +596,8 @@ def machine_of(parts: Parts, life: Life) -> Machine:
     return machine_from(life, there_already, parts.config)
 
 
-async def _run_by_user(device: Device) -> None:
+async def _run_device(device: Device) -> None:
+    """Ctrl-C may interrupt a user's device. avmm's own say themselves that they are protected."""
     work: object = device.run()
     if not isinstance(work, Awaitable):
         raise DeviceError(f"{device.name}: run() returned {work!r}; expected a coroutine")

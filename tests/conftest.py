@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from support.commands import PROMPT, Command
-from support.threads import ours
+from support.leftovers import resources
 
 from avmm.arch.x86_64.kvm import X86System
 from avmm.kvm import KvmUnavailable
@@ -38,24 +38,6 @@ def kvm() -> None:
         if os.environ.get("AVMM_REQUIRE_KVM") == "1":
             pytest.fail(f"AVMM_REQUIRE_KVM=1, but: {error}")
         pytest.skip(str(error))
-
-
-def resources() -> tuple[set[str], set[str], set[str]]:
-    """This process's descriptors, threads, and mappings that belong to guests."""
-    gc.collect()
-    fds = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            fds.add(f"{entry.name} -> {entry.readlink()}")
-        except FileNotFoundError:
-            continue
-    threads = {f"{thread.name} {thread.ident}" for thread in ours()}
-    maps = {
-        line
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if "avmm-ram" in line or "kvm-vcpu" in line
-    }
-    return fds, threads, maps
 
 
 @pytest.fixture

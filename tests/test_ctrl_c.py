@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ def swept(folder: Path, life: str, first: int, step: int, seconds: int) -> list[
         text=True,
         timeout=seconds,
         check=False,
+        env=os.environ | {"PYTHONPATH": str(SWEEP.parents[1])},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines, *wrong = done.stdout.splitlines()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import resources
+from support.leftovers import resources
 
 import avmm
 from avmm import guests

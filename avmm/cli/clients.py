@@ -1,8 +1,8 @@
 """Consoles to which one client after another attaches: a unix socket and a pseudoterminal.
 
 **Output** that a client leaves unread waits for the next one. A socket's client that closes its
-end with unread data resets the connection, so it is known that there was some. Linux does not say
-how much: the next client gets everything again that was sent since the client had last read all.
+end with unread data resets the connection, so it is known that there was some. Linux says how much
+it was at most, and no more: the next client may get a part again that the last one has read.
 
 **Input** that a client has sent is delivered, even if the client leaves before the guest takes it.
 A client that ends only the direction in which it sends goes on reading.
@@ -124,7 +124,7 @@ class _SocketClient:
         self._feeder = feeder
         self._outbox = outbox
         self._unconfirmed = bytearray()
-        """What was sent since the client had last read everything."""
+        """The newest of what was sent, at least as much as the client may not have read."""
         self._was_reset = False
 
     async def serve(self, vm: Machine) -> None:
@@ -147,10 +147,11 @@ class _SocketClient:
             self._outbox.give_back(bytes(self._unconfirmed))
 
     async def _send_some(self, data: bytes) -> int:
-        if _unread(self._connection) == 0:
-            self._unconfirmed.clear()
+        # Asked before: a client that has closed its end since would seem to have read all.
+        unread = _unread(self._connection)
         count = await self._connection.send(data)
         self._unconfirmed += data[:count]
+        del self._unconfirmed[: -(unread + count) or None]
         return count
 
     async def _take_input(self, scope: trio.CancelScope) -> None:
@@ -167,7 +168,8 @@ class _SocketClient:
 
 
 def _unread(connection: trio.socket.SocketType) -> int:
-    """0 if the other side has read everything that was sent; see unix(7), SIOCOUTQ."""
+    """How many bytes the other side has not read: no fewer than the real number, because the
+    kernel counts the memory that they take, and 0 if it has read all (unix(7), SIOCOUTQ)."""
     return int.from_bytes(ioctl(connection.fileno(), TIOCOUTQ, bytes(_INT)), "little")
 
 

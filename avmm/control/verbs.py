@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias, TypedDict
@@ -51,8 +51,9 @@ class Control:
     """One machine as the verbs see it: who holds it paused, and what is under way."""
 
     def __init__(self, vm: Machine, holds: Holds) -> None:
-        self.vm = vm
-        self.holds = holds
+        self._vm = vm
+        self._holds = holds
+        self._copied = ""
         self.target: Target | None = None
         """Where the guest is being migrated to; None if it is not."""
         self.progress: Progress = {}
@@ -61,7 +62,16 @@ class Control:
         """Why nobody knows where the guest runs; empty if that is known."""
         self.moved_to = ""
         """Where the guest was last handed over to, even if that may have failed."""
-        self._copied = ""
+
+    @property
+    def vm(self) -> Machine:
+        """The machine. Raises `AvmmError` if there is none yet."""
+        return self._vm
+
+    @property
+    def holds(self) -> Holds:
+        """Who holds it paused. Raises `AvmmError` if there is no machine yet."""
+        return self._holds
 
     def status(self) -> Status:
         """The guest's state."""
@@ -89,13 +99,9 @@ class Control:
         self.vm.stop()
         await self.vm.wait()
 
-    def copying(self, what: str) -> AbstractContextManager[None]:
-        """RAM is copied inside the block. Entering it raises `AvmmError` if it is being copied
-        already."""
-        return self._copying(what)
-
     @contextmanager
-    def _copying(self, what: str) -> Iterator[None]:
+    def copying(self, what: str) -> Iterator[None]:
+        """RAM is copied inside the block. Raises `AvmmError` if it is being copied already."""
         if self._copied:
             raise AvmmError(f"not now: {self._copied}")
         self._copied = what
@@ -113,17 +119,13 @@ class NoGuestYet(Control):
         self._stop = stop
 
     @property
-    def vm(self) -> Machine:  # type: ignore[override]
-        """There is none: raises `AvmmError`."""
+    def vm(self) -> Machine:
+        """See `Control.vm`."""
         raise self._refusal()
 
     @property
-    def holds(self) -> Holds:  # type: ignore[override]
-        """There are none: raises `AvmmError`."""
-        raise self._refusal()
-
-    def copying(self, what: str) -> AbstractContextManager[None]:
-        """There is nothing to copy: raises `AvmmError`."""
+    def holds(self) -> Holds:
+        """See `Control.holds`."""
         raise self._refusal()
 
     def _refusal(self) -> AvmmError:
@@ -336,8 +338,9 @@ class TakeSnapshot(Verb):
             emit(asdict(progress))
 
         begin = trio.current_time()
+        vm = control.vm
         with control.copying("a snapshot is being written"):
-            await control.vm.snapshot(self.file, deadline=self.deadline, on_progress=tell)
+            await vm.snapshot(self.file, deadline=self.deadline, on_progress=tell)
         return {"seconds": trio.current_time() - begin}
 
 

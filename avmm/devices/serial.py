@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices.base import Device, Host, Wakeup, WriteAnswer
 from avmm.devices.console import ConsoleStream
 from avmm.devices.uart import Uart
@@ -110,6 +111,7 @@ class Serial(Device):
             with trio.move_on_after(max(0, wait)):
                 await self._writers.park()
 
+    @protected
     async def run(self) -> None:
         """Watch the stall clock for guests that sleep until THRE is set, and log stalls.
 

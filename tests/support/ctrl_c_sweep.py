@@ -10,10 +10,8 @@ behind or something other than KeyboardInterrupt was raised.
 from __future__ import annotations
 
 import faulthandler
-import gc
 import signal
 import sys
-import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import FrameType
@@ -23,6 +21,7 @@ import trio
 import trio.testing
 
 import avmm
+from support.leftovers import resources
 
 PACKAGE = str(Path(avmm.__file__).parent)
 PROMPT = b"avmm> "
@@ -141,19 +140,6 @@ def is_interrupt(error: BaseException) -> bool:
             others is None or others.split(avmm.AvmmError)[1] is None
         )
     return isinstance(error, KeyboardInterrupt)
-
-
-def resources() -> tuple[set[str], set[str], set[str]]:
-    gc.collect()
-    fds = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            fds.add(f"{entry.name} -> {entry.readlink()}")
-        except FileNotFoundError:
-            continue
-    threads = {thread.name for thread in threading.enumerate() if thread.name.startswith("avmm")}
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return fds, threads, {line for line in lines if "avmm-ram" in line or "kvm-vcpu" in line}
 
 
 def main() -> None:

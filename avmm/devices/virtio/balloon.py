@@ -156,6 +156,7 @@ class Balloon(VirtioDevice):
 
     # -- queues --------------------------------------------------------------------------------
 
+    @protected
     async def run(self) -> None:
         """Wake the tasks that wait: the guest has reported a new size."""
         while True:

@@ -250,6 +250,7 @@ class _Service:
         self._token = trio.lowlevel.current_trio_token()
         self._nursery: trio.Nursery
 
+    @protected
     async def run(self) -> None:
         try:
             async with trio.open_nursery() as self._nursery:

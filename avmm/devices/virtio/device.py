@@ -206,6 +206,7 @@ class VirtioDevice:
         """Called once, before the guest runs."""
         self.link = link
 
+    @protected
     async def run(self) -> None:
         """A background task beside `serve`, for the host's side: it goes on through resets and
         pauses, so it must not touch queues. Cancelled when the machine ends."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import trio
 
+from avmm.ctrl_c import protected
 from avmm.devices.base import Device, Doorbell, Host, ReadAnswer, Wakeup, WriteAnswer
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
@@ -358,6 +359,7 @@ class VirtioMmio(Device):
     def _is_live(self) -> bool:
         return self._status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
 
+    @protected
     async def run(self) -> None:
         """Run a session whenever the device should be at work."""
         async with trio.open_nursery() as nursery:

@@ -109,6 +109,7 @@ class Net(VirtioDevice):
 
     # -- queues --------------------------------------------------------------------------------
 
+    @protected
     async def run(self) -> None:
         while True:
             if not self.backend.is_connected:

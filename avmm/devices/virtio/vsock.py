@@ -249,6 +249,7 @@ class Vsock(VirtioDevice):
 
     # -- queues --------------------------------------------------------------------------------
 
+    @protected
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._reap)
