@@ -43,7 +43,7 @@ def context(
     function: Callable[_Params, AsyncIterator[_Yielded]],
 ) -> Callable[_Params, AbstractAsyncContextManager[_Yielded]]:
     """`contextlib.asynccontextmanager`, whose entering and leaving are protected."""
-    make = asynccontextmanager(protected(function))
+    make = asynccontextmanager(function)
 
     @wraps(function)
     def made(
