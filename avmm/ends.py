@@ -22,6 +22,7 @@ import trio
 from avmm.ctrl_c import protected
 from avmm.devices import sockets
 from avmm.errors import AvmmError
+from avmm.forks import closed_in_child, let_go_of
 from avmm.scrollback import Scrollback
 
 __all__ = ["Scrollback", "serve_pty", "serve_unix", "write_file"]
@@ -79,6 +80,7 @@ async def serve_pty(log: Scrollback, announce: Callable[[str], None]) -> None:
     try:
         tty.setraw(far)
         async with trio.lowlevel.FdStream(near) as host:
+            closed_in_child(host, lambda stream: let_go_of(stream.fileno(), far))
             announce(os.ttyname(far))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_exchange, log, host)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import trio
 
+from avmm.forks import closed_in_child
 from avmm.kvm import eventfd
 from avmm.kvm.vm import Vm
 
@@ -28,6 +29,7 @@ class EventDoorbell:
         """`watches` are the writes that KVM should handle once there is a VM (`connect`)."""
         self._fd = eventfd()
         self._watches = watches
+        closed_in_child(self, EventDoorbell.close)
 
     def connect(self, vm: Vm) -> None:
         """Have KVM ring it, if this KVM can. Otherwise such writes reach the device."""

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from avmm.errors import ConfigError
+from avmm.forks import close_descriptor, closed_in_child
 from avmm.kvm import eventfd
 from avmm.kvm.vm import Vm
 
@@ -61,6 +62,8 @@ class IrqLine:
         # One thread may drive the line while another closes the machine. After the close, the
         # descriptor's number may belong to another file and must not be written to.
         self._closing = threading.Lock()
+        # In the child nobody can hold that lock to any purpose, so it is not taken.
+        closed_in_child(self, lambda line: close_descriptor(line._fd))
 
     def set(self, asserted: bool) -> None:
         """Drive the line; a change from low to high interrupts the guest."""

@@ -25,6 +25,7 @@ import trio
 
 from avmm.ctrl_c import protected
 from avmm.errors import ConfigError
+from avmm.forks import socket_closed_in_child
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(f"{what} socket {path}: {error.strerror or error}") from None
-    return listener
+    return socket_closed_in_child(listener)
 
 
 def close(listener: socket.socket | trio.socket.SocketType, path: str | PathLike[str]) -> None:
@@ -117,7 +118,23 @@ async def accept(listener: trio.socket.SocketType, what: str) -> trio.socket.Soc
             elif error.errno not in _GONE_BEFORE:
                 raise
         else:
-            return connection
+            return socket_closed_in_child(connection)
+
+
+@protected
+async def without_trio(connection: trio.socket.SocketType) -> socket.socket:
+    """The same connection as a socket that can be closed outside of trio. Closes `connection`, and
+    waits for a free descriptor if the host has none."""
+    with connection:
+        while True:
+            try:
+                opened = socket.socket(fileno=os.dup(connection.fileno()))
+            except OSError as error:
+                if error.errno not in _SCARCE:
+                    raise
+                await trio.sleep(_SCARCE_SECONDS)
+            else:
+                return socket_closed_in_child(opened)
 
 
 def has_gone(connection: trio.socket.SocketType) -> bool:
@@ -161,6 +178,7 @@ async def connect(path: str | Path, seconds: float = _QUEUE_SECONDS) -> trio.Soc
             if error.errno != errno.ENOTCONN:
                 raise
         else:
+            socket_closed_in_child(stream.socket)
             return stream
         if trio.current_time() >= give_up:
             raise OSError(errno.EAGAIN, QUEUE_IS_FULL)
@@ -179,4 +197,4 @@ def connect_now(path: str | Path) -> socket.socket:
     except BaseException:
         peer.close()
         raise
-    return peer
+    return socket_closed_in_child(peer)

@@ -8,6 +8,7 @@ import os
 import stat
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -68,6 +69,14 @@ def lock_file(fd: int, path: Path, *, read_only: bool) -> None:
 def unlock_file(fd: int) -> None:
     """Unlock it. Does nothing if it is not locked."""
     _set_lock(fd, fcntl.F_UNLCK)
+
+
+def close_disk(fd: int) -> None:
+    """Close what `open_disk` has returned. It is unlocked first: a process that was forked by
+    other code than Python's may still have the descriptor, and would keep the lock."""
+    with suppress(OSError):  # closing it unlocks it as well, if nobody else has it
+        unlock_file(fd)
+    os.close(fd)
 
 
 def _set_lock(fd: int, kind: int) -> None:

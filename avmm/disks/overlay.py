@@ -22,6 +22,7 @@ from avmm.disks.base import SECTOR, Disk, Done
 from avmm.disks.pool import Pool
 from avmm.disks.raw import THREADS, WRITERS
 from avmm.errors import ConfigError, DeviceError
+from avmm.forks import closed_in_child
 from avmm.plain import Bytes, Fields, ListOf, Row
 
 _BASE, _OWN = b"\0", b"\1"
@@ -64,13 +65,14 @@ class OverlayDisk(Disk):
             os.ftruncate(self._fd, self.size)
             self._map = mmap.mmap(-1, self.size // SECTOR)
         except OSError as error:
-            os.close(self._base)
+            files.close_disk(self._base)
             raise ConfigError(
                 f"disk {self.name}: expected room for a file of {self.size} bytes in {place}: "
                 f"{error.strerror}"
             ) from None
         self._closed = False
         self._can_try = True
+        closed_in_child(self, OverlayDisk._let_go)
 
     def __enter__(self) -> Self:
         return self
@@ -86,7 +88,11 @@ class OverlayDisk(Disk):
             self._writers.close()
             self._file.close()
             self._map.close()
-            os.close(self._base)
+            files.close_disk(self._base)
+
+    def _let_go(self) -> None:
+        self._file.close()
+        os.close(self._base)
 
     def _runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """(is it changed, offset, length) of each run of sectors in the range."""

@@ -16,6 +16,7 @@ from typing import Final, Self
 from avmm.disks import files
 from avmm.disks.base import Disk, Done
 from avmm.disks.pool import Pool
+from avmm.forks import close_descriptor, closed_in_child
 from avmm.threads import in_thread, in_thread_shielded
 
 THREADS: Final = 4
@@ -49,6 +50,7 @@ class RawDisk(Disk):
         self._writers = Pool(f"avmm disk {Path(path).name} writes", WRITERS)
         self._at_once = {"read": True, "write": True}
         self._flush_error: OSError | None = None
+        closed_in_child(self, lambda disk: close_descriptor(disk._fd))
 
     def __enter__(self) -> Self:
         return self
@@ -62,7 +64,7 @@ class RawDisk(Disk):
         self._pool.close()
         self._writers.close()
         if self._fd >= 0:
-            os.close(self._fd)
+            files.close_disk(self._fd)
             self._fd = -1
 
     async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:

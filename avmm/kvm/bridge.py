@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
+from avmm.forks import closed_in_child
 from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.errors import KvmError
 
@@ -28,6 +29,7 @@ class Bridge:
         self.bell = eventfd()
         """Readable when the task has been given the turn while it slept."""
         self._struct = ffi.new("struct avmm_bridge *", {"bell": self.bell})
+        closed_in_child(self, Bridge.close)
 
     def call(self) -> None:
         """Give the task the turn and wait, without the GIL, until it answers."""

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias, TypeVar, cast
 
+from avmm.forks import closed_in_child
 from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.errors import KvmError
 
@@ -48,6 +49,7 @@ class Handle:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        closed_in_child(self, type(self).close)
 
     def _ioctl(self, name: _kvm.Constant, argument: _kvm.Address = ffi.NULL) -> int:
         answer = lib.avmm_ioctl(self.fd, getattr(lib, name), argument)

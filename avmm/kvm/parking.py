@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from avmm.forks import closed_in_child
 from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.bridge import eventfd
 from avmm.kvm.errors import KvmError
@@ -72,6 +73,7 @@ class ParkingLot:
         pending."""
         install_kick()
         self.bell = eventfd()
+        closed_in_child(self, ParkingLot.close)
         """Readable when all have parked while the task slept."""
         self.asked = False
         """Are the vCPUs to be parked now?"""

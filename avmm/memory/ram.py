@@ -31,6 +31,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from avmm.errors import ConfigError, GuestMemoryError
+from avmm.forks import closed_in_child
 from avmm.memory.layers import Layers, write_pages
 from avmm.memory.layout import RamLayout, Region
 from avmm.memory.pages import COPY_ON_WRITE, PAGE, Bitmap, address, own_pages, remap_private
@@ -125,6 +126,7 @@ class GuestMemory:
         self._forking = threading.Lock()
         """Protects where pages are: their files, the layers, and which pages are private."""
         self._closed = False
+        closed_in_child(self, GuestMemory._let_go)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -372,6 +374,11 @@ class GuestMemory:
     def addresses(self) -> list[tuple[Region, memoryview]]:
         """Each region with the mapping that backs it, for the VM's memory slots."""
         return list(zip(self._regions, self._views, strict=True))
+
+    def _let_go(self) -> None:
+        """In a forked child: close it. A view that the child got from its parent stays valid."""
+        with warnings.catch_warnings(action="ignore"):
+            self.close()
 
     def close(self) -> None:
         """Unmap and close. Idempotent. A view that somebody still holds keeps its mapping

@@ -17,6 +17,7 @@ import trio
 
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
 from avmm.errors import ConfigError
+from avmm.forks import close_descriptor, closed_in_child
 from avmm.threads import in_thread, in_thread_shielded
 
 # include/uapi/linux/if_tun.h
@@ -54,6 +55,7 @@ class Tap(Backend):
             )
         self.name = name
         self._fd = self._open() if held else -1
+        closed_in_child(self, lambda tap: close_descriptor(tap._fd))
 
     def _open(self) -> int:
         """Open the interface. This blocks, because making or removing an interface waits for the

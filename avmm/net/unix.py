@@ -38,6 +38,8 @@ class UnixStream(Backend):
         self._listens = listens
         self._listener: socket.socket | None = None
         self._peer: trio.socket.SocketType | None = None
+        self._opened: socket.socket | None = None
+        """The peer's socket, which `close` can close in any thread."""
         self._acquired = trio.Event()
         self._forget()
 
@@ -76,11 +78,12 @@ class UnixStream(Backend):
         if self._listens:
             self._listener = opened
         else:
-            self._plug(trio.socket.from_stdlib_socket(opened))
+            self._plug(opened)
         self._acquired.set()
 
-    def _plug(self, peer: trio.socket.SocketType) -> None:
-        self._peer = peer
+    def _plug(self, opened: socket.socket) -> None:
+        self._opened = opened
+        self._peer = trio.socket.from_stdlib_socket(opened)
         self._connected.set()
 
     @property
@@ -96,11 +99,14 @@ class UnixStream(Backend):
             if self._listener is not None:
                 with suppress(trio.ClosedResourceError):  # released meanwhile
                     listener = trio.socket.from_stdlib_socket(self._listener)
-                    self._plug(await sockets.accept(listener, f"net socket {self._path}"))
+                    peer = await sockets.accept(listener, f"net socket {self._path}")
+                    self._plug(await sockets.without_trio(peer))
 
     async def release(self) -> None:
         """See `Backend`."""
         listener, self._listener = self._listener, None
+        if self._opened is not None:
+            trio.lowlevel.notify_closing(self._opened)
         self.close()
         self._forget()
         if listener is not None:
@@ -140,7 +146,7 @@ class UnixStream(Backend):
         """The peer has gone. Where we listen, another one may come."""
         if self._listens and self._peer is peer:
             peer.close()
-            self._peer = None
+            self._opened = self._peer = None
             self._forget()
 
     async def send(self, frame: Frame) -> None:
@@ -168,10 +174,11 @@ class UnixStream(Backend):
         self._begun = None
 
     def close(self) -> None:
-        """Close the sockets. If this listened at a path, the path is removed."""
-        if self._peer is not None:
-            self._peer.close()
-            self._peer = None
+        """Close the sockets. If this listened at a path, the path is removed. Any thread may call
+        it, while no task waits for a socket."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = self._peer = None
         if self._listener is not None:
             sockets.close(self._listener, self._path)
             self._listener = None

@@ -24,6 +24,7 @@ import trio
 from avmm.ctrl_c import protected
 from avmm.devices import sockets
 from avmm.errors import ConfigError, MigrationError
+from avmm.forks import socket_closed_in_child
 from avmm.threads import in_thread
 from avmm.transfer import tls as security
 from avmm.transfer.targets import Target
@@ -63,6 +64,7 @@ async def connect(target: str, *, tls: Tls | None = None) -> trio.abc.Stream:
         if to.kind == "unix":
             return await sockets.connect(to.path)
         stream = await trio.open_tcp_stream(to.host, to.port)
+        socket_closed_in_child(stream.socket)
     except OSError as error:
         raise MigrationError(f"{to}: {_why(error)}") from None
     if context is None:
@@ -106,6 +108,8 @@ async def listen(target: str, *, tls: Tls | None = None) -> Listener:
         listeners = await trio.open_tcp_listeners(at.port, host=at.host)
     except OSError as error:
         raise ConfigError(f"{at}: {_why(error)}") from None
+    for listener in listeners:
+        socket_closed_in_child(listener.socket)
     if at.port == 0:  # each address got its own port, but `target` can name only one
         for listener in listeners[1:]:
             listener.socket.close()
@@ -256,7 +260,7 @@ def _adopt(target: Target, *, listening: bool) -> trio.socket.SocketType:
         adopted.detach()
         raise ConfigError(f"target {target}: expected {expected}")
     os.set_inheritable(target.fd, False)
-    return trio.socket.from_stdlib_socket(adopted)
+    return trio.socket.from_stdlib_socket(socket_closed_in_child(adopted))
 
 
 def _why(error: OSError) -> str:

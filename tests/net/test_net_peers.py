@@ -13,6 +13,8 @@ import pytest
 import trio
 from support.passt_guest import reach
 
+import avmm
+from avmm.devices import sockets
 from avmm.devices.virtio.frame import Frame
 from avmm.net.unix import UnixStream
 
@@ -64,3 +66,31 @@ async def test_qemu_between_two_of_ours(tmp_path: Path) -> None:
                                 pass
                             assert got == data
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.usefixtures("kvm", "nothing_left")
+class TestAPeerThatStaysToTheEnd:
+    """A machine's backends are closed in a thread, where trio's sockets cannot be closed."""
+
+    async def test_we_have_connected_to_it(self, tmp_path: Path) -> None:
+        with closing(sockets.listen(tmp_path / "net", "net")) as listener:
+            async with avmm.Machine(memory="64M", net=[f"unix={tmp_path / 'net'}"]):
+                peer, _ = listener.accept()
+            with peer:
+                assert peer.recv(1) == b""
+
+    async def test_it_has_connected_to_us(self, tmp_path: Path) -> None:
+        async with avmm.Machine(memory="64M", net=[f"listen={tmp_path / 'net'}"]) as vm:
+            peer = await sockets.connect(tmp_path / "net")
+            with trio.fail_after(30):
+                await vm.nets[0].backend.connected()
+        async with peer:
+            assert await peer.receive_some() == b""
+
+    async def test_the_machine_cannot_be_entered(self, tmp_path: Path) -> None:
+        (tmp_path / "kernel").write_bytes(b"nothing")
+        with closing(sockets.listen(tmp_path / "net", "net")):
+            vm = avmm.Machine(kernel=tmp_path / "kernel", net=[f"unix={tmp_path / 'net'}"])
+            with pytest.raises(avmm.AvmmError, match="kernel"):
+                async with vm:
+                    pass
