@@ -124,6 +124,13 @@ class Claims:
                 raise ImageError(f"{claim} overlaps {other}")
         self._claims.insert(at, claim)
 
+    def is_free(self, gpa: int, size: int) -> bool:
+        """Is this range RAM of which nobody has claimed any byte?"""
+        end = gpa + size
+        return any(lo <= gpa and end <= hi for lo, hi in self._ram) and not any(
+            gpa < claim.end and claim.gpa < end for claim in self._claims
+        )
+
     def place(self, size: int, what: str, *, limit: int | None = None) -> int:
         """Claim the highest page-aligned room for `size` bytes below `limit`; return its GPA.
 

@@ -31,7 +31,6 @@ PF_X: Final = 1
 """In `Segment.flags`: executable."""
 _TYPES: Final = {
     "ET_REL": "an object file; expected a linked executable",
-    "ET_DYN": "position-independent (ET_DYN); expected one linked to fixed addresses (-no-pie)",
     "ET_CORE": "a core dump; expected an executable",
 }
 
@@ -70,7 +69,11 @@ class Elf:
     segments: tuple[Segment, ...]
     """All of them, in the file's order."""
     entry: int
-    """`e_entry` as in the file; see `elf.physical_entry`."""
+    """`e_entry` as in the file, or where it was moved to; see `elf.physical_entry`."""
+    is_pie: bool = False
+    """Is it linked to no fixed address (ET_DYN)?"""
+    moved_by: int = 0
+    """How far the addresses of its segments are above those in the file."""
 
     @property
     def loadable(self) -> tuple[Segment, ...]:
@@ -96,7 +99,7 @@ def parse(image: Image) -> Elf:
             raise image.error("is a dynamically linked program (it has PT_INTERP), not a kernel")
     if not any(segment.kind == "PT_LOAD" and segment.memsz for segment in segments):
         raise image.error("has no loadable segment (PT_LOAD)")
-    return Elf(image, bits, segments, int(header["e_entry"]))
+    return Elf(image, bits, segments, int(header["e_entry"]), header["e_type"] == "ET_DYN")
 
 
 def _check_header(image: Image, bits: int, encoding: int, header: Any) -> None:
@@ -110,7 +113,7 @@ def _check_header(image: Image, bits: int, encoding: int, header: Any) -> None:
         )
     if machine != _MACHINE[bits]:
         raise image.error(f"is a {bits}-bit ELF for {machine}; expected {_MACHINE[bits]}")
-    if header["e_type"] != "ET_EXEC":
+    if header["e_type"] not in ("ET_EXEC", "ET_DYN"):
         what = _TYPES.get(header["e_type"], f"of type {header['e_type']}; expected ET_EXEC")
         raise image.error(f"is an ELF, but {what}")
 

@@ -6,14 +6,15 @@ sectors at 0x7c00, AP trampolines in page 0, at 0x7000 or 0x8000, test kernels l
 all stay well below 0x90000. So everything that avmm keeps from a guest lies in 0x90000-0x9fc00.
 Only the parts that a boot format uses are claimed, and the guest is told that these are reserved:
 
-    0x00000-0x90000    free, for the image and the guest's own trampolines
+    0x00000-0x00500    interrupt vectors and BIOS data area, unless the image lies there
+    0x00500-0x90000    free, for the image and the guest's own trampolines
     0x90000-0x95000    boot information: hvm_start_info or multiboot information
     0x95000-0x96000    Linux's zero page
     0x96000-0x97000    command line
     0x97000-0x98000    GDT                 (long mode entry only)
     0x98000-0x9e000    page tables         (long mode entry only)
     0x9e000-0x9fc00    first stack         (long mode entry only)
-    0x9fc00-0xa0000    EBDA: reserved, left empty
+    0x9fc00-0xa0000    EBDA: reserved, with only its size
     0xa0000-0xf0000    video memory and option ROMs on a PC: never reported as RAM
     0xf0000-0x100000   BIOS area: reserved; the MP floating pointer and table, ACPI tables
     0x100000-          the image, as a rule; initrd and modules at the top
@@ -34,6 +35,12 @@ HOLE_END: Final = 0x1_0000_0000
 GPA_LIMIT: Final = 1 << 52
 """No x86 processor has memory above it."""
 RAM: Final = RamLayout(0, HOLE_START, HOLE_END, GPA_LIMIT)
+
+VECTORS: Final = 0
+"""Real mode's interrupt vectors."""
+BIOS_DATA: Final = 0x400
+"""The BIOS data area."""
+BIOS_DATA_END: Final = 0x500
 
 BOOT_INFO: Final = 0x9_0000
 """`hvm_start_info` or the multiboot information, and everything that these point to except the
@@ -83,7 +90,9 @@ guests try.
 """
 GENERATION: Final = 0xF_FF80
 """The generation id (`generation`)."""
-ACPI_SIZE: Final = GENERATION - ACPI
+BIOS_CALL: Final = 0xF_FF70
+"""Where all of real mode's interrupt vectors lead (`lowmem`)."""
+ACPI_SIZE: Final = BIOS_CALL - ACPI
 
 HIMEM: Final = 0x10_0000
 """Where extended memory begins."""

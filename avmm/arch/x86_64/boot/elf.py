@@ -6,7 +6,7 @@ their ELFs with these functions.
 
 from __future__ import annotations
 
-from avmm.arch.x86_64.boot import longmode
+from avmm.arch.x86_64.boot import longmode, pie
 from avmm.arch.x86_64.boot.assembly import Assembly
 from avmm.arch.x86_64.layout import HOLE_END
 from avmm.boot.elf_headers import PF_X, Elf
@@ -18,12 +18,13 @@ def load_segments(assembly: Assembly, elf: Elf) -> None:
 
     All segments are claimed before the first byte is copied. The part of a segment that is only in
     memory (.bss) is claimed but not written, because fresh RAM is zero and costs nothing until it
-    is used.
+    is used. A static PIE is relocated.
     """
     for s in elf.loadable:
         assembly.claims.claim(s.paddr, s.memsz, f"{elf.image.name}: segment {s.index}")
     for s in elf.loadable:
         assembly.load(elf.image, s.offset, s.filesz, s.paddr)
+    pie.relocate(elf, assembly.memory)
 
 
 def physical_entry(elf: Elf) -> int:

@@ -11,7 +11,7 @@
    wants it used; besides its own boot protocol, Linux's vmlinux has no other entry.
 4. *Multiboot* (`multiboot`): a 32-bit ELF with the header.
 5. *ELF* (`elf`): a 64-bit ELF, entered in long mode by our own contract (`longmode`), of which
-   Linux's 64-bit boot protocol is a part.
+   Linux's 64-bit boot protocol is a part. ELFs of 2 to 5 may be static PIEs (`pie`).
 6. *bzImage* (`bzimage`): the vmlinux inside it, or a program without a payload (memtest86+),
    entered in the same way.
 7. *libkrunfw* (`krunfw`): a shared object with a kernel in it, entered in the same way.
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from avmm.arch import contract
 from avmm.arch.x86_64 import acpi as acpi_tables
 from avmm.arch.x86_64.acpi import AcpiDevice
-from avmm.arch.x86_64.boot import bzimage, elf, flat, krunfw, multiboot, pvh, zeropage
+from avmm.arch.x86_64.boot import bzimage, elf, flat, krunfw, lowmem, multiboot, pie, pvh, zeropage
 from avmm.arch.x86_64.boot.assembly import Assembly
 from avmm.boot.describe import HEAD, describe
 from avmm.boot.elf_headers import MAGIC, is_linux, parse
@@ -109,7 +109,9 @@ def load(
         assembly.name_devices()
     limit = None if flat is not None else memory.size + SLACK
     with open_image(image, unpack_limit=limit) as content:
-        return _load_image(assembly, content, flat, protocol)
+        entry = _load_image(assembly, content, flat, protocol)
+    lowmem.write(assembly)
+    return entry
 
 
 def _load_image(
@@ -125,7 +127,7 @@ def _load_image(
     if header is not None and header.addresses is not None:
         return multiboot.load(assembly, image, header)
     if image.head(4) == MAGIC:
-        executable = parse(image)
+        executable = pie.placed(parse(image), assembly.memory)
         if is_linux(executable):
             assembly.longest_cmdline = zeropage.LINUX_CMDLINE_MAX
         ip = pvh.entry_point(executable)
@@ -164,7 +166,7 @@ def _load_linux(assembly: Assembly, image: Image, protocol: Protocol) -> Entry:
 def _load_vmlinux(
     assembly: Assembly, image: Image, protocol: Protocol, header: bytes | None
 ) -> Entry:
-    executable = parse(image)
+    executable = pie.placed(parse(image), assembly.memory)
     assembly.longest_cmdline = zeropage.LINUX_CMDLINE_MAX
     if protocol is Protocol.LINUX64:
         return elf.load(assembly, executable, header)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from avmm.arch.x86_64 import layout
-from avmm.arch.x86_64.boot import elf
+from avmm.arch.x86_64.boot import elf, pie
 from avmm.arch.x86_64.boot.assembly import Assembly
 from avmm.arch.x86_64.boot.infoblock import InfoBlock
 from avmm.boot.claims import MapEntry, MapKind
@@ -113,7 +113,7 @@ def load(assembly: Assembly, image: Image, header: MultibootHeader) -> Entry:
 
 
 def _load_elf(assembly: Assembly, image: Image) -> int:
-    executable = parse(image)
+    executable = pie.placed(parse(image), assembly.memory)
     if executable.bits != 32:
         raise image.error(
             "is a 64-bit ELF with a multiboot header that has no load addresses; expected a "

@@ -33,7 +33,7 @@ def entry_point(image: Elf) -> int | None:
         return None
     if len(note.desc) not in (4, 8):
         raise image.image.error(f"has a PVH note of {len(note.desc)} bytes; expected 4 or 8")
-    ip = int.from_bytes(note.desc, "little")
+    ip = int.from_bytes(note.desc, "little") + image.moved_by
     if ip >> 32 or not elf.holds(image, ip):
         raise image.image.error(
             f"has a PVH note with the entry point {ip:#x}; expected an address below 4 GiB "

@@ -131,7 +131,7 @@ HEADERS = {
     "x32": (Elf(bits=32, machine=62), "is a 32-bit ELF for EM_X86_64; expected EM_386"),
     "32-bit": (Elf(bits=32), "32-bit ELF without a PVH note or a multiboot header"),
     "object": (Elf(kind=1), "an object file; expected a linked executable"),
-    "pie": (Elf(kind=3), "position-independent (ET_DYN)"),
+    "library": (Elf(kind=3, entry=0), "is a shared library; expected a kernel, or a static PIE"),
     "core": (Elf(kind=4), "a core dump"),
     "type": (Elf(kind=77), "of type 77; expected ET_EXEC"),
     "none": (Elf([]), "has no program headers"),
