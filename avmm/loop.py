@@ -50,6 +50,7 @@ import threading
 import time
 from collections.abc import Mapping
 from enum import Enum
+from time import clock_gettime, pthread_getcpuclockid
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -166,6 +167,8 @@ class VcpuLoop:
         self._bridge = Bridge()
         self._work: Awaitable[None] | None = None
         """The awaitable that the thread has handed over and the task has not taken yet."""
+        self._clock: int | None = None
+        """The thread's CPU clock."""
         self.task: trio.lowlevel.Task | None = None
         """The task in which `run` runs."""
         self._errors: list[BaseException] = []
@@ -218,12 +221,24 @@ class VcpuLoop:
             return f"vCPU {self.index} has not left the guest {late}"
         return f"vCPU {self.index} has not come back from {self._exits.owner()}, {late}"
 
+    @property
+    def cpu_seconds(self) -> float | None:
+        """How much CPU time the thread has taken. None if it does not run, or its exit is being
+        served."""
+        if self._state is not _RUNNING or self._clock is None:
+            return None
+        try:
+            return clock_gettime(self._clock)
+        except OSError:  # it has just ended
+            return None
+
     # -- the thread ----------------------------------------------------------------------
 
     @in_vcpu_thread
     def _main(self) -> None:
         self._state, end = _RUNNING, _FAILED
         try:
+            self._clock = pthread_getcpuclockid(threading.get_ident())
             self._spot.enter()
             self._run()
             end = _ENDED
@@ -421,6 +436,13 @@ class VcpuGroup:
     def served_by(self, task: trio.lowlevel.Task) -> int | None:
         """The index of the vCPU whose exits this task serves. None if it is none of them."""
         return next((loop.index for loop in self.loops if loop.task is task), None)
+
+    def cpu_seconds(self) -> list[float] | None:
+        """How much CPU time each vCPU's thread has taken. None if one of them does not run, or its
+        exit is being served."""
+        found = [loop.cpu_seconds for loop in self.loops]
+        times = [seconds for seconds in found if seconds is not None]
+        return times if len(times) == len(found) else None
 
     @anywhere
     def stop(self) -> None:

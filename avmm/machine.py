@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import trio
 
+from avmm import halts
 from avmm.bus.space import Placement
 from avmm.config import HostSettings, MachineConfig, Settings
 from avmm.ctrl_c import context, interruptible, protected, undisturbed
@@ -259,6 +260,19 @@ class Machine:
         than once, and after the block. Before the machine is entered it raises `RunstateError`."""
         self._life.demand("wait")
         return await self._life.over()
+
+    @in_trio
+    async def halted(self) -> None:
+        """Wait until the guest can never run again, because all of its CPUs are halted with
+        interrupts off. A Linux without ACPI powers off like this. It is noticed after a second or
+        two, by a short pause of the vCPUs, which are not looked at while one of them runs.
+
+        The guest has not ended: `wait` goes on waiting until you call `stop`. If it ends, or is
+        left, this waits until it is cancelled. If somebody has asked for a `message_interrupt`,
+        which can wake any guest, it also does.
+        """
+        parts = self._use("halted")
+        await halts.halted(parts.group, self._inside.coordinator, parts.are_halted)
 
     @anywhere
     def stop(self, status: int = 0) -> None:

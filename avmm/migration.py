@@ -42,6 +42,8 @@ _THROTTLE_SECONDS: Final = 0.04
 """One period of throttling, if the host is not busy."""
 _MOST_STILL_SECONDS: Final = 0.25
 """How long a throttled guest stands still at a time. A pause may have to wait that long."""
+_GLANCE_SECONDS: Final = 0.5
+"""How long a glance waits for the vCPUs to park."""
 RESUME_SECONDS: Final = 10.0
 """How long the vCPUs wait for devices to resume. After that they run without them."""
 
@@ -205,6 +207,26 @@ class Coordinator:
                     return
                 finally:
                     self._vcpus.resume()
+
+    @protected
+    async def glance(self, look: Callable[[], bool]) -> bool:
+        """Return what `look` returns, which is called while all vCPUs are parked, but not the
+        devices quiesced. Returns False if that cannot be soon: because the machine is paused, or a
+        device serves an exit.
+        """
+        if self._moving.locked() or self._stand is not Stand.RUNS:
+            return False
+        async with self._moving:
+            with trio.move_on_after(_GLANCE_SECONDS):
+                try:
+                    self._vcpus.pause()
+                    await self._vcpus.parked()
+                    return look()
+                except VcpuError:  # the next task that pauses the machine gets this error
+                    return False
+                finally:
+                    self._vcpus.resume()
+        return False
 
     def _describe(self) -> str:
         if self._stage:

@@ -153,6 +153,7 @@ OPERATIONS: Final[Mapping[str, tuple[Set[Runstate], str]]] = {
     "migrate": (_RUNS, "one that runs"),
     "settle": ({_S.UNSETTLED}, "one whose hand-over got no answer"),
     "wait": (_INSIDE | {_S.LEFT}, "one that was entered"),
+    "halted": (_INSIDE, "one inside its `async with`"),
     "stop": (frozenset(_S), "any"),
 }
 """For each operation, by the name of its method: the states in which it is allowed, and these in

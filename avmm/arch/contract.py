@@ -244,6 +244,12 @@ class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
         vCPUs run. Blocks for a moment.
         """
 
+    @abstractmethod
+    def are_halted(self, vm: VmT, vcpus: Sequence[VcpuT]) -> bool:
+        """Can none of the vCPUs ever run again, because they wait for interrupts that they do not
+        take? Call it only while they are parked.
+        """
+
     # -- what an error shows ------------------------------------------------------------------
 
     @abstractmethod

@@ -158,6 +158,11 @@ class Interrupts:
         self._messages.append(message)
         return message
 
+    @property
+    def has_messages(self) -> bool:
+        """Has anybody asked for a message-signalled interrupt?"""
+        return bool(self._messages)
+
     def close(self) -> None:
         """Close the eventfds. Call it after all vCPUs have ended; idempotent."""
         for line in self._lines.values():

@@ -35,6 +35,9 @@ from avmm.parts.placing import Unplaced, virtio
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LAST_OUTPUT_SECONDS: Final = 1.0
 _MOST_SHOWN: Final = 400
+_HALTED: Final = 133
+"""The status for a guest that has halted for good. Nobody can tell whether it was done or had
+given up, so this is not the status of success."""
 
 
 def control_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,6 +96,7 @@ class Ends:
             control = Control(vm, held)
             async with trio.open_nursery() as nursery:
                 await nursery.start(_stop_on_signal, vm, nursery.cancel_scope)
+                nursery.start_soon(_stop_when_halted, vm)
                 async with AsyncExitStack() as stack:
                     if self._listener is not None:
                         await stack.enter_async_context(server.served(self._listener, control))
@@ -158,6 +162,16 @@ async def _stop_on_signal(
             vm.stop(status=128 + number)
             await trio.sleep(_LAST_OUTPUT_SECONDS)
             scope.cancel()
+
+
+async def _stop_when_halted(vm: Machine) -> None:
+    """A guest that has halted for good would keep the command for ever."""
+    await vm.halted()
+    click.echo(
+        "avmm: the guest has halted all of its CPUs, with interrupts off: nothing can wake it",
+        err=True,
+    )
+    vm.stop(status=_HALTED)
 
 
 @asynccontextmanager

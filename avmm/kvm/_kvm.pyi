@@ -150,6 +150,7 @@ class KvmIrqfd(CData):
     fd: int
     gsi: int
     flags: int
+    resamplefd: int
 
 class KvmIrqfdPointer(KvmIrqfd, Pointer[KvmIrqfd]): ...
 
@@ -157,6 +158,7 @@ class KvmIrqfdInit(TypedDict, total=False):
     fd: int
     gsi: int
     flags: int
+    resamplefd: int
 
 class KvmIoeventfd(CData):
     datamatch: int
@@ -985,6 +987,7 @@ Constant: TypeAlias = Literal[
     "KVM_IRQ_ROUTING_IRQCHIP",
     "KVM_IRQ_ROUTING_MSI",
     "KVM_IRQFD_FLAG_DEASSIGN",
+    "KVM_IRQFD_FLAG_RESAMPLE",
     "KVM_IOEVENTFD_FLAG_DATAMATCH",
     "KVM_IOEVENTFD_FLAG_PIO",
     "KVM_IOEVENTFD_FLAG_DEASSIGN",
@@ -1059,6 +1062,9 @@ Constant: TypeAlias = Literal[
     "KVM_IRQCHIP_PIC_MASTER",
     "KVM_IRQCHIP_PIC_SLAVE",
     "KVM_IRQCHIP_IOAPIC",
+    "KVM_MP_STATE_UNINITIALIZED",
+    "KVM_MP_STATE_INIT_RECEIVED",
+    "KVM_MP_STATE_HALTED",
     "KVM_VCPU_TSC_CTRL",
     "KVM_VCPU_TSC_OFFSET",
 ]
@@ -1888,6 +1894,7 @@ class Lib:
     KVM_IRQ_ROUTING_IRQCHIP: Final[int]
     KVM_IRQ_ROUTING_MSI: Final[int]
     KVM_IRQFD_FLAG_DEASSIGN: Final[int]
+    KVM_IRQFD_FLAG_RESAMPLE: Final[int]
     KVM_IOEVENTFD_FLAG_DATAMATCH: Final[int]
     KVM_IOEVENTFD_FLAG_PIO: Final[int]
     KVM_IOEVENTFD_FLAG_DEASSIGN: Final[int]
@@ -1962,6 +1969,9 @@ class Lib:
     KVM_IRQCHIP_PIC_MASTER: Final[int]
     KVM_IRQCHIP_PIC_SLAVE: Final[int]
     KVM_IRQCHIP_IOAPIC: Final[int]
+    KVM_MP_STATE_UNINITIALIZED: Final[int]
+    KVM_MP_STATE_INIT_RECEIVED: Final[int]
+    KVM_MP_STATE_HALTED: Final[int]
     KVM_VCPU_TSC_CTRL: Final[int]
     KVM_VCPU_TSC_OFFSET: Final[int]
     def avmm_ioctl(self, arg0: int, arg1: int, arg2: Address, /) -> int: ...

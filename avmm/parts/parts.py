@@ -122,6 +122,11 @@ class Parts:
             lambda: self.memory.missing,
         )
 
+    def are_halted(self) -> bool:
+        """Can the guest never run again? Call it while the vCPUs are parked."""
+        # Whoever has a message-signalled interrupt may send an NMI with it.
+        return not self.interrupts.has_messages and self.arch.are_halted(self.vm, self.vcpus)
+
     def deliver_coalesced(self) -> None:
         """Deliver to the devices the writes that the guest has made without an exit."""
         if self.coalesced is not None:

@@ -9,7 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from avmm.arch.contract import Architecture, Board, BoardOptions, GuestImage, Probe
-from avmm.arch.x86_64 import board, cpu, generation, layout, mptable, probes, report, state, vm
+from avmm.arch.x86_64 import (
+    board,
+    cpu,
+    generation,
+    halt,
+    layout,
+    mptable,
+    probes,
+    report,
+    state,
+    vm,
+)
 from avmm.arch.x86_64.kvm import X86System, X86Vcpu, X86Vm
 from avmm.kvm import constants
 from avmm.vcpu.calls import KINDS
@@ -107,6 +118,9 @@ class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the archi
 
     def renew_generation(self, memory: GuestMemory, vm_: X86Vm) -> None:
         generation.renew(memory, vm_)
+
+    def are_halted(self, vm_: X86Vm, vcpus: Sequence[X86Vcpu]) -> bool:
+        return halt.are_halted(vm_, vcpus)
 
     def registers(self, vcpu: X86Vcpu, memory: GuestMemory) -> str:
         return report.registers(vcpu, memory)

@@ -268,6 +268,10 @@ class X86Vcpu(Vcpu):
             entry.eax, entry.ebx, entry.ecx, entry.edx = leaf[3:]
         self._ioctl("KVM_SET_CPUID2", cpuid)
 
+    def mp_state(self) -> int:
+        """KVM_GET_MP_STATE: one of KVM_MP_STATE_*."""
+        return self._get("KVM_GET_MP_STATE", ffi.new("struct kvm_mp_state *")).mp_state
+
     def clock_paused(self) -> bool:
         """KVM_KVMCLOCK_CTRL: tell the guest's watchdogs that it stood still. Returns False if the
         guest has no kvmclock."""
