@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import click
 
-from avmm.errors import ConfigError
 from avmm.image import build as builder
 from avmm.image import kernel as kernels
+from avmm.image.added import Added
 from avmm.image.packages import Package
 
 PATH = click.Path(path_type=Path)
@@ -36,7 +36,8 @@ def command() -> None:
     "added",
     metavar="FILE:PATH",
     multiple=True,
-    help="Put FILE into the guest at PATH; repeatable.",
+    help="Put FILE, or a folder with all that is in it, into the guest at PATH. If PATH ends with "
+    "a slash, it is the folder into which FILE goes. Repeatable.",
 )
 def build(
     packages: tuple[Path, ...],
@@ -47,7 +48,8 @@ def build(
 ) -> None:
     """Make a guest for `avmm run --config` from PACKAGES.
 
-    PACKAGES are the .deb files of a kernel and of busybox-static.
+    PACKAGES are the .deb files of a kernel and of busybox-static. From Linux 6.19 on, Debian's
+    kernel is in several packages: linux-binary-*, linux-modules-* and linux-base-*.
 
     The guest loads its modules, gets addresses by DHCP, and starts a shell on its console. The
     shell's exit status becomes the status of the run.
@@ -57,12 +59,13 @@ def build(
         output,
         modules=modules,
         script=script,
-        added=dict(_added(text) for text in added),
+        added=[Added.parse(text) for text in added],
         progress=lambda step: click.echo(f"{step} ...", err=True),
     )
     click.echo(
         f"Linux {made.release}, {len(made.modules)} modules, initramfs of "
-        f"{made.size / (1 << 20):.1f} MiB; start it with\n  avmm run --config {made.config}"
+        f"{made.size / (1 << 20):.1f} MiB, memory {made.memory}; start it with\n"
+        f"  avmm run --config {made.config}"
     )
 
 
@@ -71,15 +74,5 @@ def build(
 @click.option("--output", "-o", type=PATH, help="[default: vmlinuz-RELEASE]")
 def kernel(package: Path, output: Path | None) -> None:
     """Extract the kernel from PACKAGE, which is a .deb file."""
-    deb = Package(package)
-    release = kernels.release(deb)
-    target = output or Path(f"vmlinuz-{release}")
-    kernels.extract(deb, target)
+    release, target = kernels.extract(Package(package), output)
     click.echo(f"{target}: Linux {release}")
-
-
-def _added(text: str) -> tuple[PurePosixPath, Path]:
-    source, colon, target = text.rpartition(":")
-    if not colon or not source or not target.startswith("/"):
-        raise ConfigError(f"--add {text!r}: expected FILE:PATH with an absolute PATH")
-    return PurePosixPath(target), Path(source)

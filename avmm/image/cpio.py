@@ -7,10 +7,14 @@ need the right to make device nodes. This code needs neither.
 
 from __future__ import annotations
 
+import os
 import stat
 from typing import IO, Final
 
 _TRAILER: Final = "TRAILER!!!"
+_PIECE: Final = 1 << 20
+MOST_BYTES: Final = 0xFFFF_FFFF
+"""A file's size has eight hexadecimal digits."""
 
 
 class Archive:
@@ -19,6 +23,8 @@ class Archive:
     def __init__(self, out: IO[bytes]) -> None:
         self._out = out
         self._inode = 0
+        self.bytes = 0
+        """How much the files have in all."""
         self._folders: set[str] = set()
 
     def file(self, path: str, content: bytes, *, mode: int = 0o644) -> None:
@@ -26,10 +32,26 @@ class Archive:
         self._make_folders(path)
         self._entry(path, stat.S_IFREG | mode, content)
 
+    def copy(self, path: str, source: IO[bytes], size: int, *, mode: int) -> None:
+        """Add a regular file with the next `size` bytes of `source`. Raises `ValueError` if it has
+        fewer, or if an archive cannot hold that many."""
+        if size > MOST_BYTES:
+            raise ValueError(f"{size} bytes; expected at most {MOST_BYTES}")
+        self._make_folders(path)
+        self._header(path, stat.S_IFREG | mode, size)
+        left = size
+        while left:
+            piece = source.read(min(left, _PIECE))
+            if not piece:
+                raise ValueError(f"{size - left} bytes, but {size} a moment ago")
+            self._out.write(piece)
+            left -= len(piece)
+        self._pad(size)
+
     def symlink(self, path: str, target: str) -> None:
         """Add a symbolic link."""
         self._make_folders(path)
-        self._entry(path, stat.S_IFLNK | 0o777, target.encode())
+        self._entry(path, stat.S_IFLNK | 0o777, os.fsencode(target))
 
     def folder(self, path: str, *, mode: int = 0o755) -> None:
         """Add a folder, unless it has been added before."""
@@ -53,12 +75,19 @@ class Archive:
     def _entry(
         self, path: str, mode: int, content: bytes, device: tuple[int, int] = (0, 0)
     ) -> None:
-        self._inode += 1
-        name = path.encode() + b"\0"
-        links = 2 if stat.S_ISDIR(mode) else 1
-        fields = (self._inode, mode, 0, 0, links, 0, len(content), 0, 0, *device, len(name), 0)
-        self._padded(b"070701" + b"".join(b"%08X" % value for value in fields) + name)
-        self._padded(content)
+        self._header(path, mode, len(content), device)
+        self._out.write(content)
+        self._pad(len(content))
 
-    def _padded(self, data: bytes) -> None:
-        self._out.write(data + bytes(-len(data) % 4))
+    def _header(self, path: str, mode: int, size: int, device: tuple[int, int] = (0, 0)) -> None:
+        self._inode += 1
+        name = os.fsencode(path) + b"\0"
+        links = 2 if stat.S_ISDIR(mode) else 1
+        fields = (self._inode, mode, 0, 0, links, 0, size, 0, 0, *device, len(name), 0)
+        data = b"070701" + b"".join(b"%08X" % value for value in fields) + name
+        self._out.write(data)
+        self._pad(len(data))
+        self.bytes += size
+
+    def _pad(self, size: int) -> None:
+        self._out.write(bytes(-size % 4))

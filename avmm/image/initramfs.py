@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from avmm.errors import ImageError
+from avmm.image.added import Added
 from avmm.image.cpio import Archive
 from avmm.image.output import written
 from avmm.image.packages import Package
 
-_BUSYBOX: Final = frozenset({"/bin/busybox", "/usr/bin/busybox"})
+_BUSYBOX: Final = frozenset(map(PurePosixPath, ("/bin/busybox", "/usr/bin/busybox")))
 _UDHCPC: Final = b"""#!/bin/sh
 [ "$1" = bound ] || [ "$1" = renew ] || exit 0
 ip addr replace "$ip/${mask:-24}" dev "$interface"
@@ -43,16 +44,18 @@ class Contents:
     modules: Mapping[str, bytes] = field(default_factory=dict)
     """The modules' contents by name, in the order of loading."""
     script: bytes | None = None
-    added: Mapping[PurePosixPath, Path] = field(default_factory=dict)
-    """Files of the host, by their paths in the guest."""
+    added: Sequence[Added] = ()
+    """The user's own files."""
 
 
 def find_busybox(package: Package) -> bytes | None:
     """The busybox in a package, or None if there is none. Raises `ImageError` if it is linked
     dynamically, because its libraries would be missing.
     """
+    links = package.hard_links()
+    wanted = _BUSYBOX | {links[path] for path in _BUSYBOX & links.keys()}
     for path, content in package.files():
-        if str(path) in _BUSYBOX:
+        if path in wanted:
             data = content.read()
             if _is_dynamic(data):
                 raise ImageError(
@@ -63,14 +66,22 @@ def find_busybox(package: Package) -> bytes | None:
     return None
 
 
-def write(contents: Contents, output: Path) -> int:
-    """Write the archive, compressed with gzip. Returns its size in bytes. Raises `ImageError`."""
+@dataclass(frozen=True)
+class Written:
+    """The archive's size in bytes, and how much its files have in all."""
+
+    size: int
+    unpacked: int
+
+
+def write(contents: Contents, output: Path) -> Written:
+    """Write the archive, compressed with gzip. Raises `ImageError`."""
     with written(output) as raw:
         with gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
             archive = Archive(out)  # type: ignore[arg-type]
             _fill(archive, contents)
             archive.close()
-        return raw.tell()
+        return Written(raw.tell(), archive.bytes)
 
 
 def _fill(archive: Archive, contents: Contents) -> None:
@@ -91,13 +102,8 @@ def _fill(archive: Archive, contents: Contents) -> None:
         archive.file(f"lib/modules/{name}.ko", content)
     if contents.script is not None:
         archive.file("etc/script", contents.script, mode=0o755)
-    for target, source in contents.added.items():
-        try:
-            executable, content = source.stat().st_mode & 0o111, source.read_bytes()
-        except OSError as error:
-            raise ImageError(f"{source}: cannot be read: {error.strerror}") from None
-        mode = 0o755 if executable else 0o644
-        archive.file(str(target).lstrip("/"), content, mode=mode)
+    for added in contents.added:
+        added.write(archive)
 
 
 def _is_dynamic(data: bytes) -> bool:

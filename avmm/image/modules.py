@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from avmm.errors import ImageError
 from avmm.image.decoded import Decoded
-from avmm.image.packages import Package
+from avmm.image.packages import Content, Package
 
 _MODULE: Final = re.compile(
-    r".*/lib/modules/[^/]+/.*/(?P<name>[^/]+)\.ko(?P<compression>\.(xz|gz|zst))?"
+    r".*/lib/modules/(?P<release>[^/]+)/.*/(?P<name>[^/]+)\.ko(?P<compression>\.(xz|gz|zst))?"
 )
-_BUILTIN: Final = re.compile(r".*/lib/modules/[^/]+/modules\.builtin")
+_BUILTIN: Final = re.compile(r".*/lib/modules/(?P<release>[^/]+)/modules\.builtin")
 _LARGEST: Final = 128 << 20
 
 
@@ -49,34 +49,56 @@ class KernelModule:
         return plain
 
 
-class Modules:
-    """The modules of a kernel package, unpacked into `folder`."""
+def release_of(path: PurePosixPath) -> str:
+    """The release of the kernel to which a package's file `path` belongs, if it is a module or the
+    list of what is built in; else ""."""
+    match = _MODULE.fullmatch(str(path)) or _BUILTIN.fullmatch(str(path))
+    return match["release"] if match else ""
 
-    def __init__(self, package: Package, folder: Path) -> None:
-        self._package = package
+
+class Modules:
+    """The modules for the kernel `release` in some packages, unpacked into `folder`."""
+
+    def __init__(self, packages: Sequence[Package], release: str, folder: Path) -> None:
+        self._packages = ", ".join(str(package.path) for package in packages)
+        self._release = release
         self._modules: dict[str, KernelModule] = {}
         self._builtin: set[str] = set()
-        for path, content in package.files():
-            if match := _MODULE.fullmatch(str(path)):
-                name = canonical(match["name"])
-                file = folder / f"{len(self._modules)}.ko"
-                _put(file, content.read())
-                self._modules[name] = KernelModule(name, file, match["compression"] or "")
-            elif _BUILTIN.fullmatch(str(path)):
-                lines = content.read().decode("utf-8", "replace").split()
-                self._builtin |= {canonical(Path(line).name.split(".ko")[0]) for line in lines}
+        self._knows_builtin = False
+        for package in packages:
+            for path, content in package.files():
+                if release_of(path) == release:
+                    self._take(path, content, folder)
 
-    @property
-    def names(self) -> Iterable[str]:
-        """The names of all modules, except those that are built in."""
-        return self._modules.keys()
+    def _take(self, path: PurePosixPath, content: Content, folder: Path) -> None:
+        if match := _MODULE.fullmatch(str(path)):
+            name = canonical(match["name"])
+            file = folder / f"{len(self._modules)}.ko"
+            _put(file, content.read())
+            self._modules[name] = KernelModule(name, file, match["compression"] or "")
+        else:
+            lines = content.read().decode("utf-8", "replace").split()
+            self._builtin |= {canonical(Path(line).name.split(".ko")[0]) for line in lines}
+            self._knows_builtin = True
+
+    def demand(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are modules. Raises `ImageError` if all the modules are missing,
+        though some of these are not built into the kernel."""
+        found = [name for name in names if name in self._modules]
+        lacking = [n for n in names if n not in self._modules and n not in self._builtin]
+        if lacking and not self._modules:
+            raise ImageError(
+                f"{self._packages}: no modules for the kernel {self._release}, which needs "
+                f"{', '.join(lacking)}: expected the package linux-modules-{self._release} as well"
+            )
+        return found
 
     def closure(self, wanted: Iterable[str]) -> dict[str, bytes]:
         """The contents by name of these modules and of all that they need. Each comes after the
         modules that it needs.
 
         Modules that are built into the kernel are left out. Raises `ImageError` for a name that
-        the package does not have.
+        the packages do not have.
         """
         ordered: dict[str, bytes] = {}
         # The path from a named module to the current one; each is needed by the one before it.
@@ -101,7 +123,12 @@ class Modules:
                 left.append(iter(_needs(above[name])))
             elif not soft:
                 needed = f", which {next(reversed(above))} needs" if above else ""
-                raise ImageError(f"{self._package.path}: has no module {name!r}{needed}")
+                hint = (
+                    ""
+                    if self._knows_builtin
+                    else f", and no list of what is built in, as in linux-base-{self._release}"
+                )
+                raise ImageError(f"{self._packages}: no module {name!r}{needed}{hint}")
         return ordered
 
 

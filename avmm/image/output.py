@@ -6,6 +6,8 @@ interrupted, finds either the old file or the new one, but never half a file.
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,13 +17,30 @@ from avmm.errors import ImageError
 
 
 @contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else makes files in this folder inside the block. Raises `ImageError` if somebody
+    does."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageError(f"{folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ImageError(f"{folder}: another build is making a guest there now") from None
+    finally:
+        os.close(fd)
+
+
+@contextmanager
 def written(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which becomes `path` when the block ends without an error.
 
     Turns every `OSError` into an `ImageError`, including those of the block, which must therefore
     read no other file.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             yield file

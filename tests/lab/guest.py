@@ -53,7 +53,7 @@ def _folder(name: str, kernel: str) -> Path:
         tool = place / "vsock"
         run(["cc", "-static", "-O2", "-o", tool, _TOOL])
         made = avmm.image.build.build(
-            packages, place, modules=_MODULES, added={PurePosixPath("/bin/vsock"): tool}
+            packages, place, modules=_MODULES, added=[Added.parse(f"{tool}:/bin/vsock")]
         )
         with tempfile.NamedTemporaryFile("w") as script:
             script.write(_SCRIPT)
