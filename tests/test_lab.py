@@ -16,7 +16,7 @@ from pathlib import Path
 
 import lab.__main__
 import pytest
-from lab import emulator, guest, krunfw, machine, payload
+from lab import emulator, guest, kernels, krunfw, machine, payload
 from lab.cache import KEPT_SECONDS, LabError, artefact, root
 from lab.debian import NEWER
 from lab.machine import L1
@@ -171,13 +171,15 @@ def test_a_wheel_that_cannot_be_fetched_costs_no_other_guest(
 
     monkeypatch.setattr(guest, "newer_kernel_package", lambda series: "newer")
     monkeypatch.setattr(guest, "kernel_package", lambda: "kernel")
-    monkeypatch.setattr(guest, "_folder", lambda name, kernel: tmp_path / kernel)
-    monkeypatch.setattr(krunfw, "folder", lacking)
+    monkeypatch.setattr(guest, "download", Path)
+    monkeypatch.setattr(guest, "_folder", lambda name, packages: tmp_path / packages[0])
+    for module, name in ((krunfw, "folder"), (kernels, "newest"), (kernels, "others")):
+        monkeypatch.setattr(module, name, lacking)
     assert guest.folders() == {
         "sent/debian": tmp_path / "kernel",
         f"sent/debian-{NEWER}": tmp_path / "newer",
     }
-    assert capsys.readouterr().err == "lab: no wheel\n"
+    assert capsys.readouterr().err == 3 * "lab: no wheel\n"
 
 
 def test_preparing_a_lab_makes_its_guests_too(

@@ -129,6 +129,7 @@ def _control_socket(
     kind, _, path = target.partition(":")
     if kind != "unix" or not path:
         raise ConfigError(f"control {target!r}: expected unix:PATH")
+    server.preload()
     return server.listening(path)
 
 

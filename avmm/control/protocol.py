@@ -37,6 +37,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any, Final, NoReturn
 
@@ -110,9 +111,15 @@ class Lines:
 # -- what a server sends and receives ------------------------------------------------------------
 
 
+@cache
+def _own_version() -> str:
+    """avmm's version, read once: after an upgrade the files tell of another avmm than this one."""
+    return version("avmm")
+
+
 def greeting() -> bytes:
     """The first line for each client."""
-    return _line({"avmm": version("avmm"), "control": [VERSION]})
+    return _line({"avmm": _own_version(), "control": [VERSION]})
 
 
 def event(progress: Progress) -> bytes:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from importlib import import_module
 from os import PathLike, fspath
 from typing import Final
 
@@ -28,9 +29,19 @@ from avmm.ctrl_c import protected
 from avmm.devices import sockets
 from avmm.errors import AvmmError
 from avmm.machine import Machine
+from avmm.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
+_LATER: Final = (
+    "avmm.snapshot",
+    "avmm.transfer.source",
+    "avmm.transfer.states",
+    "avmm.transfer.connection",
+    "avmm.transfer.tls",
+    "msgpack",
+    "encodings.idna",  # for the name of a host
+)
 _MOST_CLIENTS: Final = 32
 _MOST_EVENTS: Final = 256
 _LAST_WORDS_SECONDS: Final = 1.0
@@ -54,10 +65,19 @@ async def serve(
     removed, and pauses that clients asked for are undone. Raises `ConfigError` if no socket can be
     made at `path`.
     """
+    await in_thread(preload)
     with listening(path) as listener:
         async with holds.opened(vm) as held, served(listener, Control(vm, held)):
             task_status.started()
             await vm.wait()
+
+
+def preload() -> None:
+    """Import what a snapshot or a migration would import when it is asked for. The guest may then
+    have run for months, and the files may be those of another avmm. Blocks."""
+    protocol.greeting()
+    for name in _LATER:
+        import_module(name)
 
 
 @contextmanager

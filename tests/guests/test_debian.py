@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ pytestmark = [
 ]
 
 GUEST, NEWER = Path("sent/debian"), Path("sent/debian-6.12")
+NEWEST, OTHERS = Path("sent/debian-newest"), Path("sent/kernels")
 KRUNFW = Path("sent/krunfw/libkrunfw.so")
 CMDLINE = "console=ttyS0 quiet panic=-1"
 PROMPT = "avmm:/root# "
@@ -48,6 +50,14 @@ def ends(child: pexpect.spawn) -> int | None:
     return status
 
 
+def alarming(child: pexpect.spawn) -> list[str]:
+    """What a guest's kernel has said that sounds as if something were wrong."""
+    child.send("dmesg; echo the $((1 + 1))nd END\r")
+    child.expect_exact("the 2nd END")
+    assert "Linux version" in child.before
+    return re.findall(r"(?im)^.*(?:fatal|\berror|warn|\bbug\b|fail).*$", child.before)
+
+
 # Without ACPI this kernel knows a single CPU: it is built without CONFIG_X86_MPPARSE.
 @pytest.mark.parametrize(("cpus", "acpi"), [("1", "--acpi"), ("2", "--acpi"), ("1", "--no-acpi")])
 @pytest.mark.parametrize(
@@ -76,6 +86,57 @@ def test_a_newer_kernel(start: Start, image: str) -> None:
     child.expect_exact(PROMPT)
     child.send("exit 7\r")
     assert ends(child) == 7
+
+
+@pytest.mark.parametrize("image", ["vmlinuz", "vmlinux"])
+def test_the_newest_kernel(start: Start, image: str) -> None:
+    """It comes in several packages, its entry lies in its data, and it finds a host bridge."""
+    if not NEWEST.exists():
+        not_here("the newest kernel could not be fetched")
+    child = start(image, "--cpus", "2", guest=NEWEST)
+    child.expect_exact(PROMPT)
+    child.send("echo $(nproc) CPUs; uname -r\r")
+    child.expect(r"2 CPUs\r\n[7-9]\.\d+\.\d+")
+    child.expect_exact(PROMPT)
+    assert alarming(child) == []
+    child.send("exit 7\r")
+    assert ends(child) == 7
+
+
+@pytest.mark.parametrize("guest", [GUEST, NEWER], ids=["6.1", "6.12"])
+@pytest.mark.parametrize("acpi", ["--acpi", "--no-acpi"])
+def test_a_clean_boot_says_nothing_alarming(start: Start, guest: Path, acpi: str) -> None:
+    child = start("vmlinuz", acpi, "--cmdline", "console=ttyS0 panic=-1", guest=guest)
+    child.expect_exact(PROMPT)
+    assert alarming(child) == []
+    child.send("exit\r")
+    assert ends(child) == 0
+
+
+@pytest.mark.parametrize("mode", ["no-real-mode", ""])
+def test_xen_prints_its_banner(start: Start, mode: str) -> None:
+    """It finds its trampoline's place in the BIOS data area, and calls the BIOS in real mode."""
+    if not OTHERS.exists():
+        not_here("no Xen has been sent: it could not be fetched")
+    child = start("../kernels/xen.gz", "--memory", "512M", "--cmdline", f"console=com1 {mode}")
+    child.expect_exact("(XEN) Xen version 4.17.")
+    child.expect_exact("(XEN) Bootloader: avmm")
+
+
+def test_memtest_shows_its_screen_on_the_serial_port(start: Start) -> None:
+    if not OTHERS.exists():
+        not_here("no memtest86+ has been sent: it could not be fetched")
+    child = start("../kernels/memtest86+", "--cmdline", "console=ttyS0,115200")
+    child.expect_exact("Memtest86+ v6.10")
+    child.expect_exact("Pass")
+
+
+def test_powering_off_without_acpi_ends_the_run(start: Start) -> None:
+    child = start("vmlinuz", "--no-acpi")
+    child.expect_exact(PROMPT)
+    child.send("busybox poweroff -f\r")
+    child.expect_exact("the guest has halted all of its CPUs, with interrupts off")
+    assert ends(child) == 133
 
 
 def test_a_shell_on_the_virtio_console_that_acpi_tells_of(start: Start) -> None:

@@ -6,13 +6,15 @@ import os
 import shutil
 import sys
 import tempfile
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import avmm.image.build
 from avmm.arch.x86_64.boot import bzimage
 from avmm.boot.image import open_image
-from lab import krunfw
+from avmm.image.added import Added
+from lab import kernels, krunfw
 from lab.cache import LabError, artefact
 from lab.debian import NEWER, download, kernel_package, newer_kernel_package, run
 
@@ -25,21 +27,28 @@ _TOOL: Final = Path(__file__).parents[1] / "support" / "vsock_tool.c"
 def folders() -> dict[str, Path]:
     """What is sent, by its name there: for each of Debian's kernels a folder with vmlinuz,
     vmlinux, initrd.cpio.gz and an empty file system, ext4.img, and in script/ a guest that runs a
-    script; one with a libkrunfw.so, where that can be fetched. Raises `LabError`."""
+    script. Where they can be fetched, also one with a libkrunfw.so, one with the newest kernel,
+    and one with kernels of other kinds. Raises `LabError`."""
     newer = newer_kernel_package(NEWER)
     found = {
-        "sent/debian": _folder("guest", kernel_package()),
-        f"sent/debian-{NEWER}": _folder(f"guest-{NEWER}", newer),
+        "sent/debian": _folder("guest", [download(kernel_package())]),
+        f"sent/debian-{NEWER}": _folder(f"guest-{NEWER}", [download(newer)]),
     }
-    try:
-        found["sent/krunfw"] = krunfw.folder()
-    except LabError as error:  # one test needs it, and says that it is not there
-        print(error, file=sys.stderr)
+    more: dict[str, Callable[[], Path]] = {
+        "sent/krunfw": krunfw.folder,
+        "sent/debian-newest": lambda: _folder("guest-newest", kernels.newest()),
+        "sent/kernels": kernels.others,
+    }
+    for name, fetch in more.items():
+        try:
+            found[name] = fetch()
+        except LabError as error:  # a few tests need it, and say that it is not there
+            print(error, file=sys.stderr)
     return found
 
 
-def _folder(name: str, kernel: str) -> Path:
-    packages = [download(kernel), download("busybox-static")]
+def _folder(name: str, kernel: Sequence[Path]) -> Path:
+    packages = [*kernel, download("busybox-static")]
     code = Path(avmm.__file__).parent
     own = [*code.glob("image/*.[pcs]*"), *code.glob("boot/*.py"), _TOOL]
     own.sort()
