@@ -262,6 +262,21 @@ class Machine:
         return await self._life.over()
 
     @in_trio
+    def powerdown(self) -> None:
+        """Ask the guest to shut down: press its power button (ACPI) or, if it has no driver for
+        that, Ctrl-Alt-Del on its keyboard, by which most guests reboot.
+
+        Returns at once. `wait` tells when the guest has ended, if it does; give it a time limit.
+        A paused guest notices when it runs on. Raises `AvmmError` if the guest listens to neither,
+        and `RunstateError` if it has ended.
+        """
+        if not self._use("powerdown").press_power():
+            raise AvmmError(
+                "the guest listens to no power button: it has no driver for ACPI's button or for "
+                "a keyboard"
+            )
+
+    @in_trio
     async def halted(self) -> None:
         """Wait until the guest can never run again, because all of its CPUs are halted with
         interrupts off. A Linux without ACPI powers off like this. It is noticed after a second or

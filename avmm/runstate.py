@@ -153,6 +153,7 @@ OPERATIONS: Final[Mapping[str, tuple[Set[Runstate], str]]] = {
     "migrate": (_RUNS, "one that runs"),
     "settle": ({_S.UNSETTLED}, "one whose hand-over got no answer"),
     "wait": (_INSIDE | {_S.LEFT}, "one that was entered"),
+    "powerdown": ({_S.RUNNING, _S.MIGRATING}, "one that runs"),
     "halted": (_INSIDE, "one inside its `async with`"),
     "stop": (frozenset(_S), "any"),
 }

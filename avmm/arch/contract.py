@@ -82,6 +82,9 @@ class Board(NamedTuple):
 
     serial: Serial
     places: list[Placement]
+    press_power: Callable[[Any], bool]
+    """Presses the power button of the VM that it gets. Returns False if the guest does not listen
+    to it. Called in trio's thread."""
 
 
 class GuestImage(NamedTuple):

@@ -6,6 +6,7 @@ runs, its console is connected, signals end it, and the control socket is served
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -27,12 +28,15 @@ from avmm.cli import console
 from avmm.control import holds, server
 from avmm.control.verbs import Control, NoGuestYet
 from avmm.devices.virtio.console import Console
-from avmm.errors import ConfigError
+from avmm.errors import AvmmError, ConfigError
 from avmm.machine import Machine
 from avmm.outcome import Cause, Outcome
 from avmm.parts.placing import Unplaced, virtio
 
+logger = logging.getLogger(__name__)
+
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_GRACE_SECONDS: Final = 30.0
 _LAST_OUTPUT_SECONDS: Final = 1.0
 _MOST_SHOWN: Final = 400
 _HALTED: Final = 133
@@ -40,15 +44,24 @@ _HALTED: Final = 133
 given up, so this is not the status of success."""
 
 
-def control_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--control."""
-    option = click.option(
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--control and --grace."""
+    control = click.option(
         "--control",
         "control_target",
         metavar="unix:PATH",
         help="Make a socket for `avmm ctl PATH`. Only your user may connect to it.",
     )
-    return option(command)
+    grace = click.option(
+        "--grace",
+        type=click.FloatRange(min=0, max=1e6),
+        default=_GRACE_SECONDS,
+        show_default=True,
+        metavar="SECONDS",
+        help="On SIGTERM, press the guest's power button, and end the guest if it has not shut "
+        "down after this time. A second SIGTERM ends it at once.",
+    )
+    return control(grace(command))
 
 
 class Ends:
@@ -59,7 +72,9 @@ class Ends:
         target: console.ConsoleTarget,
         end: console.ConsoleEnd,
         listener: trio.socket.SocketType | None,
+        grace: float,
     ) -> None:
+        self._grace = grace
         self._target = target
         self._end = end
         self._listener = listener
@@ -95,7 +110,7 @@ class Ends:
         async with holds.opened(vm) as held:
             control = Control(vm, held)
             async with trio.open_nursery() as nursery:
-                await nursery.start(_stop_on_signal, vm, nursery.cancel_scope)
+                await nursery.start(_stop_on_signal, vm, nursery.cancel_scope, self._grace)
                 nursery.start_soon(_stop_when_halted, vm)
                 async with AsyncExitStack() as stack:
                     if self._listener is not None:
@@ -115,10 +130,13 @@ class Ends:
 
 
 @contextmanager
-def opened(target: console.ConsoleTarget, control_target: str | None) -> Iterator[Ends]:
-    """The host's ends, open inside the block. Raises `ConfigError` if one cannot be opened."""
+def opened(
+    target: console.ConsoleTarget, control_target: str | None, grace: float
+) -> Iterator[Ends]:
+    """The host's ends, open inside the block. After SIGTERM the guest has `grace` seconds to shut
+    down. Raises `ConfigError` if one cannot be opened."""
     with _control_socket(control_target) as listener, console.opened(target) as end:
-        yield Ends(target, end, listener)
+        yield Ends(target, end, listener, grace)
 
 
 def _control_socket(
@@ -150,19 +168,44 @@ async def _never() -> AsyncIterator[int]:
 
 
 async def _stop_on_signal(
-    vm: Machine, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]
+    vm: Machine, scope: trio.CancelScope, grace: float, *, task_status: trio.TaskStatus[None]
 ) -> None:
     """SIGINT, SIGTERM and SIGHUP end the guest, so that the terminal is put back on the way out.
 
-    Output that nobody reads within a second after that is dropped. A signal that was ignored when
-    the command began stays ignored: `nohup` and a shell's `&` rely on that.
+    The first SIGTERM presses its power button, and gives it `grace` seconds to shut down. A guest
+    that is paused or listens to no button is ended at once.
+
+    Output that nobody reads within a second after the end is dropped. A signal that was ignored
+    when the command began stays ignored: `nohup` and a shell's `&` rely on that.
     """
     with ending_signals() as signals:
         task_status.started()
-        async for number in signals:
+        number = await anext(signals)
+        if number == signal.SIGTERM and grace and _was_asked(vm):
+            with trio.move_on_after(grace) as waiting:
+                number = await anext(signals)
+            if waiting.cancelled_caught:
+                click.echo(f"avmm: the guest has not shut down within {grace:g} s", err=True)
+        while True:
             vm.stop(status=128 + number)
             await trio.sleep(_LAST_OUTPUT_SECONDS)
             scope.cancel()
+            number = await anext(signals)
+
+
+def _was_asked(vm: Machine) -> bool:
+    """Ask the guest to shut down. Returns False if that would be in vain."""
+    if vm.is_paused:
+        return False
+    try:
+        vm.powerdown()
+    except AvmmError as error:
+        logger.info("%s", error)
+        return False
+    click.echo(
+        "avmm: the guest was asked to shut down; a second SIGTERM ends it at once", err=True
+    )
+    return True
 
 
 async def _stop_when_halted(vm: Machine) -> None:

@@ -299,6 +299,21 @@ def settle(path: Path, where: str) -> None:
     click.echo("the guest runs on here" if where == "here" else "the guest is ended here")
 
 
+@command.command("powerdown", help=verbs.Powerdown.help())
+@click.option(
+    "--deadline",
+    type=float,
+    callback=_seconds,
+    metavar="SECONDS",
+    help=verbs.Powerdown.help("deadline"),
+)
+@click.pass_obj
+def powerdown(path: Path, deadline: float | None) -> None:
+    given_up = "no longer waiting: the button was pressed, and the guest may shut down yet"
+    _asked(path, lambda guest: guest.powerdown(deadline), given_up)
+    click.echo("the guest has ended")
+
+
 @command.command("stop", help=verbs.Stop.help())
 @click.pass_obj
 def stop(path: Path) -> None:

@@ -28,7 +28,7 @@ _MOST_CALLERS: Final = 32
 @click.command()
 @click.argument("source", metavar="unix:PATH|tcp:HOST:PORT|fd:N")
 @options.arriving
-@attend.control_option
+@attend.options
 @click.option(
     "--most-memory", metavar="SIZE", help="Refuse a guest with more RAM than this, like 2G."
 )
@@ -36,6 +36,7 @@ _MOST_CALLERS: Final = 32
 def command(
     source: str,
     control_target: str | None,
+    grace: float,
     most_memory: str | None,
     tls_cert: Path | None,
     tls_key: Path | None,
@@ -57,7 +58,7 @@ def command(
     most = None if most_memory is None else parse_size(most_memory, "--most-memory")
     ends = console.parse(options.console_target(settings))
     chosen = options.given(settings)
-    attend.end(*trio.run(_run, at, proof, ends, control_target, most, chosen))
+    attend.end(*trio.run(_run, at, proof, ends, control_target, grace, most, chosen))
 
 
 async def _run(
@@ -65,10 +66,11 @@ async def _run(
     proof: Tls | None,
     console_target: console.ConsoleTarget,
     control_target: str | None,
+    grace: float,
     most_memory: int | None,
     settings: dict[str, Any],
 ) -> tuple[Outcome, bytes]:
-    with attend.opened(console_target, control_target) as ends:
+    with attend.opened(console_target, control_target, grace) as ends:
         async with attend.expecting() as has_come:
             line = await _caller(at, proof, ends)
             if line is None:

@@ -17,9 +17,11 @@ from avmm.outcome import Outcome
 @click.command()
 @click.argument("file", type=options.PATH)
 @options.arriving
-@attend.control_option
+@attend.options
 @click.option("--verify", is_flag=True, help="Read all of FILE first, and compare its checksums.")
-def command(file: Path, control_target: str | None, verify: bool, **settings: Any) -> None:
+def command(
+    file: Path, control_target: str | None, grace: float, verify: bool, **settings: Any
+) -> None:
     """Run the guest of the snapshot FILE from where it was.
 
     Give one option for each of its disks, networks and sockets, to say what they are on this host.
@@ -28,17 +30,18 @@ def command(file: Path, control_target: str | None, verify: bool, **settings: An
     """
     target = console.parse(options.console_target(settings))
     chosen = options.given(settings)
-    attend.end(*trio.run(_run, file, target, control_target, verify, chosen))
+    attend.end(*trio.run(_run, file, target, control_target, grace, verify, chosen))
 
 
 async def _run(
     file: Path,
     target: console.ConsoleTarget,
     control_target: str | None,
+    grace: float,
     verify: bool,
     settings: dict[str, Any],
 ) -> tuple[Outcome, bytes]:
-    with attend.opened(target, control_target) as ends:
+    with attend.opened(target, control_target, grace) as ends:
         machine = restore(
             file,
             devices=lambda told: ends.devices(told.has_hvc),

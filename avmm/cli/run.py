@@ -18,14 +18,16 @@ from avmm.outcome import Outcome
 
 @click.command()
 @options.booting
-@attend.control_option
+@attend.options
 @click.option(
     "--config",
     type=options.PATH,
     metavar="FILE",
     help="Settings from a TOML file; options override them.",
 )
-def command(control_target: str | None, config: Path | None, **settings: Any) -> None:
+def command(
+    control_target: str | None, grace: float, config: Path | None, **settings: Any
+) -> None:
     """Run IMAGE (vmlinux, bzImage, ELF or multiboot; it may be compressed) or, without IMAGE, the
     bundled shell.
 
@@ -38,12 +40,12 @@ def command(control_target: str | None, config: Path | None, **settings: Any) ->
     if target.virtio:
         cmdline = inserted(machine_config.cmdline, ["console=hvc0"])
         machine_config = replace(machine_config, cmdline=cmdline)
-    attend.end(*trio.run(_run, machine_config, target, control_target))
+    attend.end(*trio.run(_run, machine_config, target, control_target, grace))
 
 
 async def _run(
-    config: MachineConfig, target: console.ConsoleTarget, control_target: str | None
+    config: MachineConfig, target: console.ConsoleTarget, control_target: str | None, grace: float
 ) -> tuple[Outcome, bytes]:
-    with attend.opened(target, control_target) as ends:
+    with attend.opened(target, control_target, grace) as ends:
         async with Machine(config, devices=ends.devices(target.virtio)) as vm:
             return await ends.attend(vm), ends.undelivered

@@ -160,6 +160,11 @@ class Client(trio.abc.AsyncResource):
         `avmm.Machine.settle`."""
         return await self._ask(verbs.Settle, Settled, runs="here" if runs_here else "there")
 
+    async def powerdown(self, deadline: float | None = None) -> Stopped:
+        """Press the guest's power button; see `avmm.Machine.powerdown`. Returns when the guest has
+        ended. Raises `AvmmError` if it does not within `deadline` seconds; it runs on then."""
+        return await self._ask(verbs.Powerdown, Stopped, deadline=deadline)
+
     async def stop(self) -> Stopped:
         """End the guest, as if its power had failed. Returns when it has ended."""
         return await self._ask(verbs.Stop, Stopped)

@@ -433,6 +433,30 @@ class Settle(Verb):
 
 
 @dataclass(frozen=True)
+class Powerdown(Verb):
+    """Press the guest's power button, and wait until it has shut down."""
+
+    name = "powerdown"
+    is_long = True
+    deadline: float | None = field(
+        default=None,
+        metadata=_takes(_positive, "Give up if the guest has not ended within this time."),
+    )
+
+    async def run(self, control: Control, emit: Emit) -> Stopped:
+        """See `Verb`. A button that was pressed cannot be taken back."""
+        vm = control.vm
+        if str(control.holds):
+            raise AvmmError(f"the guest is paused by {control.holds}: let it run on first")
+        vm.powerdown()
+        with trio.move_on_after(math.inf if self.deadline is None else self.deadline) as scope:
+            await vm.wait()
+        if scope.cancelled_caught:
+            raise AvmmError(f"the guest has not ended within {self.deadline:g} s, and runs on")
+        return {}
+
+
+@dataclass(frozen=True)
 class Stop(Verb):
     """End the guest, as if its power had failed."""
 
@@ -445,7 +469,8 @@ class Stop(Verb):
 
 
 VERBS: Final[Mapping[str, type[Verb]]] = {
-    verb.name: verb for verb in (GetStatus, Pause, Resume, TakeSnapshot, Migrate, Settle, Stop)
+    verb.name: verb
+    for verb in (GetStatus, Pause, Resume, TakeSnapshot, Migrate, Settle, Powerdown, Stop)
 }
 """All of them, by their names."""
 

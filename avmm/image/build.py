@@ -19,7 +19,10 @@ from avmm.image.modules import Modules
 from avmm.image.output import alone_in, written
 from avmm.image.packages import Package
 
-DEFAULT_MODULES: Final = ("virtio_mmio", "virtio_console", "virtio_blk", "virtio_net")
+DEFAULT_MODULES: Final = (
+    *("virtio_mmio", "virtio_console", "virtio_blk", "virtio_net"),
+    *("button", "evdev"),  # the power button, and how init hears of it
+)
 """The modules that a guest's devices need, if the package has them."""
 CMDLINE: Final = "console=ttyS0 panic=-1"
 """panic=-1: a guest that panics ends the run instead of hanging."""

@@ -43,7 +43,13 @@ cd /root
 
 # The signals that busybox's poweroff, halt and reboot send to the first process.
 trap 'sync; poweroff -f' USR1 USR2
-trap 'sync; reboot -f' TERM
+trap 'sync; reboot -f' TERM INT
+
+# Ctrl-Alt-Del sends INT to the first process. The power button is a keyboard with one key.
+echo 0 >/proc/sys/kernel/ctrl-alt-del
+for keys in /dev/input/event*; do
+    [ -e "$keys" ] && { dd if="$keys" bs=24 count=1 >/dev/null 2>&1 && kill -USR2 1; } &
+done
 
 command="/bin/sh -l"
 [ -x /etc/script ] && command=/etc/script

@@ -144,7 +144,7 @@ async def _build(
         arch=kind,
         system=system,
         memory=memory,
-        serial=board.serial,
+        board=board,
         places=places,
         attached=attached,
         vm=vm,

@@ -23,11 +23,10 @@ from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.exits import Exits
 
 if TYPE_CHECKING:
-    from avmm.arch.contract import AnyArchitecture
+    from avmm.arch.contract import AnyArchitecture, Board
     from avmm.bus.coalesced import CoalescedWrites
     from avmm.bus.space import Placement
     from avmm.config import MachineConfig
-    from avmm.devices.serial import Serial
     from avmm.kvm import System, Vcpu, Vm
     from avmm.loop import VcpuGroup
     from avmm.memory.ram import GuestMemory
@@ -67,7 +66,7 @@ class Parts:
         arch: AnyArchitecture,
         system: System,
         memory: GuestMemory,
-        serial: Serial,
+        board: Board,
         places: Sequence[Placement],
         attached: Attached,
         vm: Vm,
@@ -81,7 +80,8 @@ class Parts:
         self.arch = arch
         self.system = system
         self.memory = memory
-        self.serial = serial
+        self.serial = board.serial
+        self._press_power = board.press_power
         self.places = places
         self.vm = vm
         self.vcpus = vcpus
@@ -121,6 +121,10 @@ class Parts:
             self.coalesced,
             lambda: self.memory.missing,
         )
+
+    def press_power(self) -> bool:
+        """Press the power button. Returns False if the guest does not listen to it."""
+        return self._press_power(self.vm)
 
     def are_halted(self) -> bool:
         """Can the guest never run again? Call it while the vCPUs are parked."""

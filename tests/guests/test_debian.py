@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -129,6 +130,20 @@ def test_memtest_shows_its_screen_on_the_serial_port(start: Start) -> None:
     child = start("../kernels/memtest86+", "--cmdline", "console=ttyS0,115200")
     child.expect_exact("Memtest86+ v6.10")
     child.expect_exact("Pass")
+
+
+@pytest.mark.parametrize(
+    ("acpi", "ended"), [("--acpi", "shutdown"), ("--no-acpi", "reset")], ids=["button", "keys"]
+)
+@pytest.mark.parametrize("guest", [GUEST, NEWER], ids=["6.1", "6.12"])
+def test_sigterm_shuts_the_guest_down(start: Start, guest: Path, acpi: str, ended: str) -> None:
+    """By ACPI's button, or else by Ctrl-Alt-Del."""
+    child = start("vmlinuz", acpi, guest=guest)
+    child.expect_exact(PROMPT)
+    child.kill(signal.SIGTERM)
+    child.expect_exact("the guest was asked to shut down")
+    child.expect_exact(f"the guest ended: {ended}")
+    assert ends(child) == 0
 
 
 def test_powering_off_without_acpi_ends_the_run(start: Start) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from avmm.arch.x86_64 import aml, generation, layout
+from avmm.arch.x86_64 import aml, button, generation, layout
 from avmm.bus.space import Placement
 from avmm.errors import ConfigError
 
@@ -168,7 +168,7 @@ def _madt(cpus: int) -> bytes:
 def _dsdt(cpus: int, named: Iterable[AcpiDevice]) -> bytes:
     body = [_processor(cpu) for cpu in range(cpus)]
     body += [_device(number, described) for number, described in enumerate(named)]
-    body.append(generation.devices())
+    body += [generation.devices(), button.devices()]
     # 7.4.2: only the first element counts on hardware-reduced machines.
     off = aml.package(*[aml.integer(value) for value in (SLEEP_TYPE_OFF, 0, 0, 0)])
     return aml.scope("_SB", b"".join(body)) + aml.name("_S5", off)

@@ -73,6 +73,14 @@ def notify(scope_: str, path: str, value: int) -> bytes:
     return _NOTIFY + b"\\" + _DUAL + _segment(scope_) + _segment(path) + integer(value)
 
 
+def event_device(path: str, uid: int, gsi: int, device: str, value: int) -> bytes:
+    """5.6.9: a generic event device that notifies `\\_SB.device` at each interrupt `gsi`."""
+    body = name("_HID", string("ACPI0013")) + name("_UID", integer(uid))
+    body += name("_CRS", resources(interrupt(gsi)))
+    body += method("_EVT", 1, notify("_SB", device, value))
+    return _DEVICE + _sized(_segment(path) + body)
+
+
 def resources(*descriptors: bytes) -> bytes:
     """19.6.118: `ResourceTemplate () {...}`, which is a buffer."""
     data = b"".join(descriptors) + _END_TAG

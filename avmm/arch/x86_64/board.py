@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from avmm.arch.contract import Board, BoardOptions, KernelRange, Space, VirtioRoom
-from avmm.arch.x86_64 import acpi, generation, layout, mptable
+from avmm.arch.x86_64 import acpi, button, generation, layout, mptable
 from avmm.bus.interrupts import Pins
 from avmm.bus.space import Placement, pio
 from avmm.devices.pc.cmos import Cmos
@@ -46,7 +47,13 @@ IN_KERNEL: Final = (
     KernelRange("msr", 0x800, 0x8FF, "LAPIC"),
 )
 PINS: Final = Pins(
-    mptable.IRQ_PINS, {0: "the timer", 2: "the second PIC", generation.GSI: "the generation id"}
+    mptable.IRQ_PINS,
+    {
+        0: "the timer",
+        2: "the second PIC",
+        button.GSI: "the power button",
+        generation.GSI: "the generation id",
+    },
 )
 """The pins of the IOAPIC. The first 16 are also the inputs of the two PICs. KVM lays them out in
 this way by itself.
@@ -81,7 +88,7 @@ def board(options: BoardOptions, memory_size: int, end: Callable[[Outcome], None
     places: list[Placement] = [
         pio(serial, SERIAL_PORT, 8, irq=SERIAL_IRQ),
         pio(cmos, 0x70, 2),
-        pio(keyboard, 0x60, 1, offset=0),
+        pio(keyboard, 0x60, 1, offset=0, irq=button.KEYBOARD_IRQ),
         pio(keyboard, 0x64, 1, offset=4),
         pio(PostCode(), 0x80, 1),
         pio(DebugConsole(), 0xE9, 1),
@@ -95,4 +102,4 @@ def board(options: BoardOptions, memory_size: int, end: Callable[[Outcome], None
     if options.debug_exit is not None:
         width = min(4, _PORTS - options.debug_exit)
         places.append(pio(DebugExit(end_with), options.debug_exit, width))
-    return Board(serial, places)
+    return Board(serial, places, partial(button.press, keyboard=keyboard))

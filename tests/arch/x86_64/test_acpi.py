@@ -167,6 +167,17 @@ def test_the_generation_id_is_named_and_its_changes_are_told() -> None:
     assert body == b"\x86\\\x2e_SB_VGEN\x0a\x80"
 
 
+def test_the_power_button_is_named_and_told() -> None:
+    scope = terms(made(1, []).dsdt)["_SB_"]
+    power, events = scope["PWRB"], scope["GEDB"]
+    assert eisa(power["_HID"]) == "PNP0C0C"
+    assert (events["_HID"], events["_UID"]) == ("ACPI0013", 1)
+    assert events["_CRS"] == bytes.fromhex("89060003 01 08000000 7900")
+    assert events["_EVT"][1] == b"\x86\\\x2e_SB_PWRB\x0a\x80"
+    (flags,) = struct.unpack_from("<I", made(1, []).fadt, 112)
+    assert flags & 1 << 4, "the button is a device, not a fixed register"
+
+
 def test_the_power_switch_is_where_the_fadt_says() -> None:
     tables = made(1, [])
     (flags,) = struct.unpack_from("<I", tables.fadt, 112)
@@ -199,7 +210,7 @@ def test_devices_have_their_ids_and_resources() -> None:
 
 def test_hundreds_of_devices_are_told_or_refused(write: Write) -> None:
     many = [VIRTIO] * 200
-    assert len(terms(made(4, many).dsdt)["_SB_"]) == 206
+    assert len(terms(made(4, many).dsdt)["_SB_"]) == 208
     memory = GuestMemory("4M")
     with pytest.raises(ConfigError, match=r"ACPI tables of 2000 devices are .* acpi = false"):
         load(memory, write(Elf()), acpi=[VIRTIO] * 2000)

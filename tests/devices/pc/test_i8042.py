@@ -1,4 +1,4 @@
-"""The keyboard controller without keyboard."""
+"""The keyboard controller, and the keyboard that can press Ctrl-Alt-Del."""
 
 from __future__ import annotations
 
@@ -90,8 +90,9 @@ def test_self_tests(port):
 def test_command_byte(port):
     for mode in (0x00, 0x47, 0xFF):
         tell(port, 0x60, mode)
-        port.out(DATA, ~mode & 0xFF)  # this one is for the keyboard
-        assert ask(port, 0x20) == mode
+        port.out(DATA, 0x00)  # this one is for the keyboard
+        port.out(COMMAND, 0x20)
+        assert port.inp(DATA) == mode
 
 
 @pytest.mark.parametrize(("off", "on", "bit"), [(0xA7, 0xA8, 0x20), (0xAD, 0xAE, 0x10)])
@@ -114,9 +115,7 @@ def test_a20(port):
 
 
 @pytest.mark.parametrize("byte", [0xED, 0xEE, 0xF2, 0xF4, 0xFF, 0x00])
-def test_nobody_answers_for_keyboard_and_mouse(port, byte):
-    port.out(DATA, byte)
-    assert not port.inp(COMMAND) & 0x01
+def test_nobody_answers_for_a_mouse(port, byte):
     tell(port, 0xD4, byte)
     assert not port.inp(COMMAND) & 0x01
 
@@ -152,10 +151,101 @@ def test_linux_probe_is_quick(port, resets):
     assert ask(port, 0xA9) not in (0x00, 0xFA, 0xFF)
 
     tell(port, 0x60, ctr & ~0x10 | 0x01)
-    port.out(DATA, 0xF2)  # atkbd asks who is there
-    assert not port.inp(COMMAND) & 0x01
+    assert say(port, 0xF2) == [0xFA, 0xAB, 0x41], "atkbd asks who is there"
     assert resets.count == 0
-    assert not port.line.level
+
+
+# -- the keyboard --------------------------------------------------------------------------
+
+RAW, TRANSLATED = 0x01, 0x41
+"""Command bytes: with interrupts, without translation and with it."""
+PRESSED = {
+    RAW: [0x14, 0x11, 0xE0, 0x71, 0xE0, 0xF0, 0x71, 0xF0, 0x11, 0xF0, 0x14],
+    TRANSLATED: [0x1D, 0x38, 0xE0, 0x53, 0xE0, 0xD3, 0xB8, 0x9D],
+}
+
+
+def heard(port):
+    """All bytes that wait to be read."""
+    found = []
+    while port.inp(COMMAND) & 0x01:
+        found.append(port.inp(DATA))
+    return found
+
+
+def say(port, *values):
+    """Bytes for the keyboard, and its answers."""
+    found = []
+    for value in values:
+        port.out(DATA, value)
+        found += heard(port)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("values", "answers"),
+    [
+        ([0xFF], [0xFA, 0xAA]),
+        ([0xED, 0x07], [0xFA, 0xFA]),
+        ([0xF3, 0x00], [0xFA, 0xFA]),
+        ([0xF0, 0x02], [0xFA, 0xFA]),
+        ([0xF0, 0x00], [0xFA, 0xFA, 0x02]),
+        ([0xEE], [0xEE]),
+        ([0xF4], [0xFA]),
+        ([0x55], [0xFE]),
+    ],
+)
+def test_the_keyboard_answers(port, values, answers):
+    tell(port, 0x60, RAW)
+    assert say(port, *values) == answers
+
+
+@pytest.mark.parametrize("mode", [RAW, TRANSLATED])
+def test_ctrl_alt_del(port, mode):
+    tell(port, 0x60, mode)
+    say(port, 0xF4)
+    assert port.device.hears_keys
+    before = port.line.edges
+    port.device.press_ctrl_alt_del()
+    assert port.line.edges == before + 1
+    assert heard(port) == PRESSED[mode]
+    assert port.line.edges == before + len(PRESSED[mode]), "an interrupt for each byte"
+
+
+def test_keys_are_only_for_those_who_listen(port):
+    tell(port, 0x60, TRANSLATED)
+    port.device.press_ctrl_alt_del()
+    assert not port.device.hears_keys
+    assert heard(port) == []
+    say(port, 0xF4)
+    for mode in (0x40, 0x51):
+        tell(port, 0x60, mode)
+        assert not port.device.hears_keys
+    tell(port, 0x60, TRANSLATED)
+    assert port.device.hears_keys
+    say(port, 0xF5)
+    assert not port.device.hears_keys
+
+
+def test_keys_wait_while_the_keyboard_is_off(port):
+    tell(port, 0x60, TRANSLATED)
+    say(port, 0xF4)
+    port.out(COMMAND, 0xAD)
+    for _ in range(10):
+        port.device.press_ctrl_alt_del()
+    assert not port.inp(COMMAND) & 0x01
+    port.out(COMMAND, 0xAE)
+    assert heard(port) == 2 * PRESSED[TRANSLATED], "no more than wait is pressed"
+
+
+def test_a_key_that_was_pressed_before_a_save(cpu, port, resets):
+    tell(port, 0x60, TRANSLATED)
+    say(port, 0xF4)
+    port.device.press_ctrl_alt_del()
+    other = cpu(I8042(resets))
+    other.device.load(port.device.save())
+    assert other.line.edges == 1, "the interrupt may have been lost"
+    assert heard(other) == PRESSED[TRANSLATED]
 
 
 def test_the_ports_between_are_somebody_elses(port):
