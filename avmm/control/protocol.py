@@ -16,6 +16,7 @@ The server does them one after the other:
     {"command": "migrate", "target": "tcp:host:4000", "bandwidth": 100000000, "downtime": 0.1,
      "deadline": 2.0, "tls": {"cert": "/a", "key": "/b", "ca": "/c"}}       all but target optional
     {"command": "settle", "runs": "here"}           or "there"; `avmm.Machine.settle`
+    {"command": "powerdown", "deadline": 2.0}
     {"command": "stop"}
 
 It answers each with one line. Any number of events may come before that line:
