@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypedDict
@@ -59,6 +60,7 @@ class HostSettings(TypedDict, total=False):
     unclaimed: str
     completion: str
     completion_capability: int | str | None
+    clock: str
 
 
 class Settings(HostSettings, total=False):
@@ -79,6 +81,16 @@ class Settings(HostSettings, total=False):
     debug_exit: int | str | None
     acpi: bool
     xen: bool
+
+
+class Clock(Enum):
+    """How the clocks of a guest go on that was saved, or has moved."""
+
+    GUEST = "guest"
+    """As if no time had passed. Its wall clock is behind by as long as it stood still."""
+    HOST = "host"
+    """They jump ahead by as long as it stood still, by the hosts' wall clocks, and never back.
+    Timers that ran out meanwhile fire at once."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +235,15 @@ class MachineConfig:
         "The number of KVM_CAP_NEEDS_COMPLETION in this host's kernel, if it has that capability.",
     )
     """For "auto". `avmm.vcpu.completion` says why avmm does not trust any number by default."""
+
+    clock: str = setting(
+        Clock.GUEST.value,
+        named(*(clock.value for clock in Clock)),
+        Side.ARRIVAL,
+        "The guest's clocks go on from where they were (guest), or from where they would be if "
+        "it had run all the time (host).",
+    )
+    """See `Clock`."""
 
     def __post_init__(self) -> None:
         # The fields also accept what people write. It is converted here, once, so that the rest of

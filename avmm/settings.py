@@ -39,6 +39,8 @@ class Side(Enum):
     """It names something outside of the machine, on a host; see `avmm.parts.description`."""
     HOST = "may be given again"
     """The guest does not see it. A description contains it for a user who does not choose it."""
+    ARRIVAL = "given each time"
+    """It says how the guest continues. A machine that boots does not have it."""
     COMMAND = "given again to the command"
     """Only the `avmm` command uses it."""
 
@@ -50,7 +52,7 @@ class Side(Enum):
     @property
     def is_hosts(self) -> bool:
         """Do `restore`, `receive` and `clone` accept it?"""
-        return self in (Side.LINK, Side.HOST)
+        return self in (Side.LINK, Side.HOST, Side.ARRIVAL)
 
 
 # -- the kinds of values -------------------------------------------------------------------

@@ -101,7 +101,7 @@ def parsed(command: click.Command, words: list[str]) -> dict[str, Any]:
 @every
 def test_the_command_takes_it_or_says_why_not(setting: Setting[Any]) -> None:
     names = [parameter.name for parameter in run.params]
-    if setting.no_option:
+    if setting.no_option or setting.side is Side.ARRIVAL:
         assert setting.name not in names
         return
     assert setting.name in names
@@ -114,7 +114,8 @@ def test_the_command_takes_it_or_says_why_not(setting: Setting[Any]) -> None:
 
 @every
 def test_the_commands_help_tells_it(setting: Setting[Any]) -> None:
-    words = " ".join(CliRunner().invoke(run, ["--help"]).output.replace("-\n", "-").split())
+    command = restore if setting.side is Side.ARRIVAL else run
+    words = " ".join(CliRunner().invoke(command, ["--help"]).output.replace("-\n", "-").split())
     if setting.argument:
         assert f"[{setting.argument}]" in words
     elif not setting.no_option:
@@ -130,7 +131,7 @@ def test_who_takes_a_guest_over_chooses_what_is_the_hosts(
     command: click.Command, setting: Setting[Any]
 ) -> None:
     names = [parameter.name for parameter in command.params]
-    wanted = setting.side in (Side.LINK, Side.HOST, Side.COMMAND)
+    wanted = setting.side in (Side.LINK, Side.HOST, Side.ARRIVAL, Side.COMMAND)
     assert (setting.name in names) == wanted
     if wanted:
         given = parsed(command, ["unix:x", *command_line(setting)])[setting.name]
@@ -309,6 +310,8 @@ def option_cell(setting: Setting[Any]) -> str:
     one = setting.one
     values = BAR.join(one.choices) if isinstance(one, ChoiceKind) else None
     text = f"`{setting.option} {values or setting.metavar or one.metavar}`"
+    if setting.side is Side.ARRIVAL:
+        return f"{text}, of `avmm restore` and `receive`"
     return f"{text}, repeatable" if isinstance(setting.kind, ListKind) else text
 
 

@@ -282,7 +282,7 @@ async def test_one_of_the_previous_version_is_refused_before_anything_is_opened(
             devices_of_old[number] = [name, device]
             body = opened.state | {"devices": devices_of_old}
             rewrite(snap, {"description": opened.description, "state": body})
-            with pytest.raises(DeviceError, match=r"'s state has no version, expected 1$"):
+            with pytest.raises(DeviceError, match=r"'s state has no version, expected \d$"):
                 async with avmm.restore(snap, **devices):
                     pytest.fail(f"{name}'s was taken")
     rewrite(snap, {"description": opened.description, "state": opened.state})

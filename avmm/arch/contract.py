@@ -229,15 +229,25 @@ class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
         """
 
     @abstractmethod
-    def load_vm(self, vm: VmT, state: object) -> None:
-        """Give a fresh VM what `save_vm` returned. Call it before the vCPUs get their states. The
-        state is hostile input: raises `StateError`.
+    def stood_still(self, state: object) -> int:
+        """For how long a VM has stood still since `save_vm` returned this state, in nanoseconds by
+        the hosts' wall clocks. At least 0. The state is hostile input: raises `StateError`, also
+        if it does not tell when it was saved.
         """
 
     @abstractmethod
-    def load_vcpus(self, system: SystemT, vcpus: Sequence[VcpuT], states: Sequence[Any]) -> None:
-        """Give fresh vCPUs what `save_vcpu` returned, and start their clocks together. The states
-        are hostile input: raises `StateError`, also if this host lacks something that they need.
+    def load_vm(self, vm: VmT, state: object, ahead: int) -> None:
+        """Give a fresh VM what `save_vm` returned, with its clocks `ahead` nanoseconds later. Call
+        it before the vCPUs get their states. The state is hostile input: raises `StateError`.
+        """
+
+    @abstractmethod
+    def load_vcpus(
+        self, system: SystemT, vcpus: Sequence[VcpuT], states: Sequence[Any], ahead: int
+    ) -> None:
+        """Give fresh vCPUs what `save_vcpu` returned, and start their clocks together, `ahead`
+        nanoseconds later. The states are hostile input: raises `StateError`, also if this host
+        lacks something that they need.
         """
 
     @abstractmethod

@@ -20,9 +20,10 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def booting(command: _Command) -> _Command:
-    """Add the options of a command that boots a guest: all settings."""
+    """Add the options of a command that boots a guest: all settings but those for one that
+    continues."""
     for setting in reversed(list(SETTINGS.values())):
-        if not setting.no_option:
+        if not setting.no_option and setting.side is not Side.ARRIVAL:
             command = _option(setting, setting.help, setting.shown_default)(command)
     return command
 

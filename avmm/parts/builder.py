@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, TypeVarTuple
 from avmm import arch, guests
 from avmm.arch.contract import AnyArchitecture, BoardOptions, GuestImage
 from avmm.bus.coalesced import CoalescedWrites
-from avmm.config import MachineConfig
+from avmm.config import Clock, MachineConfig
 from avmm.errors import ConfigError, host_errors
 from avmm.kvm import System
 from avmm.kvm.parking import ParkingLot
@@ -124,6 +124,10 @@ async def _build(
         # Memory comes first, because the file that it is opened from is closed with it.
         memory = await in_thread(ram.open_memory, stack, kind.ram, config, origin)
         system = await in_thread(_open_system, stack, kind, config, calls)
+    if origin.boots and config.clock != Clock.GUEST.value:
+        raise ConfigError(
+            f"clock {config.clock!r}: it is for a machine that continues from a saved state"
+        )
     board = kind.board(_board_options(config), config.memory, end)
     own = await in_thread(_configured, stack, config, not origin.standby)
     added = allocate([*devices, *own], board.places, kind.virtio)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from avmm.bus.host import DeviceHost
 from avmm.bus.interrupts import Interrupts
+from avmm.config import Clock
 from avmm.ctrl_c import context, undisturbed
 from avmm.devices.base import Device
 from avmm.errors import DeviceError, GuestMemoryError, StateError
@@ -230,8 +231,10 @@ class Parts:
                 self.memory.write(gpa, data)
             except GuestMemoryError as error:
                 raise saved.refusal(f"its memory does not fit: {error}") from None
-        self.arch.load_vm(self.vm, saved.vm)
-        self.arch.load_vcpus(self.system, self.vcpus, saved.vcpus)
+        is_late = self.config.clock == Clock.HOST.value
+        ahead = self.arch.stood_still(saved.vm) if is_late else 0
+        self.arch.load_vm(self.vm, saved.vm, ahead)
+        self.arch.load_vcpus(self.system, self.vcpus, saved.vcpus, ahead)
         self.needs = [
             self.arch.needs_of(self.system, vcpu, vcpu_state)
             for vcpu, vcpu_state in zip(self.vcpus, saved.vcpus, strict=True)

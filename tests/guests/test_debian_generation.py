@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,26 @@ async def command(vm: avmm.Machine, line: str) -> str:
 async def reseeded(vm: avmm.Machine) -> int:
     """How often it has made new numbers of its own since it was booted."""
     return (await command(vm, "dmesg")).count(RESEEDED)
+
+
+async def test_the_time_of_a_restored_guest(tmp_path: Path) -> None:
+    """With the hosts' clock it is right, and its monotonic clock has gone on."""
+    guest = {"kernel": GUEST / "vmlinuz", "initrd": GUEST / "initrd.cpio.gz"}
+    clocks = "date +%s; cut -d. -f1 /proc/uptime"
+    async with avmm.Machine(**guest, cmdline=CMDLINE, memory="256M") as vm:
+        await until(vm, PROMPT)
+        await vm.snapshot(tmp_path / "snapshot")
+        uptime = int((await command(vm, clocks)).split()[1])
+    stood = time.time()
+    await trio.sleep(20)  # the time that passes is what this is about
+    async with avmm.restore(tmp_path / "snapshot", clock="host") as vm:
+        real, up = map(int, (await command(vm, clocks)).split()[:2])
+        assert abs(real - time.time()) < 5
+        assert up - uptime >= time.time() - stood - 5
+        assert "stall" not in await command(vm, "dmesg")
+    async with avmm.restore(tmp_path / "snapshot") as vm:
+        real = int((await command(vm, clocks)).split()[0])
+        assert real < time.time() - 15
 
 
 async def test_a_clone_and_a_restored_guest_have_their_own_random_numbers(

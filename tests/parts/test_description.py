@@ -151,7 +151,7 @@ def test_a_setting_that_there_is_none_of_is_unknown(good: Good) -> None:
         good.read(memroy="8M")
     assert str(caught.value) == (
         "unknown setting 'memroy'; expected one of disks, net, vsock, unclaimed, completion, "
-        "completion_capability"
+        "completion_capability, clock"
     )
 
 

@@ -106,15 +106,18 @@ class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the archi
     def save_vm(self, vm_: X86Vm) -> dict[str, Any]:
         return state.save_vm(vm_)
 
-    def load_vm(self, vm_: X86Vm, state_: object) -> None:
-        state.load_vm(vm_, state_)
+    def stood_still(self, state_: object) -> int:
+        return state.stood_still(state_)
+
+    def load_vm(self, vm_: X86Vm, state_: object, ahead: int) -> None:
+        state.load_vm(vm_, state_, ahead)
 
     def load_vcpus(
-        self, system: X86System, vcpus: Sequence[X86Vcpu], states: Sequence[Any]
+        self, system: X86System, vcpus: Sequence[X86Vcpu], states: Sequence[Any], ahead: int
     ) -> None:
         for vcpu, vcpu_state in zip(vcpus, states, strict=True):
             state.load_vcpu(system, vcpu, vcpu_state)
-        state.load_time(vcpus, states)
+        state.load_time(vcpus, states, ahead)
 
     def renew_generation(self, memory: GuestMemory, vm_: X86Vm) -> None:
         generation.renew(memory, vm_)

@@ -35,6 +35,7 @@ is checked here, and its values by the kernel.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -42,7 +43,7 @@ from avmm.arch.x86_64 import cpu, features, tsc
 from avmm.arch.x86_64.kvm import X86System, X86Vcpu, X86Vm
 from avmm.errors import StateError
 from avmm.kvm import KvmError, constants
-from avmm.plain import U32, U64, Bytes, Fields, Int, ListOf, OrNone, Row
+from avmm.plain import U32, U64, Bytes, Fields, Int, ListOf, OrMissing, OrNone, Row
 
 _TSC_DEADLINE = 0x6E0
 _LVT_TIMER = 0x320
@@ -62,6 +63,7 @@ _STRUCTURE: Final = Bytes(most=1 << 16)
 """One of the kernel's structures. Its size is checked when it is handed to KVM."""
 _CPUID: Final = ListOf(Row(*[U32] * 7))
 """(function, index, flags, eax, ebx, ecx, edx) of each leaf."""
+_MOST_CLOCK: Final = (1 << 64) - 1
 _KHZ: Final = Int(1, (1 << 32) - 1)
 
 
@@ -98,6 +100,9 @@ class SavedVm(Fields, version=1):
     irqchips = ListOf(_STRUCTURE, least=len(_CHIPS), most=len(_CHIPS))
     pit = _STRUCTURE
     clock = U64
+    real = OrMissing(U64)
+    """The host's wall clock when it was saved, in nanoseconds since 1970. Earlier versions did not
+    tell it."""
 
 
 def save_vcpu(system: X86System, vcpu: X86Vcpu) -> dict[str, Any]:
@@ -218,13 +223,16 @@ for all vCPUs of a host.
 """
 
 
-def load_time(vcpus: Sequence[X86Vcpu], states: Sequence[Mapping[str, Any]]) -> None:
-    """Start the TSCs of all vCPUs and set their deadlines. Call it after `load_vcpu` of each vCPU,
+def load_time(
+    vcpus: Sequence[X86Vcpu], states: Sequence[Mapping[str, Any]], ahead: int = 0
+) -> None:
+    """Start the TSCs of all vCPUs, `ahead` nanoseconds later than they were saved, and set their
+    deadlines. Call it after `load_vcpu` of each vCPU,
     which has checked the states. Raises `StateError` as that does.
     """
     msrs = [dict(state["msrs"]) for state in states]
     saved = [
-        tsc.Saved(values[tsc.MSR], state["tsc_offset"])
+        tsc.Saved(values[tsc.MSR], state["tsc_offset"], ahead * state["tsc_khz"] // 1_000_000)
         for values, state in zip(msrs, states, strict=True)
     ]
     try:
@@ -241,12 +249,24 @@ def save_vm(vm: X86Vm) -> dict[str, Any]:
     devices are quiesced.
     """
     return SavedVm.plain(
-        irqchips=[vm.irqchip(chip) for chip in _CHIPS], pit=vm.state("pit"), clock=vm.clock()
+        irqchips=[vm.irqchip(chip) for chip in _CHIPS],
+        pit=vm.state("pit"),
+        clock=vm.clock(),
+        real=time.time_ns(),
     )
 
 
-def load_vm(vm: X86Vm, state: object) -> None:
-    """Give a fresh VM the state that `save_vm` returned. Call it before the vCPUs get their state.
+def stood_still(state: object) -> int:
+    """See `avmm.arch.contract.Architecture.stood_still`."""
+    saved = SavedVm.read("the VM's state", state)
+    if saved.real is None:
+        raise saved.refusal("it does not tell when it was saved, as clock 'host' needs")
+    return max(0, time.time_ns() - saved.real)
+
+
+def load_vm(vm: X86Vm, state: object, ahead: int = 0) -> None:
+    """Give a fresh VM the state that `save_vm` returned, with its kvmclock `ahead` nanoseconds
+    later. Call it before the vCPUs get their state.
 
     Raises `StateError` as `load_vcpu` does.
     """
@@ -257,7 +277,7 @@ def load_vm(vm: X86Vm, state: object) -> None:
         for chip in saved.irqchips:
             vm.set_irqchip(chip)
         vm.set_state("pit", saved.pit)
-        vm.set_clock(saved.clock)
+        vm.set_clock(min(saved.clock + ahead, _MOST_CLOCK))
     except (KvmError, ValueError) as error:
         raise StateError(f"this host's KVM refuses the state of the VM: {error}") from error
 

@@ -35,39 +35,42 @@ class Saved:
 
     value: int
     offset: int | None
+    ahead: int = 0
+    """By how many ticks it is to be later than it was saved."""
 
 
 def load(vcpus: Sequence[X86Vcpu], saved: Sequence[Saved]) -> None:
-    """Let the counters of all vCPUs continue from where they were.
+    """Let the counters of all vCPUs continue from where they were, or from ahead of that.
 
     Raises `StateError` if the counters would go back on this host's KVM, and `KvmError` if KVM
     refuses.
     """
     for vcpu, counter in zip(vcpus, saved, strict=True):
-        vcpu.set_msrs({MSR: counter.value})
+        vcpu.set_msrs({MSR: (counter.value + counter.ahead) % (1 << 64)})
     first, begin = vcpus[0], saved[0]
     here = first.tsc_offset()
     exact = here is not None and begin.offset is not None
     if here is not None and begin.offset is not None:
-        moved = here + begin.value - _now(first) - begin.offset
+        moved = here + begin.value + begin.ahead - _now(first) - begin.offset
         for vcpu, counter in zip(vcpus, saved, strict=True):
             if counter.offset is None:
                 raise StateError("the state has TSC offsets for only some of its vCPUs")
             vcpu.set_tsc_offset((counter.offset + moved) % (1 << 64))
-    _check(first, begin.value, 0 if exact else _NOTICED_SECONDS)
+    _check(first, begin, 0 if exact else _NOTICED_SECONDS)
 
 
 def _now(vcpu: X86Vcpu) -> int:
     return vcpu.msrs([MSR])[MSR]
 
 
-def _check(vcpu: X86Vcpu, saved: int, tolerated: float) -> None:
-    ahead = (_now(vcpu) - saved) / vcpu.tsc_khz() / 1000
+def _check(vcpu: X86Vcpu, saved: Saved, tolerated: float) -> None:
+    hertz = vcpu.tsc_khz() * 1000
+    ahead = (_now(vcpu) - saved.value) / hertz
     if ahead < -tolerated:
         raise StateError(
             f"this host's KVM does not set a guest's TSC: it would go back by {-ahead:.3f} s"
         )
-    if ahead > _NOTICED_SECONDS:
+    if ahead - saved.ahead / hertz > _NOTICED_SECONDS:
         logger.warning(
             "this host's KVM does not set a guest's TSC: it has jumped ahead by %.1f s", ahead
         )
