@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -23,7 +24,7 @@ import trio
 
 from avmm.ctrl_c import protected, undisturbed
 from avmm.errors import ConfigError, HandOverUnknownError, MigrationError, PeerAbortedError
-from avmm.memory.pages import PAGE, Bitmap, Packer
+from avmm.memory.pages import PAGE, Bitmap, Packed, Packer
 from avmm.parts.saving import saved
 from avmm.plain import encode
 from avmm.progress import MigrationProgress, Report
@@ -47,6 +48,12 @@ _TAKE_BACK_SECONDS: Final = 5.0
 """How long a destination that has died may take to let go of a disk."""
 _TAKE_BACK_STEP: Final = 0.05
 _GIVEN_UP: Final = (SourceState.ABORTED, SourceState.TAKING_BACK)
+_FRAME_SECONDS: Final = 1.0
+"""How long a frame of pages takes at most if there is a bandwidth. To the destination, a line on
+which nothing comes is dead."""
+_LIFE_SECONDS: Final = 5.0
+"""How often the source shows that it lives, while it has nothing to send."""
+_NO_PAGES: Final = Packed(memoryview(b""), memoryview(b""))
 _SAMPLE_SECONDS: Final = 0.1
 """How often progress is reported within a round."""
 
@@ -91,7 +98,7 @@ class Sender:
         self._source = Source(secrets.token_bytes(16))
         self._connection = Connection(stream, self._source, options.stall_seconds)
         self._pace = Pace(options.target_downtime, options.bandwidth)
-        self._packer = Packer(parts.memory.whole, MOST_DATA_PAGES, MOST_RUNS)
+        self._packer = Packer(parts.memory.whole, _frame_pages(options.bandwidth), MOST_RUNS)
         self._round = 0
 
     @property
@@ -115,7 +122,10 @@ class Sender:
                 left = await in_thread(self._parts.memory.populated)
                 await self._copy_live(log, left)
                 stopped = trio.current_time()  # about: some vCPUs may stand still a little earlier
-                async with self._coordinator.paused(self._options.deadline):
+                async with AsyncExitStack() as stack:
+                    async with self._showing_life():  # a device may take long to finish
+                        still = self._coordinator.paused(self._options.deadline)
+                        await stack.enter_async_context(still)
                     self._source.stand_still()
                     await in_thread(log.collect, left)
                     await self._copy(left, stopped)
@@ -163,6 +173,30 @@ class Sender:
         with scope:
             await self._coordinator.throttle(lambda: self._pace.throttle)
 
+    @asynccontextmanager
+    async def _showing_life(self) -> AsyncIterator[None]:
+        """Send a frame without pages now and then inside the block, in which nothing else is
+        sent."""
+        scope, over = trio.CancelScope(), trio.Event()
+        self._nursery.start_soon(self._show_life, scope, over)
+        try:
+            yield
+        finally:
+            scope.cancel()
+            await undisturbed(over.wait)  # the next frame must not come into the midst of that one
+
+    @protected
+    async def _show_life(self, scope: trio.CancelScope, over: trio.Event) -> None:
+        try:
+            # If the line is cut, whoever sends next notices as well.
+            with scope, suppress(MigrationError):
+                while True:
+                    await trio.sleep(_LIFE_SECONDS)
+                    with trio.CancelScope(shield=True):
+                        await self._connection.say(self._source.pages(_NO_PAGES))
+        finally:
+            over.set()
+
     async def _copy(self, left: Bitmap, start: float) -> None:
         """Send one round: the pages in `left`, which is empty then."""
         self._round += 1
@@ -201,9 +235,11 @@ class Sender:
         """Do everything after the guest has come to a standstill."""
         try:
             self._source.release()
-            await self._let_go()
-            # Saved only now: output that somebody receives from a console later would come twice.
-            state = await saved(self._parts)
+            async with self._showing_life():
+                await self._let_go()
+                # Saved only now: output that somebody receives from a console later would come
+                # twice.
+                state = await saved(self._parts)
             for frame in self._source.stated(await in_thread(encode, state)):
                 await self._connection.say(frame)
             await self._until(SourceState.READY)
@@ -239,9 +275,10 @@ class Sender:
         try:
             await undisturbed(self._acquire_again)
             self._source.take_back()
-        except (ConfigError, OSError) as error:
+        except Exception as error:  # of any type, because a user's device may raise anything
+            why = str(error) or repr(error)
             raise HandOverUnknownError(
-                f"the guest was not handed over, but it stays stopped: {error}"
+                f"the guest was not handed over, but it stays stopped: {why}"
             ) from error
         finally:
             if self.state is SourceState.TAKING_BACK:
@@ -297,3 +334,10 @@ def _told(error: BaseException) -> str:
     if isinstance(error, trio.Cancelled):
         return "the migration was cancelled"
     return f"{type(error).__name__}: {error}"
+
+
+def _frame_pages(bandwidth: float | None) -> int:
+    """How many pages a frame holds at most."""
+    if bandwidth is None:
+        return MOST_DATA_PAGES
+    return max(1, min(MOST_DATA_PAGES, int(bandwidth * _FRAME_SECONDS) // PAGE))

@@ -68,7 +68,11 @@ SOURCE_DOES: Final[Mapping[SourceState, Mapping[MessageKind | Act, SourceState]]
         Act.RELEASE: _S.RELEASED,
         Act.GIVE_UP: _S.ABORTED,
     },
-    _S.RELEASED: {MessageKind.STATE: _S.STATED, Act.GIVE_UP: _S.TAKING_BACK},
+    _S.RELEASED: {
+        MessageKind.PAGES: _S.RELEASED,  # without any, as a sign of life
+        MessageKind.STATE: _S.STATED,
+        Act.GIVE_UP: _S.TAKING_BACK,
+    },
     _S.STATED: {Act.GIVE_UP: _S.TAKING_BACK},
     _S.READY: {MessageKind.COMMIT: _S.COMMITTED, Act.GIVE_UP: _S.TAKING_BACK},
     _S.COMMITTED: {Act.LOSE: _S.UNKNOWN},  # COMMIT may have left: it can no longer give up

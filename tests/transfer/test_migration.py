@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -401,6 +401,95 @@ async def test_a_slow_line_is_no_dead_one(pair: Pair, seconds: float, is_dead: b
         await there.leave()
 
 
+async def test_a_narrow_line_is_no_dead_one(pair: Pair) -> None:
+    """A frame of 256 pages would take five seconds, in which nothing comes."""
+    async with avmm.Machine(memory="16M") as vm, trio.open_nursery() as nursery:
+        await answers(vm)
+        vm.memory.write(12 << 20, os.urandom(1 << 20))
+        there = Destination(nursery, pair[1], stall_seconds=2.5)
+        await vm.migrate(pair[0], bandwidth=200_000, target_downtime=10)
+        await there.arrived.wait()
+        assert there.vm is not None
+        await answers(there.vm)
+        await there.leave()
+
+
+class Late(avmm.Device):
+    """Takes its time at the standstill: `quiesce` or `release` or a `save` in a thread."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    async def _take(self, what: str) -> None:
+        if what == self._what:
+            await trio.sleep(2.5)
+
+    async def quiesce(self) -> None:
+        await self._take("quiesce")
+
+    async def release(self) -> None:
+        await self._take("release")
+
+    @property
+    def saves_in_thread(self) -> bool:
+        return self._what == "save"
+
+    def save(self) -> dict[str, object]:
+        if self._what == "save":
+            time.sleep(2.5)
+        return {"version": 1}
+
+    def load(self, state: Mapping[str, object]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("what", ["quiesce", "release", "save"])
+async def test_a_device_that_takes_longer_than_the_receiver_waits(
+    pair: Pair, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avmm.transfer.source._LIFE_SECONDS", 0.2)
+    devices = [avmm.pio(Late(what), 0x300, 1)]
+    async with (
+        avmm.Machine(memory="16M", devices=devices) as vm,
+        trio.open_nursery() as nursery,
+    ):
+        await answers(vm)
+        here = [avmm.pio(Late(""), 0x300, 1)]
+        there = Destination(nursery, pair[1], devices=here, stall_seconds=1.2)
+        await vm.migrate(pair[0])
+        await there.arrived.wait()
+        assert there.vm is not None
+        await answers(there.vm)
+        await there.leave()
+
+
+async def test_a_device_that_cannot_be_taken_back_for_a_reason_of_its_own(pair: Pair) -> None:
+    """The guest stays stopped, and its user is told so, whatever was raised."""
+
+    class Broken(Late):
+        async def acquire(self) -> None:
+            if self._what == "acquire":
+                raise LookupError("my index is gone")
+
+    def cut(did: str, data: bytes) -> bool:
+        return did == "sent" and data[:1] == bytes([STATE_END])
+
+    devices = [avmm.pio(Broken("acquire"), 0x300, 1)]
+    async with (
+        avmm.Machine(memory="16M", devices=devices) as vm,
+        trio.open_nursery() as nursery,
+    ):
+        await answers(vm)
+        there = Destination(nursery, pair[1], devices=[avmm.pio(Broken(""), 0x300, 1)])
+        with pytest.raises(avmm.HandOverUnknownError, match="my index is gone") as caught:
+            await vm.migrate(Strange(pair[0], cut, trio.BrokenResourceError("cut")))
+        assert isinstance(caught.value.__cause__, LookupError)
+        assert vm.is_unsettled
+        await vm.settle(runs_here=False)
+        await trio.aclose_forcefully(pair[0])
+        await there.ended.wait()
+
+
 # -- streams that keep no contract ---------------------------------------------------------
 
 
@@ -431,6 +520,7 @@ class Strange(trio.abc.Stream):
 
 
 COMMIT, RUNNING = 10, 11
+STATE_END = 8
 
 
 @pytest.mark.parametrize(
