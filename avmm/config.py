@@ -18,7 +18,7 @@ from typing import Any, Final, TypedDict
 
 from avmm.boot import FlatOptions, Protocol
 from avmm.errors import ConfigError
-from avmm.options import IO_PORTS, Bounds, DiskOptions, NetOptions, VsockOptions
+from avmm.options import IO_PORTS, Bounds, DiskOptions, NetOptions, VsockOptions, parse_mac
 from avmm.settings import (
     FlagKind,
     FlatKind,
@@ -253,6 +253,12 @@ class MachineConfig:
         if self.flat is not None and self.kernel is None:
             raise ConfigError(
                 "flat: expected a kernel, because the bundled shell is not a flat binary"
+            )
+        addresses = [parse_mac(net.mac) for net in self.net if net.mac is not None]
+        if twice := {mac for mac in addresses if addresses.count(mac) > 1}:
+            raise ConfigError(
+                f"net: mac {min(twice).hex(':')} is given twice; expected another one for each "
+                "network"
             )
         number, auto = self.completion_capability, CompletionMode.AUTO.value
         if number is not None and self.completion != auto:

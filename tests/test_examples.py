@@ -10,6 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
+    "conversation": ["echo one: one", "echo two: two"],
     "embed": ["hello from inside", "exit, status 3"],
     "evacuate": [f"guest {number} has moved" for number in range(10)],
     "fifty_clones": [f"I am clone {number}" for number in range(50)],

@@ -181,6 +181,13 @@ def test_options_made_in_python_are_checked_as_well() -> None:
     assert DiskOptions("a").file == Path("a")
 
 
+def test_two_networks_with_one_address() -> None:
+    nets = ["tap=a,mac=52:54:00:00:00:01", "tap=b,mac=52:54:00:00:00:01"]
+    with pytest.raises(ConfigError, match="net: mac 52:54:00:00:00:01 is given twice"):
+        MachineConfig.make(net=nets)
+    assert len(MachineConfig.make(net=["tap=a", "tap=b"]).net) == 2
+
+
 def test_a_network_with_two_ends_is_shown_as_it_was_written() -> None:
     with pytest.raises(ConfigError, match=r"^net 'tap=a,unix=b,mtu=99': expected one of tap="):
         MachineConfig.make(net=["tap=a,unix=b,mtu=99"])

@@ -8,12 +8,18 @@ lock if there is one. The stream waits when there is nothing to move.
 from __future__ import annotations
 
 import operator
+import re
+from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
 from avmm.ctrl_c import protected
+from avmm.errors import AvmmError, ConfigError
+
+_MOST_SEARCHED: Final = 1 << 20
+_MOST_SHOWN: Final = 200
 
 
 class _Waitable(Protocol):
@@ -55,6 +61,28 @@ class OneTask:
         self._held = False
 
 
+def _finder(pattern: bytes | re.Pattern[bytes]) -> Callable[[bytearray, int], int]:
+    """A function that returns where the first match of `pattern` in some data ends, or -1. It is
+    told how much of the data was searched before. Raises `ConfigError` for anything else."""
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, bytes):
+        search = pattern.search
+
+        def find(data: bytearray, searched: int) -> int:
+            match = search(data)
+            return -1 if match is None else match.end()
+
+        return find
+    if isinstance(pattern, bytes) and pattern:
+        wanted = pattern
+
+        def find_bytes(data: bytearray, searched: int) -> int:
+            at = data.find(wanted, max(0, searched - len(wanted) + 1))
+            return -1 if at < 0 else at + len(wanted)
+
+        return find_bytes
+    raise ConfigError(f"pattern {pattern!r}: expected bytes, or a compiled pattern for bytes")
+
+
 class ConsoleStream(trio.abc.Stream):
     """The host's end of a port: it receives what the guest writes, and sends what the guest reads.
 
@@ -73,6 +101,8 @@ class ConsoleStream(trio.abc.Stream):
         self._sending = OneTask("sending to this console")
         self._receiving = OneTask("receiving from this console")
         self.accepted = 0
+        self._ahead = bytearray()
+        """Output that `receive_until` has read and not returned."""
 
     @protected
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -110,17 +140,59 @@ class ConsoleStream(trio.abc.Stream):
                 raise ValueError("max_bytes must be at least 1")
         with self._receiving:
             await trio.lowlevel.checkpoint()
-            while (data := self._cable._take(max_bytes)) is None:
-                await self._cable._output.wait()
-            return data
+            if self._ahead:
+                return self._split(len(self._ahead) if max_bytes is None else max_bytes)
+            return await self._receive(max_bytes)
+
+    async def _receive(self, most: int | None) -> bytes:
+        while (data := self._cable._take(most)) is None:
+            await self._cable._output.wait()
+        return data
+
+    def _split(self, at: int) -> bytes:
+        """The first bytes that were read ahead, which are removed."""
+        data = bytes(self._ahead[:at])
+        del self._ahead[:at]
+        return data
+
+    @protected
+    async def receive_until(
+        self, pattern: bytes | re.Pattern[bytes], *, max_bytes: int = _MOST_SEARCHED
+    ) -> bytes:
+        """Wait for output that contains `pattern`, and return all output up to the end of its
+        first match. With it a program reads the answer to a command, up to the prompt.
+
+        Raises `AvmmError` if the guest's output ends before that, or if `max_bytes` have come
+        without it. What has come then, what comes behind the match, and what had come when this
+        was cancelled, can still be received. A regular expression matches as soon as it can, so
+        one that ends with `.*` gets what has come by then.
+        """
+        find = _finder(pattern)
+        with self._receiving:
+            await trio.lowlevel.checkpoint()
+            searched = 0
+            while (end := find(self._ahead, searched)) < 0:
+                searched = len(self._ahead)
+                if searched >= max_bytes:
+                    raise AvmmError(f"no {pattern!r} in {searched} bytes of the guest's output")
+                data = await self._receive(None)
+                if not data:
+                    last = bytes(self._ahead[-_MOST_SHOWN:])
+                    raise AvmmError(
+                        f"the guest's output ended without {pattern!r}; its last bytes: {last!r}"
+                    )
+                self._ahead += data
+            return self._split(end)
 
     def discard_output(self) -> int:
         """Throw away the guest's output that has not been received yet. Returns the number of
         bytes."""
-        return len(self._cable._take(None) or b"")
+        ahead = len(self._split(len(self._ahead)))
+        return ahead + len(self._cable._take(None) or b"")
 
     @protected
     async def aclose(self) -> None:
         """Close this end at once, even if cancelled; does nothing the second time."""
+        self._ahead.clear()
         self._cable._close()
         await trio.lowlevel.checkpoint()

@@ -1,7 +1,7 @@
 """What a disk is: the contract between `avmm.devices.virtio.block` and any disk.
 
     class Remote(avmm.Disk):
-        name, size = "remote", 1 << 30
+        name, size, contents_stay = "remote", 1 << 30, True
 
         async def read(self, offset, buffers):
             for buffer in buffers:
@@ -23,9 +23,9 @@ their beginning, possibly in another process. A call that was cancelled must no 
 `buffers`. A call that cannot stop (say, because a thread is at work) shields itself until it has
 finished, and the pause waits for it.
 
-**Saving.** What a disk holds is not part of a machine's state: whoever loads the state provides a
-disk with the same contents. A disk whose contents would be lost with its process returns them from
-`save`.
+**Saving.** A disk whose contents outlive its process says so by `contents_stay = True`. They are
+not part of a machine's state: whoever loads the state provides a disk with the same contents. A
+disk whose contents would be lost returns them from `save`. One that does neither cannot be saved.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class Disk:
     read_only: bool = False
     can_discard: bool = False
     """Whether `discard` does anything."""
+    contents_stay: bool = False
+    """Do the contents outlive this process, so that nothing of them has to be saved? Whoever loads
+    the state provides a disk with the same contents."""
     saves_in_thread: bool = False
     """Do `save` and `load` take long? If so, they are called in a worker thread, and must not
     touch anything that belongs to trio. Otherwise they are called in trio's thread."""
@@ -122,10 +125,18 @@ class Disk:
         else writes to the disk."""
 
     def save(self) -> Mapping[str, Any]:
-        """The contents that would be lost with this process, as plain data."""
+        """The contents that would be lost with this process, as plain data. Raises `DeviceError`
+        unless it is overridden or `contents_stay` is set."""
+        if not self.contents_stay:
+            raise DeviceError(
+                f"{self.name} cannot be saved: it lacks save(), or contents_stay = True if its "
+                "contents outlive this process"
+            )
         return _Nothing.plain()
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `save` returned. The input is hostile: raises `DeviceError` if it is not
         such a state."""
+        if not self.contents_stay:
+            raise DeviceError(f"{self.name} cannot be loaded: it lacks load()")
         _Nothing.read(f"{self.name}'s state", state)

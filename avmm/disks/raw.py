@@ -38,6 +38,7 @@ class RawDisk(Disk):
     """
 
     can_discard = True
+    contents_stay = True
 
     def __init__(
         self, path: str | os.PathLike[str], *, read_only: bool = False, held: bool = True

@@ -262,5 +262,7 @@ def _count(things: Sequence[object], noun: str) -> str:
 
 
 def _device(entry: Entry) -> str:
-    name, space, base, *_ = entry
-    return f"{name[:_LONGEST_NAME] if name.isprintable() else 'a device'} at {space} {base:#x}"
+    name, space, base, size, irq = entry
+    shown = name[:_LONGEST_NAME] if name.isprintable() else "a device"
+    interrupt = "no interrupt" if irq is None else f"interrupt {irq}"
+    return f"{shown} at {space} {base:#x} ({size} bytes, {interrupt})"

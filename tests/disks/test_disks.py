@@ -377,6 +377,11 @@ async def test_an_embedders_disk_need_not_do_much() -> None:
         await disk.flush()
     disk.read_only = True
     await disk.flush()
+    with pytest.raises(DeviceError, match="disk cannot be saved: it lacks save"):
+        disk.save()
+    with pytest.raises(DeviceError, match="disk cannot be loaded: it lacks load"):
+        disk.load({"version": 1})
+    disk.contents_stay = True
     assert disk.save() == {"version": 1}
     disk.load({"version": 1})
     for wrong in ({}, {"version": 1, "x": 1}):

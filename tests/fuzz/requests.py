@@ -39,7 +39,7 @@ class Request:
 class MemoryDisk(Disk):
     """64 KiB, some of it broken."""
 
-    name, size, can_discard = "memory", 1 << 16, True
+    name, size, can_discard, contents_stay = "memory", 1 << 16, True, True
 
     def __init__(self) -> None:
         self.data = bytearray(self.size)

@@ -342,7 +342,7 @@ async def test_disks_that_cannot_be_counted_on(tmp_path: Path) -> None:
 class Noted(avmm.Disk):
     """One in memory that writes down what it is asked for."""
 
-    name, size = "noted", 8 * SECTOR
+    name, size, contents_stay = "noted", 8 * SECTOR, True
 
     def __init__(self) -> None:
         self.data = bytearray(self.size)

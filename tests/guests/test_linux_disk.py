@@ -94,7 +94,7 @@ def test_raw_bytes_and_the_order_of_disks(vmlinux: Path, tmp_path: Path) -> None
 class Remote(avmm.Disk):
     """An embedder's disk: each answer comes from afar."""
 
-    name, size = "remote", 1 << 20
+    name, size, contents_stay = "remote", 1 << 20, True
 
     def __init__(self) -> None:
         self.data = bytearray(os.urandom(self.size))

@@ -189,20 +189,32 @@ def changed(at: int, **fields: Any) -> Callable[[list[Any]], list[Any]]:
     [
         (
             changed(0, name="Modem"),
-            "the guest has Modem at pio 0x3f8, but this machine has .* at pio 0x3f8",
+            "the guest has Modem at pio 0x3f8 .*, but this machine has .* at pio 0x3f8",
         ),
         (
             changed(0, base=0x2F8),
-            "the guest has .* at pio 0x2f8, but this machine has .* at pio 0x3f8",
+            "the guest has .* at pio 0x2f8 .*, but this machine has .* at pio 0x3f8",
         ),
         (
             changed(0, space="mmio"),
-            "the guest has .* at mmio 0x3f8, but this machine has .* at pio 0x3f8",
+            "the guest has .* at mmio 0x3f8 .*, but this machine has .* at pio 0x3f8",
         ),
-        (changed(0, size=7), "the guest has .* at pio 0x3f8, but this machine has"),
-        (changed(0, irq=5), "the guest has .* at pio 0x3f8, but this machine has"),
-        (changed(0, name="\x1b[2J"), "the guest has a device at pio 0x3f8, but this machine has"),
-        (changed(0, name="x" * 5000), "^the guest has x{64} at pio 0x3f8, but this machine has"),
+        (
+            changed(0, size=7),
+            r"0x3f8 \(7 bytes, interrupt 4\), but this .* \(8 bytes, interrupt 4\)",
+        ),
+        (
+            changed(0, irq=5),
+            r"0x3f8 \(8 bytes, interrupt 5\), but this .* \(8 bytes, interrupt 4\)",
+        ),
+        (
+            changed(0, name="\x1b[2J"),
+            "the guest has a device at pio 0x3f8 .*, but this machine has",
+        ),
+        (
+            changed(0, name="x" * 5000),
+            "^the guest has x{64} at pio 0x3f8 .*, but this machine has",
+        ),
         (
             changed(0, space="x" * 5000),
             r"devices\[0\]\[1\] is 'x{40}'.* one of 'pio', 'mmio', 'msr'",
@@ -216,11 +228,11 @@ def changed(at: int, **fields: Any) -> Callable[[list[Any]], list[Any]]:
             lambda devices: [5, *devices[1:]],
             r"description: devices\[0\] is 5, expected a list of 5",
         ),
-        (lambda devices: devices[:-1], r"at mmio 0x\w+: the guest does not have it"),
-        (lambda devices: [], " at pio 0x3f8: the guest does not have it"),
+        (lambda devices: devices[:-1], r"at mmio 0x\w+ .*: the guest does not have it"),
+        (lambda devices: [], " at pio 0x3f8 .*: the guest does not have it"),
         (
             lambda devices: [*devices, ["More", "pio", 5, 1, None]],
-            "More at pio 0x5: this machine does not have it",
+            r"More at pio 0x5 .*: this machine does not have it",
         ),
         (
             lambda devices: [*devices, None],

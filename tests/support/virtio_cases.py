@@ -81,7 +81,7 @@ def _read_console(console: Console) -> None:
 class GatedDisk(Disk):
     """1 MiB in memory, which answers nothing before its gate is opened."""
 
-    name, size, can_discard = "gated", 1 << 20, True
+    name, size, can_discard, contents_stay = "gated", 1 << 20, True, True
 
     def __init__(self) -> None:
         self.gate = trio.Event()

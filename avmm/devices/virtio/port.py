@@ -152,6 +152,11 @@ class Port(ConsoleStream):
             self._sink = sink
             try:
                 await trio.lowlevel.checkpoint()
+                while self._ahead:
+                    await sink.writable()
+                    with memoryview(self._ahead) as ahead:
+                        count = sink.write_now([ahead[: PIPE_BUF if sink.may_block else None]])
+                    del self._ahead[:count]
                 while self._has_output() or not self._finished:
                     if not self._has_output():
                         await self._output.wait()
