@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from avmm.errors import ConfigError
+from avmm.errors import ConfigError, StateError
 from avmm.forks import close_descriptor, closed_in_child
 from avmm.kvm import eventfd
 from avmm.kvm.vm import Vm
@@ -90,6 +90,68 @@ class IrqLine:
                 self._fd = -1
 
 
+class LevelInput:
+    """A level-triggered interrupt input, which is high while any of its lines is.
+
+    Lines are driven by their devices in any threads, and no lock is shared by them. Whoever has
+    changed a line tells KVM how the input is now, and looks again afterwards: if another thread
+    has changed it meanwhile and told KVM first, the second look finds the difference.
+    """
+
+    def __init__(self, gsi: int) -> None:
+        self._gsi = gsi
+        self._vm: Vm | None = None
+        self.lines: list[LevelLine] = []
+
+    @property
+    def is_high(self) -> bool:
+        """Does any line assert it?"""
+        return any(line.asserted for line in self.lines)
+
+    def connect(self, vm: Vm) -> None:
+        """From now on KVM is told. Raises `KvmError`."""
+        self._vm = vm
+        self.drive()
+
+    def drive(self) -> None:
+        """Tell KVM how it is. Does nothing before there is a VM."""
+        if self._vm is None:
+            return
+        while True:
+            level = self.is_high
+            self._vm.irq_line(self._gsi, level)
+            if self.is_high is level:
+                return
+
+
+class LevelLine:
+    """One device's line to a level-triggered input. See `avmm.devices.base.InterruptLine`."""
+
+    def __init__(self, input_: LevelInput) -> None:
+        self._input = input_
+        self.asserted = False
+        # As in `IrqLine`: after the close, the VM's descriptor may be another file's.
+        self._closing = threading.Lock()
+        self._closed = False
+
+    def set(self, asserted: bool) -> None:
+        """Drive the line; the guest is interrupted while any device asserts the input."""
+        with self._closing:
+            if not self._closed and asserted is not self.asserted:
+                self.asserted = asserted
+                self._input.drive()
+
+    def pulse(self) -> None:
+        """Assert the line for a moment. A guest that has the interrupt masked misses it."""
+        self.set(True)
+        self.set(False)
+
+    def close(self) -> None:
+        """Drive nothing from now on; idempotent."""
+        with self._closing:
+            self._closed = True
+
+
 class MessageInterrupt:
     """A message-signalled interrupt of a running machine. Any thread."""
 
@@ -129,17 +191,29 @@ class Interrupts:
         self._pins = pins
         self._owners: dict[int, str] = {}
         self._lines: dict[int, IrqLine] = {}
+        self._inputs: dict[int, LevelInput] = {}
         self._messages: list[MessageInterrupt] = []
         self._vm: Vm | None = None
 
-    def line(self, gsi: int, owner: str) -> IrqLine:
-        """The input pin `gsi` for the device named `owner`.
+    def line(self, gsi: int, owner: str, *, level: bool = False) -> IrqLine | LevelLine:
+        """The input pin `gsi` for the device named `owner`. With `level` others may share it.
 
-        Raises `ConfigError` if there is no such pin, or if another device already drives it.
+        Raises `ConfigError` if there is no such pin, or if another device already drives it and
+        one of the two does not share it.
         """
         self._pins.demand(gsi, owner)
-        if gsi in self._owners:
-            raise ConfigError(f"{owner}: interrupt {gsi} is already driven by {self._owners[gsi]}")
+        if gsi in self._owners and not (level and gsi in self._inputs):
+            share = ""
+            if level or gsi in self._inputs:
+                share = "; expected level=True for each of those that share it"
+            raise ConfigError(
+                f"{owner}: interrupt {gsi} is already driven by {self._owners[gsi]}{share}"
+            )
+        if level:
+            self._owners.setdefault(gsi, owner)
+            input_ = self._inputs.setdefault(gsi, LevelInput(gsi))
+            input_.lines.append(LevelLine(input_))
+            return input_.lines[-1]
         line = IrqLine(eventfd())
         self._lines[gsi], self._owners[gsi] = line, owner
         return line
@@ -149,6 +223,31 @@ class Interrupts:
         self._vm = vm
         for gsi, line in self._lines.items():
             line.connect(vm, gsi)
+        for input_ in self._inputs.values():
+            input_.connect(vm)
+
+    @property
+    def levels(self) -> list[list[int]]:
+        """For each level-triggered input: its number, and a bit for each of its lines that is
+        asserted."""
+        return [
+            [gsi, sum(line.asserted << at for at, line in enumerate(input_.lines))]
+            for gsi, input_ in self._inputs.items()
+        ]
+
+    def set_levels(self, levels: Sequence[tuple[int, int]]) -> None:
+        """Drive the lines as `levels` has told. Raises `StateError` if these are not the levels of
+        these inputs."""
+        known = [(gsi, 1 << len(input_.lines)) for gsi, input_ in self._inputs.items()]
+        if [gsi for gsi, _ in levels] != [gsi for gsi, _ in known] or any(
+            bits >= limit for (_, bits), (_, limit) in zip(levels, known, strict=True)
+        ):
+            raise StateError("it has levels of other interrupts than this machine")
+        for gsi, bits in levels:
+            input_ = self._inputs[gsi]
+            for at, line in enumerate(input_.lines):
+                line.asserted = bool(bits >> at & 1)
+            input_.drive()
 
     def message(self, address: int, data: int) -> MessageInterrupt:
         """A message-signalled interrupt: each `pulse` sends `data` to `address` (Intel SDM 3A,
@@ -167,5 +266,8 @@ class Interrupts:
         """Close the eventfds. Call it after all vCPUs have ended; idempotent."""
         for line in self._lines.values():
             line.close()
+        for input_ in self._inputs.values():
+            for level in input_.lines:
+                level.close()
         for message in self._messages:
             message.close()

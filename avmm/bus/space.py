@@ -44,6 +44,8 @@ class Placement:
     irq: int | None = None
     offset: int = 0
     coalesced: bool = False
+    level: bool = False
+    """Is the interrupt level-triggered, so that several devices may share it?"""
 
 
 def pio(
@@ -52,10 +54,16 @@ def pio(
     size: int,
     *,
     irq: int | None = None,
+    level: bool = False,
     offset: int = 0,
     coalesced: bool = False,
 ) -> Placement:
-    """Place `device` at `size` I/O ports from `base` on, with ISA interrupt `irq` or none.
+    """Place `device` at `size` I/O ports from `base` on, with interrupt `irq` or none.
+
+    An interrupt is an edge, and the device's alone, as on the ISA bus. With `level` it is a level,
+    as on the PCI bus: the guest is interrupted again and again while the device asserts its line,
+    until the guest has made it stop. Several devices may then share the interrupt. ACPI and the MP
+    table tell the guest of it.
 
     The device sees offsets that begin at `offset`. By these it can tell its regions apart if it
     has several.
@@ -66,7 +74,7 @@ def pio(
     writes can wait. The device must answer these writes at once, without an awaitable. If KVM has
     no such ring, they are ordinary writes.
     """
-    return Placement(device, "pio", base, size, irq, offset, coalesced)
+    return Placement(device, "pio", base, size, irq, offset, coalesced, level)
 
 
 def mmio(
@@ -75,6 +83,7 @@ def mmio(
     size: int,
     *,
     irq: int | None = None,
+    level: bool = False,
     offset: int = 0,
     coalesced: bool = False,
 ) -> Placement:
@@ -82,7 +91,7 @@ def mmio(
 
     See `pio`; the addresses must not be RAM. avmm keeps 0xd0000000-0xdfffffff free for it.
     """
-    return Placement(device, "mmio", base, size, irq, offset, coalesced)
+    return Placement(device, "mmio", base, size, irq, offset, coalesced, level)
 
 
 def msr(device: Device, first: int, count: int = 1) -> Placement:

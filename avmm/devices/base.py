@@ -41,7 +41,8 @@ class InterruptLine(Protocol):
     """An interrupt input of the guest, as the device that drives it sees it."""
 
     def set(self, asserted: bool) -> None:
-        """Drive the line; the guest is interrupted at each change from low to high.
+        """Drive the line; the guest is interrupted at each change from low to high. If the device
+        was placed with `level`, the guest is interrupted again and again while the line is high.
 
         May be called from any thread, and does not block.
         """

@@ -36,6 +36,7 @@ from avmm.plain import (
     MappingOf,
     Nested,
     OneOf,
+    OrMissing,
     OrNone,
     Row,
     Text,
@@ -84,6 +85,8 @@ class _Description(Fields, version=2):
     roms = ListOf(Row(U64, Bytes()))
     """[address, contents] of each read-only region."""
     devices = ListOf(Row(Text(), OneOf("pio", "mmio", "msr"), U64, U64, OrNone(U32)))
+    levels = OrMissing(ListOf(U32))
+    """The interrupts that are level-triggered, in the order of their devices."""
 
 
 def describe(
@@ -92,7 +95,9 @@ def describe(
     """The description of a machine with this config, these devices and these read-only regions."""
     blocks = _last(VirtioBlock, len(config.disks), places)
     nets = _last(Net, len(config.net), places)
+    levels = _levels(places)
     return _Description.plain(
+        **({"levels": levels} if levels else {}),
         state=STATE_VERSION,
         settings={name: getattr(config, name) for name in _TOLD},
         disks=[
@@ -114,6 +119,10 @@ def describe(
     )
 
 
+def _levels(places: Sequence[Placement]) -> list[int]:
+    return [place.irq for place in places if place.level and place.irq is not None]
+
+
 def _entries(places: Sequence[Placement]) -> list[Entry]:
     return [(p.device.name, p.space, p.base, p.size, p.irq) for p in places]
 
@@ -128,6 +137,7 @@ class Described:
     """Does the `avmm` command give the guest a virtio console?"""
     devices: list[Entry]
     disk_sizes: tuple[int, ...]
+    levels: list[int]
 
     def demand_devices(self, places: Sequence[Placement]) -> None:
         """Raise `StateError` if these are not the guest's devices, and `ConfigError` if a disk
@@ -147,6 +157,11 @@ class Described:
                 else "the guest does not have it"
             )
             raise StateError(f"{_device(more[0])}: {side}")
+        if self.levels != (levels := _levels(places)):
+            raise StateError(
+                f"the guest has the level-triggered interrupts {self.levels}, but this machine "
+                f"has {levels}"
+            )
         blocks = _last(VirtioBlock, len(self.disk_sizes), places)
         for size, block in zip(self.disk_sizes, blocks, strict=True):
             if size != block.disk.size:
@@ -184,7 +199,8 @@ def read(description: object, settings: HostSettings, *, own_addresses: bool = F
         chosen["console"] = "virtio"
     config = MachineConfig.make(**chosen)
     sizes = tuple(disk.size for disk in told.disks)
-    return Described(config, tuple(told.roms), told.hvc, told.devices, sizes)
+    levels = told.levels or []
+    return Described(config, tuple(told.roms), told.hvc, told.devices, sizes, levels)
 
 
 def _last(kind: type[_Model], count: int, places: Sequence[Placement]) -> list[_Model]:

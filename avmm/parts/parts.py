@@ -19,7 +19,7 @@ from avmm.errors import DeviceError, GuestMemoryError, StateError
 from avmm.memory.dirty import DirtyLog
 from avmm.parts import description
 from avmm.parts.description import STATE_VERSION
-from avmm.plain import MAPPING, U64, Bytes, Fields, ListOf, OrMissing, Row, Text
+from avmm.plain import MAPPING, U32, U64, Bytes, Fields, ListOf, OrMissing, Row, Text
 from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.exits import Exits
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from avmm.vcpu.completion import CompletionPolicy
 
 
+_MOST_LEVELS: Final = 256
 _MOST_RUNS: Final = 1 << 28
 """The most runs of RAM in a state. A guest that has touched every second page has half as many
 runs as pages.
@@ -52,6 +53,8 @@ class MachineState(Fields, version=STATE_VERSION):
     devices = ListOf(Row(Text(), MAPPING))
     memory = OrMissing(ListOf(Row(U64, Bytes()), most=_MOST_RUNS))
     """Runs of RAM, as (GPA, contents)."""
+    lines = OrMissing(ListOf(Row(U32, U64), most=_MOST_LEVELS))
+    """[interrupt, a bit for each of its lines that is asserted] of each level-triggered input."""
 
 
 class Parts:
@@ -201,7 +204,8 @@ class Parts:
         the devices' numbers. `save` of all other devices is called. Call this in trio's thread.
         """
         states = saved or {}
-        return {
+        levels = self.interrupts.levels
+        return ({"lines": levels} if levels else {}) | {
             "devices": [
                 [
                     device.name,
@@ -235,6 +239,10 @@ class Parts:
         ahead = self.arch.stood_still(saved.vm) if is_late else 0
         self.arch.load_vm(self.vm, saved.vm, ahead)
         self.arch.load_vcpus(self.system, self.vcpus, saved.vcpus, ahead)
+        try:
+            self.interrupts.set_levels([(gsi, bits) for gsi, bits in saved.lines or ()])
+        except StateError as error:
+            raise saved.refusal(str(error)) from None
         self.needs = [
             self.arch.needs_of(self.system, vcpu, vcpu_state)
             for vcpu, vcpu_state in zip(self.vcpus, saved.vcpus, strict=True)

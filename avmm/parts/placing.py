@@ -187,7 +187,11 @@ def _new_host(
 ) -> DeviceHost:
     """Make the host of a device. `places` are all its places, and `first` is the first of them."""
     device = first.device
-    line = None if first.irq is None else attached.interrupts.line(first.irq, device.name)
+    if first.level and first.irq is None:
+        raise ConfigError(f"{device.name}: level is for an interrupt; expected irq as well")
+    line = None
+    if first.irq is not None:
+        line = attached.interrupts.line(first.irq, device.name, level=first.level)
     host = DeviceHost(memory, line, partial(_doorbell, stack, attached, places))
     if any(place.coalesced for place in places):
         host.posted = PostedWrites(device, host.lock)

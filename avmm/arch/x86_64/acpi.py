@@ -58,6 +58,8 @@ class AcpiDevice:
     windows: Sequence[tuple[int, int]] = ()
     """(address, size)"""
     gsi: int | None = None
+    level: bool = False
+    """Is its interrupt level-triggered?"""
 
     def __post_init__(self) -> None:
         if not _HID.fullmatch(self.hid):
@@ -84,6 +86,7 @@ def devices(places: Iterable[Placement]) -> list[AcpiDevice]:
             ports=[(place.base, place.size) for place in mine if place.space == "pio"],
             windows=[(place.base, place.size) for place in mine if place.space == "mmio"],
             gsi=next((place.irq for place in mine if place.irq is not None), None),
+            level=any(place.level for place in mine),
         )
         for mine in grouped.values()
     ]
@@ -185,7 +188,8 @@ def _device(number: int, described: AcpiDevice) -> bytes:
     pnp = len(hid) == _EISA_LENGTH
     found = [aml.io_ports(base, count) for base, count in described.ports]
     found += [aml.memory(base, size) for base, size in described.windows]
-    found += [aml.interrupt(described.gsi)] if described.gsi is not None else []
+    if described.gsi is not None:
+        found.append(aml.interrupt(described.gsi, level=described.level))
     body = aml.name("_HID", aml.eisa_id(hid) if pnp else aml.string(hid))
     body += aml.name("_UID", aml.integer(number))
     body += aml.name("_CRS", aml.resources(*found))

@@ -102,10 +102,11 @@ def memory(base: int, size: int) -> bytes:
     return struct.pack("<BHBII", 0x86, 9, 1, base, size)
 
 
-def interrupt(gsi: int) -> bytes:
-    """6.4.3.6: an interrupt of the device's own: edge triggered, active high, not shared."""
-    consumer, edge = 1 << 0, 1 << 1
-    return struct.pack("<BHBBI", 0x89, 6, consumer | edge, 1, gsi)
+def interrupt(gsi: int, *, level: bool = False) -> bytes:
+    """6.4.3.6: an active high interrupt: edge triggered and the device's own, or level triggered
+    and shared."""
+    consumer, edge, shared = 1 << 0, 1 << 1, 1 << 3
+    return struct.pack("<BHBBI", 0x89, 6, consumer | (shared if level else edge), 1, gsi)
 
 
 def _segment(path: str) -> bytes:

@@ -13,6 +13,7 @@ other way to find the pin of a virtio-mmio device's IRQ.
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection
 from typing import Final
 
 from avmm.arch.x86_64 import layout
@@ -37,6 +38,9 @@ _INT, _NMI, _EXTINT = 0, 1, 3
 """Table 4-10. The flags after the type are 0, which means that polarity and trigger conform to the
 bus.
 """
+_CONFORMS: Final = 0
+_ACTIVE_HIGH_LEVEL: Final = 1 << 0 | 3 << 2
+"""Table 4-10: the flags, polarity and trigger."""
 _ALL_LAPICS: Final = 0xFF
 
 
@@ -47,7 +51,7 @@ def _checksummed(data: bytearray, at: int) -> bytes:
     return bytes(data)
 
 
-def _entries(cpus: int) -> list[bytes]:
+def _entries(cpus: int, levels: Collection[int]) -> list[bytes]:
     """The base table's entries; section 4.3 wants them in ascending order of type."""
     ioapic_id = cpus  # the first APIC ID that no CPU has
     entries = [
@@ -67,7 +71,11 @@ def _entries(cpus: int) -> list[bytes]:
         struct.pack("<BBBBI", _IOAPIC, ioapic_id, _IOAPIC_VERSION, _ENABLED, layout.IOAPIC)
     )
     entries += [
-        struct.pack("<BBHBBBB", _INTERRUPT, _INT, 0, _ISA_BUS, irq, ioapic_id, irq)
+        struct.pack(
+            "<BBHBBBB",
+            *(_INTERRUPT, _INT, _ACTIVE_HIGH_LEVEL if irq in levels else _CONFORMS),
+            *(_ISA_BUS, irq, ioapic_id, irq),
+        )
         for irq in range(IRQ_PINS)
     ]
     # The local inputs of KVM's LAPICs after a reset: the 8259 on LINT0 of the BSP (virtual wire
@@ -79,15 +87,18 @@ def _entries(cpus: int) -> list[bytes]:
     return entries
 
 
-def mp_table(cpus: int, base: int = layout.MP_FLOATING_POINTER) -> bytes:
+def mp_table(
+    cpus: int, base: int = layout.MP_FLOATING_POINTER, levels: Collection[int] = ()
+) -> bytes:
     """The floating pointer structure for `base` (16-byte aligned), with the table right behind it.
+    The interrupts `levels` are level-triggered.
 
     Raises `ConfigError` if an MP table cannot describe that many CPUs.
     """
     if not 1 <= cpus <= MAX_CPUS:
         raise ConfigError(f"{cpus} CPUs: expected 1 to {MAX_CPUS}")
     pointer = struct.pack("<4sIBBBB4x", b"_MP_", base + 16, 1, _SPEC_REVISION, 0, 0)
-    entries = _entries(cpus)
+    entries = _entries(cpus, levels)
     body = b"".join(entries)
     header = struct.pack(
         "<4sHBB8s12sIHHIHBx",

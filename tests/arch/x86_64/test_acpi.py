@@ -208,6 +208,12 @@ def test_devices_have_their_ids_and_resources() -> None:
     )
 
 
+def test_a_level_triggered_interrupt_is_told_as_shared() -> None:
+    device = AcpiDevice("LNRO0005", windows=[(0xD000_0000, 0x200)], gsi=10, level=True)
+    found = terms(made(1, [device]).dsdt)["_SB_"]["D000"]["_CRS"]
+    assert found.endswith(bytes.fromhex("89060009 01 0a000000 7900"))
+
+
 def test_hundreds_of_devices_are_told_or_refused(write: Write) -> None:
     many = [VIRTIO] * 200
     assert len(terms(made(4, many).dsdt)["_SB_"]) == 208

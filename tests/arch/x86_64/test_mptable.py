@@ -94,3 +94,19 @@ def test_another_base() -> None:
 def test_number_of_cpus(cpus: int) -> None:
     with pytest.raises(ConfigError, match=rf"{cpus} CPUs: expected 1 to 254"):
         mp_table(cpus)
+
+
+def test_level_triggered_interrupts_are_told() -> None:
+    flags = interrupts(mp_table(1, levels={10, 11}))
+    assert [irq for irq, flag in flags if flag == 0b1101] == [10, 11]
+    assert {flag for irq, flag in flags if irq not in (10, 11)} == {0}
+
+
+def interrupts(table: bytes) -> list[tuple[int, int]]:
+    """(the bus's interrupt, its flags) of each entry for the IOAPIC."""
+    at, found = 16 + 44, []
+    while at < len(table):
+        if table[at] == 3:
+            found.append((table[at + 5], table[at + 2] | table[at + 3] << 8))
+        at += 20 if table[at] == 0 else 8
+    return found

@@ -8,7 +8,7 @@ written for the guest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -134,13 +134,14 @@ class Assembly:
             )
         self.memory.write(layout.CMDLINE, data + b"\0")
 
-    def write_mp_table(self, cpus: int) -> None:
-        """Claim room for the MP table in the BIOS area and write it.
+    def write_mp_table(self, cpus: int, levels: Collection[int] = ()) -> None:
+        """Claim room for the MP table in the BIOS area and write it. The interrupts `levels` are
+        level-triggered.
 
         With a single CPU, the table is left out if RAM ends below that area. Raises `ConfigError`
         if a table cannot describe that many CPUs.
         """
-        table = mptable.mp_table(cpus)
+        table = mptable.mp_table(cpus, levels=levels)
         if cpus == 1 and self.memory.ram[0].end < layout.BIOS_END:
             return
         self.claim_own(layout.MP_FLOATING_POINTER, len(table), "MP table")

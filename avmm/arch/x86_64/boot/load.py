@@ -26,7 +26,7 @@ If `load` fails, guest memory is partly written. Do not use it any further.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from avmm.arch import contract
 from avmm.arch.x86_64 import acpi as acpi_tables
@@ -60,6 +60,7 @@ def load_image(
         flat=asked.flat,
         protocol=asked.protocol,
         acpi=acpi_tables.devices(devices) if asked.acpi else None,
+        levels={place.irq for place in devices if place.level and place.irq is not None},
     )
 
 
@@ -85,13 +86,15 @@ def load(
     flat: FlatOptions | None = None,
     protocol: Protocol = Protocol.AUTO,
     acpi: Sequence[AcpiDevice] | None = None,
+    levels: Collection[int] = (),
 ) -> Entry:
     """Load `image` into fresh guest memory. Returns where the boot processor starts.
 
     A guest without ACPI, or one that does not read it, gets `devices` as kernel parameters.
 
     The guest gets `cmdline`, the memory map and the `modules` (`initrd` is the first of them) in
-    the way that its format defines. An MP table describes its `cpus`. Unless `acpi` is None, ACPI
+    the way that its format defines. An MP table describes its `cpus`, and which interrupts are
+    level-triggered (`levels`). Unless `acpi` is None, ACPI
     tables describe the CPUs and these devices. A compressed image is decompressed, unless it is
     flat. The initrd and the modules are not decompressed: that is left to the guest.
 
@@ -101,7 +104,7 @@ def load(
     files = [os.fspath(path) for path in ([] if initrd is None else [initrd])]
     files += [os.fspath(path) for path in modules]
     assembly = Assembly(memory, os.fspath(image), cmdline, files, devices)
-    assembly.write_mp_table(cpus)
+    assembly.write_mp_table(cpus, levels)
     assembly.write_reset_vector()
     if acpi is not None:
         assembly.write_acpi(cpus, acpi)
