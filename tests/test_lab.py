@@ -380,6 +380,7 @@ def pytest_configure(config):
 
 
 @pytest.mark.timeout(300)  # it runs pytest nine times
+@pytest.mark.slow
 def test_reports_from_there_are_as_if_made_here(tmp_path: Path) -> None:
     """What a run has recorded is played back as what L1 sends; one test's result is missing."""
     (tmp_path / "test_there.py").write_text(TESTS)

@@ -110,11 +110,12 @@ def count(vm: avmm.Machine) -> int:
 
 async def settled(vm: avmm.Machine) -> int:
     """How many interrupts there have been, when there are no more."""
-    before = -1
     with trio.fail_after(30):
-        while before != (before := count(vm)):
+        while True:
+            before = count(vm)
             await trio.sleep(0.2)
-    return before
+            if count(vm) == before:
+                return before
 
 
 def demand(found: int, expected: int) -> None:

@@ -155,6 +155,7 @@ async def test_saved_and_loaded_in_the_midst_of_console_output(
     ]
 
 
+@pytest.mark.slow
 async def test_a_megabyte_each_way_by_a_second_port(vmlinux: Path, tmp_path: Path) -> None:
     script = (
         "while [ ! -c /dev/vport0p1 ]; do sleep 1; done\n"
@@ -183,6 +184,7 @@ async def test_a_megabyte_each_way_by_a_second_port(vmlinux: Path, tmp_path: Pat
     assert bytes(received) == data
 
 
+@pytest.mark.slow
 def test_bench_boot_compares_with_qemu(vmlinux: Path, tmp_path: Path) -> None:
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("QEMU is not installed")

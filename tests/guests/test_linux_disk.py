@@ -71,6 +71,7 @@ def test_a_file_system_of_both_sides(vmlinux: Path, tmp_path: Path) -> None:
     assert hashlib.sha1(from_ext2(image, "copy")).digest() == hashlib.sha1(big).digest()
 
 
+@pytest.mark.slow
 def test_raw_bytes_and_the_order_of_disks(vmlinux: Path, tmp_path: Path) -> None:
     """vda is read-only, vdb takes its bytes, vdc's are thrown away."""
     data = os.urandom(1 << 20)
@@ -117,6 +118,7 @@ class Remote(avmm.Disk):
         await trio.sleep(0.01)
 
 
+@pytest.mark.slow
 async def test_pauses_while_linux_copies(vmlinux: Path, tmp_path: Path) -> None:
     """Between two disks of an embedder's, paused all the time, saved, loaded."""
     initrd = userspace.initrd(

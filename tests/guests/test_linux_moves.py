@@ -72,6 +72,7 @@ def check_disk(image: Path) -> None:
         assert from_ext2(image, f"file{number}") == b"number %d\n" % number
 
 
+@pytest.mark.slow
 async def test_a_linux_that_moves_and_is_restored(vmlinux: Path, tmp_path: Path) -> None:
     """Its disk is locked by whoever runs it: the lock goes over, too."""
     empty = tmp_path / "empty"

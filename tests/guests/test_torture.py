@@ -46,7 +46,13 @@ def torture(
 
 
 @pytest.mark.parametrize(
-    ("cpus", "every", "first"), [(1, 9, 2), (2, 31, 3), (3, 53, 11), (4, 97, 5)]
+    ("cpus", "every", "first"),
+    [
+        (1, 9, 2),
+        pytest.param(2, 31, 3, marks=pytest.mark.slow),
+        pytest.param(3, 53, 11, marks=pytest.mark.slow),
+        (4, 97, 5),
+    ],
 )
 @pytest.mark.timeout(180)
 def test_a_guest_moved_at_an_exit_is_as_if_it_had_not_been(

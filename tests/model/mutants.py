@@ -114,6 +114,30 @@ BUGS: Final = (
         "loop",
     ),
     Bug(
+        "the exit's reason is written before it is completed",
+        (
+            (
+                "loop",
+                "            status = run()\n",
+                "            page.struct.exit_reason = 0\n            status = run()\n",
+            ),
+        ),
+        "loop",
+    ),
+    Bug(
+        "the drain writes the exit's reason before it completes",
+        (
+            (
+                "completion",
+                "        vcpu.page.immediate_exit = 1\n        status = vcpu.run()\n",
+                "        vcpu.page.immediate_exit = 1\n"
+                "        vcpu.page.struct.exit_reason = 0\n"
+                "        status = vcpu.run()\n",
+            ),
+        ),
+        "drain",
+    ),
+    Bug(
         "everything is taken for an output",
         (("completion", _IS_OUTPUT, "    return True\n"),),
         "drain",

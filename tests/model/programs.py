@@ -90,5 +90,6 @@ def hosts(retries: bool = False) -> st.SearchStrategy[Host]:
         sample_early=st.booleans(),
         batch=st.sampled_from([1, 3, 4, 1024]),
         outs_batch=st.sampled_from([1, 2]),
+        by_reason=st.booleans(),
         retries=st.sampled_from([0, 1, 3]) if retries else st.just(0),
     )

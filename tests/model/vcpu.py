@@ -98,6 +98,9 @@ class Host:
     batch: int = 4
     """Elements of a `rep ins` that leave in one exit."""
     outs_batch: int = 1
+    by_reason: bool = False
+    """Whether there is something to complete, KVM sees by `exit_reason`: arm64 and RISC-V. If that
+    was written since the exit, nothing is completed, and the instruction is executed again."""
     retries: int = 0
     """How often KVM_RUN answers -EAGAIN before it finishes what is pending. On x86 it does so
     only before a vCPU's first instruction, but nothing says so: only -EINTR is a promise."""
@@ -173,6 +176,8 @@ class ModelVcpu:
         self._needless: int | None = None
         """The reason of the last exit, where nobody needs to enter again for it."""
         self._retries = 0
+        self._left_with = 0
+        """The reason of the last exit."""
         self._lock = threading.Lock()
         self._inside = False
         self._signal = False
@@ -260,6 +265,8 @@ class ModelVcpu:
 
     def _run(self) -> int:
         asked = self.page.request
+        if self._host.by_reason and self.page.struct.exit_reason != self._left_with:
+            self._pending = None
         if self._pending is not None:
             if self._retries:
                 self._retries -= 1
@@ -331,7 +338,7 @@ class ModelVcpu:
     def _leave(self, reason: int) -> int:
         self.exits += 1
         self._retries = self._host.retries
-        self.page.struct.exit_reason = reason
+        self.page.struct.exit_reason = self._left_with = reason
         needs = reason != constants.KVM_EXIT_INTR
         flags = {
             "none": False,
