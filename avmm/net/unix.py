@@ -118,6 +118,16 @@ class UnixStream(Backend):
         if not self._acquired.is_set():
             self._hold(await in_thread(self._open))
 
+    async def gone(self) -> None:
+        """See `Backend`."""
+        await self._connected.wait()
+        peer = self._peer
+        assert peer is not None
+        if not self._listens:
+            await trio.sleep_forever()
+        await sockets.gone(peer)
+        self._lose(peer)
+
     async def receive(self) -> Frame:
         """See `Backend`."""
         await self._connected.wait()

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import trio
+
 MOST_BYTES: Final = 65535 + 18
 """The longest frame: an IP packet of 64 KiB, the Ethernet header, a VLAN tag."""
 
@@ -70,6 +72,11 @@ class Backend:
 
     async def connected(self) -> None:
         """Return when there is somebody at the other end."""
+
+    async def gone(self) -> None:
+        """Return when the other end has gone and somebody else may come, and forget what it has
+        sent. Called while the guest has no driver, so that nobody calls `receive`."""
+        await trio.sleep_forever()
 
     async def receive(self) -> Frame:
         """The next frame for the guest. Raises `trio.EndOfChannel` if the other end has gone: the

@@ -80,6 +80,8 @@ class Net(VirtioDevice):
         self._replugged = Waiters()
         """Wakes `run`: the backend may have to wait for somebody at the other end."""
         self._is_loaded = False
+        self._is_served = False
+        """Is there a driver that takes what is received? It may stand still now."""
         self._frame: Frame | None = None
 
     @property
@@ -115,12 +117,32 @@ class Net(VirtioDevice):
             if not self.backend.is_connected:
                 await self.backend.connected()
                 self._change(self._link_wanted, True)
+            if self._is_served:
+                await self._replugged.wait()
+            else:
+                await self._mind()
+
+    async def _mind(self) -> None:
+        """Without a driver nobody receives, and nobody would notice that the other end has
+        gone."""
+        async with trio.open_nursery() as nursery:
+
+            @protected
+            async def look() -> None:
+                await self.backend.gone()
+                self._change(self._link_wanted, self.backend.is_connected)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(look)
             await self._replugged.wait()
+            nursery.cancel_scope.cancel()
 
     async def serve(self, queues: Mapping[int, GuestQueue], features: int) -> None:
         if self._is_loaded:  # the link may differ from what it was when the state was saved
             self._is_loaded = False
             self.link.config_changed()
+        self._is_served = _RX in queues
+        self._replugged.set()
         async with trio.open_nursery() as nursery:
             if _RX in queues:
                 nursery.start_soon(self._receive, queues[_RX], features)
@@ -186,6 +208,8 @@ class Net(VirtioDevice):
 
     def reset(self) -> None:
         self._frame = None
+        self._is_served = False
+        self._replugged.set()
 
     async def release(self) -> None:
         await self.backend.release()
