@@ -232,6 +232,7 @@ def migrate(
     tls_cert: Path | None,
     tls_key: Path | None,
     tls_ca: Path | None,
+    tls_peer: str | None,
     report: Path | None,
 ) -> None:
     """Hand the running guest over to the `avmm receive` at unix:PATH or tcp:HOST:PORT.
@@ -243,7 +244,7 @@ def migrate(
     from avmm.cli.timeline import Timeline, demand  # noqa: PLC0415
 
     to = Target.parse(target, fd=False)
-    proof = tls.chosen(to, tls_cert, tls_key, tls_ca)
+    proof = tls.chosen(to, tls_cert, tls_key, tls_ca, tls_peer)
     if proof is not None:
         proof.context(server=False)  # whoever opens these files reports what is wrong with them
     rate = None if bandwidth is None else parse_size(bandwidth, "--bandwidth")

@@ -41,6 +41,7 @@ def command(
     tls_cert: Path | None,
     tls_key: Path | None,
     tls_ca: Path | None,
+    tls_peer: str | None,
     **settings: Any,
 ) -> None:
     """Wait at unix:PATH or tcp:HOST:PORT for one guest, and run it from where it was.
@@ -54,7 +55,7 @@ def command(
     Whoever can reach a TCP port without TLS can send it a guest: use TLS, or a unix socket.
     """
     at = Target.parse(source)
-    proof = tls.chosen(at, tls_cert, tls_key, tls_ca)
+    proof = tls.chosen(at, tls_cert, tls_key, tls_ca, tls_peer)
     most = None if most_memory is None else parse_size(most_memory, "--most-memory")
     ends = console.parse(options.console_target(settings))
     chosen = options.given(settings)
@@ -102,12 +103,14 @@ async def _first_source(
 
     async def hear(line: trio.abc.Stream) -> None:
         try:
+            why = "it has said nothing"
             with trio.move_on_after(_HELLO_SECONDS):
-                if await transports.says_hello(line) and not chosen:
+                why = await transports.why_no_source(line)
+                if not why and not chosen:
                     chosen.append(line)
                     nursery.cancel_scope.cancel()
                     return
-            logger.warning("a caller was turned away: it did not begin as a guest's source does")
+            logger.warning("a caller was turned away: %s", why)
         finally:
             free.release()
             if line not in chosen:

@@ -144,6 +144,8 @@ class Client(trio.abc.AsyncResource):
             files = {
                 name: str(Path(getattr(tls, name)).absolute()) for name in ("cert", "key", "ca")
             }
+            if tls.peer is not None:
+                files["peer"] = tls.peer
         return await self._ask(
             verbs.Migrate,
             Moved,

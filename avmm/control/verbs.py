@@ -235,8 +235,8 @@ def _target(name: str, value: object) -> Target:
 
 
 def _tls(name: str, value: object) -> Tls:
-    if not isinstance(value, dict) or set(value) != {"cert", "key", "ca"}:
-        raise RequestError(f"{name}: expected cert, key and ca")
+    if not isinstance(value, dict) or set(value) - {"peer"} != {"cert", "key", "ca"}:
+        raise RequestError(f"{name}: expected cert, key and ca, and perhaps peer")
     return Tls(**{part: _text(f"{name} {part}", path) for part, path in value.items()})
 
 

@@ -13,6 +13,7 @@ from typing import Final
 import trio
 
 from avmm.errors import MigrationError
+from avmm.transfer import tls as security
 from avmm.transfer.frames import Buffer
 from avmm.transfer.protocol import Destination, Source
 
@@ -148,13 +149,8 @@ def _widen(stream: trio.abc.Stream) -> None:
 
 def _why(error: Exception) -> str:
     cause = error.__cause__
-    if isinstance(cause, ssl.SSLEOFError):  # so does trio's server if it refuses a certificate
-        return (
-            "TLS: the other side closed the connection and gave no reason; it may not accept this "
-            "side's certificate"
-        )
     if isinstance(cause, ssl.SSLError):  # an OSError whose number is not an errno
-        return f"TLS: {cause.reason or cause}"
+        return f"TLS: {security.why(cause)}"
     if isinstance(cause, OSError) and cause.errno is not None:
         return f"{errno.errorcode.get(cause.errno, cause.errno)} ({cause.strerror})"
     return str(error) or type(error).__name__

@@ -389,3 +389,10 @@ def _hello(message: Message) -> _Hello:
             f"side speaks {list(VERSIONS)}"
         )
     return hello
+
+
+def refusal(why: str) -> bytes:
+    """ABORT of a destination that has heard nothing yet: for a caller that is not wanted."""
+    side = Destination()
+    side.give_up()
+    return b"".join(map(bytes, side.abort(why)))

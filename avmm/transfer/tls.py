@@ -1,21 +1,52 @@
 """TLS for a guest that moves between two hosts. Each side proves who it is.
 
 Both sides show a certificate, and each accepts only one that its `ca` has signed. The side that
-connects also compares the name in the certificate with the HOST that it connects to. Both speak
-TLS 1.3 only.
+connects also compares the name in the certificate with the HOST that it connects to, or with
+`peer`. The side that listens accepts any name, unless `peer` says which one. Both speak TLS 1.3
+only.
+
+**Both sides are told why.** OpenSSL prepares an alert for the other side when a handshake fails,
+and trio does not send it, so it is sent here. A source that speaks no TLS is told in its own
+protocol, and one that speaks TLS to a receiver that does not, by an alert.
 """
 
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Final
+from typing import Any, Final
 
 import trio
 
 from avmm.errors import ConfigError, MigrationError
 
+_LAST_SECONDS: Final = 1.0
+_CHUNK: Final = 1 << 16
+_NOT_SIGNED: Final = (18, 19, 20, 21)
+"""OpenSSL's codes (x509_vfy.h) for a certificate of an unknown authority."""
+_NOT_ACCEPTED: Final = "the other side does not accept this side's certificate{own}"
+_REASONS: Final[Mapping[str, str]] = {
+    "WRONG_VERSION_NUMBER": "the other side does not speak TLS; expected one that was given "
+    "--tls-cert, --tls-key and --tls-ca",
+    "HTTP_REQUEST": "the other side speaks HTTP, and not TLS",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "the other side does not speak TLS 1.3; it may not have been "
+    "given --tls-cert, --tls-key and --tls-ca",
+    "TLSV1_ALERT_UNKNOWN_CA": f"{_NOT_ACCEPTED}: its --tls-ca has not signed it",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": f"{_NOT_ACCEPTED}: it has expired",
+    "SSLV3_ALERT_BAD_CERTIFICATE": f"{_NOT_ACCEPTED}: it may be for another name than the other "
+    "side's HOST or --tls-peer",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": _NOT_ACCEPTED,
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the other side wants a certificate (--tls-cert)",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the other side has shown no certificate (--tls-cert)",
+}
+"""OpenSSL's reasons that users meet, in their words."""
+SPEAKS_NO_TLS: Final = bytes([21, 3, 3, 0, 2, 2, 70])
+"""An alert record: fatal, protocol_version (RFC 8446, 6)."""
+HANDSHAKE: Final = 22
+"""The first byte of a connection with TLS (RFC 8446, 5.1)."""
 CALLED_SECONDS: Final = 4.0
 CALLING_SECONDS: Final = 10.0
 """How long a handshake may take. The side that connects has more patience: the other side may have
@@ -35,6 +66,9 @@ class Tls:
     """The private key of `cert`; it must not be encrypted."""
     ca: str | PathLike[str]
     """The certificate of the authority that signs the other side's certificate."""
+    peer: str | None = None
+    """The name (DNS or IP address) that the other side's certificate must be for. None is HOST for
+    who connects, and any name for who listens."""
 
     def context(self, *, server: bool) -> ssl.SSLContext:
         """The same as a context of Python's `ssl` module: for the side that listens if `server`,
@@ -60,10 +94,11 @@ def _no_password() -> str:
 
 
 async def shake_hands(
-    stream: trio.SSLStream[trio.SocketStream], peer: object, most_seconds: float
+    stream: trio.SSLStream[trio.SocketStream], peer: object, most_seconds: float, tls: Tls
 ) -> None:
     """Let each side prove who it is. Raises `MigrationError`, which names `peer`, if that fails or
-    takes longer than `most_seconds`. If it fails or is cancelled, `stream` is closed."""
+    takes longer than `most_seconds`. If it fails or is cancelled, `stream` is closed, and the
+    other side is told why if it fails."""
     reason = f"no handshake within {most_seconds:g} s"
     done = False
     try:
@@ -72,7 +107,8 @@ async def shake_hands(
             done = True
     except trio.BrokenResourceError as error:
         cause = error.__cause__
-        reason = why(cause) if isinstance(cause, OSError) else str(cause or error)
+        reason = why(cause, tls) if isinstance(cause, OSError) else str(cause or error)
+        await _alert(stream)
     finally:
         if not done:
             await trio.aclose_forcefully(stream)
@@ -80,10 +116,51 @@ async def shake_hands(
         raise MigrationError(f"{peer}: TLS: {reason}")
 
 
-def why(error: OSError) -> str:
-    """The error in words for people."""
+async def _alert(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    """Send the alert that OpenSSL has prepared for the other side. trio keeps what is to be sent
+    in an attribute of its own, and drops it if a handshake fails."""
+    pending = getattr(stream, "_outgoing", None)
+    if isinstance(pending, ssl.MemoryBIO) and pending.pending:
+        await last_words(stream.transport_stream, pending.read())
+
+
+async def last_words(stream: trio.SocketStream, data: bytes) -> None:
+    """Send `data`, and close the stream when the other side has had the time to read it. What the
+    other side has sent meanwhile is read, because the kernel would send a reset for it, and that
+    would overtake `data`."""
+    with (
+        trio.move_on_after(_LAST_SECONDS, shield=True),
+        suppress(trio.BrokenResourceError, trio.ClosedResourceError),
+    ):
+        await stream.send_all(data)
+        await stream.send_eof()
+        while await stream.receive_some(_CHUNK):
+            pass
+    await trio.aclose_forcefully(stream)
+
+
+def is_named(certificate: Mapping[str, Any] | None, name: str) -> bool:
+    """Is this certificate, as `ssl` tells it, for `name`? Wildcards are not understood."""
+    names = (certificate or {}).get("subjectAltName", ())
+    return any(
+        found.lower() == name.lower() for kind, found in names if kind in ("DNS", "IP Address")
+    )
+
+
+def why(error: OSError, tls: Tls | None = None) -> str:
+    """The error in words for people. `tls` is this side's, whose files the words name."""
+    own = f" ({fspath(tls.cert)})" if tls is not None else ""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the other side's certificate: {error.verify_message}"
+        text = f"the other side's certificate: {error.verify_message}"
+        if error.verify_code in _NOT_SIGNED and tls is not None:
+            text += f"; it is not signed by {fspath(tls.ca)} (--tls-ca)"
+        return text
+    if isinstance(error, ssl.SSLEOFError):
+        return (
+            "the other side closed the connection and gave no reason; it may not accept this "
+            f"side's certificate{own}"
+        )
     if isinstance(error, ssl.SSLError):
-        return str(error.reason or error.strerror or error)
+        reason = str(error.reason or error.strerror or error)
+        return _REASONS.get(reason, reason).format(own=own)
     return error.strerror or str(error)

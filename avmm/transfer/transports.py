@@ -32,6 +32,7 @@ from avmm.transfer.tls import Tls, shake_hands
 
 logger = logging.getLogger(__name__)
 
+_WANTED: Final = "give the source --tls-cert, --tls-key and --tls-ca"
 _PEEK_SECONDS: Final = 0.01
 _CLOSE_SECONDS: Final = 1.0
 _BACKLOG: Final = 16
@@ -69,8 +70,9 @@ async def connect(target: str, *, tls: Tls | None = None) -> trio.abc.Stream:
         raise MigrationError(f"{to}: {_why(error)}") from None
     if context is None:
         return stream
-    secure = trio.SSLStream(stream, context, server_hostname=to.host)
-    await shake_hands(secure, to, security.CALLING_SECONDS)
+    assert tls is not None
+    secure = trio.SSLStream(stream, context, server_hostname=tls.peer or to.host)
+    await shake_hands(secure, to, security.CALLING_SECONDS, tls)
     return secure
 
 
@@ -99,11 +101,11 @@ async def listen(target: str, *, tls: Tls | None = None) -> Listener:
     context = await _context(at, tls, server=True)
     if at.kind == "fd":
         await trio.lowlevel.checkpoint()
-        return Listener(at, [trio.SocketListener(_adopt(at, listening=True))], context)
+        return Listener(at, [trio.SocketListener(_adopt(at, listening=True))], context, tls)
     if at.kind == "unix":
         await trio.lowlevel.checkpoint()
         waiting = trio.socket.from_stdlib_socket(sockets.listen(at.path, "migration", _BACKLOG))
-        return Listener(at, [trio.SocketListener(waiting)], context)
+        return Listener(at, [trio.SocketListener(waiting)], context, tls)
     try:
         listeners = await trio.open_tcp_listeners(at.port, host=at.host)
     except OSError as error:
@@ -114,8 +116,8 @@ async def listen(target: str, *, tls: Tls | None = None) -> Listener:
         for listener in listeners[1:]:
             listener.socket.close()
         port = listeners[0].socket.getsockname()[1]
-        return Listener(Target("tcp", host=at.host, port=port), listeners[:1], context)
-    return Listener(at, listeners, context)
+        return Listener(Target("tcp", host=at.host, port=port), listeners[:1], context, tls)
+    return Listener(at, listeners, context, tls)
 
 
 class Listener(trio.abc.Listener[trio.abc.Stream]):
@@ -129,10 +131,12 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
         target: Target,
         listeners: Sequence[trio.SocketListener],
         context: ssl.SSLContext | None,
+        tls: Tls | None = None,
     ) -> None:
         self._target = target
         self._listeners = listeners
         self._context = context
+        self._tls = tls
         self._called: deque[trio.SocketStream] = deque()
         self._turn = trio.Lock()  # trio lets only one task wait on a socket
 
@@ -156,9 +160,16 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
             stream = await self._next()
             if self._context is None:
                 return stream
+            assert self._tls is not None
             secure = trio.SSLStream(stream, self._context, server_side=True)
             try:
-                await shake_hands(secure, "the caller", security.CALLED_SECONDS)
+                with trio.fail_after(security.CALLED_SECONDS):
+                    await _demand_tls(stream)
+                await shake_hands(secure, "the caller", security.CALLED_SECONDS, self._tls)
+                await _demand_name(secure, self._tls)
+            except trio.TooSlowError:
+                await trio.aclose_forcefully(stream)
+                logger.warning("the caller: TLS: it has said nothing")
             except MigrationError as error:
                 logger.warning("%s", error)
             else:
@@ -203,24 +214,70 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
         await trio.lowlevel.checkpoint()
 
 
-async def says_hello(stream: trio.abc.Stream) -> bool:
-    """Wait for the first bytes of a connection that was accepted. Does it begin as a migration's
-    source does? Nothing is received. Over TLS the caller has shown who it is, and this is not
-    asked."""
-    from avmm.transfer.frames import HEADER_BYTES, begins_as_hello  # noqa: PLC0415 - xxhash
-
+async def why_no_source(stream: trio.abc.Stream) -> str:
+    """Wait for the first bytes of a connection that was accepted. If it does not begin as a
+    migration's source does, returns why not, and the caller is told if it speaks TLS. Nothing is
+    received. Over TLS the caller has shown who it is, and this is not asked."""
     if not isinstance(stream, trio.SocketStream):
-        return True
-    told: bool | None = None
+        return ""
+    first = await _first_bytes(stream)
+    if not first:
+        return "it has said nothing"
+    if first[0] == security.HANDSHAKE:
+        await security.last_words(stream, security.SPEAKS_NO_TLS)
+        return "it speaks TLS, and this side was given no --tls-cert, --tls-key and --tls-ca"
+    return "" if _begins_as_hello(first) else "it did not begin as a guest's source does"
+
+
+async def _first_bytes(stream: trio.SocketStream) -> bytes:
+    """The first bytes that come, so many that one can tell what they begin. They can still be
+    received. b"" at the end."""
+    from avmm.transfer.frames import HEADER_BYTES  # noqa: PLC0415 - xxhash
+
     with suppress(OSError):
-        while told is None:
-            first = await stream.socket.recv(HEADER_BYTES, socket.MSG_PEEK)
-            if not first:
-                return False
-            told = begins_as_hello(first)
-            if told is None:  # the socket stays readable, so there is nothing to wait for
-                await trio.sleep(_PEEK_SECONDS)
-    return bool(told)
+        while first := await stream.socket.recv(HEADER_BYTES, socket.MSG_PEEK):
+            if _begins_as_hello(first) is not None:
+                return first
+            # The socket stays readable, so there is nothing to wait for.
+            await trio.sleep(_PEEK_SECONDS)
+    return b""
+
+
+def _begins_as_hello(first: bytes) -> bool | None:
+    from avmm.transfer.frames import begins_as_hello  # noqa: PLC0415 - xxhash
+
+    return begins_as_hello(first)
+
+
+async def _demand_tls(stream: trio.SocketStream) -> None:
+    """Raise `MigrationError` if a source calls that speaks no TLS, which is told so."""
+    if _begins_as_hello(await _first_bytes(stream)):
+        why = "it does not speak TLS; expected --tls-cert, --tls-key and --tls-ca"
+        await security.last_words(stream, _refusal(f"this side wants TLS: {_WANTED}"))
+        raise MigrationError(f"the caller: TLS: {why}")
+
+
+async def _demand_name(stream: trio.SSLStream[trio.SocketStream], tls: Tls) -> None:
+    """Raise `MigrationError` if the caller's certificate is for another name than the one that is
+    expected. The caller is told so."""
+    if tls.peer is None or security.is_named(stream.getpeercert(), tls.peer):
+        return
+    why = f"its certificate is not for {tls.peer!r} (--tls-peer)"
+    with (
+        trio.move_on_after(_CLOSE_SECONDS),
+        suppress(trio.BrokenResourceError, trio.ClosedResourceError),
+    ):
+        await stream.receive_some()  # its HELLO, so that it hears what comes now
+        await stream.send_all(_refusal(f"the source is not whom this side expects: {why}"))
+    await close(stream)
+    raise MigrationError(f"the caller: TLS: {why}")
+
+
+def _refusal(why: str) -> bytes:
+    """ABORT, as a destination sends it."""
+    from avmm.transfer.protocol import refusal  # noqa: PLC0415 - xxhash and msgpack
+
+    return refusal(why)
 
 
 async def close(stream: trio.abc.Stream) -> None:

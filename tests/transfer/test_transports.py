@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
 import socket
+import ssl
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +24,8 @@ from trio.testing import wait_all_tasks_blocked
 import avmm
 from avmm.transfer import tls as security
 from avmm.transfer import transports
+from avmm.transfer.connection import Connection
+from avmm.transfer.protocol import Source
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -29,9 +35,12 @@ def authority() -> trustme.CA:
     return trustme.CA()
 
 
-def proof(folder: Path, signer: trustme.CA, trusts: trustme.CA, host: str) -> avmm.Tls:
+def proof(
+    folder: Path, signer: trustme.CA, trusts: trustme.CA, host: str, *, expired: bool = False
+) -> avmm.Tls:
     """Files of a certificate for `host`, and of who is trusted."""
-    certificate = signer.issue_cert(host)
+    past = datetime.datetime(2001, 1, 2, tzinfo=datetime.UTC) if expired else None
+    certificate = signer.issue_cert(host, not_after=past)
     where = folder / os.urandom(4).hex()
     where.mkdir()
     certificate.cert_chain_pems[0].write_to_path(where / "cert")
@@ -209,36 +218,142 @@ async def test_tls_shows_both_sides_who_the_other_is(
         await exchange(*both)
 
 
-async def refused(there: avmm.Tls, here: avmm.Tls, host: str = "127.0.0.1") -> str:
-    """What who calls is told."""
-    async with await avmm.listen("tcp:127.0.0.1:0", tls=there) as listener:
-        port = listener.target.rpartition(":")[2]
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(listener.accept)
-            with pytest.raises(avmm.MigrationError) as caught:
-                async with await avmm.connect(f"tcp:{host}:{port}", tls=here) as stream:
-                    # TLS 1.3: who calls is done before it hears what the other side makes of it.
-                    with pytest.raises(trio.BrokenResourceError):
-                        await stream.receive_some()
-                    raise avmm.MigrationError("it was closed")
-            nursery.cancel_scope.cancel()
-    return str(caught.value)
+async def logged(caplog: pytest.LogCaptureFixture) -> None:
+    with trio.fail_after(5):
+        while not caplog.text:
+            await trio.lowlevel.checkpoint()
 
 
-async def test_certificates_of_others_are_refused(
+async def refused(
+    there: avmm.Tls, here: avmm.Tls | None, caplog: pytest.LogCaptureFixture
+) -> tuple[str, str]:
+    """What a source is told that calls, and what the receiver logs."""
+    caplog.clear()
+    async with (
+        await avmm.listen("tcp:127.0.0.1:0", tls=there) as listener,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(listener.accept)
+        source = Source(bytes(16))
+        with pytest.raises(avmm.MigrationError) as caught:
+            async with await avmm.connect(listener.target, tls=here) as stream:
+                # TLS 1.3: who calls is done before it hears what the other side makes of it.
+                connection = Connection(stream, source, 5)
+                await connection.say(source.hello())
+                while not source.next():
+                    await connection.hear()
+        await logged(caplog)
+        nursery.cancel_scope.cancel()
+    return str(caught.value), caplog.text
+
+
+HOST = "127.0.0.1"
+
+
+async def test_both_sides_are_told_why_they_do_not_come_together(
     tmp_path: Path, authority: trustme.CA, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = trustme.CA()
-    there = proof(tmp_path, authority, authority, "127.0.0.1")
-    assert "unable to get local issuer" in await refused(
-        proof(tmp_path, other, authority, "127.0.0.1"),
-        proof(tmp_path, authority, authority, "127.0.0.1"),
-    )
-    elsewhere = proof(tmp_path, authority, authority, "another.example")
-    assert "IP address mismatch" in await refused(elsewhere, there)
-    caplog.clear()
-    assert "it was closed" in await refused(there, proof(tmp_path, other, authority, "127.0.0.1"))
-    assert "the caller: TLS: the other side's certificate: " in caplog.text
+    good = proof(tmp_path, authority, authority, HOST)
+    cases = {
+        "the receiver is another's": (
+            proof(tmp_path, other, authority, HOST),
+            good,
+            rf"unable to get local issuer certificate; it is not signed by {good.ca} \(--tls-ca\)",
+            r"does not accept this side's certificate \(.*/cert\): its --tls-ca has not signed it",
+        ),
+        "the source is another's": (
+            good,
+            proof(tmp_path, other, authority, HOST),
+            r"does not accept this side's certificate: its --tls-ca has not signed it",
+            rf"unable to get local issuer certificate; it is not signed by {good.ca} \(--tls-ca\)",
+        ),
+        "the receiver has another name": (
+            proof(tmp_path, authority, authority, "another.example"),
+            good,
+            r"IP address mismatch, certificate is not valid for '127\.0\.0\.1'",
+            r"it may be for another name than the other side's HOST or --tls-peer",
+        ),
+        "the receiver has expired": (
+            proof(tmp_path, authority, authority, HOST, expired=True),
+            good,
+            r"certificate has expired",
+            r"does not accept this side's certificate \(.*/cert\): it has expired",
+        ),
+        "the source has expired": (
+            good,
+            proof(tmp_path, authority, authority, HOST, expired=True),
+            r"does not accept this side's certificate: it has expired",
+            r"certificate has expired",
+        ),
+        "the source speaks no TLS": (
+            good,
+            None,
+            r"this side wants TLS: give the source --tls-cert, --tls-key and --tls-ca",
+            r"it does not speak TLS; expected --tls-cert, --tls-key and --tls-ca",
+        ),
+        "the source is not who was expected": (
+            replace(good, peer="source.example"),
+            good,
+            r"not whom this side expects: its certificate is not for 'source.example' \(--tls-pe",
+            r"its certificate is not for 'source.example' \(--tls-peer\)",
+        ),
+    }
+    for name, (there, here, told, logged) in cases.items():
+        found = await refused(there, here, caplog)
+        assert re.search(told, found[0]), (name, found[0])
+        assert re.search(logged, found[1]), (name, found[1])
+
+
+async def test_a_program_without_a_certificate(
+    tmp_path: Path, authority: trustme.CA, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = proof(tmp_path, authority, authority, HOST)
+    context = ssl.create_default_context(cafile=there.ca)
+    async with (
+        await avmm.listen(f"tcp:{HOST}:0", tls=there) as listener,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(listener.accept)
+        port = int(listener.target.rpartition(":")[2])
+        stream = await trio.open_ssl_over_tcp_stream(HOST, port, ssl_context=context)
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await stream.receive_some()
+        assert "CERTIFICATE_REQUIRED" in str(caught.value.__cause__)
+        await trio.aclose_forcefully(stream)
+        await logged(caplog)
+        nursery.cancel_scope.cancel()
+    assert "the other side has shown no certificate (--tls-cert)" in caplog.text
+
+
+async def test_a_source_that_speaks_tls_to_a_receiver_that_does_not(
+    tmp_path: Path, authority: trustme.CA
+) -> None:
+    here = proof(tmp_path, authority, authority, HOST)
+    async with await avmm.listen(f"tcp:{HOST}:0") as listener:
+        whys: list[str] = []
+
+        async def look() -> None:
+            whys.append(await transports.why_no_source(await listener.accept()))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            with pytest.raises(avmm.MigrationError, match="it may not have been given --tls-cert"):
+                await avmm.connect(listener.target, tls=here)
+    assert whys == ["it speaks TLS, and this side was given no --tls-cert, --tls-key and --tls-ca"]
+
+
+@pytest.mark.parametrize("name", ["source.example", "SOURCE.example", "10.0.0.7"])
+async def test_the_names_that_are_expected(
+    tmp_path: Path, authority: trustme.CA, name: str
+) -> None:
+    here = replace(proof(tmp_path, authority, authority, name.lower()), peer="there.example")
+    there = replace(proof(tmp_path, authority, authority, "there.example"), peer=name)
+    async with (
+        await avmm.listen(f"tcp:{HOST}:0", tls=there) as listener,
+        joined(listener, here) as both,
+    ):
+        await exchange(*both)
 
 
 async def test_who_never_shakes_hands_is_waited_for_in_vain(
