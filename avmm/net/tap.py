@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
+import socket
 import struct
 from typing import Final
 
@@ -18,9 +20,14 @@ import trio
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
 from avmm.errors import ConfigError
 from avmm.forks import close_descriptor, closed_in_child
+from avmm.options import DEFAULT_MTU
 from avmm.threads import in_thread, in_thread_shielded
 
-# include/uapi/linux/if_tun.h
+logger = logging.getLogger(__name__)
+
+# include/uapi/linux/sockios.h and if_tun.h
+_SIOCGIFMTU: Final = 0x8921
+_SIOCSIFMTU: Final = 0x8922
 _TUNSETIFF: Final = 0x400454CA
 _TUNSETOFFLOAD: Final = 0x400454D0
 _TUNSETVNETHDRSZ: Final = 0x400454D8
@@ -41,19 +48,21 @@ malformed."""
 class Tap(Backend):
     """The interface `name` of the network namespace that the process is in.
 
-    If it does not exist, it is created, and removed when this is closed. To create one, or to use
-    another user's, takes CAP_NET_ADMIN. Raises `ConfigError` if it cannot be opened. Only one
+    If it does not exist, it is created, with this MTU, and removed when this is closed. The MTU of
+    an interface that exists stays as it is. To create one, or to use another user's, takes
+    CAP_NET_ADMIN. Raises `ConfigError` if it cannot be opened. Only one
     program can hold it at a time; with `held` False, this one does not hold it before `acquire`.
     """
 
     completes = True
 
-    def __init__(self, name: str, *, held: bool = True) -> None:
+    def __init__(self, name: str, *, held: bool = True, mtu: int = DEFAULT_MTU) -> None:
         if not isinstance(name, str) or not 0 < len(name.encode()) <= _LONGEST_NAME or "/" in name:
             raise ConfigError(
                 f"tap {name!r}: expected the name of an interface, 1 to {_LONGEST_NAME} bytes"
             )
         self.name = name
+        self._mtu = mtu
         self._fd = self._open() if held else -1
         closed_in_child(self, lambda tap: close_descriptor(tap._fd))
 
@@ -61,6 +70,7 @@ class Tap(Backend):
         """Open the interface. This blocks, because making or removing an interface waits for the
         lock of the host's whole network."""
         name = self.name
+        is_new = not _exists(name)
         try:
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
@@ -71,9 +81,19 @@ class Tap(Backend):
             fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", _HEADER.size))
             fcntl.ioctl(fd, _TUNSETVNETLE, struct.pack("i", 1))
             fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_CSUM)
+            if is_new and self._mtu != DEFAULT_MTU:
+                _set_mtu(name, self._mtu)
+            if (found := _mtu(name)) < self._mtu:
+                logger.warning(
+                    "tap %s: its MTU is %d, and the guest's is %d: longer frames are lost",
+                    *(name, found, self._mtu),
+                )
         except OSError as error:
             os.close(fd)
             raise ConfigError(f"tap {name}: {_why(error)}") from None
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     async def receive(self) -> Frame:
@@ -129,6 +149,28 @@ class Tap(Backend):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _exists(name: str) -> bool:
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        return False
+    return True
+
+
+def _set_mtu(name: str, mtu: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            fcntl.ioctl(any_socket, _SIOCSIFMTU, struct.pack("16si20x", name.encode(), mtu))
+        except OSError as error:
+            raise ConfigError(f"tap {name}: an MTU of {mtu}: {error.strerror}") from None
+
+
+def _mtu(name: str) -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        answer = fcntl.ioctl(any_socket, _SIOCGIFMTU, struct.pack("16si20x", name.encode(), 0))
+    return int(struct.unpack_from("i", answer, 16)[0])
 
 
 def _why(error: OSError) -> str:

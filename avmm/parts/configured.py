@@ -51,7 +51,7 @@ def configured(config: MachineConfig, stack: ExitStack, *, held: bool) -> list[U
 def _open_net(options: NetOptions, held: bool) -> Backend:
     """With `held` False the backend holds nothing on the host before `acquire`."""
     if options.tap is not None:
-        return Tap(options.tap, held=held)
+        return Tap(options.tap, held=held, mtu=options.mtu)
     if options.listen is not None:
         return UnixStream.listen(options.listen, held=held)
     assert options.unix is not None

@@ -96,7 +96,17 @@ async def main() -> None:
             await driver.start(VERSION_1 | EVENT_IDX | features, size=32)
             await exchange(Guest(driver), host_mac, bool(features))
     tap.close()
+    check_mtu()
     print("fine")
+
+
+def check_mtu() -> None:
+    """An interface that is made gets the guest's MTU."""
+    tap = Tap("avmm1", mtu=9000)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        found = fcntl.ioctl(sock, 0x8921, struct.pack("16si20x", b"avmm1", 0))
+    assert struct.unpack_from("i", found, 16)[0] == 9000
+    tap.close()
 
 
 async def exchange(guest: Guest, host_mac: bytes, offload: bool) -> None:
