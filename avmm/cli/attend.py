@@ -39,6 +39,7 @@ _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_SECONDS: Final = 30.0
 _LAST_OUTPUT_SECONDS: Final = 1.0
 _MOST_SHOWN: Final = 400
+_BY_CONTROL: Final = "through its control socket"
 _HALTED: Final = 133
 """The status for a guest that has halted for good. Nobody can tell whether it was done or had
 given up, so this is not the status of success."""
@@ -121,6 +122,8 @@ class Ends:
         outcome = await vm.wait()
         if outcome.cause is Cause.MOVED:
             return replace(outcome, detail=control.moved_to)
+        if outcome.cause is Cause.STOPPED and control.was_stopped:
+            return replace(outcome, detail=_BY_CONTROL)
         return outcome
 
     @property
@@ -261,6 +264,8 @@ def end(outcome: Outcome, undelivered: bytes = b"") -> NoReturn:
                 f"avmm: the guest had moved before it got this input: {_shown(undelivered)}",
                 err=True,
             )
+    elif outcome.detail == _BY_CONTROL:
+        click.echo(f"avmm: the guest was ended {_BY_CONTROL}", err=True)
     elif outcome.cause is not Cause.EXIT and outcome.cause is not Cause.STOPPED:
         click.echo(f"avmm: the guest ended: {outcome}", err=True)
     sys.exit(outcome.status & 0xFF)

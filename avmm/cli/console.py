@@ -28,7 +28,7 @@ from typing import Final, TypeAlias
 import trio
 
 from avmm.cli import clients, terminal
-from avmm.control.holds import TERMINAL, Holds, PauseRefused
+from avmm.control.holds import CONTROL, TERMINAL, Holds, PauseRefused
 from avmm.devices import sockets
 from avmm.devices.console import ConsoleStream
 from avmm.devices.hostfd import HostFd
@@ -174,6 +174,7 @@ async def _connect_stdio(
         async with trio.open_nursery() as nursery:
             if own is not None:
                 nursery.start_soon(_type, source, sink, vm, typed, holds, own)
+                nursery.start_soon(_tell_pauses, holds, sink)
                 nursery.start_soon(own.follow)
             else:
                 nursery.start_soon(_pipe, source, typed)
@@ -187,6 +188,9 @@ async def _connect_stdio(
                 else:
                     raise AvmmError(f"standard output: {error.strerror}") from None
             nursery.cancel_scope.cancel()
+        if interactive and sink.last not in b"\r\n":
+            with suppress(OSError):  # the terminal may have gone
+                await sink.write(b"\r\n")  # so that the shell's prompt begins a line
         if interactive and (await vm.wait()).cause is Cause.MOVED:
             # Discard what was typed for the guest, so that the shell does not run it as its next
             # command.
@@ -254,6 +258,18 @@ async def _type(
                 else:
                     await sink.write(f"\r\navmm: {await _toggle(holds)}\r\n".encode())
         vm.stop(status=128 + signal.SIGHUP)
+
+
+async def _tell_pauses(holds: Holds, sink: HostFd) -> None:
+    """Tell the person at the terminal what others do with the guest."""
+    before = 0
+    while True:
+        await holds.changed()
+        now = holds.counts[CONTROL]
+        if (now > 0) != (before > 0):
+            told = "paused by `avmm ctl`" if now else (str(holds) and "still paused") or "running"
+            await sink.write(f"\r\navmm: {told}\r\n".encode())
+        before = now
 
 
 async def _toggle(holds: Holds) -> str:

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
+import trio
+
 from avmm.errors import AvmmError
 from avmm.machine import Machine
 
@@ -31,6 +33,7 @@ class Holds:
         self._held: dict[str, list[AsyncExitStack]] = {TERMINAL: [], CONTROL: []}
         self.refusal = ""
         """Why the guest may not be paused now; empty if it may."""
+        self._changes = trio.lowlevel.ParkingLot()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -50,10 +53,16 @@ class Holds:
             if self.refusal:  # the answer may have changed while we waited
                 raise PauseRefused(f"the guest cannot be paused: {self.refusal}")
             self._held[who].append(stack.pop_all())
+        self._changes.unpark_all()
 
     async def let_go(self, who: str) -> None:
         """Undo one pause of `who`, who must have at least one."""
         await self._held[who].pop().aclose()
+        self._changes.unpark_all()
+
+    async def changed(self) -> None:
+        """Return after the next change of `counts`."""
+        await self._changes.park()
 
     async def _let_all_go(self) -> None:
         for who, held in self._held.items():

@@ -60,6 +60,8 @@ class Control:
         """How far the migration is."""
         self.unsettled = ""
         """Why nobody knows where the guest runs; empty if that is known."""
+        self.was_stopped = False
+        """Has a client asked to end the guest?"""
         self.moved_to = ""
         """Where the guest was last handed over to, even if that may have failed."""
 
@@ -96,6 +98,7 @@ class Control:
 
     async def stop(self) -> None:
         """End the guest, and wait for its end."""
+        self.was_stopped = True
         self.vm.stop()
         await self.vm.wait()
 

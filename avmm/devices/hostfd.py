@@ -33,6 +33,8 @@ class HostFd:
         kind = os.fstat(fd).st_mode
         self._socket: socket.socket | None = None
         self._waits = stat.S_ISFIFO(kind) or os.isatty(fd)
+        self.last = b""
+        """The last byte that was written."""
         self.may_block = False
         """Whether `write_now` may wait for the reader, because the file could not be opened
         again."""
@@ -88,10 +90,14 @@ class HostFd:
         Returns how many. Raises `OSError` if the reading end is closed."""
         try:
             if self._socket:
-                return self._socket.sendmsg(buffers, (), socket.MSG_DONTWAIT)
-            return os.writev(self.fd, buffers)
+                count = self._socket.sendmsg(buffers, (), socket.MSG_DONTWAIT)
+            else:
+                count = os.writev(self.fd, buffers)
         except BlockingIOError:
             return 0
+        if count:
+            self.last = _byte(buffers, count - 1)
+        return count
 
     @property
     def is_socket(self) -> bool:
@@ -104,6 +110,15 @@ class HostFd:
             self._socket.close()
         else:
             os.close(self.fd)
+
+
+def _byte(buffers: Sequence[bytes | memoryview], at: int) -> bytes:
+    """The byte at this offset in all of the buffers."""
+    for buffer in buffers:
+        if at < len(buffer):
+            return bytes(buffer[at : at + 1])
+        at -= len(buffer)
+    return b""
 
 
 def _is_pty_master(fd: int) -> bool:

@@ -1,0 +1,71 @@
+"""What a person at the guest's terminal is told by avmm itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+from support.assembler import assemble
+from support.commands import AVMM, PROMPT, ctl
+from support.guest import EXIT, ORIGIN
+
+pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(60)]
+
+Spawn = Callable[..., "pexpect.spawn[str]"]
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    children: list[pexpect.spawn[str]] = []
+
+    def start(*options: str) -> pexpect.spawn[str]:
+        child = pexpect.spawn(
+            sys.executable, [*AVMM[1:], "run", *options], timeout=30, encoding="utf-8"
+        )
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.close(force=True)
+
+
+def all_of(child: pexpect.spawn[str]) -> str:
+    child.expect(pexpect.EOF)
+    return str(child.before)
+
+
+@pytest.mark.parametrize(("last", "shown"), [("!", "!\r\n"), ("\n", "\n")], ids=["text", "line"])
+def test_the_shells_prompt_begins_a_line(
+    spawn: Spawn, tmp_path: Path, last: str, shown: str
+) -> None:
+    image = tmp_path / "guest"
+    say = f"mov dx, 0x3f8; mov al, {ord(last)}; out dx, al; {EXIT.format(3)}"
+    image.write_bytes(assemble(say, 64, ORIGIN))
+    assert all_of(spawn(str(image), "--flat", f"long@{ORIGIN:#x}")) == shown
+
+
+def test_pauses_by_others_are_told(spawn: Spawn, tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    child = spawn("--control", f"unix:{path}")
+    child.expect_exact(PROMPT)
+    ctl(path, "pause")
+    child.expect_exact("\r\navmm: paused by `avmm ctl`\r\n")
+    ctl(path, "pause")
+    ctl(path, "resume")
+    ctl(path, "resume")
+    child.expect_exact("\r\navmm: running\r\n")
+    assert "avmm" not in child.before, "once is enough"
+    child.send("exit 3\r")
+    child.expect(pexpect.EOF)
+
+
+def test_an_end_by_others_is_told(spawn: Spawn, tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    child = spawn("--control", f"unix:{path}")
+    child.expect_exact(PROMPT)
+    ctl(path, "stop")
+    assert all_of(child) == "\r\navmm: the guest was ended through its control socket\r\n"
