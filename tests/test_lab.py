@@ -173,13 +173,18 @@ def test_a_wheel_that_cannot_be_fetched_costs_no_other_guest(
     monkeypatch.setattr(guest, "kernel_package", lambda: "kernel")
     monkeypatch.setattr(guest, "download", Path)
     monkeypatch.setattr(guest, "_folder", lambda name, packages: tmp_path / packages[0])
-    for module, name in ((krunfw, "folder"), (kernels, "newest"), (kernels, "others")):
+    for module, name in (
+        (krunfw, "folder"),
+        (krunfw, "other"),
+        (kernels, "newest"),
+        (kernels, "others"),
+    ):
         monkeypatch.setattr(module, name, lacking)
     assert guest.folders() == {
         "sent/debian": tmp_path / "kernel",
         f"sent/debian-{NEWER}": tmp_path / "newer",
     }
-    assert capsys.readouterr().err == 3 * "lab: no wheel\n"
+    assert capsys.readouterr().err == 4 * "lab: no wheel\n"
 
 
 def test_preparing_a_lab_makes_its_guests_too(

@@ -215,6 +215,23 @@ def test_the_kernel_of_a_libkrunfw(start: Start) -> None:
     assert ends(child) == 0
 
 
+def test_the_kernel_of_another_libkrunfw() -> None:
+    """It takes no initrd, but a root disk."""
+    folder = Path("sent/krunfw-other")
+    if not folder.exists():
+        not_here("no other libkrunfw has been sent: it could not be fetched")
+    command = ["-m", "avmm", "run", str(folder / "libkrunfw.so"), "--no-acpi", "--memory", "256M"]
+    command += ["--console", "virtio", "--disk", f"{folder / 'root.img'},overlay"]
+    command += ["--cmdline", "root=/dev/vda rw init=/init quiet panic=-1"]
+    child = pexpect.spawn(sys.executable, command, timeout=200, encoding="utf-8")
+    try:
+        child.expect(r"ROOT OF 6\.12\.\d+")
+        child.expect_exact("the guest ended: reset")
+        assert ends(child) == 0
+    finally:
+        child.close(force=True)
+
+
 def test_what_the_guest_finds_by_acpi(start: Start) -> None:
     child = start("vmlinuz", "--cpus", "2")
     child.expect_exact(PROMPT)

@@ -36,6 +36,7 @@ def folders() -> dict[str, Path]:
     }
     more: dict[str, Callable[[], Path]] = {
         "sent/krunfw": krunfw.folder,
+        "sent/krunfw-other": krunfw.other,
         "sent/debian-newest": lambda: _folder("guest-newest", kernels.newest()),
         "sent/kernels": kernels.others,
     }
