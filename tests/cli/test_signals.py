@@ -19,6 +19,12 @@ pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(60)]
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+def _heed_all() -> None:
+    """These tests may themselves be run by `nohup`."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", ENDING)
 @pytest.mark.parametrize("ignored", [True, False])
 def test_a_signal_that_was_ignored_stays_ignored(number: signal.Signals, ignored: bool) -> None:
@@ -28,6 +34,7 @@ def test_a_signal_that_was_ignored_stays_ignored(number: signal.Signals, ignored
         ["sh", "-c", f'{ignore} exec "$0" "$@"', *AVMM, "run"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        preexec_fn=_heed_all,  # noqa: PLW1509 - it changes nothing of Python's
     )
     assert process.stdin is not None
     assert process.stdout is not None
