@@ -44,7 +44,8 @@ LAB = [
     "prepare proposing",
     "prepare newer",
     "pytest --lab stock",
-    "pytest --lab proposing",
+    "pytest --lab proposing tests/vcpu tests/kvm tests/guests/test_torture.py tests/test_pause.py "
+    "tests/cli/test_completion_report.py",
     "pytest --lab newer tests/vcpu/test_xen.py tests/cli/test_completion_report.py",
 ]
 
