@@ -64,15 +64,19 @@ def open_files() -> dict[str, str]:
     return found
 
 
-def kept(before: dict[str, str]) -> Callable[[], str]:
-    """What a child has of what was opened since `before`: descriptors, except pipes, which are the
-    test's own, and mappings."""
+def guest_maps() -> set[str]:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line for line in lines if "avmm-ram" in line or "kvm-vcpu" in line}
+
+
+def kept(before: dict[str, str], maps: set[str]) -> Callable[[], str]:
+    """What a child has of what was opened since `before` and `maps`: descriptors, except pipes,
+    which are the test's own, and mappings."""
 
     def look() -> str:
         found = [path for fd, path in open_files().items() if before.get(fd) != path]
         found = [path for path in found if path != os.devnull and not path.startswith("pipe:")]
-        maps = Path("/proc/self/maps").read_text().splitlines()
-        found += [line for line in maps if "avmm-ram" in line or "kvm-vcpu" in line]
+        found += guest_maps() - maps
         return "\n".join(found)
 
     return look
@@ -83,7 +87,7 @@ async def test_a_child_keeps_nothing_of_a_guest(tmp_path: Path) -> None:
     for path in (disk, base, tmp_path / "twin"):
         path.write_bytes(bytes(1 << 20))
     await trio.to_thread.run_sync(lambda: None)  # what is opened once is open now
-    before = open_files()
+    before, maps = open_files(), guest_maps()
     async with (
         avmm.Machine(
             memory="64M",
@@ -108,7 +112,7 @@ async def test_a_child_keeps_nothing_of_a_guest(tmp_path: Path) -> None:
             vsock="cid=6",
             net=[f"listen={tmp_path / 'net2'},mac=52:54:00:00:00:02"],
         ):
-            with forked(kept(before)) as found:
+            with forked(kept(before, maps)) as found:
                 assert found == ""
                 # The parent has not been touched by what the child has done.
                 await log.send(b"echo still\n")

@@ -265,7 +265,10 @@ async def test_a_program_that_accepts_nobody(tmp_path: Path) -> None:
             assert await packets(guest, 1) == [(RST, 9, 52, 0, b"")]
 
 
-async def test_a_busy_program_is_waited_for(tmp_path: Path) -> None:
+async def test_a_busy_program_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avmm.devices.virtio.vsock_unix._HOST_SECONDS", 30.0)
     path = tmp_path / "vsock"
     vsock = Vsock(unix=path)
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as first:
