@@ -48,7 +48,7 @@ def torture(
 @pytest.mark.parametrize(
     ("cpus", "every", "first"),
     [
-        (1, 9, 2),
+        pytest.param(1, 9, 2, marks=pytest.mark.slow),
         pytest.param(2, 31, 3, marks=pytest.mark.slow),
         pytest.param(3, 53, 11, marks=pytest.mark.slow),
         (4, 97, 5),
