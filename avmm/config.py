@@ -90,7 +90,8 @@ class Clock(Enum):
     """As if no time had passed. Its wall clock is behind by as long as it stood still."""
     HOST = "host"
     """They jump ahead by as long as it stood still, by the hosts' wall clocks, and never back.
-    Timers that ran out meanwhile fire at once."""
+    Timers that are set to a time (the TSC deadline) and have run out fire at once; those that
+    count down (LAPIC, PIT) go on from where they stood."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ async def serve_pty(log: Scrollback, announce: Callable[[str], None]) -> None:
     try:
         tty.setraw(far)
         async with trio.lowlevel.FdStream(near) as host:
-            closed_in_child(host, lambda stream: let_go_of(stream.fileno(), far))
+            closed_in_child(host, lambda stream: let_go_of(*_open_ends(stream, far)))
             announce(os.ttyname(far))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_exchange, log, host)
@@ -88,6 +88,11 @@ async def serve_pty(log: Scrollback, announce: Callable[[str], None]) -> None:
                 nursery.cancel_scope.deadline = trio.current_time() + _LAST_OUTPUT_SECONDS
     finally:
         os.close(far)
+
+
+def _open_ends(host: trio.lowlevel.FdStream, far: int) -> tuple[int, ...]:
+    """Both ends of a terminal, if it is still open."""
+    return (host.fileno(), far) if host.fileno() >= 0 else ()
 
 
 @protected

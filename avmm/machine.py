@@ -266,8 +266,9 @@ class Machine:
         """Ask the guest to shut down: press its power button (ACPI) or, if it has no driver for
         that, Ctrl-Alt-Del on its keyboard, by which most guests reboot.
 
-        Returns at once. `wait` tells when the guest has ended, if it does; give it a time limit.
-        A paused guest notices when it runs on. Raises `AvmmError` if the guest listens to neither,
+        Returns at once. `wait` tells when the guest has ended, if it does; give it a time limit:
+        a guest may listen to the button and do nothing. A paused guest notices when it runs on.
+        Raises `AvmmError` if the guest listens to neither,
         and `RunstateError` if it has ended.
         """
         if not self._use("powerdown").press_power():

@@ -17,6 +17,7 @@ import trio
 
 import avmm
 from avmm.devices.sockets import connect
+from avmm.disks import OverlayDisk
 from avmm.disks.raw import RawDisk
 from avmm.ends import serve_pty, serve_unix
 from avmm.scrollback import Scrollback
@@ -137,6 +138,20 @@ async def test_a_childs_life_does_not_prolong_the_guests(tmp_path: Path) -> None
         RawDisk(disk).close()
         assert await client.receive_some() == b""
         await client.aclose()
+
+
+def test_a_child_closes_nothing_that_was_closed_before(tmp_path: Path) -> None:
+    """The number of a disk's descriptor may be another file's by now."""
+    for name in ("base", "disk"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    closed = [OverlayDisk(tmp_path / "base"), RawDisk(tmp_path / "disk")]
+    for disk in closed:
+        disk.close()
+    files = [os.open(tmp_path / "base", os.O_RDONLY) for _ in range(8)]
+    with forked(lambda: " ".join(str(os.pread(fd, 1, 0)) for fd in files)) as found:
+        assert found == " ".join(["b'\\x00'"] * 8)
+    for fd in files:
+        os.close(fd)
 
 
 async def test_a_child_is_told_that_the_machine_is_not_its_own() -> None:

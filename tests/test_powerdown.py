@@ -83,6 +83,14 @@ async def test_a_guest_that_listens_to_nothing(tmp_path: Path) -> None:
             vm.powerdown()
 
 
+@pytest.mark.usefixtures("nothing_left")
+async def test_without_acpi_pin_8_is_the_clocks(tmp_path: Path) -> None:
+    async with machine(tmp_path, STUBBORN, acpi=False) as vm:
+        await ready(vm)
+        with pytest.raises(avmm.AvmmError, match="the guest listens to no power button"):
+            vm.powerdown()
+
+
 @pytest.mark.lab
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize(("source", "status"), [(ACPI, 5), (KEYBOARD, 6)], ids=["acpi", "keys"])

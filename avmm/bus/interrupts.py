@@ -136,6 +136,7 @@ class LevelLine:
 
     def set(self, asserted: bool) -> None:
         """Drive the line; the guest is interrupted while any device asserts the input."""
+        asserted = bool(asserted)  # a device may give a bit of its status
         with self._closing:
             if not self._closed and asserted is not self.asserted:
                 self.asserted = asserted

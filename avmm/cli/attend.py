@@ -7,6 +7,7 @@ runs, its console is connected, signals end it, and the control socket is served
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -45,6 +46,13 @@ _HALTED: Final = 133
 given up, so this is not the status of success."""
 
 
+def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Check that it is a number: FloatRange accepts "nan"."""
+    if math.isnan(value):
+        raise click.BadParameter(f"{value:g}: expected a number of seconds")
+    return value
+
+
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--control and --grace."""
     control = click.option(
@@ -56,6 +64,7 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     grace = click.option(
         "--grace",
         type=click.FloatRange(min=0, max=1e6),
+        callback=_number,
         default=_GRACE_SECONDS,
         show_default=True,
         metavar="SECONDS",

@@ -188,7 +188,8 @@ async def _connect_stdio(
                 else:
                     raise AvmmError(f"standard output: {error.strerror}") from None
             nursery.cancel_scope.cancel()
-        if interactive and sink.last not in b"\r\n":
+        last = stream.written_last if isinstance(stream, Port) else sink.last
+        if interactive and last not in b"\r\n":
             with suppress(OSError):  # the terminal may have gone
                 await sink.write(b"\r\n")  # so that the shell's prompt begins a line
         if interactive and (await vm.wait()).cause is Cause.MOVED:
@@ -262,14 +263,14 @@ async def _type(
 
 async def _tell_pauses(holds: Holds, sink: HostFd) -> None:
     """Tell the person at the terminal what others do with the guest."""
-    before = 0
+    told = False
     while True:
-        await holds.changed()
-        now = holds.counts[CONTROL]
-        if (now > 0) != (before > 0):
-            told = "paused by `avmm ctl`" if now else (str(holds) and "still paused") or "running"
-            await sink.write(f"\r\navmm: {told}\r\n".encode())
-        before = now
+        while told is (holds.counts[CONTROL] > 0):
+            await holds.changed()
+        told = not told
+        text = "paused by `avmm ctl`" if told else (str(holds) and "still paused") or "running"
+        with suppress(OSError):  # the terminal has gone, which others notice as well
+            await sink.write(f"\r\navmm: {text}\r\n".encode())
 
 
 async def _toggle(holds: Holds) -> str:

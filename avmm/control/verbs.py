@@ -23,6 +23,7 @@ import trio
 from avmm.control.holds import CONTROL, Holds
 from avmm.errors import AvmmError, ConfigError, HandOverUnknownError
 from avmm.machine import Machine
+from avmm.outcome import Cause
 from avmm.progress import MigrationProgress, SnapshotProgress
 from avmm.runstate import Runstate
 from avmm.transfer import transports
@@ -453,7 +454,9 @@ class Powerdown(Verb):
             raise AvmmError(f"the guest is paused by {control.holds}: let it run on first")
         vm.powerdown()
         with trio.move_on_after(math.inf if self.deadline is None else self.deadline) as scope:
-            await vm.wait()
+            outcome = await vm.wait()
+            if outcome.cause is Cause.MOVED:
+                raise AvmmError(f"the guest has moved to {control.moved_to} meanwhile")
         if scope.cancelled_caught:
             raise AvmmError(f"the guest has not ended within {self.deadline:g} s, and runs on")
         return {}

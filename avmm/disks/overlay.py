@@ -91,8 +91,9 @@ class OverlayDisk(Disk):
             files.close_disk(self._base)
 
     def _let_go(self) -> None:
-        self._file.close()
-        os.close(self._base)
+        if not self._closed:
+            self._file.close()
+            os.close(self._base)
 
     def _runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """(is it changed, offset, length) of each run of sectors in the range."""

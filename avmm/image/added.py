@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import IO, Final
 
 from avmm.errors import ConfigError, ImageError
 from avmm.image.cpio import MOST_BYTES, Archive
@@ -38,7 +39,7 @@ class Added:
         source, colon, target = text.rpartition(":")
         if not colon or not source or not target.startswith("/"):
             raise ConfigError(f"--add {text!r}: expected FILE:PATH with an absolute PATH")
-        path = PurePosixPath("/", target)
+        path = PurePosixPath("/", target.lstrip("/"))
         if target.endswith("/"):
             path /= Path(source).name or Path(source).resolve().name
         why = _why_not(path)
@@ -90,27 +91,48 @@ def _below(folder: Path) -> Iterator[Path]:
 def _write(archive: Archive, source: Path, target: PurePosixPath, *, follow: bool) -> None:
     found = _stat(source, follow=follow)
     place, mode = str(target).lstrip("/"), stat.S_IMODE(found.st_mode)
-    try:
-        if stat.S_ISREG(found.st_mode):
-            if found.st_size > MOST_BYTES:
-                raise ImageError(
-                    f"{source}: has {found.st_size} bytes; expected at most {MOST_BYTES}, because "
-                    "an initramfs holds no larger file: give it to the guest as a disk"
-                )
+    if stat.S_ISREG(found.st_mode):
+        if found.st_size > MOST_BYTES:
+            raise ImageError(
+                f"{source}: has {found.st_size} bytes; expected at most {MOST_BYTES}, because "
+                "an initramfs holds no larger file: give it to the guest as a disk"
+            )
+        with _errors_of(source):
             # Not blocking, if somebody has put a FIFO there meanwhile.
             fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(fd, "rb") as file:  # noqa: PTH123 - there is no path to open
-                archive.copy(place, file, found.st_size, mode=mode)
-        elif stat.S_ISDIR(found.st_mode):
-            archive.folder(place, mode=mode)
-        elif stat.S_ISLNK(found.st_mode):
-            archive.symlink(place, os.readlink(source))  # noqa: PTH115 - as it is
-        else:
-            raise ImageError(f"{source}: expected a file, a folder or a symbolic link")
+        with open(fd, "rb") as file:  # noqa: PTH123 - there is no path to open
+            try:
+                archive.copy(place, _Source(file, source), found.st_size, mode=mode)
+            except ValueError as error:
+                raise ImageError(f"{source}: has changed while it was read: {error}") from None
+    elif stat.S_ISDIR(found.st_mode):
+        archive.folder(place, mode=mode)
+    elif stat.S_ISLNK(found.st_mode):
+        with _errors_of(source):
+            to = os.readlink(source)  # noqa: PTH115 - as it is
+        archive.symlink(place, to)
+    else:
+        raise ImageError(f"{source}: expected a file, a folder or a symbolic link")
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise ImageError(f"{source}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ImageError(f"{source}: has changed while it was read: {error}") from None
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class _Source:
+    """A file whose errors are told as its own, not as the archive's."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file = file
+        self._path = path
+
+    def read(self, size: int, /) -> bytes:
+        with _errors_of(self._path):
+            return self._file.read(size)
 
 
 def _stat(path: Path, *, follow: bool) -> os.stat_result:

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import IO, Final
+from typing import IO, Final, Protocol
 
 _TRAILER: Final = "TRAILER!!!"
 _PIECE: Final = 1 << 20
 MOST_BYTES: Final = 0xFFFF_FFFF
 """A file's size has eight hexadecimal digits."""
+
+
+class Readable(Protocol):
+    """What a file's contents are read from."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class Archive:
@@ -32,7 +38,7 @@ class Archive:
         self._make_folders(path)
         self._entry(path, stat.S_IFREG | mode, content)
 
-    def copy(self, path: str, source: IO[bytes], size: int, *, mode: int) -> None:
+    def copy(self, path: str, source: Readable, size: int, *, mode: int) -> None:
         """Add a regular file with the next `size` bytes of `source`. Raises `ValueError` if it has
         fewer, or if an archive cannot hold that many."""
         if size > MOST_BYTES:

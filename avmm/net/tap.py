@@ -77,7 +77,8 @@ class Tap(Backend):
             raise ConfigError(f"tap {name}: /dev/net/tun: {error.strerror}") from None
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
         try:
-            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+            made = fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+            name = made[:16].rstrip(b"\0").decode()  # of "tap%d" the kernel makes a name
             fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", _HEADER.size))
             fcntl.ioctl(fd, _TUNSETVNETLE, struct.pack("i", 1))
             fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_CSUM)

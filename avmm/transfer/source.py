@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -178,22 +178,28 @@ class Sender:
         """Send a frame without pages now and then inside the block, in which nothing else is
         sent."""
         scope, over = trio.CancelScope(), trio.Event()
-        self._nursery.start_soon(self._show_life, scope, over)
+        failures: list[Exception] = []
+        self._nursery.start_soon(self._show_life, scope, over, failures)
         try:
             yield
         finally:
             scope.cancel()
             await undisturbed(over.wait)  # the next frame must not come into the midst of that one
+        if failures:  # the other side has given up, perhaps, and has said why
+            raise failures[0]
 
     @protected
-    async def _show_life(self, scope: trio.CancelScope, over: trio.Event) -> None:
+    async def _show_life(
+        self, scope: trio.CancelScope, over: trio.Event, failures: list[Exception]
+    ) -> None:
         try:
-            # If the line is cut, whoever sends next notices as well.
-            with scope, suppress(MigrationError):
+            with scope:
                 while True:
                     await trio.sleep(_LIFE_SECONDS)
                     with trio.CancelScope(shield=True):
                         await self._connection.say(self._source.pages(_NO_PAGES))
+        except Exception as error:  # of any type, because a stream may raise anything
+            failures.append(error)
         finally:
             over.set()
 
@@ -340,4 +346,4 @@ def _frame_pages(bandwidth: float | None) -> int:
     """How many pages a frame holds at most."""
     if bandwidth is None:
         return MOST_DATA_PAGES
-    return max(1, min(MOST_DATA_PAGES, int(bandwidth * _FRAME_SECONDS) // PAGE))
+    return max(1, int(min(MOST_DATA_PAGES, bandwidth * _FRAME_SECONDS / PAGE)))

@@ -12,6 +12,8 @@ protocol, and one that speaks TLS to a receiver that does not, by an alert.
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import ssl
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +25,7 @@ import trio
 
 from avmm.errors import ConfigError, MigrationError
 
+_NAME: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?")
 _LAST_SECONDS: Final = 1.0
 _CHUNK: Final = 1 << 16
 _NOT_SIGNED: Final = (18, 19, 20, 21)
@@ -69,6 +72,14 @@ class Tls:
     peer: str | None = None
     """The name (DNS or IP address) that the other side's certificate must be for. None is HOST for
     who connects, and any name for who listens."""
+
+    def __post_init__(self) -> None:
+        if (
+            self.peer is not None
+            and _address(self.peer) is None
+            and not _NAME.fullmatch(self.peer)
+        ):
+            raise ConfigError(f"TLS: peer {self.peer!r}: expected a DNS name or an IP address")
 
     def context(self, *, server: bool) -> ssl.SSLContext:
         """The same as a context of Python's `ssl` module: for the side that listens if `server`,
@@ -142,9 +153,17 @@ async def last_words(stream: trio.SocketStream, data: bytes) -> None:
 def is_named(certificate: Mapping[str, Any] | None, name: str) -> bool:
     """Is this certificate, as `ssl` tells it, for `name`? Wildcards are not understood."""
     names = (certificate or {}).get("subjectAltName", ())
-    return any(
-        found.lower() == name.lower() for kind, found in names if kind in ("DNS", "IP Address")
-    )
+    address = _address(name)
+    if address is not None:
+        return any(kind == "IP Address" and _address(found) == address for kind, found in names)
+    return any(kind == "DNS" and found.lower() == name.lower() for kind, found in names)
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text.strip())
+    except ValueError:
+        return None
 
 
 def why(error: OSError, tls: Tls | None = None) -> str:

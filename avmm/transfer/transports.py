@@ -163,15 +163,20 @@ class Listener(trio.abc.Listener[trio.abc.Stream]):
             assert self._tls is not None
             secure = trio.SSLStream(stream, self._context, server_side=True)
             try:
+                begun = trio.current_time()
                 with trio.fail_after(security.CALLED_SECONDS):
                     await _demand_tls(stream)
-                await shake_hands(secure, "the caller", security.CALLED_SECONDS, self._tls)
+                left = begun + security.CALLED_SECONDS - trio.current_time()
+                await shake_hands(secure, "the caller", max(left, 0.0), self._tls)
                 await _demand_name(secure, self._tls)
             except trio.TooSlowError:
                 await trio.aclose_forcefully(stream)
                 logger.warning("the caller: TLS: it has said nothing")
             except MigrationError as error:
                 logger.warning("%s", error)
+            except BaseException:
+                await trio.aclose_forcefully(stream)
+                raise
             else:
                 return secure
 

@@ -283,6 +283,15 @@ def test_a_line_drives_nothing_after_the_end() -> None:
     assert chip.told == [(5, True)]
 
 
+def test_any_truth_asserts_a_line() -> None:
+    """A device may give a bit of its status."""
+    interrupts = Interrupts(Pins(24))
+    line = interrupts.line(5, "A", level=True)
+    line.set(4)  # type: ignore[arg-type]
+    assert interrupts.levels == [[5, 1]]
+    interrupts.close()
+
+
 def test_many_threads_at_one_input() -> None:
     """Whatever the order in which they drive it, KVM knows in the end how it is."""
     interrupts, chip = Interrupts(Pins(24)), Chip()

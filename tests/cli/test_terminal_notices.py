@@ -48,6 +48,13 @@ def test_the_shells_prompt_begins_a_line(
     assert all_of(spawn(str(image), "--flat", f"long@{ORIGIN:#x}")) == shown
 
 
+def test_no_number_of_seconds_is_refused(spawn: Spawn) -> None:
+    child = spawn("--grace", "nan")
+    assert "expected a number of seconds" in all_of(child)
+    child.close()
+    assert child.exitstatus == 2
+
+
 def test_pauses_by_others_are_told(spawn: Spawn, tmp_path: Path) -> None:
     path = tmp_path / "control"
     child = spawn("--control", f"unix:{path}")

@@ -59,6 +59,8 @@ def test_where_a_file_goes(built: Build, tmp_path: Path, target: str, place: str
     [
         ("/init/x", "/init is a file in the guest"),
         ("/bin/busybox/x", "/bin/busybox is a file in the guest"),
+        ("//bin", "/bin is a folder in the guest"),
+        ("//bin/busybox/x", "/bin/busybox is a file in the guest"),
         ("/etc", "/etc is a folder in the guest; expected /etc/ to put FILE into it"),
         ("/a/../../b", "without '..'"),
         ("/" + "n" * 256, "more than 255 bytes"),

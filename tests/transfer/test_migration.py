@@ -463,6 +463,30 @@ async def test_a_device_that_takes_longer_than_the_receiver_waits(
         await there.leave()
 
 
+@pytest.mark.parametrize("error", [trio.BrokenResourceError("cut"), OSError(5, "mine")], ids=repr)
+async def test_a_line_that_fails_while_a_device_takes_its_time(
+    pair: Pair, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the stream raises, the guest runs on here."""
+    monkeypatch.setattr("avmm.transfer.source._LIFE_SECONDS", 0.1)
+    devices = [avmm.pio(Late("quiesce"), 0x300, 1)]
+
+    def sign_of_life(did: str, data: bytes) -> bool:
+        return did == "sent" and data[:1] == bytes([PAGES]) and len(data) == 28
+
+    async with (
+        avmm.Machine(memory="16M", devices=devices) as vm,
+        trio.open_nursery() as nursery,
+    ):
+        await answers(vm)
+        there = Destination(nursery, pair[1], devices=[avmm.pio(Late(""), 0x300, 1)])
+        with pytest.raises((MigrationError, OSError), match=r"cut|mine"):
+            await vm.migrate(Strange(pair[0], sign_of_life, error))
+        await answers(vm)
+        await trio.aclose_forcefully(pair[0])
+        await there.ended.wait()
+
+
 async def test_a_device_that_cannot_be_taken_back_for_a_reason_of_its_own(pair: Pair) -> None:
     """The guest stays stopped, and its user is told so, whatever was raised."""
 
@@ -520,7 +544,7 @@ class Strange(trio.abc.Stream):
 
 
 COMMIT, RUNNING = 10, 11
-STATE_END = 8
+PAGES, STATE_END = 5, 8
 
 
 @pytest.mark.parametrize(

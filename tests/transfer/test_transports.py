@@ -343,7 +343,13 @@ async def test_a_source_that_speaks_tls_to_a_receiver_that_does_not(
     assert whys == ["it speaks TLS, and this side was given no --tls-cert, --tls-key and --tls-ca"]
 
 
-@pytest.mark.parametrize("name", ["source.example", "SOURCE.example", "10.0.0.7"])
+@pytest.mark.parametrize("peer", ["", ".x", "x\0y", "a b", "-x", "*.example"])
+def test_what_is_no_name(peer: str) -> None:
+    with pytest.raises(avmm.ConfigError, match=r"peer .*: expected a DNS name or an IP address"):
+        avmm.Tls("cert", "key", "ca", peer)
+
+
+@pytest.mark.parametrize("name", ["source.example", "SOURCE.example", "10.0.0.7", "2001:db8::1"])
 async def test_the_names_that_are_expected(
     tmp_path: Path, authority: trustme.CA, name: str
 ) -> None:

@@ -102,4 +102,4 @@ def board(options: BoardOptions, memory_size: int, end: Callable[[Outcome], None
     if options.debug_exit is not None:
         width = min(4, _PORTS - options.debug_exit)
         places.append(pio(DebugExit(end_with), options.debug_exit, width))
-    return Board(serial, places, partial(button.press, keyboard=keyboard))
+    return Board(serial, places, partial(button.press, keyboard=keyboard, has_acpi=options.acpi))

@@ -5,7 +5,8 @@ by an interrupt that it was pressed (ACPI 6.5, 4.8.2.2.1.2 and 5.6.9). A guest t
 ACPI's tables may have a driver for the keyboard: it gets Ctrl-Alt-Del.
 
 Pressing a button that nobody listens to would be in vain, and whoever presses it would wait. A
-guest that listens has unmasked the interrupt.
+guest that listens has unmasked the interrupt. The reverse does not hold: a Linux that reads ACPI's
+tables unmasks it even if it has no driver for the button, or nothing in user space that reacts.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ _PIC_IMR, _PIC_BASE = 8 + 2, 8 + 5
 """Offsets in `struct kvm_irqchip`, whose part for a PIC is `struct kvm_pic_state`."""
 
 
-def press(vm: X86Vm, keyboard: I8042) -> bool:
-    """Press it. Returns False if the guest would not notice."""
+def press(vm: X86Vm, keyboard: I8042, *, has_acpi: bool) -> bool:
+    """Press it. Returns False if the guest cannot notice. Without ACPI the button's interrupt is
+    the clock's, and a guest may listen to that."""
     pins = ioapic.pins(vm)
-    if not pins[GSI].is_masked:
+    if has_acpi and not pins[GSI].is_masked:
         vm.irq_line(GSI, True)
         vm.irq_line(GSI, False)
         return True

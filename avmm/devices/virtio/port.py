@@ -116,6 +116,8 @@ class Port(ConsoleStream):
         self._full_since: float | None = None
         self._sink: HostFd | None = None
         self._sink_error: OSError | None = None
+        self.written_last = b""
+        """The last byte that `write_to` has written."""
         self.on_close: Callable[[], None] = lambda: None
         """The device sets this; it is called when the host closes its end."""
 
@@ -150,6 +152,7 @@ class Port(ConsoleStream):
         """
         with self._receiving, closing(HostFd(fd, os.O_WRONLY)) as sink:
             self._sink = sink
+            self.written_last = b""
             try:
                 await trio.lowlevel.checkpoint()
                 while self._ahead:
@@ -171,6 +174,7 @@ class Port(ConsoleStream):
                     if self._sink is None:
                         raise self._sink_error or trio.ClosedResourceError()
             finally:
+                self.written_last = sink.last
                 self._sink = self._sink_error = None
 
     # The methods that `ConsoleStream` needs of its cable.
