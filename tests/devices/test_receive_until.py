@@ -7,6 +7,7 @@ import re
 
 import pytest
 import trio
+import trio.testing
 
 import avmm
 from avmm.devices.console import ConsoleStream
@@ -135,3 +136,48 @@ async def test_the_rest_is_written_to_a_file_first() -> None:
             await port.write_to(writing)
         os.close(writing)
         assert [int(line) for line in file.read().split()] == list(range(8, 2001))
+
+
+async def test_what_was_read_ahead_goes_before_what_comes() -> None:
+    """A guest that writes while a slow reader takes what was read ahead does not overtake it."""
+    port = avmm.Port("data", output_size=1 << 20)
+    first, second = b"a" * 200_000, b"b" * 1000
+    port.give(first)
+    with pytest.raises(avmm.AvmmError, match="in 200000 bytes of the guest's output"):
+        await port.receive_until(b"never", max_bytes=1)
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as file:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(port.write_to, writing)
+            await trio.testing.wait_all_tasks_blocked()
+            got = os.read(reading, 100_000)
+            assert 0 < len(got) < len(first)
+            assert port.sink is None, "the guest's output may not go there directly yet"
+            assert not port.write_now([memoryview(second)])
+            port.give(second)
+            while len(got) < len(first) + len(second):
+                await trio.lowlevel.wait_readable(reading)
+                got += os.read(reading, 100_000)
+            assert got == first + second
+            assert port.sink is not None
+            nursery.cancel_scope.cancel()
+        os.close(writing)
+        assert file.read() == b""
+
+
+async def test_a_port_is_closed_while_what_was_read_ahead_is_written() -> None:
+    port = avmm.Port("data", output_size=1 << 20)
+    port.give(b"a" * 200_000)
+    with pytest.raises(avmm.AvmmError, match="in 200000 bytes of the guest's output"):
+        await port.receive_until(b"never", max_bytes=1)
+    reading, writing = os.pipe()
+    try:
+        with pytest.RaisesGroup(trio.ClosedResourceError), trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(port.write_to, writing)
+                await trio.testing.wait_all_tasks_blocked()
+                await port.aclose()
+                os.read(reading, 100_000)
+    finally:
+        os.close(reading)
+        os.close(writing)

@@ -155,27 +155,31 @@ class Port(ConsoleStream):
             self.written_last = b""
             try:
                 await trio.lowlevel.checkpoint()
-                while self._ahead:
-                    await sink.writable()
-                    with memoryview(self._ahead) as ahead:
-                        count = sink.write_now([ahead[: PIPE_BUF if sink.may_block else None]])
-                    del self._ahead[:count]
-                while self._has_output() or not self._finished:
-                    if not self._has_output():
-                        await self._output.wait()
-                    else:
+                while self._ahead or self._has_output() or not self._finished:
+                    if self._ahead or self._has_output():
                         await sink.writable()
-                        if not self._has_output():
-                            continue
-                        most = PIPE_BUF if sink.may_block else None
-                        with memoryview(self.output) as output, output[:most] as waiting:
-                            count = sink.write_now([waiting])
-                        self._has_read(count)
+                        self._write_oldest(sink)
+                    else:
+                        await self._output.wait()
                     if self._sink is None:
                         raise self._sink_error or trio.ClosedResourceError()
             finally:
                 self.written_last = sink.last
                 self._sink = self._sink_error = None
+
+    def _write_oldest(self, sink: HostFd) -> None:
+        """Write the oldest output, as much as the sink accepts at once. There may be none left,
+        because somebody has thrown it away, or has moved the guest, while we waited."""
+        if not self._ahead and not self._has_output():
+            return
+        most = PIPE_BUF if sink.may_block else None
+        oldest = self._ahead or self.output
+        with memoryview(oldest) as whole, whole[:most] as waiting:
+            count = sink.write_now([waiting])
+        if oldest is self._ahead:
+            del self._ahead[:count]
+        else:
+            self._has_read(count)
 
     # The methods that `ConsoleStream` needs of its cable.
 
@@ -258,7 +262,9 @@ class Port(ConsoleStream):
     def sink(self) -> HostFd | None:
         """The sink to which output can go directly, because all earlier output has gone there.
         None if there is none."""
-        return None if self.output or self._sink is None or self._sink.may_block else self._sink
+        if self._ahead or self.output or self._sink is None or self._sink.may_block:
+            return None
+        return self._sink
 
     def write_now(self, buffers: Sequence[memoryview]) -> int:
         """Write the guest's output to the `sink`, as much as it accepts at once, possibly nothing.
