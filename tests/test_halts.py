@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,16 @@ class Looks:
         self._more = trio.Event()
 
 
+@asynccontextmanager
+async def watched(vm: avmm.Machine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Looks]:
+    """Somebody waits inside the block until the guest has halted for good."""
+    looks = Looks(vm, monkeypatch)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(vm.halted)
+        yield looks
+        nursery.cancel_scope.cancel()
+
+
 class Patient(Device):
     """Answers when it is told to."""
 
@@ -76,26 +88,20 @@ async def test_with_interrupts_on_it_only_sleeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is looked at once, and not again before it has run."""
-    async with machine(tmp_path, "sti; 1: hlt; jmp 1b") as vm, trio.open_nursery() as nursery:
-        looks = Looks(vm, monkeypatch)
-        nursery.start_soon(vm.halted)
+    async with machine(tmp_path, "sti; 1: hlt; jmp 1b") as vm, watched(vm, monkeypatch) as looks:
         await looks.one()
         await trio.sleep(20 * STEP)
         assert set(looks.answers) == {False}
         # A look may itself be noticed as activity, if its threads are slow to settle.
         assert len(looks.answers) <= 3
-        nursery.cancel_scope.cancel()
 
 
 async def test_one_that_runs_is_not_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with machine(tmp_path, "cli; 1: jmp 1b") as vm, trio.open_nursery() as nursery:
-        looks = Looks(vm, monkeypatch)
-        nursery.start_soon(vm.halted)
+    async with machine(tmp_path, "cli; 1: jmp 1b") as vm, watched(vm, monkeypatch) as looks:
         await trio.sleep(20 * STEP)
         assert not looks.answers
-        nursery.cancel_scope.cancel()
 
 
 async def test_one_that_waits_for_a_device_is_not_halted(tmp_path: Path) -> None:
@@ -127,13 +133,11 @@ async def test_a_paused_one_is_not_looked_at(
 
 
 async def test_a_message_could_wake_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with machine(tmp_path, "cli; hlt") as vm, trio.open_nursery() as nursery:
+    async with machine(tmp_path, "cli; hlt") as vm:
         vm.message_interrupt(0xFEE0_0000, 0x400)
-        looks = Looks(vm, monkeypatch)
-        nursery.start_soon(vm.halted)
-        await looks.one()
-        assert looks.answers == [False]
-        nursery.cancel_scope.cancel()
+        async with watched(vm, monkeypatch) as looks:
+            await looks.one()
+            assert looks.answers == [False]
 
 
 async def test_an_nmi_from_the_ioapic_could_wake_it(
@@ -145,12 +149,9 @@ async def test_an_nmi_from_the_ioapic_could_wake_it(
         mov dword ptr [rdi + 0x10], 0x400
         hlt
     """
-    async with machine(tmp_path, source) as vm, trio.open_nursery() as nursery:
-        looks = Looks(vm, monkeypatch)
-        nursery.start_soon(vm.halted)
+    async with machine(tmp_path, source) as vm, watched(vm, monkeypatch) as looks:
         await looks.one()
         assert looks.answers == [False]
-        nursery.cancel_scope.cancel()
 
 
 def test_the_command_ends_and_says_so(tmp_path: Path) -> None:

@@ -46,9 +46,14 @@ REQUESTED = f"""
 ACPI = f"{unmasked(button.GSI)}; {READY}; {REQUESTED}; {EXIT.format(5)}"
 DEAF = f"{READY}; 1: jmp 1b"
 STUBBORN = f"{unmasked(button.GSI)}; {READY}; 1: jmp 1b"
-KEYBOARD = f"""
+SCANNING = """
     mov al, 0x60; out 0x64, al; mov al, 0x41; out 0x60, al
     mov al, 0xf4; out 0x60, al; in al, 0x60
+"""
+POLLING = f"{SCANNING}; mov al, 0xff; out 0x21, al; {DEAF}"
+"""Its keyboard would interrupt it, but all pins of both chips are masked."""
+KEYBOARD = f"""
+    {SCANNING}
     {unmasked(button.KEYBOARD_IRQ)}
     {READY}
     {REQUESTED}
@@ -76,8 +81,9 @@ async def test_a_guest_that_listens(tmp_path: Path, source: str, status: int) ->
 
 
 @pytest.mark.usefixtures("nothing_left")
-async def test_a_guest_that_listens_to_nothing(tmp_path: Path) -> None:
-    async with machine(tmp_path, DEAF) as vm:
+@pytest.mark.parametrize("source", [DEAF, POLLING], ids=["nothing", "keys without interrupts"])
+async def test_a_guest_that_listens_to_nothing(tmp_path: Path, source: str) -> None:
+    async with machine(tmp_path, source) as vm:
         await ready(vm)
         with pytest.raises(avmm.AvmmError, match="the guest listens to no power button"):
             vm.powerdown()

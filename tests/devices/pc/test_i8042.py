@@ -227,6 +227,14 @@ def test_keys_are_only_for_those_who_listen(port):
     assert not port.device.hears_keys
 
 
+def test_a_command_ends_what_the_keyboard_was_saying(port):
+    tell(port, 0x60, TRANSLATED)
+    say(port, 0xF4)
+    port.device.press_ctrl_alt_del()
+    port.out(DATA, 0xEE)
+    assert heard(port) == [PRESSED[TRANSLATED][0], 0xEE], "one byte was in the controller"
+
+
 def test_keys_wait_while_the_keyboard_is_off(port):
     tell(port, 0x60, TRANSLATED)
     say(port, 0xF4)

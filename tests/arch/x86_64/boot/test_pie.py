@@ -120,6 +120,11 @@ def test_an_image_at_0_is_moved_to_1_mib(memory: GuestMemory, write: Write) -> N
     assert number(memory, 0x100028) == 0xFFFF8
 
 
+def test_a_relocation_of_type_none_changes_nothing(memory: GuestMemory, write: Write) -> None:
+    load(memory, write(with_rela((0x20, 0x1234), kind=0)))
+    assert memory.read(0x100020, 8) == b"\xf4" * 8
+
+
 def test_an_image_stays_where_it_is_linked_to(memory: GuestMemory, write: Write) -> None:
     entry = load(memory, write(with_rela((0x200020, 0x201234), start=0x200000)))
     assert entry.ip == 0x200010
