@@ -98,11 +98,14 @@ def test_a_folder_with_all_that_is_in_it(built: Build, tmp_path: Path) -> None:
     (folder / "run").chmod(0o755)
     (folder / "lib" / "data").write_bytes(b"data")
     (folder / "lib" / "link").symlink_to("data")
+    (folder / "all").symlink_to("lib")
     (folder / "lib" / "empty").chmod(0o700)
     found = built(f"{folder}:/opt/")
     assert found["opt/app/run"] == (0o100755, b"run")
     assert found["opt/app/lib/data"][1] == b"data"
     assert found["opt/app/lib/link"] == (0o120777, b"data")
+    assert found["opt/app/all"] == (0o120777, b"lib")
+    assert not any(name.startswith("opt/app/all/") for name in found)
     assert found["opt/app/lib/empty"][0] == 0o040700
 
 

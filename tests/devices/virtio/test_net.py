@@ -19,7 +19,7 @@ from support.tap_guest import summed
 from support.virtio_driver import EVENT_IDX, VERSION_1, Bench, Driver, settle
 
 from avmm.devices.virtio.frame import MOST_BYTES, Backend, Frame
-from avmm.devices.virtio.mmio import CONFIG_GENERATION
+from avmm.devices.virtio.mmio import CONFIG_GENERATION, STATUS
 from avmm.devices.virtio.net import Net
 from avmm.errors import ConfigError, DeviceError
 from avmm.net.pair import End, pair
@@ -413,6 +413,26 @@ async def until(is_so: Callable[[], bool]) -> None:
     with trio.fail_after(20):
         while not is_so():  # noqa: ASYNC110
             await trio.sleep(0.001)
+
+
+async def test_a_peer_goes_after_the_driver_has_gone(tmp_path: Path) -> None:
+    """The next one is accepted, although no driver receives."""
+    path = tmp_path / "net"
+    backend = UnixStream.listen(path)
+    net = Net(backend)
+    async with guest_of(net) as guest:
+        peer = await trio.open_unix_socket(str(path))
+        await until(lambda: net.link_up)
+        await settle()  # the device serves its queues, and waits
+        done = guest.driver.bench.device.write(STATUS, 4, 0)
+        assert done is not None
+        await done
+        await settle()
+        first = backend._peer
+        await peer.aclose()
+        async with await trio.open_unix_socket(str(path)):
+            await until(lambda: backend._peer not in (first, None))
+    backend.close()
 
 
 @pytest.mark.parametrize("goes", ["closes", "in the midst of a frame", "reads no more"])
