@@ -268,8 +268,7 @@ class Machine:
 
         Returns at once. `wait` tells when the guest has ended, if it does; give it a time limit:
         a guest may listen to the button and do nothing. A paused guest notices when it runs on.
-        Raises `AvmmError` if the guest listens to neither,
-        and `RunstateError` if it has ended.
+        Raises `AvmmError` if the guest listens to neither, and `RunstateError` if it has ended.
         """
         if not self._use("powerdown").press_power():
             raise AvmmError(

@@ -50,8 +50,8 @@ class Tap(Backend):
 
     If it does not exist, it is created, with this MTU, and removed when this is closed. The MTU of
     an interface that exists stays as it is. To create one, or to use another user's, takes
-    CAP_NET_ADMIN. Raises `ConfigError` if it cannot be opened. Only one
-    program can hold it at a time; with `held` False, this one does not hold it before `acquire`.
+    CAP_NET_ADMIN. Raises `ConfigError` if it cannot be opened. Only one program can hold it at a
+    time; with `held` False, this one does not hold it before `acquire`.
     """
 
     completes = True

@@ -227,8 +227,8 @@ def load_time(
     vcpus: Sequence[X86Vcpu], states: Sequence[Mapping[str, Any]], ahead: int = 0
 ) -> None:
     """Start the TSCs of all vCPUs, `ahead` nanoseconds later than they were saved, and set their
-    deadlines. Call it after `load_vcpu` of each vCPU,
-    which has checked the states. Raises `StateError` as that does.
+    deadlines. Call it after `load_vcpu` of each vCPU, which has checked the states. Raises
+    `StateError` as that does.
     """
     msrs = [dict(state["msrs"]) for state in states]
     saved = [
