@@ -66,6 +66,7 @@ class BuildNative(build_ext):
         if self.editable_mode:
             # pip compiles the Python files that it copies, but not those that it only refers to.
             compileall.compile_dir(ROOT / "avmm", quiet=1)
+            compileall.compile_file(ROOT / "avmm_early.py", quiet=1)
 
     def get_outputs(self) -> list[str]:
         build = load(ROOT / "avmm/guests/build.py")

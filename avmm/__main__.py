@@ -1,5 +1,5 @@
 """`python -m avmm`."""
 
-from avmm.cli import main
+from avmm_early import main
 
 main()

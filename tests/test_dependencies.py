@@ -24,7 +24,7 @@ def imported() -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
             for name in {name.partition(".")[0] for name in names}:
-                if name != "avmm" and name not in sys.stdlib_module_names:
+                if name not in {"avmm", "avmm_early"} and name not in sys.stdlib_module_names:
                     found.add(normal(distributions[name][0]))
     return found
 

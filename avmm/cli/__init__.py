@@ -75,9 +75,7 @@ def cli(log_level: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """The command's entry point; does not return."""
-    _fill_standard_descriptors()
-
+    """What `avmm_early.main` calls; does not return."""
     try:
         status = cli.main(arguments, prog_name="avmm", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -126,14 +124,3 @@ def _report_bug(error: BaseException) -> None:
         err=True,
     )
     logging.getLogger(__name__).debug("the error:", exc_info=error)
-
-
-def _fill_standard_descriptors() -> None:
-    """If one of these descriptors is closed (`avmm run <&-`), open /dev/null there, before another
-    file takes its number.
-    """
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)

@@ -15,7 +15,6 @@ import logging
 import os
 import select
 import socket
-import stat
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Final
 
 import trio
 
+import avmm_early
 from avmm.ctrl_c import protected
 from avmm.errors import ConfigError
 from avmm.forks import socket_closed_in_child
@@ -58,17 +58,10 @@ def listen(path: str | Path, what: str, backlog: int = 1) -> socket.socket:
     which names `what` and `path`, if the socket cannot be made. The caller ends it with `close`.
     Does not block.
     """
-    with suppress(OSError):  # if something else is in the way, `bind` says so
-        if stat.S_ISSOCK(Path(path).stat().st_mode) and not _served(path):
-            Path(path).unlink()
-    listener = socket.socket(socket.AF_UNIX)
+    path = str(path)
     try:
-        listener.setblocking(False)
-        listener.bind(str(path))
-        Path(path).chmod(0o600)  # before anybody can connect
-        listener.listen(backlog)
+        listener = avmm_early.take(path) or avmm_early.listen(path, backlog)
     except OSError as error:
-        listener.close()
         raise ConfigError(f"{what} socket {path}: {error.strerror or error}") from None
     return socket_closed_in_child(listener)
 
@@ -78,17 +71,6 @@ def close(listener: socket.socket | trio.socket.SocketType, path: str | PathLike
     listener.close()
     with suppress(FileNotFoundError):
         Path(path).unlink()
-
-
-def _served(path: str | Path) -> bool:
-    """Does a socket of some process have this path? Finding out leaves no connection in its queue.
-
-    A datagram socket cannot be connected to a stream socket: Linux says that the types differ, or
-    that nobody has the path.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        probe.setblocking(False)
-        return probe.connect_ex(str(path)) in (0, errno.EPROTOTYPE)
 
 
 @protected

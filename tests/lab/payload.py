@@ -31,7 +31,7 @@ def write(
 ) -> None:
     """Write the tar: the tree, texts and files by name, and `script` as run.sh."""
     with tarfile.open(path, "w") as tar:
-        for name in ("avmm", "tests", "pyproject.toml", "examples"):
+        for name in ("avmm", "avmm_early.py", "tests", "pyproject.toml", "examples"):
             tar.add(TREE / name, name, filter=_wanted)
         content = _PROLOGUE.format(kind=kind, required=os.environ.get(REQUIRE_LAB, "0")) + script
         for name, text in {"run.sh": content, **texts}.items():
