@@ -289,7 +289,7 @@ def test_nothing_is_left_behind(
 
 
 def test_an_unknown_lab_is_refused() -> None:
-    with pytest.raises(LabError, match="'other': expected one of stock, newer, proposing"):
+    with pytest.raises(LabError, match="'other': expected one of stock, newer, newest, proposing"):
         machine.prepare("other")
 
 

@@ -421,6 +421,7 @@ trio.run(main)
 """
 
 
+@pytest.mark.lab(long=True)
 async def test_killed_while_it_writes(snap: Path, tmp_path: Path) -> None:
     """Whenever that is, the file is a whole snapshot; what is left besides may be deleted."""
     moments, partials = random.Random(1), 0

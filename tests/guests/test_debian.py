@@ -127,7 +127,7 @@ def test_the_newest_kernel(start: Start, image: str) -> None:
 @pytest.mark.parametrize(
     ("guest", "acpi"),
     [
-        (GUEST, "--no-acpi"),
+        pytest.param(GUEST, "--no-acpi", marks=pytest.mark.lab(only="stock", long=True)),
         pytest.param(NEWER, "--acpi", marks=pytest.mark.slow),
         pytest.param(GUEST, "--acpi", marks=pytest.mark.slow),
         pytest.param(NEWER, "--no-acpi", marks=pytest.mark.slow),

@@ -105,7 +105,7 @@ def moves(cpus: int, moves: int, *options: str, timeout: int) -> subprocess.Comp
     )
 
 
-@pytest.mark.parametrize("cpus", [1, 2])
+@pytest.mark.parametrize("cpus", [1, pytest.param(2, marks=pytest.mark.lab(long=True))])
 def test_migrated_again_and_again(cpus: int) -> None:
     done = moves(cpus, 9, timeout=55)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,12 +1,13 @@
 """The lab: an ordinary KVM on a host whose own KVM is missing or unusual.
 
 QEMU's software emulation has AMD's SVM. So a stock Debian kernel that runs under it (L1) has a
-stock `/dev/kvm` with kvm_amd. There are three kinds of lab:
+stock `/dev/kvm` with kvm_amd. There are four kinds of lab:
 
 - `pytest --lab stock` runs the tests that are marked `lab` in L1, and reports them as if they had
   run here.
 - `pytest --lab newer` does so with the kernel of Debian's backports, whose KVM can also hand over
   Xen's hypercalls.
+- `pytest --lab newest` does so with the newest kernel that Debian has for its stable release.
 - `pytest --lab proposing` does so with a KVM that has the proposed flag (needs_completion.patch).
 
 `python -m lab KIND COMMAND...`, from tests/, runs a command there.

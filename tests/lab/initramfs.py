@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,7 +12,7 @@ from avmm.image import initramfs, kernel
 from avmm.image.cpio import Archive
 from avmm.image.modules import Modules
 from avmm.image.packages import Package
-from lab import proposal
+from lab import kernels, proposal
 from lab.cache import artefact
 from lab.debian import NEWER, download, kernel_package, newer_kernel_package
 
@@ -48,23 +48,34 @@ class Boot:
 
 def boot(kind: str) -> Boot:
     """The kernel and the initramfs of a lab, built if need be."""
-    package = newer_kernel_package(NEWER) if kind == "newer" else kernel_package()
-    deb = download(package)
+    replaced = proposal.modules(kernel_package()) if kind == "proposing" else None
+    debs = _packages(kind)
     box = download("busybox-static")
-    replaced = proposal.modules(package) if kind == "proposing" else None
-    made_from = (deb.name, box.name, _MODULES, _INIT, str(replaced))
+    made_from = ([deb.name for deb in debs], box.name, _MODULES, _INIT, str(replaced))
 
     def build(folder: Path) -> None:
-        _build(folder, Package(deb), Package(box), replaced)
+        _build(folder, [Package(deb) for deb in debs], Package(box), replaced)
 
     folder = artefact(f"boot-{kind}", made_from, build)
     return Boot(folder / "vmlinuz", folder / "initramfs")
 
 
-def _build(folder: Path, linux: Package, busybox: Package, replaced: Path | None) -> None:
-    kernel.extract(linux, folder / "vmlinuz")
+def _packages(kind: str) -> Sequence[Path]:
+    """The packages with the kernel and its modules."""
+    if kind == "newest":
+        return kernels.newest()
+    return [download(newer_kernel_package(NEWER) if kind == "newer" else kernel_package())]
+
+
+def _build(
+    folder: Path, linux: Sequence[Package], busybox: Package, replaced: Path | None
+) -> None:
+    (with_kernel,) = [
+        package for package in linux if any(kernel.release_of(path) for path, _ in package.files())
+    ]
+    release, _ = kernel.extract(with_kernel, folder / "vmlinuz")
     with tempfile.TemporaryDirectory() as scratch:
-        modules = dict(Modules(linux, Path(scratch)).closure(_MODULES))
+        modules = dict(Modules(linux, release, Path(scratch)).closure(_MODULES))
     if replaced is not None:
         _replace(modules, replaced)
     box = initramfs.find_busybox(busybox)

@@ -15,7 +15,7 @@ from typing import Final
 from lab.cache import LabError
 from lab.debian import NEEDED, demand
 
-KINDS: Final = ("stock", "newer", "proposing")
+KINDS: Final = ("stock", "newer", "newest", "proposing")
 BOOT_SECONDS: Final = 90
 """After which a boot that has said nothing is given up, once."""
 SILENT_SECONDS: Final = 180

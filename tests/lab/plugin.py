@@ -48,8 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lab",
         choices=KINDS,
         help="Run the tests marked `lab` on that KVM, in QEMU: 'stock' is Debian's kvm_amd, "
-        "'newer' that of its backports, 'proposing' the first with the list's "
-        "KVM_RUN_NEEDS_COMPLETION.",
+        "'newer' that of its backports, 'newest' that of its newest kernel, 'proposing' the first "
+        "with the list's KVM_RUN_NEEDS_COMPLETION.",
     )
     group.addoption(
         "--lab-cpus",
@@ -58,13 +58,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="How many CPUs the lab has. With more than one QEMU ends a guest by a triple fault "
         "now and then.",
     )
+    group.addoption(
+        "--lab-whole",
+        action="store_true",
+        help="Also run the tests that take a minute or more there.",
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A lab is one machine, and so is L1: its tests run in one process."""
+    return 0 if config.getoption("lab") or KIND in os.environ else None
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Only the marked ones, with --lab; without it, not those that need that KVM."""
     kind = config.getoption("lab") or os.environ.get(KIND)  # the latter in L1
-    chosen = [item for item in items if _belongs(item, kind)]
+    whole = config.getoption("lab_whole") or KIND in os.environ  # to L1 the chosen ones are sent
+    chosen = [item for item in items if _belongs(item, kind, whole)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
     if KIND in os.environ:  # the default is scaled by --timeout
@@ -74,14 +86,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.timeout(SLOWER * mark.args[0]), append=False)
 
 
-def _belongs(item: pytest.Item, kind: str | None) -> bool:
+def _belongs(item: pytest.Item, kind: str | None, whole: bool) -> bool:
     """`lab`: here and in every lab, `lab(also=KIND)`: here and in that one, `lab(only=KIND)`: in
-    that one alone."""
+    that one alone. `long=True`: in the lab only if all of it is asked for."""
     mark = item.get_closest_marker("lab")
     only = mark.kwargs.get("only") if mark is not None else None
     if kind is None:
         return only is None
-    return mark is not None and mark.kwargs.get("also", only) in (None, kind)
+    if mark is None or (mark.kwargs.get("long") and not whole):
+        return False
+    return mark.kwargs.get("also", only) in (None, kind)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -63,6 +63,7 @@ def through_snapshots(folder: Path, times: int, step: int) -> None:
         assert one.returncode == 0, (turn, error[-3000:])
 
 
+@pytest.mark.lab(long=True)
 @pytest.mark.timeout(60)
 def test_through_five_snapshots_each_in_a_new_process(tmp_path: Path) -> None:
     through_snapshots(tmp_path, 5, 17)

@@ -198,7 +198,7 @@ def test_the_torture_guest_with_the_flag_alone_deciding(cpus: str) -> None:
         torture(*options, "--hypercall", "--last", "16", "--every", "1")
 
 
-@pytest.mark.lab(only="stock")
+@pytest.mark.lab(only="stock", long=True)
 @pytest.mark.timeout(180)
 def test_the_torture_guest_with_its_hypercalls() -> None:
     torture("--hypercall", "--every", "23", "--first", "3")
