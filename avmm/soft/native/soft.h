@@ -1,0 +1,37 @@
+/* The software engine's border: KVM's own ABI, without KVM.
+ *
+ * All of avmm above avmm/kvm speaks KVM's ioctls and structures. So the engine speaks them too, and
+ * nothing above has to ask which engine it runs on. The descriptors are real ones (memfds), so that
+ * a number names one thing in the process, and so that a vCPU's struct kvm_run is mapped by mmap as
+ * it is with KVM. Only these functions know what is behind them.
+ *
+ * soft_load must have succeeded before anything else is called. */
+
+#ifndef AVMM_SOFT_H
+#define AVMM_SOFT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Load the library (the path of libunicorn.so.2) and check that it is the one that this engine
+ * knows. Returns 0, or -1 with the reason in `why`. Idempotent; thread-safe. */
+int soft_load(const char *library, char *why, size_t size);
+
+/* What open("/dev/kvm"), ioctl and close are to KVM. soft_open returns a descriptor, or -errno;
+ * soft_ioctl returns ioctl's answer, or -errno. */
+int soft_open(void);
+int soft_ioctl(int fd, unsigned long request, void *argument);
+int soft_close(int fd);
+
+/* Is this descriptor one of the engine's? */
+int soft_is(int fd);
+
+/* For the C handler of the kick's signal: the KVM_RUN that this thread is in, or enters next,
+ * returns -EINTR. Async-signal-safe. */
+void soft_kicked(void);
+
+/* The host or a device has stored to guest memory by its own pointer: code that the guest runs from
+ * there is translated anew. `vm` is a VM's descriptor. */
+void soft_wrote(int vm, uint64_t gpa, uint64_t length);
+
+#endif
