@@ -45,7 +45,7 @@ async def count(vm: avmm.Machine) -> int:
 
 
 async def test_what_is_held_reads_no_number_of_its_original() -> None:
-    """A loop of reads runs on, held around the clone: behind that the files differ in all lines."""
+    """A loop of reads is held around the clone. Behind that its files have no line in common."""
     guest = {"kernel": GUEST / "vmlinuz", "initrd": GUEST / "initrd.cpio.gz"}
     loop = "while :; do od -An -N8 -x /dev/urandom; done"
     async with avmm.Machine(**guest, cmdline=CMDLINE, memory="256M") as vm:
