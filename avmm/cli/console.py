@@ -212,10 +212,13 @@ class _Log:
         self._sink = sink
         self._lines: deque[str] = deque(maxlen=_MOST_LOG_LINES)
         self._has_some = trio.Event()
+        self._is_over = False
 
     def take(self, line: str) -> None:
         self._lines.append(line)
         self._has_some.set()
+        if self._is_over:  # a thread logged it just before the end
+            self._print()
 
     async def tell(self) -> None:
         while True:
@@ -226,8 +229,12 @@ class _Log:
                 with suppress(OSError):  # the terminal has gone, which others notice as well
                     await self._sink.write(f"\r\n{self._lines.popleft()}\r\n".encode())
 
-    def flush(self) -> None:
-        """Print what is left."""
+    def end(self) -> None:
+        """Print what is left, and what still comes, at once."""
+        self._is_over = True
+        self._print()
+
+    def _print(self) -> None:
         while self._lines:
             print(self._lines.popleft(), end="\r\n", file=sys.stderr, flush=True)
 
@@ -237,7 +244,7 @@ def _logged(sink: HostFd) -> Iterator[_Log]:
     log = _Log(sink)
     with terminal.log_lines_to(log.take):
         yield log
-    log.flush()
+    log.end()
 
 
 async def _write_out(stream: ConsoleStream, fd: int, sink: HostFd) -> None:

@@ -26,9 +26,9 @@ prepare() {
     [ -e "$group/cgroup.freeze" ] || fail "this kernel's control groups cannot be frozen"
 }
 
-# The log keeps what was said before: count what is there, and wait for one more.
+# The log keeps what was said before. `said` is how often it had been said when all was frozen.
 thaw_when_reseeded() {
-    said=$(dmesg | grep -c "$reseeded")
+    said=$1
     while [ "$(grep -m $((said + 1)) "$reseeded" /dev/kmsg | wc -l)" -le "$said" ]; do
         sleep 1 # the log has overtaken its reader
     done
@@ -47,13 +47,14 @@ run)
 freeze)
     prepare
     [ -e "$watcher" ] && fail "they are held already"
-    setsid "$0" watch </dev/null >/dev/null 2>&1 &
+    said=$(dmesg | grep -c "$reseeded")
+    setsid "$0" watch "$said" </dev/null >/dev/null 2>&1 &
     echo $! >"$watcher"
     echo 1 >"$group/cgroup.freeze"
     until grep -q "^frozen 1" "$group/cgroup.events"; do usleep 1000; done
     ;;
 watch)
-    thaw_when_reseeded
+    thaw_when_reseeded "$2"
     ;;
 thaw)
     [ -e "$watcher" ] || fail "nothing is held"

@@ -50,6 +50,8 @@ async def test_what_is_held_reads_no_number_of_its_original() -> None:
     loop = "while :; do od -An -N8 -x /dev/urandom; done"
     async with avmm.Machine(**guest, cmdline=CMDLINE, memory="256M") as vm:
         await until(vm, PROMPT)
+        assert "hold: nothing is held" in await command(vm, "hold thaw")
+        await command(vm, "hold freeze; hold thaw")  # with nothing to hold
         await command(vm, f"hold run sh -c '{loop}' >/tmp/numbers 2>&1 &")
         await command(vm, "while [ ! -s /tmp/numbers ]; do usleep 10000; done")
         await command(vm, "hold freeze")
