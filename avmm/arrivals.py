@@ -111,7 +111,9 @@ async def receive(
         described = description.read(told, settings)
         size = described.config.memory
         if most is not None and size > most:
-            raise ConfigError(f"the guest has {size} bytes of RAM, at most {most} are allowed")
+            raise ConfigError(
+                f"the guest has {size} bytes of RAM; expected at most {most} (most_memory)"
+            )
         fresh = partial(_fresh_memory, size)
         origin = Origin(None, fresh, described, needs, standby=True)
         chosen = devices(described) if callable(devices) else devices

@@ -1,25 +1,17 @@
 """Machine: turns a configuration into a running guest.
 
-`avmm.parts` puts the machine together. Here it runs, in a nursery of its own, until its block is
-left; meanwhile it can be paused, saved, cloned and handed over. `avmm.runstate` has its states,
-and what may be done in each.
-
-**Its nursery is not the user's.** Errors of the block, of the guest's handlers, and of the
-devices' `run` and `finish` are kept as they are (`avmm.failures`), and raised when the nursery is
-gone. Only errors of tasks that devices start in their host's nursery travel through that nursery.
-They come out in the one group that also holds our own `_LeftError`. A group without `_LeftError`
-was raised by somebody else.
+`avmm.parts` puts the machine together, and `avmm.running` runs its guest until its block is left;
+meanwhile it can be paused, saved, cloned and handed over. `avmm.runstate` has its states, and what
+may be done in each.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
@@ -27,9 +19,7 @@ from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     asynccontextmanager,
-    contextmanager,
 )
-from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from os import PathLike
@@ -41,8 +31,8 @@ import trio
 from avmm import halts
 from avmm.bus.space import Placement
 from avmm.config import HostSettings, MachineConfig, Settings
-from avmm.ctrl_c import context, interruptible, protected, undisturbed
-from avmm.devices.base import Device, InterruptLine
+from avmm.ctrl_c import context, protected
+from avmm.devices.base import InterruptLine
 from avmm.devices.console import ConsoleStream
 from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.console import Console
@@ -51,16 +41,16 @@ from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.port import Port
 from avmm.devices.virtio.vsock import Vsock
-from avmm.errors import AvmmError, ConfigError, DeviceError
-from avmm.failures import Failures, parted, raise_together
+from avmm.errors import AvmmError, ConfigError
 from avmm.memory.ram import GuestMemory
-from avmm.migration import Coordinator, Stand
+from avmm.migration import Stand
 from avmm.outcome import Cause, Outcome
 from avmm.parts import Origin, Parts, build, description, dismantle
 from avmm.parts.description import Described
 from avmm.parts.placing import Unplaced
 from avmm.parts.saving import saved
-from avmm.runstate import OPERATIONS, Life, Runstate, refusal
+from avmm.running import Inside, running
+from avmm.runstate import Life, Runstate, refusal
 from avmm.sides import anywhere, in_trio
 from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.calls import CallHandler
@@ -68,67 +58,11 @@ from avmm.vcpu.calls import CallHandler
 if TYPE_CHECKING:
     from avmm.progress import MigrationProgress, Report, SnapshotProgress
 
-logger = logging.getLogger(__name__)
-
 _Model = TypeVar("_Model", bound=VirtioDevice)
 
 
 def _no_progress(progress: object) -> None:
     pass
-
-
-class _LeftError(Exception):
-    """Raised in a machine's nursery when its block is over. It marks that nursery's group."""
-
-
-@dataclass
-class _Inside:
-    """What a machine has while its block is run."""
-
-    parts: Parts
-    coordinator: Coordinator
-    nursery: trio.Nursery
-    _ongoing: set[trio.CancelScope] = field(default_factory=set)
-    _calm: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
-
-    @contextmanager
-    def operation(self, name: str, life: Life) -> Iterator[None]:
-        """Put this around an operation that uses the parts for longer than a moment. Leaving the
-        machine cancels the operation and waits until it is over. The operation then raises
-        `RunstateError`. Raises `AvmmError` in a task that serves an exit of the machine."""
-        self.demand_other_task(name)
-        with trio.CancelScope() as scope:
-            self._ongoing.add(scope)
-            try:
-                yield
-            finally:
-                self._ongoing.discard(scope)
-                self._calm.unpark_all()
-        if scope.cancelled_caught:
-            needed, expected = OPERATIONS[name]
-            raise refusal(name, Runstate.LEFT, needed, expected)
-
-    def demand_other_task(self, name: str) -> None:
-        """Raise `AvmmError` if this task serves an exit of the machine, which cannot stand still
-        before that is done."""
-        if not trio.lowlevel.in_trio_task():
-            return  # a block that is only made here is entered in a task that serves no exit
-        if (index := self.parts.group.served_by(trio.lowlevel.current_task())) is not None:
-            raise AvmmError(
-                f"{name}: this task serves an exit of the machine's vCPU {index}, so it would "
-                "wait for itself; start a task of its own for it, in a nursery that does not "
-                "belong to the handler"
-            )
-
-    def cancel_operations(self) -> None:
-        """Cancel all operations. A hand-over that has begun is decided first."""
-        for scope in self._ongoing:
-            scope.cancel()
-
-    async def operations_over(self) -> None:
-        """Wait until all operations are over."""
-        while self._ongoing:
-            await self._calm.park()
 
 
 class Machine:
@@ -185,7 +119,7 @@ class Machine:
         self._build = build_it
         self._config = config
         """None if the machine comes from a file that is not read yet. Then its parts have it."""
-        self._inside: _Inside
+        self._inside: Inside
         """Set when the machine has been entered."""
         self._manager: AbstractAsyncContextManager[None]
 
@@ -515,93 +449,11 @@ class Machine:
             self._life.leave()
             raise
         try:
-            async with self._run(parts):
+            async with running(parts, self._life) as self._inside:
                 yield
         finally:
             self._life.leave()
             await dismantle(parts)
-
-    @asynccontextmanager
-    async def _run(self, parts: Parts) -> AsyncIterator[None]:
-        """Run the guest while the block is run. Raises what has failed in here and what the block
-        raises, as `raise_together` does."""
-        left = _LeftError()
-        own: list[BaseException] = []
-        cancelled: list[BaseException] = []
-        scope = trio.CancelScope()
-        failures = Failures(scope.cancel)
-        try:
-            with scope:
-                try:
-                    async with trio.open_nursery() as nursery:
-                        try:
-                            self._begin(parts, nursery, failures)
-                            yield
-                        except BaseException as error:
-                            for kept, part in zip((cancelled, own), parted(error), strict=True):
-                                kept.extend([] if part is None else [part])
-                        self._inside.cancel_operations()
-                        nursery.cancel_scope.cancel()
-                        raise left
-                except BaseException as error:
-                    failures.errors.extend(_strays(error, left))
-                await undisturbed(self._inside.operations_over)
-                if cancelled and not own and not failures.errors:
-                    # If somebody outside has cancelled the block, this is theirs. If nobody has,
-                    # a device has cancelled the nursery, and the cancellation ends here.
-                    scope.cancel()
-                    raise cancelled[0]
-            raise_together([*own, *failures.errors], "a machine and its block have failed")
-        finally:
-            del left
-            for kept in (own, cancelled, failures.errors):
-                kept.clear()
-
-    def _begin(self, parts: Parts, nursery: trio.Nursery, failures: Failures) -> None:
-        coordinator = Coordinator(parts.group, parts.quiescable, parts.deliver_coalesced)
-        self._inside = _Inside(parts, coordinator, nursery)
-        self._life.start(parts.group.stop)
-        for device, host in zip(parts.devices, parts.hosts, strict=True):
-            host.start(nursery)
-            if type(device).run is not Device.run:
-                run = partial(_run_device, device)
-                nursery.start_soon(failures.guard, run, name=f"{device.name}.run")
-        run_vcpus = partial(self._run_vcpus, parts, failures)
-        nursery.start_soon(failures.guard, run_vcpus, name="vCPUs")
-
-    async def _run_vcpus(self, parts: Parts, failures: Failures) -> None:
-        """Run the vCPUs until the guest has ended and the devices know it. An error that a device
-        raises then does not hide why the guest has ended."""
-        cause: BaseException | None = None
-        late: list[Exception] = []
-        try:
-            await parts.group.run()
-        except BaseException as error:  # raised below, because the next steps may fail as well
-            cause = error
-        try:
-            for step in (parts.deliver_coalesced, *(device.finish for device in parts.devices)):
-                try:
-                    step()
-                except Exception as error:  # of any type: the other devices must learn of the end
-                    late.append(error)
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._life.decided()
-            self._life.finish()
-        if isinstance(cause, Exception):
-            # The caller needs to know why the guest has ended. Often these errors only repeat it.
-            for failure in late:
-                logger.error("after the guest had failed:", exc_info=failure)
-                cause.add_note(f"and at the guest's end: {failure!r}")
-        else:
-            for failure in late:
-                failures.add(failure)
-        try:
-            if cause is not None:
-                raise cause
-        finally:
-            del cause
-        logger.debug("guest ended: %s", await self._life.over())
 
 
 def machine_from(
@@ -625,14 +477,6 @@ def machine_of(parts: Parts, life: Life) -> Machine:
     return machine_from(life, there_already, parts.config)
 
 
-async def _run_device(device: Device) -> None:
-    """Ctrl-C may interrupt a user's device. avmm's own say themselves that they are protected."""
-    work: object = device.run()
-    if not isinstance(work, Awaitable):
-        raise DeviceError(f"{device.name}: run() returned {work!r}; expected a coroutine")
-    await interruptible(work)
-
-
 def _ports(parts: Parts) -> dict[str, Port]:
     return {
         name: port
@@ -640,18 +484,6 @@ def _ports(parts: Parts) -> dict[str, Port]:
         if isinstance(device, VirtioMmio) and isinstance(device.model, Console)
         for name, port in device.model.ports.items()
     }
-
-
-def _strays(error: BaseException, left: _LeftError) -> list[BaseException]:
-    """The errors that have come out of a machine's nursery, except its mark and cancellations.
-
-    If there is only the mark, it may come without a group, because trio can be configured so.
-    """
-    found: Sequence[BaseException] = [error]
-    if isinstance(error, BaseExceptionGroup) and left in error.exceptions:
-        found = error.exceptions
-    parts = [parted(one)[1] for one in found if one is not left]
-    return [own for own in parts if own is not None]
 
 
 @context

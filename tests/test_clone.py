@@ -48,7 +48,8 @@ async def test_each_has_a_disk_of_its_own(tmp_path: Path) -> None:
     async with avmm.Machine(memory="8M", disks=[disk]) as vm:
         await greeted(vm)
         with pytest.raises(
-            ConfigError, match=r"expected disks to name a file here for each of them, got 0"
+            ConfigError,
+            match=r"expected `disks` to have a file on this host for each of them, got 0",
         ):
             async with vm.clone():
                 pytest.fail("it has no disk")

@@ -55,14 +55,16 @@ class SizeRow:
 class StallRow:
     """One case: how many milliseconds trio's thread kept a task waiting, as the median and the
     maximum over the rounds. `blocked_ms` is the median without the time in which the thread waited
-    for a core; it is None if Linux does not count that. `idle_ms` is the 99th percentile while
-    nothing is done; it has been subtracted from `ms` and `most_ms`.
+    for a core; it is None if Linux does not count that. `beside_ms` is the median of the baseline:
+    how late another process was that only sleeps. `idle_ms` is the 99th percentile while nothing
+    is done; it has been subtracted from `ms` and `most_ms`.
     """
 
     case: str
     ms: float
     most_ms: float
     blocked_ms: float | None
+    beside_ms: float
     idle_ms: float
 
 

@@ -7,7 +7,8 @@ one away and here, and leaves one. The result of each is the longest lateness me
 over the rounds is reported, and the worst of all rounds.
 
 On a busy host the thread also waits for a core, which is not avmm's fault. Linux counts that time
-(/proc/thread-self/schedstat), so the longest lateness without it is reported too.
+(/proc/thread-self/schedstat), so the longest lateness without it is reported too. And there is a
+baseline: another process, which only sleeps, notes how late it is meanwhile (`avmm.bench.ticker`).
 
 Preparations and garbage collection happen before a measurement and are not counted. In a migration
 the other side is another process.
@@ -24,11 +25,12 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from subprocess import Popen
 from typing import Final
 
 import trio
@@ -55,15 +57,19 @@ them takes as long as unpacking Debian's kernel."""
 
 
 class Lateness:
-    """The task that sleeps. Start `run` in the background."""
+    """The task that sleeps. Start `run` in the background. `beside` is the process that does
+    nothing but sleep."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Popen[bytes]) -> None:
+        self._beside = beside
         self._late: list[float] = []
         self._blocked: list[float] = []
         self.seconds = 0.0
         """The longest lateness in the last `watched` block."""
         self.blocked: float | None = None
         """The same without the time of waiting for a core. None if Linux does not count that."""
+        self.beside = 0.0
+        """The longest lateness of the other process meanwhile."""
 
     async def run(self) -> None:
         """Tick, until cancelled."""
@@ -98,11 +104,20 @@ class Lateness:
             await trio.sleep(_SETTLE)
             self._late.clear()
             self._blocked.clear()
+            self._ask()
             yield
             await trio.sleep(_SETTLE)  # so that a tick which was delayed can end
             self.seconds, self.blocked = max(self._late), max(self._blocked, default=None)
+            self.beside = self._ask()
         finally:
             gc.enable()
+
+    def _ask(self) -> float:
+        """The other process's longest lateness since it was asked before. It answers at once."""
+        assert self._beside.stdin is not None
+        assert self._beside.stdout is not None
+        self._beside.stdin.write(b"\n")
+        return float(self._beside.stdout.readline())
 
     async def idle(self) -> float:
         """Return the 99th percentile of the lateness while nothing is done, in seconds."""
@@ -126,6 +141,7 @@ class _Round:
 
     late: float
     blocked: float | None
+    beside: float
     idle: float
 
 
@@ -139,9 +155,11 @@ async def measure(
     do what it should.
     """
     found: dict[str, list[_Round]] = {name: [] for name in CASES}
-    with tempfile.TemporaryDirectory(prefix="avmm-bench-") as name:
+    with ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="avmm-bench-"))
         folder = Path(name)
-        bench = _Bench(Lateness(), kernel or _compressed(folder), memory, folder)
+        beside = stack.enter_context(ticker())
+        bench = _Bench(Lateness(beside), kernel or _compressed(folder), memory, folder)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(bench.lateness.run)
             for _ in range(rounds):
@@ -150,10 +168,26 @@ async def measure(
                     await run(bench)
                     lateness = bench.lateness
                     late = max(0.0, lateness.seconds - base)
-                    found[case].append(_Round(late, lateness.blocked, base))
+                    found[case].append(_Round(late, lateness.blocked, lateness.beside, base))
                     progress()
             nursery.cancel_scope.cancel()
     return [_row(case, rounds_) for case, rounds_ in found.items()]
+
+
+@contextmanager
+def ticker() -> Iterator[Popen[bytes]]:
+    """The process that only sleeps, inside the block."""
+    command = [sys.executable, "-m", "avmm.bench.ticker"]
+    pipe = subprocess.PIPE
+    with Popen(command, stdin=pipe, stdout=pipe, bufsize=0) as process:
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(b"\n")
+            process.stdout.readline()  # it has begun
+            yield process
+        finally:
+            process.kill()
 
 
 def _row(case: str, rounds: Sequence[_Round]) -> StallRow:
@@ -164,6 +198,7 @@ def _row(case: str, rounds: Sequence[_Round]) -> StallRow:
         1e3 * median(late),
         1e3 * max(late),
         1e3 * median(blocked) if blocked else None,
+        1e3 * median(each.beside for each in rounds),
         1e3 * median(each.idle for each in rounds),
     )
 

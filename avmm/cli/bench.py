@@ -162,7 +162,8 @@ def stall(kernel: Path | None, as_json: bool, rounds: int, memory: str) -> None:
     of their memory. A task that sleeps a millisecond, over and over, notes how late it is woken.
     Each figure is its longest lateness: the median and the maximum over the rounds, minus the 99th
     percentile while nothing is done. "blocked" is the median without the time in which the thread
-    waited for a core of a busy host.
+    waited for a core of a busy host. "beside" is the baseline: how late another process was, which
+    only sleeps. What is late there is the host's.
     """
     size = parse_size(memory, "--memory")
     with _progress(bench_stall.steps(rounds)) as progress:
@@ -170,11 +171,12 @@ def stall(kernel: Path | None, as_json: bool, rounds: int, memory: str) -> None:
     if as_json:
         _print_json(rows)
         return
-    click.echo(f"{'case':24} {'ms':>8} {'most ms':>8} {'blocked':>8} {'idle ms':>8}")
+    click.echo(f"{'case':24} {'ms':>8} {'most ms':>8} {'blocked':>8} {'beside':>8} {'idle ms':>8}")
     for row in rows:
         blocked = "-" if row.blocked_ms is None else f"{row.blocked_ms:.1f}"
         click.echo(
-            f"{row.case:24} {row.ms:8.1f} {row.most_ms:8.1f} {blocked:>8} {row.idle_ms:8.1f}"
+            f"{row.case:24} {row.ms:8.1f} {row.most_ms:8.1f} {blocked:>8} {row.beside_ms:8.1f} "
+            f"{row.idle_ms:8.1f}"
         )
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
     AbstractContextManager,
@@ -43,6 +44,7 @@ from avmm.outcome import Cause
 logger = logging.getLogger(__name__)
 
 _BATCH_SECONDS: Final = 0.004
+_MOST_LOG_LINES: Final = 1000
 _LAST_KEYS_SECONDS: Final = 0.2
 END_OF_INPUT: Final = b"\x04"
 """Ctrl-D. A terminal sends it for the end of input, and avmm sends it when a pipe ends."""
@@ -175,6 +177,8 @@ async def _connect_stdio(
             if own is not None:
                 nursery.start_soon(_type, source, sink, vm, typed, holds, own)
                 nursery.start_soon(_tell_pauses, holds, sink)
+                log = stack.enter_context(_logged(sink))
+                nursery.start_soon(log.tell)
                 nursery.start_soon(own.follow)
             else:
                 nursery.start_soon(_pipe, source, typed)
@@ -198,6 +202,49 @@ async def _connect_stdio(
             with trio.move_on_after(_LAST_KEYS_SECONDS):
                 while keys := await source.read():
                     typed.undelivered += keys
+
+
+class _Log:
+    """What avmm logs while the guest's console is this terminal. A line waits for a moment,
+    because the guest's output from before it may not have been written yet."""
+
+    def __init__(self, sink: HostFd) -> None:
+        self._sink = sink
+        self._lines: deque[str] = deque(maxlen=_MOST_LOG_LINES)
+        self._has_some = trio.Event()
+        self._is_over = False
+
+    def take(self, line: str) -> None:
+        self._lines.append(line)
+        self._has_some.set()
+        if self._is_over:  # a thread logged it just before the end
+            self._print()
+
+    async def tell(self) -> None:
+        while True:
+            await self._has_some.wait()
+            await trio.sleep(2 * _BATCH_SECONDS)
+            self._has_some = trio.Event()
+            while self._lines:
+                with suppress(OSError):  # the terminal has gone, which others notice as well
+                    await self._sink.write(f"\r\n{self._lines.popleft()}\r\n".encode())
+
+    def end(self) -> None:
+        """Print what is left, and what still comes, at once."""
+        self._is_over = True
+        self._print()
+
+    def _print(self) -> None:
+        while self._lines:
+            print(self._lines.popleft(), end="\r\n", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _logged(sink: HostFd) -> Iterator[_Log]:
+    log = _Log(sink)
+    with terminal.log_lines_to(log.take):
+        yield log
+    log.end()
 
 
 async def _write_out(stream: ConsoleStream, fd: int, sink: HostFd) -> None:

@@ -297,7 +297,7 @@ def settle(path: Path, where: str) -> None:
     disks.
     """
     _asked(path, lambda guest: guest.settle(runs_here=where == "here"))
-    click.echo("the guest runs on here" if where == "here" else "the guest is ended here")
+    click.echo("the guest runs on here" if where == "here" else "the guest has ended here")
 
 
 @command.command("powerdown", help=verbs.Powerdown.help())

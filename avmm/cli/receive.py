@@ -75,7 +75,7 @@ async def _run(
         async with attend.expecting() as has_come:
             line = await _caller(at, proof, ends)
             if line is None:
-                click.echo("avmm: stopped before a guest has come", err=True)
+                click.echo("avmm: stopped before a guest came", err=True)
                 sys.exit(0)
             try:
                 async with receive(

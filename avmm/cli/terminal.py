@@ -9,7 +9,7 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
 from typing import Final
@@ -148,3 +148,41 @@ def _messages_with_carriage_return() -> Iterator[None]:
     finally:
         for handler in handlers:
             handler.terminator = "\n"
+
+
+@contextmanager
+def log_lines_to(take: Callable[[str], None]) -> Iterator[None]:
+    """Give `take` each line that would be logged on standard error inside the block, if that is a
+    terminal. `take` is called in trio's thread, in order."""
+    token = trio.lowlevel.current_trio_token()
+    root = logging.getLogger()
+    replaced = [
+        handler
+        for handler in root.handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
+    ]
+    if not replaced or not sys.stderr.isatty():
+        yield
+        return
+    handler = _Lines(token, take)
+    handler.setFormatter(replaced[0].formatter)
+    root.handlers = [handler, *(one for one in root.handlers if one not in replaced)]
+    try:
+        yield
+    finally:
+        root.handlers = [*replaced, *(one for one in root.handlers if one is not handler)]
+
+
+class _Lines(logging.Handler):
+    """Takes lines from any thread to trio's."""
+
+    def __init__(self, token: trio.lowlevel.TrioToken, take: Callable[[str], None]) -> None:
+        super().__init__()
+        self._token = token
+        self._take = take
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._token.run_sync_soon(self._take, self.format(record))
+        except Exception:
+            self.handleError(record)

@@ -92,6 +92,7 @@ def _fill(archive: Archive, contents: Contents) -> None:
     archive.character_device("dev/console", 5, 1)
     archive.file("bin/busybox", contents.busybox, mode=0o755)
     archive.file("bin/finish", own.joinpath("finish.elf").read_bytes(), mode=0o755)
+    archive.file("bin/hold", own.joinpath("hold.sh").read_bytes(), mode=0o755)
     archive.file("init", own.joinpath("init.sh").read_bytes(), mode=0o755)
     for path, content in _FILES.items():
         archive.file(path, content)

@@ -224,8 +224,8 @@ def _policy(vm: Vm, config: MachineConfig) -> CompletionPolicy:
     announced = number is not None and vm.announces(number)
     if number is not None and not announced:
         logger.warning(
-            "completion: this KVM does not announce capability %d: the documented list decides, "
-            "until the kernel's flag has proved itself",
+            "completion: this KVM does not announce capability %d. avmm goes by its own "
+            "list of exits, until the kernel's flag has proved itself",
             number,
         )
     return CompletionPolicy(

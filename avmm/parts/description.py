@@ -218,8 +218,8 @@ def _disks(told: list[_Disk], links: Sequence[object]) -> list[DiskOptions]:
         names = ", ".join(_shown(disk) for disk in told[:_MOST_NAMES]) or "none"
         names += ", ..." if len(told) > _MOST_NAMES else ""
         raise ConfigError(
-            f"the guest has {_count(told, 'disk')} ({names}): expected disks to name a file "
-            f"here for each of them, got {len(links)}"
+            f"the guest has {_count(told, 'disk')} ({names}); expected `disks` to have a "
+            f"file on this host for each of them, got {len(links)}"
         )
     result = []
     for disk, link in zip(told, links, strict=True):
@@ -237,7 +237,7 @@ def _disks(told: list[_Disk], links: Sequence[object]) -> list[DiskOptions]:
 def _nets(told: list[_Net], links: Sequence[object], own_addresses: bool) -> list[NetOptions]:
     if len(told) != len(links):
         raise ConfigError(
-            f"the guest has {_count(told, 'network device')}: expected net to say what each "
+            f"the guest has {_count(told, 'network device')}: expected `net` to say what each "
             f"is linked to here, got {len(links)}"
         )
     options = [NetOptions.parse(link) for link in links]

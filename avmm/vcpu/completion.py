@@ -194,7 +194,7 @@ class CompletionPolicy:
         number = "" if self._capability is None else f" (capability {self._capability})"
         self.lie = f"KVM_RUN_NEEDS_COMPLETION{number} is {how}, at {exit_name(reason)}"
         if self._configured or self._seen_set:
-            logger.warning("%s: not believed, the documented list decides", self.lie)
+            logger.warning("%s, so avmm goes by its own list of exits", self.lie)
 
     def describe(self) -> str:
         """The policy in force, for people."""

@@ -40,6 +40,35 @@ async def reseeded(vm: avmm.Machine) -> int:
     return (await command(vm, "dmesg")).count(RESEEDED)
 
 
+async def count(vm: avmm.Machine) -> int:
+    return int((await command(vm, "wc -l </tmp/numbers")).split()[0])
+
+
+async def test_what_is_held_reads_no_number_of_its_original() -> None:
+    """A loop of reads is held around the clone. Behind that its files have no line in common."""
+    guest = {"kernel": GUEST / "vmlinuz", "initrd": GUEST / "initrd.cpio.gz"}
+    loop = "while :; do od -An -N8 -x /dev/urandom; done"
+    async with avmm.Machine(**guest, cmdline=CMDLINE, memory="256M") as vm:
+        await until(vm, PROMPT)
+        assert "hold: nothing is held" in await command(vm, "hold thaw")
+        await command(vm, "hold freeze; hold thaw")  # with nothing to hold
+        await command(vm, f"hold run sh -c '{loop}' >/tmp/numbers 2>&1 &")
+        await command(vm, "while [ ! -s /tmp/numbers ]; do usleep 10000; done")
+        await command(vm, "hold freeze")
+        before = await count(vm)
+        assert await count(vm) == before
+        read = f"while [ $(wc -l </tmp/numbers) -lt {before + 20} ]; do usleep 10000; done; "
+        read += f"head -n {before + 20} /tmp/numbers | tail -n +{before - 1}"
+        async with vm.clone() as twin:
+            numbers = (await command(twin, read)).splitlines()
+            assert await reseeded(twin) == 1
+            await command(vm, "hold thaw")
+            assert await reseeded(vm) == 0
+            others = (await command(vm, read)).splitlines()
+    assert numbers[:2] == others[:2], "written before it was held"
+    assert not set(numbers[3:20]) & set(others[3:20])
+
+
 async def test_the_time_of_a_restored_guest(tmp_path: Path) -> None:
     """With the hosts' clock it is right, and its monotonic clock has gone on."""
     guest = {"kernel": GUEST / "vmlinuz", "initrd": GUEST / "initrd.cpio.gz"}

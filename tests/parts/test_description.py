@@ -92,20 +92,20 @@ def test_a_good_one_is_read_and_is_of_the_same_machine(good: Good) -> None:
     [
         (
             {"disks": None},
-            r"the guest has 3 disks \('written', 'read', 'over'\): expected disks",
+            r"the guest has 3 disks \('written', 'read', 'over'\); expected `disks`",
         ),
-        ({"disks": ["x"]}, "expected disks to name a file here for each of them, got 1"),
+        ({"disks": ["x"]}, "expected `disks` to have a file on this host for each of them, got 1"),
         (
             {"disks": ["w", "r,ro", "o,overlay", "x"]},
-            "expected disks to name a file here for each of them, got 4",
+            "expected `disks` to have a file on this host for each of them, got 4",
         ),
         ({"disks": ["w,ro", "r,ro", "o,overlay"]}, "disk w: the guest's 'written' is writable"),
         ({"disks": ["w", "r", "o,overlay"]}, "disk r: the guest's 'read' is read-only"),
         ({"disks": ["w,overlay", "r,ro", "o,overlay"]}, "disk w: 'written' is no overlay"),
         ({"disks": ["w", "r,ro", "o"]}, "disk o: 'over' is an overlay"),
         ({"disks": ["w", "r,ro", "o,fast"]}, "disk o: unknown option 'fast'"),
-        ({"net": None}, "the guest has 1 network device: expected net .* here, got 0"),
-        ({"net": ["tap=a", "tap=b"]}, "the guest has 1 network device: expected net .*, got 2"),
+        ({"net": None}, "the guest has 1 network device: expected `net` .* here, got 0"),
+        ({"net": ["tap=a", "tap=b"]}, "the guest has 1 network device: expected `net` .*, got 2"),
         ({"net": ["wire=a"]}, "'wire' is unknown; expected one of tap=NAME"),
         ({"vsock": None}, "a socket device, with CID 7: expected vsock to say its CID here"),
         ({"vsock": "cid=2"}, "vsock cid 2: expected a whole number from 3"),
@@ -122,8 +122,8 @@ def test_links_that_are_missing_or_wrong(good: Good, links: dict[str, Any], why:
 def test_links_for_what_the_guest_has_not(good: Good) -> None:
     bare = good.told | {"disks": [], "nets": [], "vsock": None}
     for links, why in (
-        (HostSettings(disks=["x"]), r"the guest has 0 disks \(none\): expected disks .*, got 1"),
-        (HostSettings(net=["tap=x"]), "the guest has 0 network devices: expected net .*, got 1"),
+        (HostSettings(disks=["x"]), r"the guest has 0 disks \(none\); expected `disks` .*, got 1"),
+        (HostSettings(net=["tap=x"]), "the guest has 0 network devices: expected `net` .*, got 1"),
         (HostSettings(vsock="cid=3"), "vsock: the guest has no socket device"),
     ):
         with pytest.raises(ConfigError, match=why):

@@ -649,7 +649,7 @@ async def test_a_clone_has_addresses_of_its_own(tmp_path: Path) -> None:
         await answers(vm)
         mac = "02:00:00:00:00:07"
         for links, why in (
-            ({}, "expected net to say"),
+            ({}, "expected `net` to say"),
             ({"net": [theirs], "vsock": f"cid=8,{there}"}, "expected its mac=ADDRESS"),
             ({"net": [f"{theirs},mac={mac}"]}, "expected vsock to say its CID"),
             ({"net": [f"{theirs},mac={mac}"], "vsock": there}, "expected cid=NUMBER"),

@@ -164,7 +164,7 @@ def test_ctrl_c_gives_it_up_and_the_guest_stays(
 @pytest.mark.parametrize(
     ("options", "theirs", "code", "why"),
     [
-        ([], ["--most-memory", "32M"], 2, "has 67108864 bytes of RAM, at most 33554432 are"),
+        ([], ["--most-memory", "32M"], 2, "has 67108864 bytes of RAM; expected at most 33554432"),
         (["--disk", "{}/disk"], [], 2, "the guest has 1 disk ('disk')"),
         (["--disk", "{}/disk,ro"], ["--disk", "{}/disk"], 2, "the guest's 'disk' is read-only"),
         (
@@ -325,7 +325,7 @@ def test_a_receiver_that_waits_is_asked_and_stopped(
         assert f"there is no guest yet: this process waits for one at {target}" in refused.stderr
     assert ctl(there, "stop").returncode == 0
     assert destination.wait() == 0
-    assert "stopped before a guest has come" in destination.told
+    assert "stopped before a guest came" in destination.told
     assert not there.exists()
     # A guest that comes is steered through the same socket.
     destination, target = receiver(commands, at, "--control", f"unix:{there}")
