@@ -1,0 +1,29 @@
+/* What the CPUs need of the interrupt chips, and the hypercalls. */
+
+#ifndef AVMM_SOFT_CHIPS_GLUE_H
+#define AVMM_SOFT_CHIPS_GLUE_H
+
+#include "engine.h"
+
+/* An access to a chip's registers. Returns 0 if no chip is there. */
+int soft_chips_access(struct vcpu *v, int port, int write, uint64_t at, uint32_t size,
+                      uint64_t *value);
+int soft_chips_due(struct vcpu *v);     /* is an interrupt due, if the vCPU takes interrupts? */
+int soft_chips_take(struct vcpu *v);    /* its vector, or -1 */
+void soft_chips_startup(struct vcpu *v);        /* INIT and SIPI that have come */
+int soft_chips_base_set(struct vcpu *v, uint64_t value, int host);
+int soft_chips_msr_get(struct vcpu *v, uint32_t index, uint64_t *value);
+int soft_chips_msr_set(struct vcpu *v, uint32_t index, uint64_t value, int host);
+uint32_t soft_chips_msrs(uint32_t *indices, uint32_t room);
+uint32_t soft_chips_cpuid_features(void);       /* KVM's CPUID leaf 0x40000001, EAX */
+void soft_chips_tsc_changed(struct vcpu *v);
+int soft_chips_vm_ioctl(struct vm *vm, unsigned long request, void *argument);  /* or -ENOTTY */
+int soft_chips_vcpu_ioctl(struct vcpu *v, unsigned long request, void *argument);
+int soft_chips_vcpu_new(struct vcpu *v);
+void soft_chips_vcpu_free(struct vcpu *v);
+void soft_chips_free(struct vm *vm);
+
+int soft_hypercall(struct vcpu *v);     /* returns 0 if the instruction is none */
+void soft_hypercall_answered(struct vcpu *v);
+
+#endif

@@ -1,0 +1,403 @@
+/* KVM_RUN: a vCPU takes its turn, runs until something happens, and says what. */
+
+#define _GNU_SOURCE
+#include "engine.h"
+#include "chips_glue.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <signal.h>
+#include <linux/futex.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+__thread struct vcpu *now;
+static __thread struct vcpu *entered;           /* for soft_kicked */
+static __thread volatile sig_atomic_t kicked_outside;
+
+/* ---- the library's instance ---- */
+
+void soft_attend(struct vm *vm)
+{
+    atomic_store(&vm->attention, 1);
+}
+
+void soft_wake(struct vcpu *v)
+{
+    atomic_fetch_add(&v->wake, 1);
+    syscall(SYS_futex, &v->wake, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    if (v->vm->loaded == v)
+        soft_attend(v->vm);
+}
+
+/* An exception, in the library's loop: deliver it as the CPU does. */
+static void deliver(void *uc, uint32_t vector, void *data)
+{
+    struct vm *vm = data;
+    struct vcpu *v = now;
+    (void)uc;
+    (void)vector;
+    AT(vm->uc, UC_SIZE_RECUR, int) = 0;
+    if (v && AT(vm->env, ENV_IS_INT, int))
+        AT(vm->env, ENV_EIP, uint64_t) = v->interrupted_eip;
+    lib.do_interrupt(vm->cpu);
+}
+
+/* #UD, or a hypercall: the library has neither VMCALL nor, without SVM, VMMCALL. */
+static bool invalid(void *uc, void *data)
+{
+    struct vm *vm = data;
+    struct vcpu *v = now;
+    (void)uc;
+    if (v && soft_hypercall(v))
+        return true;
+    lib.do_interrupt(vm->cpu);
+    return true;
+}
+
+/* A store to read-only memory is an access outside of memory. The registers are the instruction's
+ * already. */
+static bool store_to_rom(void *uc, int type, uint64_t at, int size, int64_t value, void *data)
+{
+    uint64_t bytes = value;
+    (void)uc;
+    (void)type;
+    (void)data;
+    if (now)
+        soft_access(now, MMIO_WRITE, at, size, &bytes, 0);
+    return true;
+}
+
+static const char *open_engine(struct vm *vm)
+{
+    uint64_t rip;
+    size_t hook;
+    lib.uc_ctl(vm->uc, UC_USE_EXITS, 1);        /* no address ends the run */
+    if (lib.uc_reg_read(vm->uc, UC_REG_RIP, &rip))
+        return "it has no RIP";
+    vm->cpu = AT(vm->uc, UC_CPU, void *);
+    if (!vm->cpu || AT(vm->cpu, CPU_ENV_PTR, void *) != (char *)vm->cpu + CPU_ENV)
+        return "the CPU's structure has another layout";
+    vm->env = (char *)vm->cpu + CPU_ENV;
+    if (AT(vm->env, ENV_UC, void *) != vm->uc)
+        return "the registers' structure has another layout";
+    if (AT(vm->uc, UC_MEMORY_MAPPING, void *) != (void *)lib.find_mapping)
+        return "the engine's structure has another layout";
+    vm->mapping_ram = calloc(1, REGION_SIZE);
+    vm->mapping_rom = calloc(1, REGION_SIZE);
+    if (!vm->mapping_ram || !vm->mapping_rom)
+        return "no memory";
+    AT(vm->mapping_ram, REGION_PERMS, uint32_t) = UC_ALL;
+    AT(vm->mapping_rom, REGION_PERMS, uint32_t) = 5;
+    AT(vm->uc, UC_MEMORY_MAPPING, void *) = (void *)soft_memory_mapping;
+    if (lib.uc_hook_add(vm->uc, &hook, UC_HOOK_INTR, deliver, vm, 1, 0)
+        || lib.uc_hook_add(vm->uc, &hook, UC_HOOK_INVALID, invalid, vm, 1, 0)
+        || lib.uc_hook_add(vm->uc, &hook, UC_HOOK_WRITE_PROT, store_to_rom, vm, 1, 0))
+        return "it refuses hooks";
+    soft_cpuid_features(vm->env);
+    AT(vm->cpu, CPU_INTERRUPT_REQUEST, uint32_t) = INTERRUPT_HARD;
+    AT(vm->cpu, CPU_STOP, uint8_t) = AT(vm->cpu, CPU_STOPPED, uint8_t) = 0;
+    memcpy(vm->fresh, vm->env, ENV_STATE);
+    return NULL;
+}
+
+int soft_engine_new(struct vm *vm)
+{
+    if (lib.uc_open(UC_ARCH_X86, UC_MODE_64, &vm->uc))
+        return -ENOMEM;
+    pthread_mutex_init(&vm->lock, NULL);
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&vm->changed, &monotonic);
+    if (open_engine(vm)) {
+        soft_engine_free(vm);
+        return -ENOMEM;
+    }
+    return 0;
+}
+
+void soft_engine_free(struct vm *vm)
+{
+    if (vm->uc)
+        lib.uc_close(vm->uc);
+    soft_memory_free(vm);
+    free(vm->mapping_ram);
+    free(vm->mapping_rom);
+}
+
+/* The turn must be held. */
+void soft_engine_load(struct vcpu *v)
+{
+    struct vm *vm = v->vm;
+    if (vm->loaded == v)
+        return;
+    if (vm->loaded)
+        memcpy(vm->loaded->state, vm->env, ENV_STATE);
+    memcpy(vm->env, v->state, ENV_STATE);
+    vm->loaded = v;
+    lib.tlb_flush(vm->cpu);
+}
+
+/* ---- in the guest ---- */
+
+void soft_leave(struct vcpu *v, int reason, uintptr_t from)
+{
+    v->exit_reason = reason;
+    AT(v->vm->uc, UC_SIZE_RECUR, int) = 0;
+    AT(v->vm->cpu, CPU_EXCEPTION_INDEX, int) = EXCP_INTERRUPT;
+    if (from)
+        lib.cpu_loop_exit_restore(v->vm->cpu, from);
+    lib.cpu_loop_exit(v->vm->cpu);
+}
+
+static int can_interrupt(void *env)
+{
+    return AT(env, ENV_EFLAGS, uint64_t) >> 9 & 1
+           && !(AT(env, ENV_HFLAGS, uint32_t) & HF_INHIBIT_IRQ);
+}
+
+/* An event that KVM_SET_VCPU_EVENTS left to be delivered. */
+static int deliver_set_event(struct vcpu *v)
+{
+    struct kvm_vcpu_events *e = &v->injected;
+    void *env = v->vm->env;
+    if (e->exception.injected) {
+        AT(v->vm->cpu, CPU_EXCEPTION_INDEX, int) = e->exception.nr;
+        AT(env, ENV_ERROR_CODE, int) = e->exception.error_code;
+        AT(env, ENV_IS_INT, int) = 0;
+        e->exception.injected = 0;
+        lib.do_interrupt(v->vm->cpu);
+        AT(v->vm->cpu, CPU_EXCEPTION_INDEX, int) = -1;
+        return 1;
+    }
+    if (e->interrupt.injected) {
+        e->interrupt.injected = 0;
+        lib.do_hardware_interrupt(env, e->interrupt.nr, 1);
+        return 1;
+    }
+    return 0;
+}
+
+/* Returns whether something was delivered. What is to stop the run is looked at first. */
+bool soft_between_blocks(struct vcpu *v)
+{
+    struct vm *vm = v->vm;
+    void *env = vm->env;
+    if (v->replay == REPLAY_WANTED) {
+        v->replay = REPLAY_ARMED;
+        v->position = 0;
+        AT(vm->cpu, CPU_CFLAGS_NEXT, uint32_t) = 1;     /* a block of one instruction */
+        soft_attend(vm);
+        return false;
+    }
+    if (v->replay != NOT_REPLAYING) {
+        v->replay = NOT_REPLAYING;
+        v->count = v->position = 0;
+    }
+    if (atomic_load_explicit(&vm->attention, memory_order_relaxed)) {
+        atomic_store(&vm->attention, 0);
+        if (v->exit_reason || v->stop || atomic_load(&v->kicked) || atomic_load(&vm->preempt)
+            || (atomic_load(&vm->waiting) && soft_now_ns() - vm->since > 1000000)) {
+            AT(vm->cpu, CPU_EXIT_REQUEST, uint8_t) = 1;
+            return false;
+        }
+    }
+    if (v->injected.exception.injected || v->injected.interrupt.injected)
+        return deliver_set_event(v);
+    if (v->nmi_pending && !(AT(env, ENV_HFLAGS2, uint32_t) & HF2_NMI)
+        && !(AT(env, ENV_HFLAGS, uint32_t) & HF_INHIBIT_IRQ)) {
+        v->nmi_pending--;
+        AT(env, ENV_HFLAGS2, uint32_t) |= HF2_NMI;
+        lib.do_hardware_interrupt(env, 2, 1);
+        return true;
+    }
+    if (vm->has_chips && can_interrupt(env) && soft_chips_due(v)) {
+        int vector = soft_chips_take(v);
+        if (vector >= 0) {
+            lib.do_hardware_interrupt(env, vector, 1);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* One stay in the guest. */
+static void execute(struct vcpu *v)
+{
+    struct vm *vm = v->vm;
+    now = v;
+    soft_engine_load(v);
+    AT(vm->uc, UC_NESTED, int) = 1;
+    AT(vm->uc, UC_INVALID_ERROR, int) = 0;
+    AT(vm->uc, UC_SIZE_RECUR, int) = 0;
+    AT(vm->uc, UC_STOP_REQUEST, uint8_t) = AT(vm->uc, UC_QUIT_REQUEST, uint8_t) = 0;
+    AT(vm->cpu, CPU_HALTED, uint32_t) = 0;
+    AT(vm->cpu, CPU_EXCEPTION_INDEX, int) = -1;
+    AT(vm->cpu, CPU_EXIT_REQUEST, uint8_t) = AT(vm->cpu, CPU_TCG_EXIT, uint8_t) = 0;
+    AT(vm->cpu, CPU_INTERRUPT_REQUEST, uint32_t) = INTERRUPT_HARD;
+    AT(vm->cpu, CPU_CFLAGS_NEXT, uint32_t) = -1;
+    soft_attend(vm);        /* whatever asked for attention before now, another may have cleared it */
+    lib.cpu_exec(vm->uc, vm->cpu);
+    AT(vm->uc, UC_NESTED, int) = 0;
+    if (v->replay != NOT_REPLAYING && !v->pending) {
+        v->replay = REPLAY_WANTED;      /* the library gave up the block: it had no room for it */
+    }
+    if (AT(vm->uc, UC_INVALID_ERROR, int) && !v->exit_reason)
+        v->exit_reason = KVM_EXIT_INTERNAL_ERROR;
+    now = NULL;
+}
+
+/* ---- KVM_RUN ---- */
+
+__attribute__((visibility("default")))
+void soft_kicked(void)
+{
+    struct vcpu *v = entered;
+    if (!v) {
+        kicked_outside = 1;
+        return;
+    }
+    atomic_store(&v->kicked, 1);
+    atomic_fetch_add(&v->wake, 1);
+    atomic_store(&v->vm->attention, 1);
+}
+
+static int wants_out(struct vcpu *v)
+{
+    return atomic_load(&v->kicked);
+}
+
+/* May a halted vCPU go on? The turn must be held. */
+static int has_work(struct vcpu *v)
+{
+    void *env = env_of(v);
+    return v->nmi_pending || v->injected.interrupt.injected || v->injected.exception.injected
+           || (AT(env, ENV_EFLAGS, uint64_t) >> 9 & 1 && soft_chips_due(v));
+}
+
+static void sleep_until_woken(struct vcpu *v, uint32_t seen)
+{
+    syscall(SYS_futex, &v->wake, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+}
+
+/* INIT and SIPI, and the end of a halt. Returns whether the vCPU can run. */
+static int is_runnable(struct vcpu *v)
+{
+    if (v->vm->has_chips)
+        soft_chips_startup(v);
+    if (v->mp_state == KVM_MP_STATE_HALTED && has_work(v))
+        v->mp_state = KVM_MP_STATE_RUNNABLE;
+    return v->mp_state == KVM_MP_STATE_RUNNABLE;
+}
+
+static int exits(struct vcpu *v)
+{
+    struct kvm_run *run = v->run;
+    run->exit_reason = v->exit_reason;
+    run->if_flag = AT(env_of(v), ENV_EFLAGS, uint64_t) >> 9 & 1;
+    run->ready_for_interrupt_injection = 0;
+    if (v->exit_reason == KVM_EXIT_INTERNAL_ERROR) {
+        run->internal.suberror = KVM_INTERNAL_ERROR_EMULATION;
+        run->internal.ndata = 0;
+    }
+    if (!v->pending) {
+        v->replay = NOT_REPLAYING;
+        v->count = v->position = 0;
+    }
+    v->exit_reason = 0;
+    return 0;
+}
+
+/* Returns 0 with an exit in kvm_run, or -EINTR. */
+static int run(struct vcpu *v)
+{
+    struct vm *vm = v->vm;
+    int at_entry = v->run->immediate_exit;
+    if (v->pending == ACCESS_PENDING)
+        soft_access_answered(v);
+    for (;;) {
+        uint32_t seen = atomic_load(&v->wake);
+        int stop = at_entry || wants_out(v);
+        if (stop && v->replay == NOT_REPLAYING && v->pending == NOTHING)
+            break;
+        soft_turn_take(vm, 0);
+        if (v->pending == HYPERCALL_PENDING)
+            soft_hypercall_answered(v);
+        if (stop && v->replay == NOT_REPLAYING) {
+            soft_turn_give(vm);
+            break;
+        }
+        if (v->replay == NOT_REPLAYING && !is_runnable(v)) {
+            soft_turn_give(vm);
+            sleep_until_woken(v, seen);
+            continue;
+        }
+        v->stop = stop;                 /* only the instruction in hand */
+        execute(v);
+        if (v->exit_reason == KVM_EXIT_HLT && vm->has_chips) {
+            v->mp_state = KVM_MP_STATE_HALTED;
+            v->exit_reason = 0;
+        }
+        int left = v->exit_reason != 0 ? (exits(v), 1) : 0;
+        soft_turn_give(vm);
+        if (left)
+            return 0;
+    }
+    v->run->exit_reason = KVM_EXIT_INTR;
+    return -EINTR;
+}
+
+int soft_vcpu_run(struct vcpu *v)
+{
+    if (v->mp_state == KVM_MP_STATE_UNINITIALIZED && !v->vm->has_chips)
+        v->mp_state = KVM_MP_STATE_RUNNABLE;
+    entered = v;
+    if (kicked_outside) {
+        kicked_outside = 0;
+        atomic_store(&v->kicked, 1);
+    }
+    int answer = run(v);
+    if (answer)
+        atomic_store(&v->kicked, 0);
+    entered = NULL;
+    return answer;
+}
+
+/* ---- the self-check ---- */
+
+static int resumed;
+
+__attribute__((visibility("default"))) void resume_all_vcpus_x86_64(void *uc)
+{
+    if (resumed == -1)
+        resumed = AT(uc, UC_NESTED, int);
+    else
+        lib.resume_all(uc);
+}
+
+const char *soft_engine_verify(void *uc)
+{
+    struct vm vm = { .uc = uc };
+    const char *wrong = open_engine(&vm);
+    if (wrong)
+        return wrong;
+    uint64_t value = 0x1122334455667788, rip = 0x1000;
+    static const int ids[] = { 35, 38, 37, 40 };        /* RAX, RCX, RBX... by the API's numbers */
+    (void)ids;
+    if (lib.uc_reg_write(uc, UC_REG_RIP, &value) || AT(vm.env, ENV_EIP, uint64_t) != value)
+        return "RIP lies elsewhere";
+    resumed = -1;
+    lib.uc_emu_start(uc, rip, 0, 0, 0);
+    int nested = resumed;
+    resumed = 0;
+    if (nested == -1)
+        return "its calls are not bound to the engine's definitions";
+    if (nested != 1 || AT(uc, UC_NESTED, int) != 0)
+        return "its nesting level lies elsewhere";
+    free(vm.mapping_ram);
+    free(vm.mapping_rom);
+    return NULL;
+}

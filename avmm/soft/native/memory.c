@@ -1,0 +1,150 @@
+/* Guest memory: the slots, which pages hold translated code, and which were written.
+ *
+ * The library takes the slow way for a store to a page whose TLB entry is not marked dirty. Two
+ * things rest on that: a store to code throws the code away, and a store is noted in the dirty log.
+ * The library itself marks entries dirty while the page still holds code, and protects a page that
+ * gets code only under one virtual address (trap 2 of docs/engines.md). So `code` holds here which
+ * pages have code, and no entry of such a page becomes dirty under any address.
+ *
+ * What is no memory has no region in the library; `soft_memory_mapping` says that everything is
+ * mapped, so that an access goes to the library's "unassigned" region, whose offsets are physical
+ * addresses, and from there to access.c. A store to read-only memory goes to the hook. */
+
+#include "engine.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct slot *soft_slot_at(struct vm *vm, uint64_t gpa)
+{
+    struct slot *s = vm->last;
+    if (gpa - s->gpa < s->size)
+        return s;
+    for (int i = 0; i < MOST_SLOTS; i++)
+        if (gpa - vm->slots[i].gpa < vm->slots[i].size)
+            return vm->last = &vm->slots[i];
+    return NULL;
+}
+
+struct slot *soft_slot_of_ram(struct vm *vm, uint64_t ram)
+{
+    struct slot *s = vm->last;
+    if (ram - s->ram < s->size)
+        return s;
+    for (int i = 0; i < MOST_SLOTS; i++)
+        if (ram - vm->slots[i].ram < vm->slots[i].size)
+            return vm->last = &vm->slots[i];
+    return NULL;
+}
+
+void *soft_memory_mapping(void *uc, uint64_t at)
+{
+    struct vcpu *v = now;
+    if (!v || v->vm->uc != uc)
+        return lib.find_mapping(uc, at);
+    struct slot *s = soft_slot_at(v->vm, at);
+    return s && s->flags & KVM_MEM_READONLY ? v->vm->mapping_rom : v->vm->mapping_ram;
+}
+
+static size_t bitmap_size(uint64_t size)
+{
+    return (size / PAGE + 63) / 64 * 8;
+}
+
+static struct slot *find(struct vm *vm, uint32_t id)
+{
+    struct slot *free = NULL;
+    for (int i = 0; i < MOST_SLOTS; i++) {
+        if (vm->slots[i].size && vm->slots[i].id == id)
+            return &vm->slots[i];
+        if (!vm->slots[i].size && !free)
+            free = &vm->slots[i];
+    }
+    return free;
+}
+
+static void drop(struct vm *vm, struct slot *s)
+{
+    lib.uc_mem_unmap(vm->uc, s->gpa, s->size);
+    free(s->code);
+    free(s->dirty);
+    memset(s, 0, sizeof *s);
+}
+
+int soft_memory_set(struct vm *vm, const struct kvm_userspace_memory_region *r)
+{
+    uint32_t known = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
+    if (r->flags & ~known || (r->guest_phys_addr | r->memory_size | r->userspace_addr) % PAGE
+        || r->guest_phys_addr + r->memory_size < r->guest_phys_addr || r->slot >> 16)
+        return -EINVAL;
+    struct slot *s = find(vm, r->slot);
+    if (!s)
+        return -ENOMEM;
+    if (!r->memory_size) {
+        if (!s->size)
+            return -EINVAL;
+        drop(vm, s);
+        return 0;
+    }
+    int same = s->size == r->memory_size && s->host == (uint8_t *)r->userspace_addr
+               && s->gpa == r->guest_phys_addr
+               && (s->flags & KVM_MEM_READONLY) == (r->flags & KVM_MEM_READONLY);
+    if (s->size && !same && s->size != r->memory_size)
+        return -EINVAL;
+    for (int i = 0; i < MOST_SLOTS; i++) {
+        struct slot *other = &vm->slots[i];
+        if (other != s && other->size && r->guest_phys_addr < other->gpa + other->size
+            && other->gpa < r->guest_phys_addr + r->memory_size)
+            return -EEXIST;
+    }
+    if (!same) {
+        if (s->size)
+            drop(vm, s);
+        uint64_t *code = calloc(1, bitmap_size(r->memory_size));
+        uint32_t perms = r->flags & KVM_MEM_READONLY ? 5 : UC_ALL;
+        if (!code || lib.uc_mem_map_ptr(vm->uc, r->guest_phys_addr, r->memory_size, perms,
+                                        (void *)r->userspace_addr)) {
+            free(code);
+            return -ENOMEM;
+        }
+        *s = (struct slot){ .gpa = r->guest_phys_addr, .size = r->memory_size, .id = r->slot,
+                            .host = (uint8_t *)r->userspace_addr, .code = code };
+        s->ram = lib.ram_from_host(vm->uc, s->host);
+    }
+    s->flags = r->flags;
+    if (!(r->flags & KVM_MEM_LOG_DIRTY_PAGES)) {
+        free(s->dirty);
+        s->dirty = NULL;
+    } else if (!s->dirty && !(s->dirty = calloc(1, bitmap_size(s->size)))) {
+        return -ENOMEM;
+    }
+    lib.tlb_flush(vm->cpu);     /* what is logged must not be dirty in the TLB */
+    return 0;
+}
+
+int soft_memory_dirty(struct vm *vm, const struct kvm_dirty_log *log)
+{
+    struct slot *s = find(vm, log->slot);
+    if (!s || !s->size || !s->dirty)
+        return -ENOENT;
+    memcpy(log->dirty_bitmap, s->dirty, bitmap_size(s->size));
+    memset(s->dirty, 0, bitmap_size(s->size));
+    lib.tlb_flush(vm->cpu);
+    return 0;
+}
+
+void soft_memory_free(struct vm *vm)
+{
+    for (int i = 0; i < MOST_SLOTS; i++) {
+        free(vm->slots[i].code);
+        free(vm->slots[i].dirty);
+    }
+}
+
+void soft_memory_wrote(struct vm *vm, uint64_t gpa, uint64_t length)
+{
+    struct slot *s = length ? soft_slot_at(vm, gpa) : NULL;
+    if (s)
+        lib.invalidate_range(vm->uc, s->ram + (gpa - s->gpa), s->ram + (gpa - s->gpa) + length);
+}
