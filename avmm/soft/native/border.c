@@ -160,6 +160,7 @@ static int create_vm(void)
         free(vm);
         return answer;
     }
+    vm->last = vm->slots;
     vm->tsc_khz = soft_host_tsc_khz();
     vm->fd = -1;
     answer = add(VM, vm, 0);
