@@ -166,8 +166,9 @@ class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
         """
 
     @abstractmethod
-    def open_system(self) -> SystemT:
-        """Open /dev/kvm. Raises `KvmUnavailable`, which says why, if it cannot be used."""
+    def open_system(self, engine: Callable[[], int] | None = None) -> SystemT:
+        """Open /dev/kvm, or what `engine` opens instead. Raises `KvmUnavailable`, which says why,
+        if it cannot be used."""
 
     @abstractmethod
     def create_vm(self, system: SystemT) -> VmT:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from avmm.kvm._kvm import lib
+from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.errors import KvmError, too_old, unavailable
 from avmm.kvm.handle import Capability, Handle
 from avmm.kvm.vm import Vm
@@ -28,11 +28,13 @@ class System(Handle, ABC):
     }
     """The capabilities that avmm needs, each with the version of Linux that introduced it."""
 
-    def __init__(self, path: str = "/dev/kvm") -> None:
+    def __init__(self, path: str = "/dev/kvm", engine: Callable[[], int] | None = None) -> None:
+        """`engine` opens another engine's descriptor instead of /dev/kvm."""
         try:
-            super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if engine is None else engine()
         except OSError as error:
             raise unavailable(path, error.errno or errno.EIO) from None
+        super().__init__(fd)
         try:
             if (version := self._ioctl_value("KVM_GET_API_VERSION")) != lib.KVM_API_VERSION:
                 raise too_old(f"API version 12 (it has {version})", "2.6.22")
@@ -58,3 +60,9 @@ class System(Handle, ABC):
     def max_vcpus(self) -> int:
         """The most vCPUs that one VM may have."""
         return self.check("KVM_CAP_MAX_VCPUS") or self.check("KVM_CAP_NR_VCPUS") or 4
+
+
+def use_engine(is_its: int, call: int, close: int, kicked: int) -> None:
+    """Let another engine answer for its own descriptors. These are the addresses of its C functions
+    (avmm/soft/native/soft.h); they stay in use until the process ends."""
+    lib.avmm_engine_set(*(ffi.cast("void *", each) for each in (is_its, call, close, kicked)))

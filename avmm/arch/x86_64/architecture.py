@@ -71,8 +71,8 @@ class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the archi
 
         return load_image(memory, image, devices)
 
-    def open_system(self) -> X86System:
-        return X86System()
+    def open_system(self, engine: Callable[[], int] | None = None) -> X86System:
+        return X86System(engine=engine)
 
     def create_vm(self, system: X86System) -> X86Vm:
         return vm.create_vm(system)
