@@ -5,3 +5,4 @@ int soft_close(int fd);
 int soft_is(int fd);
 void soft_kicked(void);
 void soft_wrote(int vm, uint64_t gpa, uint64_t length);
+extern unsigned soft_without;

@@ -59,7 +59,7 @@ static bool invalid(void *uc, void *data)
 
 /* A store to read-only memory is an access outside of memory. The registers are the instruction's
  * already. */
-static bool store_to_rom(void *uc, int type, uint64_t at, int size, int64_t value, void *data)
+bool soft_store_to_rom(void *uc, int type, uint64_t at, int size, int64_t value, void *data)
 {
     uint64_t bytes = value;
     (void)uc;
@@ -93,8 +93,7 @@ static const char *open_engine(struct vm *vm)
     AT(vm->mapping_rom, REGION_PERMS, uint32_t) = 5;
     AT(vm->uc, UC_MEMORY_MAPPING, void *) = (void *)soft_memory_mapping;
     if (lib.uc_hook_add(vm->uc, &hook, UC_HOOK_INTR, deliver, vm, 1, 0)
-        || lib.uc_hook_add(vm->uc, &hook, UC_HOOK_INVALID, invalid, vm, 1, 0)
-        || lib.uc_hook_add(vm->uc, &hook, UC_HOOK_WRITE_PROT, store_to_rom, vm, 1, 0))
+        || lib.uc_hook_add(vm->uc, &hook, UC_HOOK_INVALID, invalid, vm, 1, 0))
         return "it refuses hooks";
     soft_cpuid_features(vm->env);
     AT(vm->cpu, CPU_INTERRUPT_REQUEST, uint32_t) = INTERRUPT_HARD;
@@ -239,7 +238,10 @@ static void execute(struct vcpu *v)
     AT(vm->cpu, CPU_EXIT_REQUEST, uint8_t) = AT(vm->cpu, CPU_TCG_EXIT, uint8_t) = 0;
     AT(vm->cpu, CPU_INTERRUPT_REQUEST, uint32_t) = INTERRUPT_HARD;
     AT(vm->cpu, CPU_CFLAGS_NEXT, uint32_t) = -1;
-    soft_attend(vm);        /* whatever asked for attention before now, another may have cleared it */
+    if (!(soft_without & WITHOUT_EARLY_STOP))
+        soft_attend(vm);    /* whatever asked for attention before now, another may have cleared it */
+    else
+        atomic_store(&vm->attention, 0);
     lib.cpu_exec(vm->uc, vm->cpu);
     AT(vm->uc, UC_NESTED, int) = 0;
     if (v->replay != NOT_REPLAYING && !v->pending) {
@@ -357,7 +359,7 @@ int soft_vcpu_run(struct vcpu *v)
     entered = v;
     if (kicked_outside) {
         kicked_outside = 0;
-        atomic_store(&v->kicked, 1);
+        atomic_store(&v->kicked, !(soft_without & WITHOUT_EARLY_STOP));
     }
     int answer = run(v);
     if (answer)

@@ -34,6 +34,7 @@ struct slot {
     uint64_t gpa, size, ram;    /* size 0: unused */
     uint8_t *host;
     uint32_t id, flags;
+    size_t hook;                /* of read-only memory */
     uint64_t *code;             /* a bit for each page that holds translated blocks */
     uint64_t *dirty;            /* a bit for each page written since the last KVM_GET_DIRTY_LOG */
 };
@@ -111,11 +112,16 @@ static inline void *env_of(struct vcpu *v)
     return v->vm->loaded == v ? v->vm->env : v->state;
 }
 
+enum { WITHOUT_WHOLE_BLOCKS = 1, WITHOUT_PROTECTION = 2, WITHOUT_REFUSAL = 4,
+       WITHOUT_EARLY_STOP = 8, WITHOUT_TURNS = 16 };
+extern unsigned soft_without;
+
 /* engine.c */
 int soft_engine_new(struct vm *vm);
 void soft_engine_free(struct vm *vm);
 const char *soft_engine_verify(void *uc);
 void soft_engine_load(struct vcpu *v);
+bool soft_store_to_rom(void *uc, int type, uint64_t at, int size, int64_t value, void *data);
 int soft_vcpu_run(struct vcpu *v);
 void soft_attend(struct vm *vm);
 void soft_wake(struct vcpu *v);

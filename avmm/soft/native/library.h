@@ -60,6 +60,7 @@ enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
     X(int, uc_mem_unmap, "uc_mem_unmap", (void *uc, uint64_t at, uint64_t size)) \
     X(int, uc_hook_add, "uc_hook_add", (void *uc, size_t *hook, int type, void *callback, \
       void *data, uint64_t begin, uint64_t end, ...)) \
+    X(int, uc_hook_del, "uc_hook_del", (void *uc, size_t hook)) \
     X(int, uc_emu_start, "uc_emu_start", \
       (void *uc, uint64_t begin, uint64_t until, uint64_t timeout, size_t count)) \
     X(int, cpu_exec, "cpu_exec_x86_64", (void *uc, void *cpu)) \

@@ -67,6 +67,8 @@ static struct slot *find(struct vm *vm, uint32_t id)
 static void drop(struct vm *vm, struct slot *s)
 {
     lib.uc_mem_unmap(vm->uc, s->gpa, s->size);
+    if (s->hook)
+        lib.uc_hook_del(vm->uc, s->hook);
     free(s->code);
     free(s->dirty);
     memset(s, 0, sizeof *s);
@@ -111,6 +113,10 @@ int soft_memory_set(struct vm *vm, const struct kvm_userspace_memory_region *r)
         *s = (struct slot){ .gpa = r->guest_phys_addr, .size = r->memory_size, .id = r->slot,
                             .host = (uint8_t *)r->userspace_addr, .code = code };
         s->ram = lib.ram_from_host(vm->uc, s->host);
+        /* A hook makes all stores in its range slow, so it has no other range than this. */
+        if (r->flags & KVM_MEM_READONLY)
+            lib.uc_hook_add(vm->uc, &s->hook, UC_HOOK_WRITE_PROT, soft_store_to_rom, vm, s->gpa,
+                            s->gpa + s->size - 1);
     }
     s->flags = r->flags;
     if (!(r->flags & KVM_MEM_LOG_DIRTY_PAGES)) {

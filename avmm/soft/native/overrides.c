@@ -20,6 +20,9 @@ static struct vcpu *mine(void *uc)
     return v && v->vm->uc == uc ? v : NULL;
 }
 
+/* For the tests of the cures: each bit takes one away, and its test must fail then. */
+OVERRIDE unsigned soft_without;
+
 /* ---- when to stop ---- */
 
 /* After each load and store the library calls a helper that honours a stop by going back to the
@@ -27,7 +30,7 @@ static struct vcpu *mine(void *uc)
  * is not generated. The one at each block's start remains; nothing of the block is done there. */
 OVERRIDE void check_exit_request_x86_64(void *context)
 {
-    if (!now)
+    if (!now || soft_without & WITHOUT_WHOLE_BLOCKS)
         lib.generate_check(context);
 }
 
@@ -85,7 +88,7 @@ OVERRIDE void tlb_protect_code_x86_64(void *uc, uint64_t ram)
     struct vcpu *v = mine(uc);
     struct slot *s = v ? soft_slot_of_ram(v->vm, ram) : NULL;
     lib.tlb_protect_code(uc, ram);
-    if (!s)
+    if (!s || soft_without & WITHOUT_PROTECTION)
         return;
     *word(s->code, s, ram) |= bit(s, ram);
     lib.tlb_reset_dirty(v->vm->cpu, (uint64_t)s->host + ((ram - s->ram) & ~(uint64_t)(PAGE - 1)),
@@ -121,7 +124,8 @@ OVERRIDE void tlb_set_dirty_x86_64(void *cpu, uint64_t address)
     struct vcpu *v = now;
     if (v && v->vm->cpu == cpu) {
         struct slot *s = soft_slot_of_ram(v->vm, v->vm->stored_at);
-        if (s && *word(s->code, s, v->vm->stored_at) & bit(s, v->vm->stored_at))
+        if (s && !(soft_without & WITHOUT_REFUSAL)
+            && *word(s->code, s, v->vm->stored_at) & bit(s, v->vm->stored_at))
             return;
     }
     lib.tlb_set_dirty(cpu, address);
@@ -231,14 +235,33 @@ static void store_parts(struct vcpu *v, uint64_t at, uint64_t value, unsigned si
             return (uint64_t)(type)load_parts(now, at, size, oi, from); \
         return (uint64_t)(type)lib.call(env, at, oi, from); \
     }
+/* The library never lets a page that may be executed become fast for stores. Here it does so if the
+ * page holds no code: tlb_protect_code will take that back. */
+static void quicken(struct vcpu *v, uint64_t at)
+{
+    uint64_t ram = v->vm->stored_at;
+    struct slot *s = soft_slot_of_ram(v->vm, ram);
+    if (s && !(*word(s->code, s, ram) & bit(s, ram)))
+        lib.tlb_set_dirty(v->vm->cpu, at);
+}
+
 #define OVERRIDE_STORE(name, size, call) \
     OVERRIDE void name STORE \
     { \
+        struct vcpu *v = now; \
+        if (!v || v->vm->env != env) { \
+            lib.call(env, at, value, oi, from); \
+            return; \
+        } \
+        v->vm->stored_at = ~0ULL; \
         if (UNALIGNED(size, 1)) \
-            store_parts(now, at, value, size, oi, from); \
+            store_parts(v, at, value, size, oi, from); \
         else \
             lib.call(env, at, value, oi, from); \
+        if (v->vm->stored_at != ~0ULL && at / PAGE == (at + (size) - 1) / PAGE) \
+            quicken(v, at); \
     }
+OVERRIDE_STORE(helper_ret_stb_mmu_x86_64, 1, store1)
 OVERRIDE_LOAD(helper_le_lduw_mmu_x86_64, 2, load2, uint16_t)
 OVERRIDE_LOAD(helper_le_ldsw_mmu_x86_64, 2, load2, int16_t)
 OVERRIDE_LOAD(helper_le_ldul_mmu_x86_64, 4, load4, uint32_t)
