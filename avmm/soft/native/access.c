@@ -67,7 +67,7 @@ static int served_here(struct vcpu *v, enum access_kind kind, uint64_t at, uint3
     if (kind >= MSR_READ)
         return 0;
     int write = kind == MMIO_WRITE || kind == PORT_OUT;
-    if (v->vm->has_chips && soft_chips_access(v, port, write, at, size, value)) {
+    if (v->vm->has_chips && soft_glue_access(v, port, write, at, size, value)) {
         soft_attend(v->vm);             /* it may have changed which interrupts are due */
         return 1;
     }

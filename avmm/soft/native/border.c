@@ -85,9 +85,9 @@ static void free_vm(struct vm *vm)
             return;
     if (vm->fd >= 0)
         return;
-    soft_chips_free(vm);
+    soft_glue_free(vm);
     for (int i = 0; i < vm->vcpu_count; i++) {
-        soft_chips_vcpu_free(vm->vcpus[i]);
+        soft_glue_vcpu_free(vm->vcpus[i]);
         munmap(vm->vcpus[i]->run, RUN_SIZE);
         free(vm->vcpus[i]->cpuid);
         free(vm->vcpus[i]);
@@ -163,6 +163,10 @@ static int create_vm(void)
     vm->last = vm->slots;
     vm->tsc_khz = soft_host_tsc_khz();
     vm->fd = -1;
+    if (soft_glue_new(vm)) {
+        free_vm(vm);
+        return -ENOMEM;
+    }
     answer = add(VM, vm, 0);
     if (answer < 0)
         free_vm(vm);
@@ -204,6 +208,7 @@ static int create_vcpu(struct vm *vm, unsigned long id)
     v->apic_base = 0xfee00800 | (id ? 0 : 0x100);
     v->misc_enable = 1;
     v->mp_state = id ? KVM_MP_STATE_UNINITIALIZED : KVM_MP_STATE_RUNNABLE;
+    memcpy(v->state, vm->fresh, ENV_STATE);
     soft_reset(v);
     int fd = add(VCPU, v, RUN_SIZE);
     if (fd < 0) {
@@ -213,7 +218,7 @@ static int create_vcpu(struct vm *vm, unsigned long id)
     v->fd = fd;
     v->run = mmap(NULL, RUN_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     vm->vcpus[vm->vcpu_count++] = v;
-    if (v->run == MAP_FAILED || soft_chips_vcpu_new(v)) {
+    if (v->run == MAP_FAILED || soft_glue_vcpu_new(v)) {
         vm->vcpu_count--;
         entry_of(fd)->kind = 0;
         close(fd);
@@ -331,7 +336,7 @@ static int vm_ioctl(struct vm *vm, unsigned long request, void *argument)
         return check_extension((unsigned long)argument);
     if (request == KVM_SET_TSS_ADDR || request == KVM_SET_IDENTITY_MAP_ADDR)
         return 0;
-    int answer = soft_chips_vm_ioctl(vm, request, argument);
+    int answer = soft_glue_vm_ioctl(vm, request, argument);
     if (answer != -ENOTTY)
         return answer;
     soft_turn_take(vm, 1);
@@ -369,7 +374,7 @@ static int get_msrs(struct vcpu *v, struct kvm_msrs *m)
 {
     uint32_t i = 0;
     uint64_t value = 0;
-    for (; i < m->nmsrs && !soft_msr_get(v, m->entries[i].index, &value); i++)
+    for (; i < m->nmsrs && !soft_msr_get(v, m->entries[i].index, &value, 1); i++)
         m->entries[i].data = value;
     return i;
 }
@@ -407,7 +412,8 @@ static void get_events(struct vcpu *v, struct kvm_vcpu_events *e)
     void *env = env_of(v);
     *e = v->injected;
     e->interrupt.shadow = AT(env, ENV_HFLAGS, uint32_t) & HF_INHIBIT_IRQ ? 3 : 0;
-    e->nmi.pending = v->nmi_pending;
+    e->nmi.pending = soft_glue_nmis(v);
+    e->sipi_vector = soft_glue_sipi_vector(v);
     e->nmi.masked = AT(env, ENV_HFLAGS2, uint32_t) & HF2_NMI ? 1 : 0;
     e->flags = KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_NMI_PENDING;
 }
@@ -424,7 +430,9 @@ static int set_events(struct vcpu *v, const struct kvm_vcpu_events *e)
             AT(env, ENV_HFLAGS, uint32_t) |= HF_INHIBIT_IRQ;
     }
     if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
-        v->nmi_pending = e->nmi.pending;
+        soft_glue_set_nmis(v, e->nmi.pending);
+    if (e->flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR)
+        soft_glue_set_sipi_vector(v, e->sipi_vector);
     AT(env, ENV_HFLAGS2, uint32_t) &= ~HF2_NMI;
     if (e->nmi.masked)
         AT(env, ENV_HFLAGS2, uint32_t) |= HF2_NMI;
@@ -440,7 +448,7 @@ static int tsc_offset(struct vcpu *v, unsigned long request, const struct kvm_de
         *value = v->tsc_offset;
     else if (request == KVM_SET_DEVICE_ATTR) {
         v->tsc_offset = *value;
-        soft_chips_tsc_changed(v);
+        soft_glue_tsc_changed(v);
     }
     return 0;
 }
@@ -514,7 +522,7 @@ static int vcpu_ioctl_alone(struct vcpu *v, unsigned long request, void *a)
     case KVM_GET_VCPU_EVENTS: get_events(v, a); return 0;
     case KVM_SET_VCPU_EVENTS: return set_events(v, a);
     case KVM_GET_MP_STATE:
-        soft_chips_startup(v);
+        soft_glue_startup(v);
         ((struct kvm_mp_state *)a)->mp_state = v->mp_state;
         return 0;
     case KVM_SET_MP_STATE: return set_mp_state(v, a);
@@ -523,7 +531,6 @@ static int vcpu_ioctl_alone(struct vcpu *v, unsigned long request, void *a)
     case KVM_HAS_DEVICE_ATTR: case KVM_GET_DEVICE_ATTR: case KVM_SET_DEVICE_ATTR:
         return tsc_offset(v, request, a);
     case KVM_TRANSLATE: return translate(v, a);
-    case KVM_NMI: v->nmi_pending = 1; soft_wake(v); return 0;
     default: return -ENOTTY;
     }
 }
@@ -535,7 +542,7 @@ static int vcpu_ioctl(struct vcpu *v, unsigned long request, void *argument)
     if (request == KVM_CHECK_EXTENSION)
         return check_extension((unsigned long)argument);
     soft_turn_take(v->vm, 1);
-    int answer = soft_chips_vcpu_ioctl(v, request, argument);
+    int answer = soft_glue_vcpu_ioctl(v, request, argument);
     if (answer == -ENOTTY)
         answer = vcpu_ioctl_alone(v, request, argument);
     soft_turn_give(v->vm);

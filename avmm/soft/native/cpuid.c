@@ -54,7 +54,7 @@ int soft_cpuid_supported(struct kvm_cpuid2 *c)
 {
     static const char name[49] = "avmm software engine (TCG)";
     static const char vendor[13] = "AuthenticAMD", kvm[13] = "KVMKVMKVM\0\0";
-    uint32_t room = c->nent, paravirtual = soft_chips_cpuid_features();
+    uint32_t room = c->nent, paravirtual = soft_glue_cpuid_features();
     uint32_t v[3] = { word(vendor, 0), word(vendor, 8), word(vendor, 4) };
     c->nent = 0;
     add(c, room, 0, 0, 0, 0xd, v[0], v[1], v[2]);

@@ -206,15 +206,18 @@ bool soft_between_blocks(struct vcpu *v)
     }
     if (v->injected.exception.injected || v->injected.interrupt.injected)
         return deliver_set_event(v);
-    if (v->nmi_pending && !(AT(env, ENV_HFLAGS2, uint32_t) & HF2_NMI)
-        && !(AT(env, ENV_HFLAGS, uint32_t) & HF_INHIBIT_IRQ)) {
-        v->nmi_pending--;
+    if (vm->has_chips && soft_glue_startup_due(v)) {
+        AT(vm->cpu, CPU_EXIT_REQUEST, uint8_t) = 1;     /* INIT stops it wherever it is */
+        return false;
+    }
+    if (vm->has_chips && !(AT(env, ENV_HFLAGS2, uint32_t) & HF2_NMI)
+        && !(AT(env, ENV_HFLAGS, uint32_t) & HF_INHIBIT_IRQ) && soft_glue_take_nmi(v)) {
         AT(env, ENV_HFLAGS2, uint32_t) |= HF2_NMI;
         lib.do_hardware_interrupt(env, 2, 1);
         return true;
     }
-    if (vm->has_chips && can_interrupt(env) && soft_chips_due(v)) {
-        int vector = soft_chips_take(v);
+    if (vm->has_chips && can_interrupt(env) && soft_glue_due(v)) {
+        int vector = soft_glue_take(v);
         if (vector >= 0) {
             lib.do_hardware_interrupt(env, vector, 1);
             return true;
@@ -276,8 +279,8 @@ static int wants_out(struct vcpu *v)
 static int has_work(struct vcpu *v)
 {
     void *env = env_of(v);
-    return v->nmi_pending || v->injected.interrupt.injected || v->injected.exception.injected
-           || (AT(env, ENV_EFLAGS, uint64_t) >> 9 & 1 && soft_chips_due(v));
+    return soft_glue_nmis(v) || v->injected.interrupt.injected || v->injected.exception.injected
+           || (AT(env, ENV_EFLAGS, uint64_t) >> 9 & 1 && soft_glue_due(v));
 }
 
 static void sleep_until_woken(struct vcpu *v, uint32_t seen)
@@ -289,8 +292,8 @@ static void sleep_until_woken(struct vcpu *v, uint32_t seen)
 static int is_runnable(struct vcpu *v)
 {
     if (v->vm->has_chips)
-        soft_chips_startup(v);
-    if (v->mp_state == KVM_MP_STATE_HALTED && has_work(v))
+        soft_glue_startup(v);
+    if (v->mp_state == KVM_MP_STATE_HALTED && v->vm->has_chips && has_work(v))
         v->mp_state = KVM_MP_STATE_RUNNABLE;
     return v->mp_state == KVM_MP_STATE_RUNNABLE;
 }

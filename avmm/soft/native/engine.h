@@ -55,7 +55,7 @@ struct vcpu {
     struct kvm_cpuid_entry2 *cpuid;
     uint64_t tsc_offset, apic_base, misc_enable, mtrr[16], mtrr_fixed[11], mtrr_default;
     uint64_t mcg_status, spec_ctrl, xss, poll_control, extra[64];
-    uint8_t nmi_pending;
+    uint8_t cr8;
     struct kvm_vcpu_events injected;    /* what KVM_SET_VCPU_EVENTS wants to be injected first */
 
     /* The instruction in hand: what it has accessed so far, in order. It is begun anew from its
@@ -70,7 +70,6 @@ struct vcpu {
     uint64_t interrupted_eip;   /* of an INT instruction, before the library moves RIP past it */
     _Atomic uint32_t wake;      /* a futex: changed whenever a sleeping vCPU has to look again */
     _Atomic uint32_t kicked;
-    void *lapic;                /* the chips' */
 };
 
 struct vm {
@@ -93,8 +92,9 @@ struct vm {
     uint8_t fresh[ENV_STATE];   /* a CPU's registers as the library makes them */
     _Atomic uint32_t attention; /* looked at wherever a block begins */
     uint64_t tsc_khz;
-    int has_chips, has_pit;
-    void *chips;
+    int has_chips;              /* an irqchip: until then HLT exits, and nothing interrupts */
+    struct soft_chips *chips;
+    struct vcpu *by_id[64];
 
     pthread_mutex_t lock;       /* protects the turn: the five below */
     pthread_cond_t changed;
@@ -133,6 +133,7 @@ void soft_set_cr8(struct vcpu *v, uint64_t value);
 /* turn.c */
 void soft_turn_take(struct vm *vm, int at_once);
 void soft_turn_give(struct vm *vm);
+int soft_turn_is_ours(struct vm *vm);
 int64_t soft_now_ns(void);
 
 /* memory.c */
@@ -142,6 +143,7 @@ void soft_memory_free(struct vm *vm);
 struct slot *soft_slot_at(struct vm *vm, uint64_t gpa);
 struct slot *soft_slot_of_ram(struct vm *vm, uint64_t ram);
 void *soft_memory_mapping(void *uc, uint64_t at);
+void soft_memory_mark(struct slot *s, uint64_t offset, uint64_t length);
 void soft_memory_wrote(struct vm *vm, uint64_t gpa, uint64_t length);
 
 /* access.c */
@@ -167,7 +169,7 @@ void soft_load_segment(void *env, int index, uint16_t selector, uint64_t base, u
 void soft_update_hflags(void *env);
 
 /* msr.c, cpuid.c */
-int soft_msr_get(struct vcpu *v, uint32_t index, uint64_t *value);
+int soft_msr_get(struct vcpu *v, uint32_t index, uint64_t *value, int host);
 int soft_msr_set(struct vcpu *v, uint32_t index, uint64_t value, int host);
 int soft_msr_list(struct kvm_msr_list *list);
 int soft_cpuid_supported(struct kvm_cpuid2 *cpuid);

@@ -148,6 +148,13 @@ void soft_memory_free(struct vm *vm)
     }
 }
 
+/* Note in the dirty log that these bytes were written. */
+void soft_memory_mark(struct slot *s, uint64_t offset, uint64_t length)
+{
+    for (uint64_t page = offset / PAGE; s->dirty && page <= (offset + length - 1) / PAGE; page++)
+        s->dirty[page / 64] |= 1ULL << page % 64;
+}
+
 void soft_memory_wrote(struct vm *vm, uint64_t gpa, uint64_t length)
 {
     struct slot *s = length ? soft_slot_at(vm, gpa) : NULL;

@@ -22,7 +22,7 @@ static const uint32_t listed[] = {
 int soft_msr_list(struct kvm_msr_list *list)
 {
     uint32_t room = list->nmsrs, more[16], count = sizeof listed / sizeof *listed;
-    uint32_t others = soft_chips_msrs(more, 16);
+    uint32_t others = soft_glue_msrs(more, 16);
     list->nmsrs = count + others;
     if (room < count + others)
         return -E2BIG;
@@ -89,7 +89,7 @@ static uint64_t *own(struct vcpu *v, uint32_t index)
     return NULL;
 }
 
-int soft_msr_get(struct vcpu *v, uint32_t index, uint64_t *value)
+int soft_msr_get(struct vcpu *v, uint32_t index, uint64_t *value, int host)
 {
     void *env = env_of(v);
     uint64_t *place = field(env, index);
@@ -102,7 +102,7 @@ int soft_msr_get(struct vcpu *v, uint32_t index, uint64_t *value)
     switch (index) {
     case TSC: *value = soft_tsc(v); return 0;
     case TSC_ADJUST: return -EINVAL;
-    case APIC_BASE: *value = v->apic_base; return 0;
+    case APIC_BASE: *value = soft_glue_base(v); return 0;
     case 0x174: *value = AT(env, ENV_SYSENTER_CS, uint32_t); return 0;
     case EFER: *value = AT(env, ENV_EFER, uint64_t); return 0;
     case 0xfe: *value = 0x508; return 0;            /* MTRRCAP: 8 variable ones, fixed ones, WC */
@@ -115,7 +115,7 @@ int soft_msr_get(struct vcpu *v, uint32_t index, uint64_t *value)
         *value = 0;                                 /* as KVM: there, and empty */
         return 0;
     }
-    return soft_chips_msr_get(v, index, value);
+    return soft_glue_msr_get(v, index, value, host);
 }
 
 static int is_canonical(uint64_t address)
@@ -165,8 +165,8 @@ int soft_msr_set(struct vcpu *v, uint32_t index, uint64_t value, int host)
         return 0;
     }
     switch (index) {
-    case TSC: v->tsc_offset = value - __rdtsc(); soft_chips_tsc_changed(v); return 0;
-    case APIC_BASE: return soft_chips_base_set(v, value, host);
+    case TSC: v->tsc_offset = value - __rdtsc(); soft_glue_tsc_changed(v); return 0;
+    case APIC_BASE: return soft_glue_base_set(v, value, host);
     case 0x174: AT(env, ENV_SYSENTER_CS, uint32_t) = value; return 0;
     case EFER: return set_efer(v, value, host);
     case 0x8b: case 0x79: case 0x33: case 0x1d9: case 0xc0010015: case 0xc001001f: case 0xc0010117:
@@ -174,5 +174,5 @@ int soft_msr_set(struct vcpu *v, uint32_t index, uint64_t value, int host)
     case 0xc0010004: case 0xc0010005: case 0xc0010006: case 0xc0010007: case 0x17b: case 0xc0010055:
         return 0;
     }
-    return soft_chips_msr_set(v, index, value, host);
+    return soft_glue_msr_set(v, index, value, host);
 }

@@ -137,8 +137,8 @@ OVERRIDE void x86_stl_phys_notdirty_x86_64(void *cpu, uint64_t at, uint32_t valu
     struct vcpu *v = now;
     if (v && v->vm->cpu == cpu) {
         struct slot *s = soft_slot_at(v->vm, at);
-        if (s && s->dirty)
-            s->dirty[(at - s->gpa) / PAGE / 64] |= 1ULL << ((at - s->gpa) / PAGE % 64);
+        if (s)
+            soft_memory_mark(s, at - s->gpa, 4);
         if (!s || s->flags & KVM_MEM_READONLY)
             return;
     }
@@ -381,7 +381,7 @@ OVERRIDE void helper_rdmsr_x86_64(void *env)
     uint64_t value = 0;
     if (v && is_filtered(v->vm, index, KVM_MSR_FILTER_READ))
         soft_access(v, MSR_READ, index, 8, &value, FROM);
-    else if (!v || soft_msr_get(v, index, &value))
+    else if (!v || soft_msr_get(v, index, &value, 0))
         lib.raise(env, 13, 0, FROM);
     REG(0) = (uint32_t)value;
     REG(2) = value >> 32;

@@ -4,6 +4,7 @@
  * `hflags`, a segment's attributes as the upper half of its descriptor. */
 
 #include "engine.h"
+#include "chips_glue.h"
 
 #include <errno.h>
 #include <string.h>
@@ -138,7 +139,7 @@ void soft_get_sregs(struct vcpu *v, struct kvm_sregs *s)
     s->cr4 = CR(4);
     s->cr8 = soft_get_cr8(v);
     s->efer = AT(env, ENV_EFER, uint64_t);
-    s->apic_base = v->apic_base;
+    s->apic_base = soft_glue_base(v);
     if (v->injected.interrupt.injected)
         s->interrupt_bitmap[v->injected.interrupt.nr / 64] |= 1ULL << v->injected.interrupt.nr % 64;
 }
@@ -167,7 +168,8 @@ int soft_set_sregs(struct vcpu *v, const struct kvm_sregs *s)
     CR(4) = s->cr4;
     AT(env, ENV_EFER, uint64_t) = s->efer;
     soft_set_cr8(v, s->cr8);
-    soft_msr_set(v, 0x1b, s->apic_base, 1);
+    if (soft_glue_base_set(v, s->apic_base, 1))
+        return -EINVAL;
     soft_update_hflags(env);
     if (v->vm->loaded == v)
         lib.tlb_flush(v->vm->cpu);
@@ -286,9 +288,7 @@ void soft_set_fpu(struct vcpu *v, const struct kvm_fpu *f)
 void soft_reset(struct vcpu *v)
 {
     void *env = env_of(v);
-    uint64_t tsc_aux = AT(env, ENV_TSC_AUX, uint64_t);
     memcpy(env, v->vm->fresh, ENV_STATE);
-    (void)tsc_aux;
     memset(&AT(env, ENV_REGS, uint8_t), 0, 16 * 8);
     AT(env, ENV_REGS + 8 * 2, uint64_t) = 0x60fb1;
     AT(env, ENV_EIP, uint64_t) = 0xfff0;
@@ -318,7 +318,6 @@ void soft_reset(struct vcpu *v)
     lib.update_fp_status(env);
     lib.update_mxcsr_status(env);
     soft_update_hflags(env);
-    v->nmi_pending = 0;
     memset(&v->injected, 0, sizeof v->injected);
     if (v->vm->loaded == v)
         lib.tlb_flush(v->vm->cpu);

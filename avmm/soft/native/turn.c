@@ -17,6 +17,13 @@ int64_t soft_now_ns(void)
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+static __thread struct vm *ours;
+
+int soft_turn_is_ours(struct vm *vm)
+{
+    return ours == vm;
+}
+
 void soft_turn_take(struct vm *vm, int at_once)
 {
     pthread_mutex_lock(&vm->lock);
@@ -35,12 +42,14 @@ void soft_turn_take(struct vm *vm, int at_once)
     atomic_fetch_sub(&vm->waiting, 1);
     atomic_store(&vm->preempt, 0);
     vm->since = soft_now_ns();
+    ours = vm;
     pthread_mutex_unlock(&vm->lock);
 }
 
 void soft_turn_give(struct vm *vm)
 {
     pthread_mutex_lock(&vm->lock);
+    ours = NULL;
     vm->serving++;
     pthread_cond_broadcast(&vm->changed);
     pthread_mutex_unlock(&vm->lock);
