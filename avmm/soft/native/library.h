@@ -57,6 +57,8 @@ enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
     X(int, uc_reg_write, "uc_reg_write", (void *uc, int id, const void *value)) \
     X(int, uc_mem_map_ptr, "uc_mem_map_ptr", \
       (void *uc, uint64_t at, uint64_t size, uint32_t perms, void *host)) \
+    X(int, uc_mem_protect, "uc_mem_protect", \
+      (void *uc, uint64_t at, uint64_t size, uint32_t perms)) \
     X(int, uc_mem_unmap, "uc_mem_unmap", (void *uc, uint64_t at, uint64_t size)) \
     X(int, uc_hook_add, "uc_hook_add", (void *uc, size_t *hook, int type, void *callback, \
       void *data, uint64_t begin, uint64_t end, ...)) \

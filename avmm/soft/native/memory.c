@@ -104,9 +104,10 @@ int soft_memory_set(struct vm *vm, const struct kvm_userspace_memory_region *r)
         if (s->size)
             drop(vm, s);
         uint64_t *code = calloc(1, bitmap_size(r->memory_size));
-        uint32_t perms = r->flags & KVM_MEM_READONLY ? 5 : UC_ALL;
-        if (!code || lib.uc_mem_map_ptr(vm->uc, r->guest_phys_addr, r->memory_size, perms,
-                                        (void *)r->userspace_addr)) {
+        if (!code || lib.uc_mem_map_ptr(vm->uc, r->guest_phys_addr, r->memory_size, UC_ALL,
+                                        (void *)r->userspace_addr)
+            || (r->flags & KVM_MEM_READONLY
+                && lib.uc_mem_protect(vm->uc, r->guest_phys_addr, r->memory_size, 5))) {
             free(code);
             return -ENOMEM;
         }
