@@ -1,6 +1,6 @@
 /* The guest's accesses to what is not memory: served here, or by an exit.
  *
- * An exit leaves the guest in the middle of an instruction, and its C stack is lost. So the
+ * An instruction that makes one runs in a block of its own. An exit leaves the guest in the middle of an instruction, and its C stack is lost. So the
  * instruction is begun anew at the next KVM_RUN, and the accesses that it had made already are
  * answered from the list of those. Then it comes to its next access, which exits in turn, or to its
  * end. So each access reaches its device once, in order, and between two exits all state is in
@@ -108,6 +108,19 @@ static void fill(struct kvm_run *run, const struct access *a)
 static const int reasons[] = { KVM_EXIT_MMIO, KVM_EXIT_MMIO, KVM_EXIT_IO, KVM_EXIT_IO,
                                KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR };
 
+/* The instruction in hand, in the middle of a block, turns out to access a device. Begin it anew in
+ * a block of its own, so that the list has all that it accesses and nothing else. */
+static void __attribute__((noreturn)) alone(struct vcpu *v, uintptr_t from)
+{
+    v->replay = REPLAY_WANTED;
+    v->count = v->position = 0;
+    AT(v->vm->uc, UC_SIZE_RECUR, int) = 0;
+    AT(v->vm->cpu, CPU_EXCEPTION_INDEX, int) = -1;
+    if (from)
+        lib.cpu_loop_exit_restore(v->vm->cpu, from);
+    lib.cpu_loop_exit(v->vm->cpu);
+}
+
 /* Make the access. Does not return if it needs an exit, or if the exit's answer was an error.
  * `from` is the helper's return address into the translated block. */
 void soft_access(struct vcpu *v, enum access_kind kind, uint64_t at, uint32_t size,
@@ -125,7 +138,7 @@ void soft_access(struct vcpu *v, enum access_kind kind, uint64_t at, uint32_t si
         v->count = v->position;         /* another vCPU has changed what the instruction does */
     }
     if (v->replay == NOT_REPLAYING)
-        v->count = v->position = 0;
+        alone(v, from);
     if (v->count == MOST_ACCESSES)
         soft_leave(v, KVM_EXIT_INTERNAL_ERROR, from);
     struct access *a = &v->accesses[v->count++];
