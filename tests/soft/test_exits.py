@@ -231,3 +231,22 @@ def test_real_mode() -> None:
         guest.set_regs(rip=0x500, rsp=0x8000)
         assert guest.run() == K.KVM_EXIT_IO
         assert guest.io() == (1, 0x3F8, 2, 0x1234)
+
+
+def test_an_int_that_cannot_be_delivered_faults_at_itself() -> None:
+    """#GP with the error code of the table's entry, and RIP at the INT."""
+    with Bare(bytes.fromhex("cd80 f4")) as guest:
+        handler = 0x11_0000
+        guest.ram[handler : handler + 9] = bytes.fromhex("58 66baf803 ef 58 ef f4")
+        idt(guest, {13: handler})
+        values = []
+        for _ in range(2):
+            assert guest.run() == K.KVM_EXIT_IO
+            values.append(guest.io()[3])
+        assert values == [0x80 * 8 + 2, CODE]
+
+
+def test_a_tsc_runs_at_the_pace_that_is_set() -> None:
+    with Bare(bytes.fromhex("0f31 66baf803 ef f4")) as guest:
+        assert ioctl(guest.vcpus[0], K.KVM_SET_TSC_KHZ, 1_000_000) == 0
+        assert ioctl(guest.vcpus[0], K.KVM_GET_TSC_KHZ) == 1_000_000

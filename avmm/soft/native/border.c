@@ -106,6 +106,12 @@ EXPORT int soft_close(int fd)
     struct entry *e = entry_of(fd);
     if (!e)
         return -EBADF;
+    struct vm *vm = e->kind == VM ? e->object
+                    : e->kind == VCPU ? ((struct vcpu *)e->object)->vm : NULL;
+    if (vm && vm->pid != getpid()) {
+        e->kind = 0;
+        return close(fd);
+    }
     pthread_mutex_lock(&table_lock);
     struct entry old = *e;
     e->kind = 0;
@@ -115,7 +121,7 @@ EXPORT int soft_close(int fd)
     if (old.kind == VCPU)
         ((struct vcpu *)old.object)->fd = -1;
     if (old.kind != SYSTEM)
-        free_vm(old.kind == VM ? old.object : ((struct vcpu *)old.object)->vm);
+        free_vm(vm);
     pthread_mutex_unlock(&table_lock);
     return 0;
 }
@@ -134,7 +140,7 @@ static int check_extension(unsigned long capability)
     case KVM_CAP_CHECK_EXTENSION_VM: case KVM_CAP_IMMEDIATE_EXIT: case KVM_CAP_ENABLE_CAP_VM:
     case KVM_CAP_COALESCED_PIO: case KVM_CAP_X86_MSR_FILTER: case KVM_CAP_X86_USER_SPACE_MSR:
     case KVM_CAP_DESTROY_MEMORY_REGION_WORKS: case KVM_CAP_SYNC_MMU:
-    case KVM_CAP_DEVICE_CTRL: case KVM_CAP_VCPU_ATTRIBUTES:
+    case KVM_CAP_TSC_CONTROL: case KVM_CAP_VCPU_ATTRIBUTES:
         return 1;
     case KVM_CAP_IRQ_ROUTING: return 4096;
     case KVM_CAP_COALESCED_MMIO: return 2;
@@ -161,6 +167,7 @@ static int create_vm(void)
         return answer;
     }
     vm->last = vm->slots;
+    vm->pid = getpid();
     vm->tsc_khz = soft_host_tsc_khz();
     vm->fd = -1;
     if (soft_glue_new(vm)) {
@@ -207,6 +214,7 @@ static int create_vcpu(struct vm *vm, unsigned long id)
     v->index = vm->vcpu_count;
     v->apic_base = 0xfee00800 | (id ? 0 : 0x100);
     v->misc_enable = 1;
+    v->tsc_khz = vm->tsc_khz;
     v->mp_state = id ? KVM_MP_STATE_UNINITIALIZED : KVM_MP_STATE_RUNNABLE;
     memcpy(v->state, vm->fresh, ENV_STATE);
     soft_reset(v);
@@ -497,7 +505,13 @@ static int set_mp_state(struct vcpu *v, const struct kvm_mp_state *m)
 
 static int set_tsc_khz(struct vcpu *v, uint64_t khz)
 {
-    return khz == 0 || khz == v->vm->tsc_khz ? 0 : -EINVAL;
+    if (khz == 0)
+        khz = v->vm->tsc_khz;
+    if (khz >> 32)
+        return -EINVAL;
+    if (khz != v->tsc_khz)
+        soft_set_tsc_khz(v, khz);
+    return 0;
 }
 
 static int vcpu_ioctl_alone(struct vcpu *v, unsigned long request, void *a)
@@ -526,7 +540,7 @@ static int vcpu_ioctl_alone(struct vcpu *v, unsigned long request, void *a)
         ((struct kvm_mp_state *)a)->mp_state = v->mp_state;
         return 0;
     case KVM_SET_MP_STATE: return set_mp_state(v, a);
-    case KVM_GET_TSC_KHZ: return v->vm->tsc_khz;
+    case KVM_GET_TSC_KHZ: return v->tsc_khz;
     case KVM_SET_TSC_KHZ: return set_tsc_khz(v, (uint64_t)a);
     case KVM_HAS_DEVICE_ATTR: case KVM_GET_DEVICE_ATTR: case KVM_SET_DEVICE_ATTR:
         return tsc_offset(v, request, a);

@@ -172,7 +172,7 @@ uint32_t soft_glue_cpuid_features(void)
 
 void soft_glue_tsc_changed(struct vcpu *v)
 {
-    soft_chips_set_tsc(v->vm->chips, v->id, v->vm->tsc_khz, v->tsc_offset);
+    soft_chips_set_tsc(v->vm->chips, v->id, v->tsc_khz, v->tsc_offset);
 }
 
 int soft_glue_vm_ioctl(struct vm *vm, unsigned long request, void *argument)

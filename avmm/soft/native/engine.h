@@ -53,8 +53,8 @@ struct vcpu {
     uint32_t mp_state;
     uint32_t cpuids;
     struct kvm_cpuid_entry2 *cpuid;
-    uint64_t tsc_offset, apic_base, misc_enable, mtrr[16], mtrr_fixed[11], mtrr_default;
-    uint64_t mcg_status, spec_ctrl, xss, poll_control, extra[64];
+    uint64_t tsc_khz, tsc_offset, apic_base, misc_enable, mtrr[16], mtrr_fixed[11], mtrr_default;
+    uint64_t mcg_status;
     uint8_t cr8;
     struct kvm_vcpu_events injected;    /* what KVM_SET_VCPU_EVENTS wants to be injected first */
 
@@ -73,7 +73,7 @@ struct vcpu {
 };
 
 struct vm {
-    int fd;
+    int fd, pid;                /* a child of a fork has none of it but the descriptors */
     void *uc, *cpu, *env;
     void *mapping_ram, *mapping_rom;    /* what the library takes for a region: see memory.c */
     struct vcpu *vcpus[MOST_VCPUS];
@@ -176,6 +176,7 @@ int soft_cpuid_supported(struct kvm_cpuid2 *cpuid);
 void soft_cpuid(struct vcpu *v, uint32_t leaf, uint32_t index, uint32_t out[4]);
 void soft_cpuid_features(void *env);
 uint64_t soft_tsc(struct vcpu *v);
+void soft_set_tsc_khz(struct vcpu *v, uint64_t khz);
 uint64_t soft_host_tsc_khz(void);
 
 #endif

@@ -49,9 +49,27 @@ uint64_t soft_host_tsc_khz(void)
     return khz;
 }
 
+/* The host's TSC at the guest's pace. */
+static uint64_t paced_tsc(struct vcpu *v)
+{
+    uint64_t host = __rdtsc();
+    if (v->tsc_khz == v->vm->tsc_khz)
+        return host;
+    return (unsigned __int128)host * v->tsc_khz / v->vm->tsc_khz;
+}
+
 uint64_t soft_tsc(struct vcpu *v)
 {
-    return __rdtsc() + v->tsc_offset;
+    return paced_tsc(v) + v->tsc_offset;
+}
+
+/* Another pace; the counter itself goes on from where it is. */
+void soft_set_tsc_khz(struct vcpu *v, uint64_t khz)
+{
+    uint64_t tsc = soft_tsc(v);
+    v->tsc_khz = khz;
+    v->tsc_offset = tsc - paced_tsc(v);
+    soft_glue_tsc_changed(v);
 }
 
 /* The field of `env` that holds an MSR, or NULL. */
@@ -165,7 +183,7 @@ int soft_msr_set(struct vcpu *v, uint32_t index, uint64_t value, int host)
         return 0;
     }
     switch (index) {
-    case TSC: v->tsc_offset = value - __rdtsc(); soft_glue_tsc_changed(v); return 0;
+    case TSC: v->tsc_offset = value - paced_tsc(v); soft_glue_tsc_changed(v); return 0;
     case APIC_BASE: return soft_glue_base_set(v, value, host);
     case 0x174: AT(env, ENV_SYSENTER_CS, uint32_t) = value; return 0;
     case EFER: return set_efer(v, value, host);

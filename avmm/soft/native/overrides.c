@@ -521,3 +521,12 @@ OVERRIDE void helper_into_x86_64(void *env, int length)
         now->interrupted_eip = AT(env, ENV_EIP, uint64_t);
     lib.into(env, length);
 }
+
+/* In long mode the library names an IDT's entry by its vector times 16, which is its offset; the
+ * CPU names it by its vector times 8, like a selector. Only an IDT's entry has bit 1 set. */
+OVERRIDE void raise_exception_err_x86_64(void *env, int vector, int error)
+{
+    if (now && AT(env, ENV_HFLAGS, uint32_t) & HF_LMA && error & 2 && (vector == 11 || vector == 13))
+        error = (error >> 1 & ~7) | (error & 7);
+    lib.raise(env, vector, error, 0);
+}
