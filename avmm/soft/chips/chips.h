@@ -40,9 +40,13 @@ struct soft_chips_host {
     void (*kick)(void *owner, int cpu);
     /* Store to guest memory (kvmclock's pages). -errno if no RAM is there. */
     int (*write_guest)(void *owner, uint64_t gpa, const void *data, size_t size);
-    /* Is there to be a thread that runs the timers when they are due? If not, the owner calls
-     * soft_chips_run_timers() at soft_chips_next_deadline(). */
+    /* Is the VM's thread to watch the timers? Then `clock` must count CLOCK_MONOTONIC's
+     * nanoseconds, and vCPUs whose timers are due get SOFT_CHIPS_TIMER and a kick. If not, the
+     * owner looks at soft_chips_next_deadline(). Either way only a vCPU that runs calls
+     * soft_chips_run_timers(): nothing changes while a machine stands still to be saved. */
     int runs_timers;
+    /* Is there to be no thread? Then the owner calls soft_chips_sweep() to hear of its irqfds. */
+    int threadless;
 };
 
 /* ---- life ---- */
@@ -107,6 +111,7 @@ enum {
     SOFT_CHIPS_INIT = 4,
     SOFT_CHIPS_SIPI = 8,
     SOFT_CHIPS_UNHALT = 16,
+    SOFT_CHIPS_TIMER = 32,      /* with `runs_timers`: call soft_chips_run_timers() */
 };
 /* What waits for the vCPU now: a set of the above. It costs one atomic load. */
 uint32_t soft_chips_attention(struct soft_chips *c, int cpu);
