@@ -14,7 +14,9 @@ static uint32_t attention_of(struct soft_chips *c, int cpu)
 {
     struct cpu *v = &c->cpus[cpu];
     struct lapic *l = &v->lapic;
-    uint32_t a = l->events | (l->nmis ? SOFT_CHIPS_NMI : 0) | (v->timer_due ? SOFT_CHIPS_TIMER : 0);
+    uint32_t a = l->events | (l->nmis ? SOFT_CHIPS_NMI : 0);
+    if (v->timer_due || v->clock_stale || c->wall_stale)
+        a |= SOFT_CHIPS_TIMER;
     if (c->irqchip && (chips_lapic_pends(l) >= 0
                        || (chips_lapic_accepts_pic(l) && chips_pic_pends(c))))
         a |= SOFT_CHIPS_INTERRUPT;
@@ -41,10 +43,7 @@ void chips_unlock(struct soft_chips *c)
         }
         chips_thread_arm(c);
     }
-    int pages = chips_clock_is_stale(c);
     pthread_mutex_unlock(&c->lock);
-    if (pages)
-        chips_clock_write(c);
     for (; kicks; kicks &= kicks - 1)
         if (c->host.kick)
             c->host.kick(c->host.owner, __builtin_ctzll(kicks));
@@ -431,6 +430,8 @@ int soft_chips_msr_set(struct soft_chips *c, int cpu, uint32_t index, uint64_t v
     chips_lock(c);
     int answer = set_msr(c, cpu, index, value, host);
     chips_unlock(c);
+    if (!host && !answer)
+        chips_clock_write(c);
     return answer;
 }
 
@@ -614,6 +615,7 @@ void soft_chips_run_timers(struct soft_chips *c)
         c->cpus[i].timer_due = 0;
     }
     chips_unlock(c);
+    chips_clock_write(c);
 }
 
 void soft_chips_sweep(struct soft_chips *c)

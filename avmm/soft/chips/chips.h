@@ -5,9 +5,8 @@
  * way to wake a vCPU, and a way to write guest memory. State goes in and out as KVM's structures.
  *
  * Every function may be called by any thread. One mutex for each VM is held for short; the
- * callbacks `kick` and `write_guest` are made when it is not held, `clock` is made while it is. A
- * callback must not wait for a thread that is in here. Answers are 0 or -errno where nothing else
- * is said. */
+ * callbacks `kick` and `write_guest` are made when it is not held, `clock` and `wall` are made while
+ * it is. Answers are 0 or -errno where nothing else is said. */
 
 #ifndef AVMM_SOFT_CHIPS_H
 #define AVMM_SOFT_CHIPS_H
@@ -38,7 +37,8 @@ struct soft_chips_host {
     /* The vCPU has something new: look at soft_chips_attention() again, whether it runs or is
      * halted. It may come for nothing. */
     void (*kick)(void *owner, int cpu);
-    /* Store to guest memory (kvmclock's pages). -errno if no RAM is there. */
+    /* Store to guest memory (kvmclock's pages). -errno if no RAM is there. Called only from
+     * soft_chips_run_timers() and a guest's own soft_chips_msr_set(). */
     int (*write_guest)(void *owner, uint64_t gpa, const void *data, size_t size);
     /* Is the VM's thread to watch the timers? Then `clock` must count CLOCK_MONOTONIC's
      * nanoseconds, and vCPUs whose timers are due get SOFT_CHIPS_TIMER and a kick. If not, the
@@ -111,7 +111,7 @@ enum {
     SOFT_CHIPS_INIT = 4,
     SOFT_CHIPS_SIPI = 8,
     SOFT_CHIPS_UNHALT = 16,
-    SOFT_CHIPS_TIMER = 32,      /* with `runs_timers`: call soft_chips_run_timers() */
+    SOFT_CHIPS_TIMER = 32,      /* call soft_chips_run_timers(), then look again */
 };
 /* What waits for the vCPU now: a set of the above. It costs one atomic load. */
 uint32_t soft_chips_attention(struct soft_chips *c, int cpu);
@@ -142,7 +142,9 @@ uint64_t soft_chips_tsc(struct soft_chips *c, int cpu);
 /* When the next timer is due, on the clock's ns: this vCPU's LAPIC or the VM's PIT; -1 for `cpu`:
  * of all vCPUs. SOFT_CHIPS_NEVER: none. */
 int64_t soft_chips_next_deadline(struct soft_chips *c, int cpu);
-/* Do all that is due now, of all vCPUs and the VM. */
+/* Do all that is due now, of all vCPUs and the VM, and write kvmclock's pages. For a vCPU that runs
+ * (one that is halted in KVM_RUN as well): when it has SOFT_CHIPS_TIMER, and when it is entered. It
+ * makes the callbacks `kick` and `write_guest`. */
 void soft_chips_run_timers(struct soft_chips *c);
 /* Deliver what is written to irqfds but has not been seen by the thread yet. The ioctls that read
  * state do it by themselves. */

@@ -2,8 +2,9 @@
  *
  * The VM's clock is a function of the reference TSC alone, so guests that compute it from their
  * TSCs and hosts that ask for it (KVM_GET_CLOCK) agree, and two vCPUs' pages never differ. A page
- * changes only when the clock is set, or a TSC. Pages are written without the chips' lock, by one
- * thread at a time, each from the state of that moment: an older page never follows a newer one. */
+ * changes only when the clock is set, or a TSC. It is written by a vCPU that runs, as the guest's own
+ * store would be, and not by whoever changed the clock: a machine that stands still to be saved has
+ * memory that stands still, and nobody has to wait for a vCPU to stop. */
 
 #include "inside.h"
 
@@ -146,6 +147,11 @@ static void put(struct soft_chips *c, uint64_t gpa, const void *page, size_t siz
 
 void chips_clock_write(struct soft_chips *c)
 {
+    pthread_mutex_lock(&c->lock);
+    int any = chips_clock_is_stale(c);
+    pthread_mutex_unlock(&c->lock);
+    if (!any)
+        return;
     pthread_mutex_lock(&c->pages);
     pthread_mutex_lock(&c->lock);
     for (int i = 0; i < c->count; i++) {
@@ -165,7 +171,8 @@ void chips_clock_write(struct soft_chips *c)
         put(c, gpa, &page, sizeof page);
         pthread_mutex_lock(&c->lock);
     }
-    pthread_mutex_unlock(&c->lock);
+    c->dirty = 1;
+    chips_unlock(c);
     pthread_mutex_unlock(&c->pages);
 }
 
