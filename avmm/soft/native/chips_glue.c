@@ -73,6 +73,13 @@ int soft_glue_due(struct vcpu *v)
     return soft_chips_attention(v->vm->chips, v->id) & SOFT_CHIPS_INTERRUPT;
 }
 
+/* Whoever runs, runs the timers; while a machine stands still, nothing of it changes. */
+void soft_glue_timers(struct vcpu *v, int at_entry)
+{
+    if (at_entry || soft_chips_attention(v->vm->chips, v->id) & SOFT_CHIPS_TIMER)
+        soft_chips_run_timers(v->vm->chips);
+}
+
 int soft_glue_take(struct vcpu *v)
 {
     return soft_chips_take_interrupt(v->vm->chips, v->id);

@@ -9,6 +9,7 @@
 int soft_glue_access(struct vcpu *v, int port, int write, uint64_t at, uint32_t size,
                       uint64_t *value);
 int soft_glue_due(struct vcpu *v);      /* is an interrupt due, if the vCPU takes interrupts? */
+void soft_glue_timers(struct vcpu *v, int at_entry);    /* run what is due */
 int soft_glue_take(struct vcpu *v);    /* its vector, or -1 */
 int soft_glue_startup_due(struct vcpu *v);
 void soft_glue_startup(struct vcpu *v); /* INIT and SIPI that have come */

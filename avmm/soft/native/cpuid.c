@@ -21,7 +21,7 @@ enum {
 
 void soft_cpuid_features(void *env)
 {
-    uint32_t *f = &AT(env, ENV_FEATURES, uint32_t);
+    uint64_t *f = &AT(env, ENV_FEATURES, uint64_t);
     f[FEATURE_1_EDX] = BASE_EDX;
     f[FEATURE_1_ECX] = BASE_ECX | 1u << 31;
     f[FEATURE_7_EBX] = LEAF7_EBX;

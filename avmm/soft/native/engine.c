@@ -204,6 +204,8 @@ bool soft_between_blocks(struct vcpu *v)
             return false;
         }
     }
+    if (vm->has_chips)
+        soft_glue_timers(v, 0);
     if (v->injected.exception.injected || v->injected.interrupt.injected)
         return deliver_set_event(v);
     if (vm->has_chips && soft_glue_startup_due(v)) {
@@ -289,10 +291,12 @@ static void sleep_until_woken(struct vcpu *v, uint32_t seen)
 }
 
 /* INIT and SIPI, and the end of a halt. Returns whether the vCPU can run. */
-static int is_runnable(struct vcpu *v)
+static int is_runnable(struct vcpu *v, int at_entry)
 {
-    if (v->vm->has_chips)
+    if (v->vm->has_chips) {
+        soft_glue_timers(v, at_entry);
         soft_glue_startup(v);
+    }
     if (v->mp_state == KVM_MP_STATE_HALTED && v->vm->has_chips && has_work(v))
         v->mp_state = KVM_MP_STATE_RUNNABLE;
     return v->mp_state == KVM_MP_STATE_RUNNABLE;
@@ -320,24 +324,26 @@ static int exits(struct vcpu *v)
 static int run(struct vcpu *v)
 {
     struct vm *vm = v->vm;
-    int at_entry = v->run->immediate_exit;
+    int at_entry = v->run->immediate_exit, woken = 0;
     if (v->pending == ACCESS_PENDING)
         soft_access_answered(v);
-    for (;;) {
+    for (int first = 1;; first = 0) {
         uint32_t seen = atomic_load(&v->wake);
         int stop = at_entry || wants_out(v);
         if (stop && v->replay == NOT_REPLAYING && v->pending == NOTHING)
             break;
-        soft_turn_take(vm, 0);
+        soft_turn_take(vm, woken);
+        woken = 0;
         if (v->pending == HYPERCALL_PENDING)
             soft_hypercall_answered(v);
         if (stop && v->replay == NOT_REPLAYING) {
             soft_turn_give(vm);
             break;
         }
-        if (v->replay == NOT_REPLAYING && !is_runnable(v)) {
+        if (v->replay == NOT_REPLAYING && !is_runnable(v, first)) {
             soft_turn_give(vm);
             sleep_until_woken(v, seen);
+            woken = 1;                  /* by an interrupt: somebody may wait for the answer */
             continue;
         }
         v->stop = stop;                 /* only the instruction in hand */
