@@ -250,3 +250,13 @@ def test_a_tsc_runs_at_the_pace_that_is_set() -> None:
     with Bare(bytes.fromhex("0f31 66baf803 ef f4")) as guest:
         assert ioctl(guest.vcpus[0], K.KVM_SET_TSC_KHZ, 1_000_000) == 0
         assert ioctl(guest.vcpus[0], K.KVM_GET_TSC_KHZ) == 1_000_000
+
+
+def test_flags_that_are_set_are_the_guests() -> None:
+    """pushfq; pop rax; out"""
+    with Bare(bytes.fromhex("9c 58 66baf803 ef")) as guest:
+        regs = guest.regs()
+        regs.rflags = 0xCD7
+        check(ioctl(guest.vcpus[0], K.KVM_SET_REGS, regs))
+        assert guest.run() == K.KVM_EXIT_IO
+        assert guest.io()[3] == 0xCD7

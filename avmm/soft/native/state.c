@@ -27,7 +27,9 @@ void soft_set_rflags(void *env, uint64_t flags)
     AT(env, ENV_CC_DST, uint64_t) = AT(env, ENV_CC_SRC2, uint64_t) = 0;
     AT(env, ENV_CC_OP, uint32_t) = CC_OP_EFLAGS;
     AT(env, ENV_DF, int32_t) = flags & DF ? -1 : 1;
-    AT(env, ENV_EFLAGS, uint64_t) = (flags & 0x3f7fd7 & ~(uint64_t)(CC | DF)) | 2;
+    flags = (flags & 0x3f7fd7) | 2;
+    /* On its way in the library takes them from here, and leaves them here on its way out. */
+    AT(env, ENV_EFLAGS, uint64_t) = now ? flags & ~(uint64_t)(CC | DF) : flags;
 }
 
 void soft_update_hflags(void *env)
