@@ -1,7 +1,7 @@
 """The library's traps, each with a guest that falls into it without its cure.
 
-`soft_without` takes a cure away. Then the same guest must go wrong: so the test is known to see what
-it looks for.
+`soft_without` takes a cure away. Then the same guest must go wrong: so the test is known to see
+what it looks for.
 """
 
 from __future__ import annotations

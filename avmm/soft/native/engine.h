@@ -113,7 +113,7 @@ static inline void *env_of(struct vcpu *v)
 }
 
 enum { WITHOUT_WHOLE_BLOCKS = 1, WITHOUT_PROTECTION = 2, WITHOUT_REFUSAL = 4,
-       WITHOUT_EARLY_STOP = 8, WITHOUT_TURNS = 16 };
+       WITHOUT_EARLY_STOP = 8 };
 extern unsigned soft_without;
 
 /* engine.c */
