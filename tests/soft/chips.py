@@ -23,7 +23,9 @@ MASTER, SLAVE, IOAPIC = 0, 1, 2
 _IOCTLS = """CREATE_IRQCHIP CREATE_PIT2 GET_IRQCHIP SET_IRQCHIP GET_PIT2 SET_PIT2 GET_CLOCK SET_CLOCK
 IRQ_LINE IRQ_LINE_STATUS SIGNAL_MSI SET_GSI_ROUTING IRQFD REINJECT_CONTROL CHECK_EXTENSION GET_LAPIC
 SET_LAPIC KVMCLOCK_CTRL NMI CREATE_VM CREATE_VCPU GET_SREGS SET_SREGS GET_MSRS SET_MSRS"""
-_CDEF = "".join(f"#define KVM_{name} ...\n" for name in _IOCTLS.split()) + """
+_CDEF = (
+    "".join(f"#define KVM_{name} ...\n" for name in _IOCTLS.split())
+    + """
 #define KVM_CAP_IRQCHIP ...
 struct kvm_pic_state { uint8_t last_irr, irr, imr, isr, priority_add, irq_base, read_reg_select, poll,
     special_mask, init_state, auto_eoi, rotate_on_auto_eoi, special_fully_nested_mode, init4, elcr,
@@ -43,9 +45,12 @@ struct kvm_irq_level { union { uint32_t irq; int32_t status; }; uint32_t level; 
 struct kvm_msi { uint32_t address_lo, address_hi, data, flags; ...; };
 struct kvm_irqfd { uint32_t fd, gsi, flags, resamplefd; ...; };
 struct kvm_irq_routing_irqchip { uint32_t irqchip, pin; };
+struct kvm_irq_routing_s390_adapter { uint64_t ind_addr, summary_addr, ind_offset;
+    uint32_t summary_offset, adapter_id; };
 struct kvm_irq_routing_msi { uint32_t address_lo, address_hi, data, pad; };
 struct kvm_irq_routing_entry { uint32_t gsi, type, flags, pad; union {
-    struct kvm_irq_routing_irqchip irqchip; struct kvm_irq_routing_msi msi; uint32_t pad[8]; } u; };
+    struct kvm_irq_routing_irqchip irqchip; struct kvm_irq_routing_msi msi;
+    struct kvm_irq_routing_s390_adapter adapter; uint32_t pad[8]; } u; };
 struct kvm_irq_routing { uint32_t nr, flags; struct kvm_irq_routing_entry entries[]; };
 struct kvm_sregs { uint64_t cr8, apic_base; ...; };
 
@@ -53,6 +58,7 @@ struct fake { int64_t ns; uint64_t tsc; int64_t wall; uint64_t kicks; uint8_t *r
 struct soft_chips *fake_create(struct fake *fake, int real, int threadless);
 long sys_ioctl(int fd, unsigned long request, void *argument);
 """
+)
 _SOURCE = """
 #include "chips.h"
 #include <errno.h>
@@ -102,7 +108,8 @@ def module() -> Any:
         statement.rpartition("*/")[2].strip() + ";"
         for statement in header[begin : header.index("#endif", begin)].split(";")
         if "soft_chips_host" not in statement.rpartition("*/")[2]
-        and "soft_chips_" in statement.rpartition("*/")[2] and "(" in statement.rpartition("*/")[2]
+        and "soft_chips_" in statement.rpartition("*/")[2]
+        and "(" in statement.rpartition("*/")[2]
     ]
     ffi = FFI()
     ffi.cdef("struct soft_chips;\n" + _CDEF + "\n".join(functions))
@@ -111,7 +118,14 @@ def module() -> Any:
         f"enum {{ RAM = {RAM}, KHZ = {KHZ} }};\n{_SOURCE}",
         sources=[str(path) for path in sorted(FOLDER.glob("*.c"))],
         include_dirs=[str(FOLDER)],
-        extra_compile_args=["-O1", "-g", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        extra_compile_args=[
+            "-O1",
+            "-g",
+            "-std=gnu11",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-parameter",
+        ],
         libraries=["pthread"],
     )
     folder = tempfile.mkdtemp(prefix="chips")
@@ -163,7 +177,9 @@ class Chips:
 
     def try_vm(self, name: str, kind: str | None = None, value: Any = None) -> tuple[int, Any]:
         argument = self._argument(kind, value)
-        return self.lib.soft_chips_vm_ioctl(self.c, getattr(self.lib, f"KVM_{name}"), argument), argument
+        return self.lib.soft_chips_vm_ioctl(
+            self.c, getattr(self.lib, f"KVM_{name}"), argument
+        ), argument
 
     def vm(self, name: str, kind: str | None = None, value: Any = None) -> Any:
         answer, argument = self.try_vm(name, kind, value)
@@ -190,7 +206,9 @@ class Chips:
 
     def route(self, *entries: tuple[int, int, Any, Any]) -> int:
         """(gsi, 1, chip, pin) or (gsi, 2, address, data)."""
-        table = self.ffi.new("struct kvm_irq_routing *", {"nr": len(entries), "entries": len(entries)})
+        table = self.ffi.new(
+            "struct kvm_irq_routing *", {"nr": len(entries), "entries": len(entries)}
+        )
         for entry, (gsi, kind, a, b) in zip(table.entries, entries, strict=False):
             entry.gsi, entry.type = gsi, kind
             if kind == 1:
@@ -208,7 +226,9 @@ class Chips:
 
     def out(self, port: int, *values: int) -> None:
         for value in values:
-            assert self.lib.soft_chips_pio(self.c, 0, 1, port, 1, self.ffi.new("uint64_t *", value))
+            assert self.lib.soft_chips_pio(
+                self.c, 0, 1, port, 1, self.ffi.new("uint64_t *", value)
+            )
 
     def inp(self, port: int) -> int:
         value = self.ffi.new("uint64_t *")
@@ -233,7 +253,9 @@ class Chips:
         self.store(0xFEE0_0000 + register, value, cpu)
         return 0
 
-    def try_msr(self, index: int, value: int | None = None, cpu: int = 0, host: bool = False) -> Any:
+    def try_msr(
+        self, index: int, value: int | None = None, cpu: int = 0, host: bool = False
+    ) -> Any:
         if value is None:
             out = self.ffi.new("uint64_t *")
             return self.lib.soft_chips_msr_get(self.c, cpu, index, out, host), out[0]
@@ -329,7 +351,9 @@ class Chips:
     def restore(self, state: dict[str, Any]) -> None:
         ffi = self.ffi
         for chip in state["chips"]:
-            self.vm("SET_IRQCHIP", "struct kvm_irqchip *", _from(ffi, "struct kvm_irqchip *", chip))
+            self.vm(
+                "SET_IRQCHIP", "struct kvm_irqchip *", _from(ffi, "struct kvm_irqchip *", chip)
+            )
         pit = _from(ffi, "struct kvm_pit_state2 *", state["pit"])
         self.vm("SET_PIT2", "struct kvm_pit_state2 *", pit)
         self.vm("SET_CLOCK", "struct kvm_clock_data *", {"clock": state["time"]})

@@ -199,6 +199,7 @@ static int irq_line(struct soft_chips *c, unsigned long request, struct kvm_irq_
 static int vm_ioctl(struct soft_chips *c, unsigned long request, void *argument)
 {
     const struct kvm_msi *msi = argument;
+    int taken;
     switch (request) {
     case KVM_CHECK_EXTENSION: return check((long)argument);
     case KVM_CREATE_IRQCHIP: return create_irqchip(c);
@@ -219,7 +220,8 @@ static int vm_ioctl(struct soft_chips *c, unsigned long request, void *argument)
     case KVM_SIGNAL_MSI:
         if (!c->irqchip || msi->flags)
             return -EINVAL;
-        return chips_msi(c, (uint64_t)msi->address_hi << 32 | msi->address_lo, msi->data);
+        taken = chips_msi(c, (uint64_t)msi->address_hi << 32 | msi->address_lo, msi->data);
+        return taken > 0 ? taken : 0;   /* KVM may say -1 as well, which looks like -EPERM */
     case KVM_SET_GSI_ROUTING: return c->irqchip ? chips_routes_set(c, argument) : -EINVAL;
     case KVM_IRQFD: return c->irqchip ? chips_irqfd(c, argument) : -EINVAL;
     }

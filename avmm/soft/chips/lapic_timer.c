@@ -2,8 +2,8 @@
  * before the divider), or a deadline on the guest's TSC.
  *
  * The current count is computed from the time of the next interrupt, and rounded up: it is 0 only
- * when the interrupt has come. So a saved one-shot timer with a current count of 0 is one that has
- * fired, and is not armed when it is loaded. Interrupts that the guest was too slow to see are one
+ * when nothing is to come. So a saved timer with a current count of 0 has fired or was never started,
+ * and is not armed when it is loaded (KVM arms it). Interrupts that the guest was too slow to see are one
  * interrupt. */
 
 #include "inside.h"
@@ -36,7 +36,6 @@ void chips_timer_stop(struct lapic *l)
 void chips_timer_mode(struct soft_chips *c, struct lapic *l)
 {
     int mode = *reg(l, R_TIMER) >> 17 & 3;
-    (void)c;
     if (mode == l->mode)
         return;
     if ((mode == MODE_DEADLINE) != (l->mode == MODE_DEADLINE)) {
@@ -44,8 +43,12 @@ void chips_timer_mode(struct soft_chips *c, struct lapic *l)
         *reg(l, R_INITIAL) = 0;
     }
     l->mode = mode;
-    if (l->period && mode != MODE_DEADLINE)
+    if (l->period && mode != MODE_DEADLINE) {
+        int64_t now = chips_now(c).ns;
         set_period(l);
+        if (l->target != NEVER && l->target - now > l->period)
+            l->target = now + l->period;
+    }
 }
 
 /* Start with `count` still to go. */
@@ -149,7 +152,7 @@ void chips_timer_load(struct soft_chips *c, int cpu)
             set_deadline(c, &c->cpus[cpu], deadline);
         return;
     }
-    if (current > *reg(l, R_INITIAL) || (!current && l->mode == MODE_PERIODIC))
+    if (current > *reg(l, R_INITIAL))
         current = *reg(l, R_INITIAL);
     chips_timer_start(c, l, current);
 }

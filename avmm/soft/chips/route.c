@@ -50,7 +50,7 @@ int chips_deliver(struct soft_chips *c, int from, const struct message *m)
     int broadcast = m->shorthand || (m->dest == 0xff && from < 0) || m->dest == 0xffffffff;
     int one = (mode == LOWEST || m->lowest_hint) && m->shorthand != SELF;
     if (one && !m->logical && m->dest == 0xff && !m->shorthand) {
-        one = 0;
+        one = m->lowest_hint;           /* as KVM */
         mode = FIXED;
     }
     for (int i = 0; i < c->count; i++) {
