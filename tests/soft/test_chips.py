@@ -1580,7 +1580,7 @@ def test_fresh_chips_are_as_kvms(kvm: Kvm) -> None:
         assert bytes(c.ffi.buffer(pits[0])) == bytes(c.ffi.buffer(pits[1]))
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(60))
 def test_the_same_requests_have_the_same_effect_on_kvm(kvm: Kvm, seed: int) -> None:
     """Lines, messages, loaded chips, routing: after each request the whole state is the same."""
     draw = random.Random(seed)

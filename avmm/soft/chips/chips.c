@@ -183,7 +183,10 @@ static int set_irqchip(struct soft_chips *c, const struct kvm_irqchip *chip)
     case KVM_IRQCHIP_PIC_MASTER: case KVM_IRQCHIP_PIC_SLAVE:
         chips_pic_load(c, chip->chip_id, &chip->chip.pic);
         return 0;
-    case KVM_IRQCHIP_IOAPIC: chips_ioapic_load(c, &chip->chip.ioapic); return 0;
+    case KVM_IRQCHIP_IOAPIC:
+        chips_ioapic_load(c, &chip->chip.ioapic);
+        chips_pic_update(c);            /* as KVM, whichever chip it is */
+        return 0;
     }
     return -EINVAL;
 }

@@ -153,6 +153,7 @@ int chips_clock_msr_set(struct soft_chips *c, struct cpu *v, uint32_t index, uin
 /* pic.c */
 void chips_pic_init(struct soft_chips *c);
 int chips_pic_set(struct soft_chips *c, int pin, int source, int level);
+void chips_pic_update(struct soft_chips *c);      /* the slave's request goes to the master */
 int chips_pic_pends(struct soft_chips *c);
 int chips_pic_take(struct soft_chips *c);
 void chips_pic_io(struct soft_chips *c, int write, uint16_t port, uint8_t *value);

@@ -44,7 +44,7 @@ static int request(struct soft_chips *c, int chip)
     return asks < rank(s, serving) ? (asks + s->priority_add) & 7 : NONE;
 }
 
-static void cascade(struct soft_chips *c)
+void chips_pic_update(struct soft_chips *c)
 {
     if (request(c, 1) != NONE) {
         set_pin(&c->pics[0], CASCADE, 1);
@@ -93,7 +93,7 @@ int chips_pic_take(struct soft_chips *c)
             vector = c->pics[1].irq_base + (pin == NONE ? 7 : pin);
         }
     }
-    cascade(c);
+    chips_pic_update(c);
     return vector & 0xff;
 }
 
@@ -107,7 +107,7 @@ int chips_pic_set(struct soft_chips *c, int pin, int source, int level)
     int answer = *held && was & bit && (s->elcr & bit || !(seen & bit)) ? 0 : 1;
     if (s->imr & bit)
         answer = -1;
-    cascade(c);
+    chips_pic_update(c);
     return answer;
 }
 
@@ -220,14 +220,14 @@ void chips_pic_io(struct soft_chips *c, int write, uint16_t port, uint8_t *value
         *value = port & 1 ? s->imr : s->read_reg_select ? s->isr : s->irr;
         return;
     }
-    cascade(c);
+    chips_pic_update(c);
 }
 
 void chips_pic_load(struct soft_chips *c, int chip, const struct kvm_pic_state *state)
 {
     c->pics[chip] = *state;
     c->pics[chip].elcr_mask = elcr_masks[chip];
-    cascade(c);
+    chips_pic_update(c);
 }
 
 void chips_pic_init(struct soft_chips *c)
