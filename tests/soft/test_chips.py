@@ -10,9 +10,11 @@ import os
 import random
 import shutil
 import struct
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ if shutil.which("cc") is None:
     pytest.skip("there is no C compiler", allow_module_level=True)
 
 from tests.soft.chips import (
+    FOLDER,
     INIT,
     INTERRUPT,
     IOAPIC,
@@ -1460,6 +1463,19 @@ def test_many_threads_lose_nothing() -> None:
     assert counts == [rounds] * (2 * senders)
 
 
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_all_entries_at_once_under_a_sanitizer(tmp_path: Path, sanitizer: str) -> None:
+    here = Path(__file__).parent
+    program = tmp_path / "chips_threads"
+    build = ["cc", "-std=gnu11", "-g", "-O1", f"-fsanitize={sanitizer}", f"-I{FOLDER}"]
+    sources = [here / "chips_threads.c", *sorted(FOLDER.glob("*.c"))]
+    built = subprocess.run([*build, *sources, "-o", program, "-lpthread"], capture_output=True)
+    if built.returncode:
+        pytest.skip(f"this compiler has no -fsanitize={sanitizer}")
+    ran = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "done\n", "")
+
+
 @contextlib.contextmanager
 def reported(failures: list[BaseException], stop: threading.Event) -> Iterator[None]:
     try:
@@ -1631,7 +1647,9 @@ def draw_request(
     if kind == "msi":
         physical = draw.random() < 0.5
         dest = draw.choice([0, 1, 2, 3, 0xFF] if physical else dests)
-        address = 0xFEE0_0000 | dest << 12 | 4 * (not physical) | 8 * (lowest and draw.randrange(2))
+        address = (
+            0xFEE0_0000 | dest << 12 | 4 * (not physical) | 8 * (lowest and draw.randrange(2))
+        )
         data = (
             draw.randrange(0x30, 0x100)
             | draw.choice([0, 0, 0, lowest]) << 8
@@ -1658,7 +1676,9 @@ def draw_request(
             physical = draw.random() < 0.5
             dest = draw.choice([0, 1, 2, 3, 0xFF] if physical else dests)
             level = draw.choice([0, LEVEL])
-            bits = 0x30 + 8 * pin | level | draw.choice([0, 0, MASKED]) | (0 if physical else LOGICAL)
+            bits = (
+                0x30 + 8 * pin | level | draw.choice([0, 0, MASKED]) | (0 if physical else LOGICAL)
+            )
             if level:
                 bits |= draw.choice([0, 0, 1 << 14])
             chip.redirtbl[pin].bits = bits | draw.choice([0, 0, lowest]) << 8 | dest << 56
