@@ -1,5 +1,5 @@
-"""The software engine's chips, alone: their C compiled for the tests, with a clock and a memory that
-the tests hold in their hands.
+"""The software engine's chips, alone: their C compiled for the tests, with a clock and a memory
+that the tests hold in their hands.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ INTERRUPT, NMI, INIT, SIPI, UNHALT, TIMER = (1 << bit for bit in range(6))
 NEVER = (1 << 63) - 1
 MASTER, SLAVE, IOAPIC = 0, 1, 2
 
-_IOCTLS = """CREATE_IRQCHIP CREATE_PIT2 GET_IRQCHIP SET_IRQCHIP GET_PIT2 SET_PIT2 GET_CLOCK SET_CLOCK
-IRQ_LINE IRQ_LINE_STATUS SIGNAL_MSI SET_GSI_ROUTING IRQFD REINJECT_CONTROL CHECK_EXTENSION GET_LAPIC
-SET_LAPIC KVMCLOCK_CTRL NMI CREATE_VM CREATE_VCPU GET_SREGS SET_SREGS GET_MSRS SET_MSRS"""
+_IOCTLS = """
+CREATE_IRQCHIP CREATE_PIT2 GET_IRQCHIP SET_IRQCHIP GET_PIT2 SET_PIT2 GET_CLOCK SET_CLOCK
+IRQ_LINE IRQ_LINE_STATUS SIGNAL_MSI SET_GSI_ROUTING IRQFD REINJECT_CONTROL CHECK_EXTENSION
+GET_LAPIC SET_LAPIC KVMCLOCK_CTRL NMI CREATE_VM CREATE_VCPU
+"""
 _CDEF = (
     "".join(f"#define KVM_{name} ...\n" for name in _IOCTLS.split())
     + """
-#define KVM_CAP_IRQCHIP ...
-struct kvm_pic_state { uint8_t last_irr, irr, imr, isr, priority_add, irq_base, read_reg_select, poll,
-    special_mask, init_state, auto_eoi, rotate_on_auto_eoi, special_fully_nested_mode, init4, elcr,
+struct kvm_pic_state { uint8_t last_irr, irr, imr, isr, priority_add, irq_base, read_reg_select,
+    poll, special_mask, init_state, auto_eoi,
+    rotate_on_auto_eoi, special_fully_nested_mode, init4, elcr,
     elcr_mask; };
 struct kvm_ioapic_state { uint64_t base_address; uint32_t ioregsel, id, irr, pad;
     union { uint64_t bits; } redirtbl[24]; };
@@ -52,7 +54,6 @@ struct kvm_irq_routing_entry { uint32_t gsi, type, flags, pad; union {
     struct kvm_irq_routing_irqchip irqchip; struct kvm_irq_routing_msi msi;
     struct kvm_irq_routing_s390_adapter adapter; uint32_t pad[8]; } u; };
 struct kvm_irq_routing { uint32_t nr, flags; struct kvm_irq_routing_entry entries[]; };
-struct kvm_sregs { uint64_t cr8, apic_base; ...; };
 
 struct fake { int64_t ns; uint64_t tsc; int64_t wall; uint64_t kicks; uint8_t *ram; ...; };
 struct soft_chips *fake_create(struct fake *fake, int real, int threadless);
@@ -195,7 +196,7 @@ class Chips:
 
     def line(self, gsi: int, level: int) -> int:
         value = {"irq": gsi, "level": level}
-        return self.vm("IRQ_LINE_STATUS", "struct kvm_irq_level *", value).status
+        return int(self.vm("IRQ_LINE_STATUS", "struct kvm_irq_level *", value).status)
 
     def msi(self, dest: int = 0, vector: int = 0, mode: int = 0, *, logical: bool = False,
             hint: bool = False, level: bool = False) -> int:  # fmt: skip
@@ -220,7 +221,7 @@ class Chips:
 
     def irqfd(self, fd: int, gsi: int, flags: int = 0, resample: int = 0) -> int:
         value = {"fd": fd, "gsi": gsi, "flags": flags, "resamplefd": resample}
-        return self.try_vm("IRQFD", "struct kvm_irqfd *", value)[0]
+        return int(self.try_vm("IRQFD", "struct kvm_irqfd *", value)[0])
 
     # ---- what a guest does ----
 
@@ -233,7 +234,7 @@ class Chips:
     def inp(self, port: int) -> int:
         value = self.ffi.new("uint64_t *")
         assert self.lib.soft_chips_pio(self.c, 0, 0, port, 1, value)
-        return value[0]
+        return int(value[0])
 
     def store(self, gpa: int, value: int, cpu: int = 0, size: int = 4) -> None:
         pointer = self.ffi.new("uint64_t *", value)
@@ -242,7 +243,7 @@ class Chips:
     def load(self, gpa: int, cpu: int = 0, size: int = 4) -> int:
         value = self.ffi.new("uint64_t *")
         assert self.lib.soft_chips_mmio(self.c, cpu, 0, gpa, size, value)
-        return value[0]
+        return int(value[0])
 
     def apic(self, register: int, value: int | None = None, cpu: int = 0) -> int:
         """Read or write a LAPIC's register, as the mode of that LAPIC has it."""
@@ -264,7 +265,7 @@ class Chips:
     def msr(self, index: int, value: int | None = None, cpu: int = 0, host: bool = False) -> int:
         answer, out = self.try_msr(index, value, cpu, host)
         assert answer == 0, (hex(index), answer)
-        return out
+        return int(out)
 
     def entry(self, pin: int, bits: int | None = None) -> int:
         """Read or write an entry of the I/O APIC's table; the upper half is written first."""
@@ -286,10 +287,17 @@ class Chips:
     # ---- what a vCPU does ----
 
     def attention(self, cpu: int = 0) -> int:
-        return self.lib.soft_chips_attention(self.c, cpu)
+        return int(self.lib.soft_chips_attention(self.c, cpu))
 
     def take(self, cpu: int = 0) -> int:
-        return self.lib.soft_chips_take_interrupt(self.c, cpu)
+        return int(self.lib.soft_chips_take_interrupt(self.c, cpu))
+
+    def serve(self, cpu: int = 0) -> int:
+        """Take an interrupt, and end it at once."""
+        vector = self.take(cpu)
+        if vector >= 0:
+            self.eoi(cpu)
+        return vector
 
     def eoi(self, cpu: int = 0) -> None:
         self.apic(0xB0, 0, cpu)
@@ -309,7 +317,7 @@ class Chips:
         self.lib.soft_chips_run_timers(self.c)
 
     def next(self, cpu: int = -1) -> int:
-        deadline = self.lib.soft_chips_next_deadline(self.c, cpu)
+        deadline = int(self.lib.soft_chips_next_deadline(self.c, cpu))
         return deadline if deadline == NEVER else deadline - 10**12
 
     # ---- state ----
