@@ -1435,6 +1435,25 @@ def test_timers_are_told_of_on_a_real_clock() -> None:
             c.eoi()
 
 
+def test_a_timer_that_nobody_runs_does_not_keep_the_thread_busy() -> None:
+    def ran() -> float:
+        words = Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+    before = {task.name for task in Path("/proc/self/task").iterdir()}
+    with Chips(1, real=True, threadless=False) as c:
+        (thread,) = {task.name for task in Path("/proc/self/task").iterdir()} - before
+        c.enable()
+        c.apic(0x320, 0x61 | 1 << 17)
+        c.apic(0x380, 500_000)
+        until(lambda: c.attention() & TIMER)
+        was = ran()
+        threading.Event().wait(0.1)
+        c.msi(0, 0x55)  # something else goes on
+        threading.Event().wait(0.2)
+        assert ran() - was < 0.1
+
+
 def test_many_threads_lose_nothing() -> None:
     """Each sender raises its vector and waits until it was taken, over and over."""
     rounds, senders = 400, 4
