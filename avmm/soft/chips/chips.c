@@ -1,4 +1,4 @@
-/* The chips' door: the lock, what each entry does under it, and what follows when it is released. */
+/* The chips' door: the lock, what each entry does under it, and what follows its release. */
 
 #include "inside.h"
 

@@ -5,8 +5,8 @@
  * way to wake a vCPU, and a way to write guest memory. State goes in and out as KVM's structures.
  *
  * Every function may be called by any thread. One mutex for each VM is held for short; the
- * callbacks `kick` and `write_guest` are made when it is not held, `clock` and `wall` are made while
- * it is. Answers are 0 or -errno where nothing else is said. */
+ * callbacks `kick` and `write_guest` are made when it is not held, `clock` and `wall` are made
+ * while it is. Answers are 0 or -errno where nothing else is said. */
 
 #ifndef AVMM_SOFT_CHIPS_H
 #define AVMM_SOFT_CHIPS_H
@@ -79,7 +79,8 @@ int soft_chips_pio(struct soft_chips *c, int cpu, int write, uint16_t port, uint
                    uint64_t *value);
 int soft_chips_mmio(struct soft_chips *c, int cpu, int write, uint64_t gpa, uint32_t size,
                     uint64_t *value);
-/* Could an MMIO access there be answered? For a core that looks pages up. Changes with APIC_BASE. */
+/* Could an MMIO access there be answered? For a core that looks pages up. Changes with APIC_BASE.
+ */
 int soft_chips_mmio_is_mine(struct soft_chips *c, int cpu, uint64_t gpa);
 
 /* IA32_APIC_BASE (0x1b), IA32_TSC_DEADLINE (0x6e0), x2APIC (0x800-0x8ff), kvmclock (0x11, 0x12,

@@ -1,7 +1,7 @@
 /* The chips' insides, for their own files only.
  *
- * All of it is protected by `lock`. A function that changes what a vCPU could see sets `dirty`; when
- * the lock is released, soft_chips_unlock() looks at every vCPU anew, and kicks those for whom
+ * All of it is protected by `lock`. A function that changes what a vCPU could see sets `dirty`;
+ * when the lock is released, chips_unlock() looks at every vCPU anew, and kicks those for whom
  * something new has come. So no chip has to know whom its change concerns. */
 
 #ifndef AVMM_SOFT_CHIPS_INSIDE_H

@@ -2,9 +2,9 @@
  *
  * The VM's clock is a function of the reference TSC alone, so guests that compute it from their
  * TSCs and hosts that ask for it (KVM_GET_CLOCK) agree, and two vCPUs' pages never differ. A page
- * changes only when the clock is set, or a TSC. It is written by a vCPU that runs, as the guest's own
- * store would be, and not by whoever changed the clock: a machine that stands still to be saved has
- * memory that stands still, and nobody has to wait for a vCPU to stop. */
+ * changes only when the clock is set, or a TSC. It is written by a vCPU that runs, as the guest's
+ * own store would be, and not by whoever changed the clock: a machine that stands still to be saved
+ * has memory that stands still, and nobody has to wait for a vCPU to stop. */
 
 #include "inside.h"
 

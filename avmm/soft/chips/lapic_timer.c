@@ -2,9 +2,9 @@
  * before the divider), or a deadline on the guest's TSC.
  *
  * The current count is computed from the time of the next interrupt, and rounded up: it is 0 only
- * when nothing is to come. So a saved timer with a current count of 0 has fired or was never started,
- * and is not armed when it is loaded (KVM arms it). Interrupts that the guest was too slow to see are one
- * interrupt. */
+ * when nothing is to come. So a saved timer with a current count of 0 has fired or was never
+ * started, and is not armed when it is loaded (KVM arms it). Interrupts that the guest was too slow
+ * to see are one interrupt. */
 
 #include "inside.h"
 
