@@ -226,8 +226,11 @@ class _Log:
             await trio.sleep(2 * _BATCH_SECONDS)
             self._has_some = trio.Event()
             while self._lines:
+                line = self._lines[0]
                 with suppress(OSError):  # the terminal has gone, which others notice as well
-                    await self._sink.write(f"\r\n{self._lines.popleft()}\r\n".encode())
+                    await self._sink.write(f"\r\n{line}\r\n".encode())
+                if self._lines[0] is line:  # else it had to make room
+                    self._lines.popleft()
 
     def end(self) -> None:
         """Print what is left, and what still comes, at once."""

@@ -79,33 +79,27 @@ def test_an_end_by_others_is_told(spawn: Spawn, tmp_path: Path) -> None:
     assert all_of(child) == "\r\navmm: the guest was ended through its control socket\r\n"
 
 
-def test_a_line_of_the_log_comes_behind_the_output_before_it(spawn: Spawn, tmp_path: Path) -> None:
-    """The guest prints "one", logs "two" on its debug console, and prints "three"."""
-    image = tmp_path / "guest"
+def logging_guest(folder: Path, *writes: tuple[int, bytes], after: str) -> pexpect.spawn[str]:
+    """`avmm --log-level info run` with a guest that writes these bytes to these ports."""
     code = "".join(
-        f"mov dx, {port:#x}; mov al, {byte}; out dx, al;"
-        for port, text in ((0x3F8, b"one"), (0xE9, b"two\n"))
-        for byte in text
+        f"mov dx, {port:#x}; mov al, {byte}; out dx, al;" for port, text in writes for byte in text
     )
-    wait = "mov dx, 0x3fd; 1: in al, dx; test al, 1; jz 1b;"
-    image.write_bytes(assemble(code + wait + EXIT.format(3), 64, ORIGIN))
-    child = pexpect.spawn(
-        sys.executable,
-        [*AVMM[1:], "--log-level", "info", "run", str(image), "--flat", f"long@{ORIGIN:#x}"],
-        timeout=30,
-        encoding="utf-8",
-    )
-    with closing(child):
+    image = folder / "guest"
+    image.write_bytes(assemble(code + after + EXIT.format(3), 64, ORIGIN))
+    command = ["--log-level", "info", "run", str(image), "--flat", f"long@{ORIGIN:#x}"]
+    return pexpect.spawn(sys.executable, [*AVMM[1:], *command], timeout=30, encoding="utf-8")
+
+
+def test_a_line_of_the_log_comes_behind_the_output_before_it(tmp_path: Path) -> None:
+    """The guest prints "one", writes "two" to its debug console, and waits for a key."""
+    key = "mov dx, 0x3fd; 1: in al, dx; test al, 1; jz 1b;"
+    with closing(logging_guest(tmp_path, (0x3F8, b"one"), (0xE9, b"two\n"), after=key)) as child:
         child.expect("two\r\n")
         assert child.before == "one\r\navmm: "
         child.send("x")
         child.expect(pexpect.EOF)
 
 
-def test_what_is_logged_at_the_end_is_told(spawn: Spawn, tmp_path: Path) -> None:
-    image = tmp_path / "guest"
-    code = "".join(f"mov dx, 0xe9; mov al, {byte}; out dx, al;" for byte in b"last words\n")
-    image.write_bytes(assemble(code + EXIT.format(3), 64, ORIGIN))
-    command = ["--log-level", "info", "run", str(image), "--flat", f"long@{ORIGIN:#x}"]
-    with closing(pexpect.spawn(sys.executable, [*AVMM[1:], *command], encoding="utf-8")) as child:
+def test_what_is_logged_at_the_end_is_told(tmp_path: Path) -> None:
+    with closing(logging_guest(tmp_path, (0xE9, b"last words\n"), after="")) as child:
         assert "avmm: last words\r\n" in all_of(child)

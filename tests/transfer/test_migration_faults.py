@@ -274,7 +274,7 @@ async def at_random(folder: Path, count: int, seed: int) -> Counter[str]:
         elif outcome == "failed" and IMPATIENT.search(line.why):
             # A busy host may be slower than the short patience of both sides here.
             impatient += 1
-            assert impatient < 5 + count / 10, (fault, line.why)
+            assert impatient < 3 + count / 100, (fault, line.why)
         else:  # less was said this time, as the guest had written less
             assert outcome == "migrated", (fault, line.why)
             ends = line.gone
