@@ -465,6 +465,19 @@ def test_its_initramfs_has_the_modules_in_their_order(tmp_path: Path, parts: int
     assert all(found[f"modules/{name}.ko"][1] == plain for name in initramfs._MODULES)
 
 
+def test_each_kind_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initramfs, "download", Path)
+    monkeypatch.setattr(initramfs, "kernel_package", lambda: "own")
+    monkeypatch.setattr(initramfs, "newer_kernel_package", lambda series: series)
+    monkeypatch.setattr(kernels, "newest", lambda: [Path("binary"), Path("modules")])
+    assert {kind: initramfs._packages(kind) for kind in machine.KINDS} == {
+        "stock": [Path("own")],
+        "newer": [Path(NEWER)],
+        "newest": [Path("binary"), Path("modules")],
+        "proposing": [Path("own")],
+    }
+
+
 # -- which tests run there -----------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -12,6 +13,9 @@ import pytest
 from support.assembler import assemble
 from support.commands import AVMM, PROMPT, ctl
 from support.guest import EXIT, ORIGIN
+
+from avmm.cli import console
+from avmm.devices.hostfd import HostFd
 
 pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(60)]
 
@@ -103,3 +107,12 @@ def test_a_line_of_the_log_comes_behind_the_output_before_it(tmp_path: Path) -> 
 def test_what_is_logged_at_the_end_is_told(tmp_path: Path) -> None:
     with closing(logging_guest(tmp_path, (0xE9, b"last words\n"), after="")) as child:
         assert "avmm: last words\r\n" in all_of(child)
+
+
+async def test_a_thread_that_logs_as_it_ends_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its line comes to trio's thread when nobody waits for one any more."""
+    log = console._Log(HostFd(1, os.O_WRONLY))
+    log.take("before")
+    log.end()
+    log.take("after")
+    assert capsys.readouterr().err == "before\r\nafter\r\n"
