@@ -108,10 +108,15 @@ def _bound(path: str, backlog: int) -> socket.socket:
     try:
         listener.setblocking(False)
         listener.bind(path)
+    except BaseException:
+        listener.close()
+        raise
+    try:
         os.chmod(path, 0o600)  # before anybody can connect
         listener.listen(backlog)
     except BaseException:
         listener.close()
+        os.unlink(path)
         raise
     return listener
 

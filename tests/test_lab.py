@@ -16,10 +16,13 @@ from pathlib import Path
 
 import lab.__main__
 import pytest
-from lab import emulator, guest, kernels, krunfw, machine, payload
+from lab import emulator, guest, initramfs, kernels, krunfw, machine, payload, plugin
 from lab.cache import KEPT_SECONDS, LabError, artefact, root
 from lab.debian import NEWER
 from lab.machine import L1
+from support.packages import RELEASE, deb, elf, entries
+
+from avmm.image.packages import Package
 
 pytestmark = pytest.mark.timeout(60)
 Fake = Callable[[str], L1]
@@ -430,3 +433,94 @@ def test_reports_from_there_are_as_if_made_here(tmp_path: Path) -> None:
     environment["LATE"] = "test_there.py::test_fails"
     said = pytest_run("-p", "replay", "-p", "lab.plugin", "--lab", "stock", "-k", "fails")
     assert "1 failed, 3 deselected" in said, "it failed the second time"
+
+
+# -- what L1 boots from --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2], ids=["one package", "kernel and modules apart"])
+def test_its_initramfs_has_the_modules_in_their_order(tmp_path: Path, parts: int) -> None:
+    folder = f"/lib/modules/{RELEASE}"
+    plain = elf(
+        tmp_path,
+        "-c",
+        source='static const char i[] __attribute__((section(".modinfo"), used)) = "depends=";',
+    )
+    modules = {f"{folder}/kernel/{name}.ko": plain for name in initramfs._MODULES}
+    modules[f"{folder}/modules.builtin"] = b""
+    image = {f"/boot/vmlinuz-{RELEASE}": b"the kernel"}
+    if parts == 1:
+        linux = [deb(tmp_path / "linux.deb", image | modules)]
+    else:
+        linux = [deb(tmp_path / "binary.deb", image), deb(tmp_path / "modules.deb", modules)]
+    program = elf(tmp_path, "-static", "-nostdlib", source="void _start(void) {}")
+    busybox = deb(tmp_path / "busybox.deb", {"/bin/busybox": program})
+    to = tmp_path / "boot"
+    to.mkdir()
+    initramfs._build(to, [Package(path) for path in linux], Package(busybox), None)
+    assert (to / "vmlinuz").read_bytes() == b"the kernel"
+    found = entries((to / "initramfs").read_bytes())
+    _, order = found["modules/order"]
+    assert order.decode().split() == list(initramfs._MODULES)
+    assert all(found[f"modules/{name}.ko"][1] == plain for name in initramfs._MODULES)
+
+
+def test_each_kind_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initramfs, "download", Path)
+    monkeypatch.setattr(initramfs, "kernel_package", lambda: "own")
+    monkeypatch.setattr(initramfs, "newer_kernel_package", lambda series: series)
+    monkeypatch.setattr(kernels, "newest", lambda: [Path("binary"), Path("modules")])
+    assert {kind: initramfs._packages(kind) for kind in machine.KINDS} == {
+        "stock": [Path("own")],
+        "newer": [Path(NEWER)],
+        "newest": [Path("binary"), Path("modules")],
+        "proposing": [Path("own")],
+    }
+
+
+# -- which tests run there -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mark", "here", "stock", "whole", "newer"),
+    [
+        (None, True, False, False, False),
+        (pytest.mark.lab, True, True, True, True),
+        (pytest.mark.lab(long=True), True, False, True, False),
+        (pytest.mark.lab(only="stock"), False, True, True, False),
+        (pytest.mark.lab(only="stock", long=True), False, False, True, False),
+        (pytest.mark.lab(also="stock"), True, True, True, False),
+    ],
+)
+def test_which_tests_run_in_which_lab(
+    request: pytest.FixtureRequest,
+    mark: pytest.MarkDecorator | None,
+    here: bool,
+    stock: bool,
+    whole: bool,
+    newer: bool,
+) -> None:
+    item = request.node
+    if mark is not None:
+        item.add_marker(mark)
+    assert plugin._belongs(item, None, False) is here
+    assert plugin._belongs(item, "stock", False) is stock
+    assert plugin._belongs(item, "stock", True) is whole
+    assert plugin._belongs(item, "newer", False) is newer
+
+
+@pytest.mark.parametrize(
+    ("option", "environment", "workers"), [(None, None, None), ("stock", None, 0), (None, "x", 0)]
+)
+def test_a_labs_tests_run_in_one_process(
+    monkeypatch: pytest.MonkeyPatch,
+    pytestconfig: pytest.Config,
+    option: str | None,
+    environment: str | None,
+    workers: int | None,
+) -> None:
+    monkeypatch.delenv(plugin.KIND, raising=False)
+    if environment:
+        monkeypatch.setenv(plugin.KIND, environment)
+    monkeypatch.setattr(pytestconfig.option, "lab", option)
+    assert plugin.pytest_xdist_auto_num_workers(pytestconfig) == workers

@@ -39,10 +39,10 @@ from avmm import guests
 from avmm.arrivals import receive, restore
 from avmm.bench import shell
 from avmm.bench.row import StallRow
+from avmm.bench.ticker import TICK
 from avmm.errors import AvmmError
 from avmm.machine import Machine
 
-_TICK: Final = 0.001
 _SETTLE: Final = 0.02
 """Seconds of waiting before and after each measurement: several ticks."""
 _IDLE_SECONDS: Final = 0.5
@@ -89,8 +89,8 @@ class Lateness:
         while True:
             waited = core() if core else 0.0
             before = time.perf_counter()
-            await trio.sleep(_TICK)
-            late = time.perf_counter() - before - _TICK
+            await trio.sleep(TICK)
+            late = time.perf_counter() - before - TICK
             self._late.append(late)
             if core:
                 self._blocked.append(max(0.0, late - (core() - waited)))

@@ -13,7 +13,8 @@ import select
 import time
 from typing import Final
 
-_TICK: Final = 0.001
+TICK: Final = 0.001
+"""Seconds from one look at the clock to the next."""
 
 
 def main() -> None:
@@ -21,9 +22,9 @@ def main() -> None:
     worst = 0.0
     while True:
         before = time.perf_counter()
-        asked, _, _ = select.select([0], [], [], _TICK)
+        asked, _, _ = select.select([0], [], [], TICK)
         if not asked:
-            worst = max(worst, time.perf_counter() - before - _TICK)
+            worst = max(worst, time.perf_counter() - before - TICK)
             continue
         if not os.read(0, 1):
             return

@@ -166,12 +166,15 @@ def _control_socket(
 @contextmanager
 def ending_signals() -> Iterator[AsyncIterator[int]]:
     """The signals that end a guest, as they come, except those that were ignored before."""
-    heeded = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    if heeded:
+    if heeded := _heeded(*_ENDING):
         with trio.open_signal_receiver(*heeded) as signals:
             yield signals
     else:
         yield _never()
+
+
+def _heeded(*numbers: signal.Signals) -> list[signal.Signals]:
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 async def _never() -> AsyncIterator[int]:
@@ -189,8 +192,16 @@ async def _stop_on_signal(
 
     Output that nobody reads within a second after the end is dropped. A signal that was ignored
     when the command began stays ignored: `nohup` and a shell's `&` rely on that.
+
+    From now on until the process is over, SIGTERM and SIGHUP do not end it in their own way: one
+    that comes while the command is on its way out would leave its sockets and a raw terminal.
     """
+    before: list[int] = []
+    for one in _heeded(signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, lambda number, frame: before.append(number))
     with ending_signals() as signals:
+        for came in before:  # just now, to be handled below
+            signal.raise_signal(came)
         task_status.started()
         number = await anext(signals)
         if number == signal.SIGTERM and grace and _was_asked(vm):
@@ -277,6 +288,9 @@ def end(outcome: Outcome, undelivered: bytes = b"") -> NoReturn:
         click.echo(f"avmm: the guest was ended {_BY_CONTROL}", err=True)
     elif outcome.cause is not Cause.EXIT and outcome.cause is not Cause.STOPPED:
         click.echo(f"avmm: the guest ended: {outcome}", err=True)
+    # Python gives a signal its default action on the way out, but not if it is ignored.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(outcome.status & 0xFF)
 
 

@@ -177,7 +177,7 @@ async def _connect_stdio(
             if own is not None:
                 nursery.start_soon(_type, source, sink, vm, typed, holds, own)
                 nursery.start_soon(_tell_pauses, holds, sink)
-                log = stack.enter_context(_logged(sink))
+                log = stack.enter_context(_logged(stream, sink))
                 nursery.start_soon(log.tell)
                 nursery.start_soon(own.follow)
             else:
@@ -205,10 +205,11 @@ async def _connect_stdio(
 
 
 class _Log:
-    """What avmm logs while the guest's console is this terminal. A line waits for a moment,
-    because the guest's output from before it may not have been written yet."""
+    """What avmm logs while the guest's console is this terminal. A line waits until the guest's
+    output from before it is written."""
 
-    def __init__(self, sink: HostFd) -> None:
+    def __init__(self, stream: ConsoleStream, sink: HostFd) -> None:
+        self._stream = stream
         self._sink = sink
         self._lines: deque[str] = deque(maxlen=_MOST_LOG_LINES)
         self._has_some = trio.Event()
@@ -223,11 +224,18 @@ class _Log:
     async def tell(self) -> None:
         while True:
             await self._has_some.wait()
-            await trio.sleep(2 * _BATCH_SECONDS)
             self._has_some = trio.Event()
             while self._lines:
+                await self._output_received()  # it is written, or its writer has the sink's lock
+                line = self._lines[0]
                 with suppress(OSError):  # the terminal has gone, which others notice as well
-                    await self._sink.write(f"\r\n{self._lines.popleft()}\r\n".encode())
+                    await self._sink.write(f"\r\n{line}\r\n".encode())
+                if self._lines[0] is line:  # else it had to make room
+                    self._lines.popleft()
+
+    async def _output_received(self) -> None:
+        while self._stream.has_output:  # noqa: ASYNC110 - only its one reader can be woken for it
+            await trio.sleep(_BATCH_SECONDS)
 
     def end(self) -> None:
         """Print what is left, and what still comes, at once."""
@@ -240,8 +248,8 @@ class _Log:
 
 
 @contextmanager
-def _logged(sink: HostFd) -> Iterator[_Log]:
-    log = _Log(sink)
+def _logged(stream: ConsoleStream, sink: HostFd) -> Iterator[_Log]:
+    log = _Log(stream, sink)
     with terminal.log_lines_to(log.take):
         yield log
     log.end()

@@ -12,7 +12,9 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
-from typing import Final
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
+from typing import Final, TextIO
 
 import trio
 
@@ -136,11 +138,7 @@ def _messages_with_carriage_return() -> Iterator[None]:
     """A raw terminal does not return to the first column at the end of a line. So end avmm's
     messages with a carriage return, too.
     """
-    handlers = [
-        handler
-        for handler in logging.getLogger().handlers
-        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
-    ]
+    handlers = _on_standard_error()
     for handler in handlers:
         handler.terminator = "\r\n"
     try:
@@ -153,36 +151,41 @@ def _messages_with_carriage_return() -> Iterator[None]:
 @contextmanager
 def log_lines_to(take: Callable[[str], None]) -> Iterator[None]:
     """Give `take` each line that would be logged on standard error inside the block, if that is a
-    terminal. `take` is called in trio's thread, in order."""
-    token = trio.lowlevel.current_trio_token()
-    root = logging.getLogger()
-    replaced = [
-        handler
-        for handler in root.handlers
-        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
-    ]
+    terminal. `take` is called in trio's thread, in order; for a line that a thread logs as the
+    block ends, soon afterwards."""
+    replaced = _on_standard_error()
     if not replaced or not sys.stderr.isatty():
         yield
         return
-    handler = _Lines(token, take)
+    handler = _Lines(trio.lowlevel.current_trio_token(), take)
     handler.setFormatter(replaced[0].formatter)
-    root.handlers = [handler, *(one for one in root.handlers if one not in replaced)]
+    root = logging.getLogger()
+    for one in replaced:
+        root.removeHandler(one)
+    root.addHandler(handler)
     try:
         yield
     finally:
-        root.handlers = [*replaced, *(one for one in root.handlers if one is not handler)]
+        root.removeHandler(handler)
+        for one in replaced:
+            root.addHandler(one)
 
 
-class _Lines(logging.Handler):
+class _Lines(QueueHandler):
     """Takes lines from any thread to trio's."""
 
     def __init__(self, token: trio.lowlevel.TrioToken, take: Callable[[str], None]) -> None:
-        super().__init__()
+        super().__init__(SimpleQueue())  # which `enqueue` does not use
         self._token = token
         self._take = take
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._token.run_sync_soon(self._take, self.format(record))
-        except Exception:
-            self.handleError(record)
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._token.run_sync_soon(self._take, record.getMessage())
+
+
+def _on_standard_error() -> list[logging.StreamHandler[TextIO]]:
+    return [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
+    ]

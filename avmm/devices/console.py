@@ -35,6 +35,7 @@ class Cable(Protocol):
     @property
     def _room(self) -> _Waitable: ...
     def _take(self, most: int | None) -> bytes | None: ...
+    def _has_output(self) -> bool: ...
     def _feed(self, data: memoryview) -> int: ...
     def _has_room(self) -> bool: ...
     def _close(self) -> None: ...
@@ -183,6 +184,11 @@ class ConsoleStream(trio.abc.Stream):
                     )
                 self._ahead += data
             return self._split(end)
+
+    @property
+    def has_output(self) -> bool:
+        """Has the guest written something that nobody has received yet?"""
+        return bool(self._ahead) or self._cable._has_output()
 
     def discard_output(self) -> int:
         """Throw away the guest's output that has not been received yet. Returns the number of

@@ -218,6 +218,10 @@ class Serial(Device):
             self._writers.unpark_all()
         return data if data or finished else None
 
+    def _has_output(self) -> bool:
+        with self.host.lock:
+            return bool(self._uart.output) and not self._released
+
     def _feed(self, data: memoryview) -> int:
         """Take input from the sender, and return how many bytes were accepted. Raises if none will
         ever be accepted."""

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from support.commands import PROMPT, ctl
+from support.commands import ctl, output_until_prompt
 
 import avmm_early
 
@@ -39,10 +39,7 @@ def test_a_client_may_come_before_avmm_is_imported(tmp_path: Path) -> None:
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         )
         stack.callback(guest.kill)
-        assert guest.stdout is not None
-        said = b""
-        while PROMPT.encode() not in said:
-            said += os.read(guest.stdout.fileno(), 4096)
+        said = output_until_prompt(guest)
         assert said.startswith(b"connected before\n")
         assert path.stat().st_mode & 0o777 == 0o600
         assert ctl(path, "stop").returncode == 0
@@ -120,3 +117,15 @@ def test_a_path_of_all_bytes_that_linux_takes(tmp_path: Path) -> None:
         assert os.path.exists(path)  # noqa: PTH110
     with pytest.raises(OSError, match="too long"):
         avmm_early.listen(path + "xx", 1)
+
+
+def test_what_cannot_listen_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, mode: int) -> None:
+        raise PermissionError(1, "no modes here")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    with pytest.raises(OSError, match="no modes here"):
+        avmm_early.listen(str(tmp_path / "socket"), 1)
+    assert list(tmp_path.iterdir()) == []

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pexpect
 import pytest
-from support.commands import AVMM, PROMPT
+from support.commands import AVMM, PROMPT, output_until_prompt
 
 pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(60)]
 
@@ -39,9 +39,7 @@ def test_a_signal_that_was_ignored_stays_ignored(number: signal.Signals, ignored
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        heard = b""
-        while PROMPT.encode() not in heard:
-            heard += os.read(process.stdout.fileno(), 4096)
+        output_until_prompt(process)
         process.send_signal(number)
         if ignored:
             process.stdin.write(b"exit 7\n")
@@ -52,6 +50,28 @@ def test_a_signal_that_was_ignored_stays_ignored(number: signal.Signals, ignored
         process.wait()
         process.stdin.close()
         process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_until_it_is_gone_leave_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """A signal comes each millisecond, also while the command cleans up and Python ends."""
+    process = subprocess.Popen(
+        [*AVMM, "run", "--control", f"unix:{tmp_path / 'control'}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=_heed_all,  # noqa: PLW1509 - it changes nothing of Python's
+    )
+    with process:
+        try:
+            output_until_prompt(process)
+            while process.poll() is None:
+                process.send_signal(number)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.001)  # faster than Python can handle them would be a flood
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

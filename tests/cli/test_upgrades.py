@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.commands import PROMPT, ctl, receiver
+from support.commands import ctl, output_until_prompt, receiver
 
 pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(60)]
 
@@ -49,10 +48,7 @@ def test_nothing_is_read_again_after_the_start(tmp_path: Path) -> None:
             )
         )
         stack.callback(guest.kill)
-        assert guest.stdout is not None
-        said = b""
-        while PROMPT.encode() not in said:  # the control socket is served before that
-            said += os.read(guest.stdout.fileno(), 4096)
+        output_until_prompt(guest)  # the control socket is served before that
         log.write_bytes(b"")
         for verb in (["status"], ["pause"], ["resume"], ["snapshot", str(tmp_path / "file")]):
             assert ctl(control, *verb).returncode == 0, verb

@@ -36,6 +36,17 @@ async def test_output_is_received_in_order(port):
     assert await port.device.stream.receive_some() == b", world"
 
 
+async def test_output_that_nobody_has_received(port):
+    stream = port.device.stream
+    assert not stream.has_output
+    port.puts(b"one two")
+    assert stream.has_output
+    assert await stream.receive_until(b"one ") == b"one "
+    assert stream.has_output, "it was read, and not returned"
+    assert await stream.receive_some() == b"two"
+    assert not stream.has_output
+
+
 async def test_a_waiting_reader_is_woken_once(port, nursery):
     got = bytearray()
     nursery.start_soon(collect, got, port.device.stream)

@@ -110,3 +110,14 @@ def receiver(commands: ExitStack, target: str, *options: str) -> tuple[Command, 
     command = commands.enter_context(Command("receive", target, *options))
     line = command.expect_error("for a guest\n")
     return command, line.split(" at ")[1].split(" for ")[0]
+
+
+def output_until_prompt(guest: subprocess.Popen[bytes]) -> bytes:
+    """What a command with the bundled shell prints up to its first prompt."""
+    assert guest.stdout is not None
+    said = b""
+    while PROMPT.encode() not in said:
+        part = os.read(guest.stdout.fileno(), 4096)
+        assert part, f"it has ended without a prompt: {said!r}"
+        said += part
+    return said

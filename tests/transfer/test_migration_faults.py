@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Final
 
 import pytest
 import trio
@@ -204,6 +206,10 @@ SAID: list[tuple[Way, Message, int]] = [
 ]
 
 
+IMPATIENT: Final = re.compile("nothing came for|took less than")
+"""The reasons of a side that has waited for too long."""
+
+
 async def at_messages(folder: Path, kind: MessageKind, at: int) -> None:
     """Before COMMIT nothing has happened; without RUNNING nobody knows."""
     for way, message, number in SAID:
@@ -250,6 +256,7 @@ async def at_random(folder: Path, count: int, seed: int) -> Counter[str]:
     _, line = await attempt(folder, Fault())
     ends = line.gone
     seen = Counter[str]()
+    impatient = 0
     while seen.total() < count:
         way: Way = moments.choice(("there", "there", "back"))
         # Most bytes are RAM; the rest, the state and the end, are worth as many.
@@ -264,8 +271,12 @@ async def at_random(folder: Path, count: int, seed: int) -> Counter[str]:
             raise
         if line.has_happened:
             seen[outcome] += 1
+        elif outcome == "failed" and IMPATIENT.search(line.why):
+            # A busy host may be slower than the short patience of both sides here.
+            impatient += 1
+            assert impatient < 3 + count / 100, (fault, line.why)
         else:  # less was said this time, as the guest had written less
-            assert outcome == "migrated"
+            assert outcome == "migrated", (fault, line.why)
             ends = line.gone
     return seen
 
