@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
+from avmm import engine
 from avmm.boot import FlatOptions, Protocol
 from avmm.errors import ConfigError
 from avmm.options import IO_PORTS, Bounds, DiskOptions, NetOptions, VsockOptions, parse_mac
@@ -75,6 +76,7 @@ class Settings(HostSettings, total=False):
     roms: Sequence[str | tuple[int, str | PathLike[str]]] | None
     memory: int | str
     cpus: int
+    engine: str
     console: str
     rng: bool
     balloon: bool
@@ -142,6 +144,14 @@ class MachineConfig:
     memory: int = setting(64 << 20, SizeKind(), Side.GUEST, "RAM, like 64M or 2G.")
     """In bytes."""
     cpus: int = setting(1, NumberKind(Bounds(1)), Side.GUEST, "Number of vCPUs.", metavar="N")
+    engine: str = setting(
+        engine.AUTO,
+        named(engine.AUTO, *engine.NAMES),
+        Side.GUEST,
+        "What runs the guest: Linux's KVM, or the software engine, which needs no KVM. auto takes "
+        "KVM where it works.",
+    )
+    """See `avmm.engine`. The machine keeps the engine that auto has taken."""
     console: str = setting(
         "stdio",
         TextKind(),

@@ -171,6 +171,11 @@ class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
         if it cannot be used."""
 
     @abstractmethod
+    def runs_kernels(self, system: SystemT) -> bool:
+        """Can this KVM run an operating system's kernel? It is tried with a small guest. Blocks
+        for some milliseconds. Raises `KvmError`."""
+
+    @abstractmethod
     def create_vm(self, system: SystemT) -> VmT:
         """A VM with its interrupt controllers and timers, but without memory. If it raises
         `KvmError`, it leaves nothing open.

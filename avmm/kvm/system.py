@@ -28,6 +28,12 @@ class System(Handle, ABC):
     }
     """The capabilities that avmm needs, each with the version of Linux that introduced it."""
 
+    engine = "kvm"
+    """The engine that answers: see `avmm.engine`."""
+    watcher = 0
+    """The address of the C function, if the engine has one, that wants to know what the host writes
+    to a VM's memory (`RamTable.watch`, with the VM's descriptor)."""
+
     def __init__(self, path: str = "/dev/kvm", engine: Callable[[], int] | None = None) -> None:
         """`engine` opens another engine's descriptor instead of /dev/kvm."""
         try:

@@ -1,4 +1,4 @@
-"""Writes the types of the compiled modules, `_kvm.pyi` and `_native.pyi`, from their cdef.h.
+"""Writes the types of the compiled modules, `_kvm.pyi`, `_native.pyi` and `_soft.pyi`, from their cdef.h.
 
     python avmm/native/stubs.py          # after a change of a cdef.h
 
@@ -47,6 +47,7 @@ class StubModule:
 MODULES: Final = (
     StubModule(_PACKAGE / "kvm/_kvm.pyi", {"Constant": "KVM_", "Capability": "KVM_CAP_"}),
     StubModule(_PACKAGE / "native/_native.pyi"),
+    StubModule(_PACKAGE / "soft/_soft.pyi"),
 )
 
 _HEAD: Final = '''\

@@ -16,9 +16,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, TypeVarTuple
 
-from avmm import arch, guests
+from avmm import arch, engine, guests
 from avmm.arch.contract import AnyArchitecture, BoardOptions, GuestImage
 from avmm.bus.coalesced import CoalescedWrites
 from avmm.config import Clock, MachineConfig
@@ -34,7 +35,7 @@ from avmm.parts import memory as ram
 from avmm.parts import wiring
 from avmm.parts.configured import configured
 from avmm.parts.description import Described
-from avmm.parts.parts import Parts
+from avmm.parts.parts import Parts, engine_of
 from avmm.parts.placing import Unplaced, allocate, attach
 from avmm.parts.saving import load
 from avmm.threads import in_thread, in_thread_shielded
@@ -123,7 +124,6 @@ async def _build(
     with host_errors(_CANNOT):
         # Memory comes first, because the file that it is opened from is closed with it.
         memory = await in_thread(ram.open_memory, stack, kind.ram, config, origin)
-        system = await in_thread(_open_system, stack, kind, config, calls)
     if origin.boots and config.clock != Clock.GUEST.value:
         raise ConfigError(
             f"clock {config.clock!r}: it is for a machine that continues from a saved state"
@@ -138,6 +138,8 @@ async def _build(
     if origin.boots:
         entry = await in_thread(kind.load_image, memory, _image(config), places)
     with host_errors(_CANNOT):
+        system = await in_thread(_open_system, stack, kind, config, calls, origin, entry)
+        config = replace(config, engine=system.engine)
         vm = await in_thread(wiring.create_vm, stack, kind, system, memory)
     attached = attach(stack, kind, config, memory, places)
     with host_errors(_CANNOT):
@@ -175,12 +177,20 @@ async def _build(
 
 
 def _open_system(
-    stack: ExitStack, kind: AnyArchitecture, config: MachineConfig, calls: CallHandler | None
+    stack: ExitStack,
+    kind: AnyArchitecture,
+    config: MachineConfig,
+    calls: CallHandler | None,
+    origin: Origin,
+    entry: Entry | None,
 ) -> System:
-    """Open /dev/kvm, and check that it can run what the config asks for."""
+    """Open the engine, and check that it can run what the config asks for."""
     if config.xen and calls is None:
         raise ConfigError("xen: expected a handler for the hypercalls (`calls`)")
-    system: System = kind.open_system()
+    choice, is_kernel = config.engine, entry is not None and entry.is_kernel
+    if choice == engine.AUTO and not origin.boots:
+        choice = engine_of(origin.state)
+    system = engine.opened(kind, choice, is_kernel=is_kernel)
     stack.callback(system.close)
     if config.cpus > (most := min(system.max_vcpus, kind.most_cpus)):
         raise ConfigError(f"cpus {config.cpus}: expected 1 to {most} on this host")

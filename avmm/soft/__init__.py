@@ -13,15 +13,13 @@ import importlib.util
 from pathlib import Path
 from typing import Final
 
-from avmm.errors import AvmmError
+from avmm.engine import EngineUnavailable
 from avmm.kvm import use_engine
 
+ARCHITECTURES: Final = ("x86_64",)
+"""The architectures whose guests it can run."""
 _LIBRARY: Final = Path("lib", "libunicorn.so.2")
 _WHY_BYTES: Final = 500
-
-
-class EngineUnavailable(AvmmError):
-    """The software engine cannot be used here. The text says why, and what to install."""
 
 
 def opened() -> int:
@@ -39,6 +37,13 @@ def opened() -> int:
     if fd < 0:
         raise OSError(-fd, "the software engine cannot be opened")
     return fd
+
+
+def watcher() -> int:
+    """The address of the function that wants to know what the host writes to guest memory."""
+    from avmm.soft._soft import ffi, lib  # noqa: PLC0415 - only where the engine is used
+
+    return int(ffi.cast("uintptr_t", ffi.addressof(lib, "soft_wrote")))
 
 
 def _library() -> Path:

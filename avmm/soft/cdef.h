@@ -4,5 +4,5 @@ int soft_ioctl(int fd, unsigned long request, void *argument);
 int soft_close(int fd);
 int soft_is(int fd);
 void soft_kicked(void);
-void soft_wrote(int vm, uint64_t gpa, uint64_t length);
-extern unsigned soft_without;
+void soft_wrote(int vm, const void *host, uint64_t length);
+void soft_take_away(unsigned cures);

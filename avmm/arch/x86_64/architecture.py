@@ -14,6 +14,7 @@ from avmm.arch.x86_64 import (
     cpu,
     generation,
     halt,
+    kernels,
     layout,
     mptable,
     probes,
@@ -73,6 +74,9 @@ class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the archi
 
     def open_system(self, engine: Callable[[], int] | None = None) -> X86System:
         return X86System(engine=engine)
+
+    def runs_kernels(self, system: X86System) -> bool:
+        return kernels.runs_kernels(system)
 
     def create_vm(self, system: X86System) -> X86Vm:
         return vm.create_vm(system)

@@ -575,13 +575,9 @@ EXPORT int soft_ioctl(int fd, unsigned long request, void *argument)
     }
 }
 
-EXPORT void soft_wrote(int fd, uint64_t gpa, uint64_t length)
+EXPORT void soft_wrote(int fd, const void *host, uint64_t length)
 {
     struct entry *e = entry_of(fd);
-    if (!e || e->kind != VM)
-        return;
-    struct vm *vm = e->object;
-    soft_turn_take(vm, 1);
-    soft_memory_wrote(vm, gpa, length);
-    soft_turn_give(vm);
+    if (e && e->kind == VM && length)
+        soft_memory_wrote(e->object, host, length);
 }

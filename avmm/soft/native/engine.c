@@ -198,6 +198,8 @@ bool soft_between_blocks(struct vcpu *v)
     }
     if (atomic_load_explicit(&vm->attention, memory_order_relaxed)) {
         atomic_store(&vm->attention, 0);
+        if (atomic_load(&vm->has_stale))
+            soft_memory_refresh(vm);
         if (v->exit_reason || v->stop || atomic_load(&v->kicked) || atomic_load(&vm->preempt)
             || (atomic_load(&vm->waiting) && soft_now_ns() - vm->since > 1000000)) {
             AT(vm->cpu, CPU_EXIT_REQUEST, uint8_t) = 1;

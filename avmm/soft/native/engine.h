@@ -36,6 +36,7 @@ struct slot {
     uint32_t id, flags;
     size_t hook;                /* of read-only memory */
     uint64_t *code;             /* a bit for each page that holds translated blocks */
+    uint64_t *stale;            /* a bit for each such page that the host has written since */
     uint64_t *dirty;            /* a bit for each page written since the last KVM_GET_DIRTY_LOG */
 };
 
@@ -91,6 +92,7 @@ struct vm {
     uint64_t user_msrs, hypercall_exits;
     uint8_t fresh[ENV_STATE];   /* a CPU's registers as the library makes them */
     _Atomic uint32_t attention; /* looked at wherever a block begins */
+    _Atomic uint32_t has_stale; /* there is a bit in a slot's `stale` */
     uint64_t tsc_khz;
     int has_chips;              /* an irqchip: until then HLT exits, and nothing interrupts */
     struct soft_chips *chips;
@@ -144,7 +146,8 @@ struct slot *soft_slot_at(struct vm *vm, uint64_t gpa);
 struct slot *soft_slot_of_ram(struct vm *vm, uint64_t ram);
 void *soft_memory_mapping(void *uc, uint64_t at);
 void soft_memory_mark(struct slot *s, uint64_t offset, uint64_t length);
-void soft_memory_wrote(struct vm *vm, uint64_t gpa, uint64_t length);
+void soft_memory_wrote(struct vm *vm, const uint8_t *host, uint64_t length);
+void soft_memory_refresh(struct vm *vm);
 
 /* access.c */
 void soft_access(struct vcpu *v, enum access_kind kind, uint64_t at, uint32_t size,

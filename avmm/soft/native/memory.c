@@ -70,6 +70,7 @@ static void drop(struct vm *vm, struct slot *s)
     if (s->hook)
         lib.uc_hook_del(vm->uc, s->hook);
     free(s->code);
+    free(s->stale);
     free(s->dirty);
     memset(s, 0, sizeof *s);
 }
@@ -104,15 +105,17 @@ int soft_memory_set(struct vm *vm, const struct kvm_userspace_memory_region *r)
         if (s->size)
             drop(vm, s);
         uint64_t *code = calloc(1, bitmap_size(r->memory_size));
-        if (!code || lib.uc_mem_map_ptr(vm->uc, r->guest_phys_addr, r->memory_size, UC_ALL,
+        uint64_t *stale = calloc(1, bitmap_size(r->memory_size));
+        if (!code || !stale || lib.uc_mem_map_ptr(vm->uc, r->guest_phys_addr, r->memory_size, UC_ALL,
                                         (void *)r->userspace_addr)
             || (r->flags & KVM_MEM_READONLY
                 && lib.uc_mem_protect(vm->uc, r->guest_phys_addr, r->memory_size, 5))) {
             free(code);
+            free(stale);
             return -ENOMEM;
         }
         *s = (struct slot){ .gpa = r->guest_phys_addr, .size = r->memory_size, .id = r->slot,
-                            .host = (uint8_t *)r->userspace_addr, .code = code };
+                            .host = (uint8_t *)r->userspace_addr, .code = code, .stale = stale };
         s->ram = lib.ram_from_host(vm->uc, s->host);
         /* A hook makes all stores in its range slow, so it has no other range than this. */
         if (r->flags & KVM_MEM_READONLY)
@@ -145,6 +148,7 @@ void soft_memory_free(struct vm *vm)
 {
     for (int i = 0; i < MOST_SLOTS; i++) {
         free(vm->slots[i].code);
+        free(vm->slots[i].stale);
         free(vm->slots[i].dirty);
     }
 }
@@ -156,9 +160,46 @@ void soft_memory_mark(struct slot *s, uint64_t offset, uint64_t length)
         s->dirty[page / 64] |= 1ULL << page % 64;
 }
 
-void soft_memory_wrote(struct vm *vm, uint64_t gpa, uint64_t length)
+/* Any thread. What is written into a page without code needs nothing: a block that is translated
+ * later is made of it. */
+void soft_memory_wrote(struct vm *vm, const uint8_t *host, uint64_t length)
 {
-    struct slot *s = length ? soft_slot_at(vm, gpa) : NULL;
-    if (s)
-        lib.invalidate_range(vm->uc, s->ram + (gpa - s->gpa), s->ram + (gpa - s->gpa) + length);
+    for (int i = 0; i < MOST_SLOTS; i++) {
+        struct slot *s = &vm->slots[i];
+        uint64_t offset = host - s->host;
+        if (!s->size || offset >= s->size)
+            continue;
+        if (length > s->size - offset)
+            length = s->size - offset;
+        int found = 0;
+        for (uint64_t page = offset / PAGE; page <= (offset + length - 1) / PAGE; page++) {
+            uint64_t bit = 1ULL << page % 64;
+            if (!(__atomic_load_n(&s->code[page / 64], __ATOMIC_SEQ_CST) & bit))
+                continue;
+            __atomic_fetch_or(&s->stale[page / 64], bit, __ATOMIC_SEQ_CST);
+            found = 1;
+        }
+        if (found) {
+            atomic_store(&vm->has_stale, 1);
+            soft_attend(vm);
+        }
+        return;
+    }
+}
+
+/* Throw the blocks of such pages away. With the turn, between two blocks. */
+void soft_memory_refresh(struct vm *vm)
+{
+    atomic_store(&vm->has_stale, 0);
+    for (int i = 0; i < MOST_SLOTS; i++) {
+        struct slot *s = &vm->slots[i];
+        for (uint64_t word = 0; word < (s->size / PAGE + 63) / 64; word++) {
+            uint64_t bits = __atomic_load_n(&s->stale[word], __ATOMIC_RELAXED)
+                            ? __atomic_exchange_n(&s->stale[word], 0, __ATOMIC_SEQ_CST) : 0;
+            for (; bits; bits &= bits - 1) {
+                uint64_t ram = s->ram + (64 * word + __builtin_ctzll(bits)) * PAGE;
+                lib.invalidate_range(vm->uc, ram, ram + PAGE);
+            }
+        }
+    }
 }

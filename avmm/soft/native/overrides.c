@@ -21,7 +21,12 @@ static struct vcpu *mine(void *uc)
 }
 
 /* For the tests of the cures: each bit takes one away, and its test must fail then. */
-OVERRIDE unsigned soft_without;
+unsigned soft_without;
+
+OVERRIDE void soft_take_away(unsigned cures)
+{
+    soft_without = cures;
+}
 
 /* ---- when to stop ---- */
 
@@ -90,7 +95,7 @@ OVERRIDE void tlb_protect_code_x86_64(void *uc, uint64_t ram)
     lib.tlb_protect_code(uc, ram);
     if (!s || soft_without & WITHOUT_PROTECTION)
         return;
-    *word(s->code, s, ram) |= bit(s, ram);
+    __atomic_fetch_or(word(s->code, s, ram), bit(s, ram), __ATOMIC_SEQ_CST);
     lib.tlb_reset_dirty(v->vm->cpu, (uint64_t)s->host + ((ram - s->ram) & ~(uint64_t)(PAGE - 1)),
                         PAGE);
 }
@@ -101,7 +106,7 @@ OVERRIDE void tlb_unprotect_code_x86_64(void *uc, uint64_t ram)
     struct slot *s = v ? soft_slot_of_ram(v->vm, ram) : NULL;
     lib.tlb_unprotect_code(uc, ram);
     if (s)
-        *word(s->code, s, ram) &= ~bit(s, ram);
+        __atomic_fetch_and(word(s->code, s, ram), ~bit(s, ram), __ATOMIC_SEQ_CST);
 }
 
 /* Each slow store comes by here before it is made, and by tlb_set_dirty when its page may become

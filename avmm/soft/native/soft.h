@@ -31,11 +31,11 @@ int soft_is(int fd);
 void soft_kicked(void);
 
 /* The host or a device has stored to guest memory by its own pointer: code that the guest runs from
- * there is translated anew. `vm` is a VM's descriptor. */
-void soft_wrote(int vm, uint64_t gpa, uint64_t length);
-
+ * there is translated anew, before the guest runs any more. `vm` is a VM's descriptor. Any thread;
+ * it does not wait. */
+void soft_wrote(int vm, const void *host, uint64_t length);
 
 /* For tests: which cures of the library's traps are taken away (engine.h). */
-extern unsigned soft_without;
+void soft_take_away(unsigned cures);
 
 #endif

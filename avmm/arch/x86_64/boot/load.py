@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from avmm.arch import contract
 from avmm.arch.x86_64 import acpi as acpi_tables
@@ -123,9 +124,9 @@ def _load_image(
     if options is not None:
         return flat.load(assembly, image, options)
     if (bundle := krunfw.find(image)) is not None:
-        return krunfw.load(assembly, image, bundle, protocol)
+        return _kernel(krunfw.load(assembly, image, bundle, protocol))
     if protocol is not Protocol.AUTO:
-        return _load_linux(assembly, image, protocol)
+        return _kernel(_load_linux(assembly, image, protocol))
     header = multiboot.find(image)
     if header is not None and header.addresses is not None:
         return multiboot.load(assembly, image, header)
@@ -135,17 +136,22 @@ def _load_image(
             assembly.longest_cmdline = zeropage.LINUX_CMDLINE_MAX
         ip = pvh.entry_point(executable)
         if ip is not None:
-            return pvh.load(assembly, executable, ip)
+            return _kernel(pvh.load(assembly, executable, ip))
         if header is not None:
             return multiboot.load(assembly, image, header)
-        return elf.load(assembly, executable)
+        entry = elf.load(assembly, executable)
+        return _kernel(entry) if is_linux(executable) else entry
     if bzimage.is_bzimage(image):
-        return _load_linux(assembly, image, Protocol.LINUX64)
+        return _kernel(_load_linux(assembly, image, Protocol.LINUX64))
     looks = describe(image.head(HEAD))
     raise image.error(
         f"looks like {looks}. Expected an ELF (PVH, multiboot or 64-bit), a multiboot image or a "
         f"bzImage, compressed or not"
     )
+
+
+def _kernel(entry: Entry) -> Entry:
+    return replace(entry, is_kernel=True)
 
 
 def _load_linux(assembly: Assembly, image: Image, protocol: Protocol) -> Entry:
