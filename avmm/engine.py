@@ -63,9 +63,9 @@ class EngineUnavailable(AvmmError):
 def opened(kind: AnyArchitecture, choice: str, *, is_kernel: bool = False) -> System:
     """Open the engine `choice`. Blocks: the software engine is loaded when it is first opened.
 
-    `AUTO` takes KVM where it works. It takes the software engine where there is no KVM, and for an
-    operating system's kernel (`is_kernel`) on a KVM that cannot run such kernels. What it took, and
-    why, is logged once in a process.
+    `AUTO` takes KVM where it works. It takes the software engine where there is no KVM, and for
+    an operating system's kernel (`is_kernel`) on a KVM that cannot run such kernels. If it takes
+    the software engine, that is logged once in a process, with the reason.
 
     Raises `KvmUnavailable` or `EngineUnavailable`, which say why and what would help, and
     `ConfigError` if the environment variable `AVMM_ENGINE` has an unknown value.
@@ -147,4 +147,3 @@ def _say_once(level: int, text: str, *values: object) -> None:
     if (line := text % values) not in _said:
         _said.add(line)
         logger.log(level, "%s", line)
-

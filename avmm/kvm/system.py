@@ -31,8 +31,8 @@ class System(Handle, ABC):
     engine = "kvm"
     """The engine that answers: see `avmm.engine`."""
     watcher = 0
-    """The address of the C function, if the engine has one, that wants to know what the host writes
-    to a VM's memory (`RamTable.watch`, with the VM's descriptor)."""
+    """The address of the C function, if the engine has one, that wants to know what the host
+    writes to a VM's memory (`RamTable.watch`, with the VM's descriptor)."""
 
     def __init__(self, path: str = "/dev/kvm", engine: Callable[[], int] | None = None) -> None:
         """`engine` opens another engine's descriptor instead of /dev/kvm."""
@@ -69,6 +69,6 @@ class System(Handle, ABC):
 
 
 def use_engine(is_its: int, call: int, close: int, kicked: int) -> None:
-    """Let another engine answer for its own descriptors. These are the addresses of its C functions
-    (avmm/soft/native/soft.h); they stay in use until the process ends."""
+    """Let another engine answer for its own descriptors. These are the addresses of its C
+    functions (avmm/soft/native/soft.h); they stay in use until the process ends."""
     lib.avmm_engine_set(*(ffi.cast("void *", each) for each in (is_its, call, close, kicked)))

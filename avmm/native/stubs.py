@@ -1,4 +1,4 @@
-"""Writes the types of the compiled modules, `_kvm.pyi`, `_native.pyi` and `_soft.pyi`, from their cdef.h.
+"""Writes the types of the compiled modules (`_kvm.pyi` and others) from their cdef.h.
 
     python avmm/native/stubs.py          # after a change of a cdef.h
 

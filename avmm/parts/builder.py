@@ -128,6 +128,8 @@ async def _build(
         raise ConfigError(
             f"clock {config.clock!r}: it is for a machine that continues from a saved state"
         )
+    if config.cpus > kind.most_cpus:
+        raise ConfigError(f"cpus {config.cpus}: expected 1 to {kind.most_cpus}")
     board = kind.board(_board_options(config), config.memory, end)
     own = await in_thread(_configured, stack, config, not origin.standby)
     added = allocate([*devices, *own], board.places, kind.virtio)
@@ -192,8 +194,9 @@ def _open_system(
         choice = engine_of(origin.state)
     system = engine.opened(kind, choice, is_kernel=is_kernel)
     stack.callback(system.close)
-    if config.cpus > (most := min(system.max_vcpus, kind.most_cpus)):
-        raise ConfigError(f"cpus {config.cpus}: expected 1 to {most} on this host")
+    if config.cpus > (most := system.max_vcpus):
+        where = "the software engine" if system.engine == engine.SOFT else "this host"
+        raise ConfigError(f"cpus {config.cpus}: expected 1 to {most} on {where}")
     return system
 
 

@@ -1,7 +1,7 @@
 """Types of `avmm.soft._soft`, written from cdef.h by avmm.native.stubs: not to be edited."""
 
 from collections.abc import Iterator, Sequence
-from typing import Final, Generic, Literal, Self, TypeAlias, TypedDict, TypeVar, overload
+from typing import Final, Generic, Literal, Self, TypeAlias, TypeVar, overload
 
 from typing_extensions import Buffer
 

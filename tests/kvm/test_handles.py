@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from support.assembler import assemble
+from support.engines import open_system
 
 import avmm
 from avmm.arch.x86_64.board import PINS
@@ -226,7 +227,7 @@ def test_capabilities_have_names() -> None:
 
 @pytest.fixture
 def system(kvm: None, nothing_left: None) -> Iterator[X86System]:
-    system = X86System()
+    system = open_system()
     yield system
     system.close()
 

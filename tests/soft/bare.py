@@ -1,7 +1,7 @@
 """A bare guest on the software engine: memory, a vCPU in long mode, some machine code.
 
-Memory is identity-mapped by 2 MiB pages. `alias` maps the first 2 MiB a second time, by 4 KiB pages,
-executable or not.
+Memory is identity-mapped by 2 MiB pages. `alias` maps the first 2 MiB a second time, by 4 KiB
+pages, executable or not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from avmm.kvm._kvm import ffi
-from avmm.kvm._kvm import lib as K
+from avmm.kvm._kvm import lib as kvm
 
 soft = pytest.importorskip("avmm.soft._soft")
 spec = importlib.util.find_spec("unicorn")
@@ -52,11 +52,11 @@ class Bare:
     def __init__(self, code: bytes = b"", size: int = SIZE, cpus: int = 1) -> None:
         load()
         self.system = check(soft.lib.soft_open())
-        self.vm = check(ioctl(self.system, K.KVM_CREATE_VM))
+        self.vm = check(ioctl(self.system, kvm.KVM_CREATE_VM))
         self.ram = mmap.mmap(-1, size)
         self.address = int(ffi.cast("uintptr_t", ffi.from_buffer(self.ram)))
         self.set_memory(0, 0, size)
-        self.vcpus = [check(ioctl(self.vm, K.KVM_CREATE_VCPU, i)) for i in range(cpus)]
+        self.vcpus = [check(ioctl(self.vm, kvm.KVM_CREATE_VCPU, i)) for i in range(cpus)]
         self.maps = [mmap.mmap(fd, 3 * 4096) for fd in self.vcpus]
         self.runs = [ffi.cast("struct kvm_run *", ffi.from_buffer(m)) for m in self.maps]
         self._tables()
@@ -69,7 +69,7 @@ class Bare:
         region = ffi.new("struct kvm_userspace_memory_region *")
         region.slot, region.flags, region.guest_phys_addr = slot, flags, gpa
         region.memory_size, region.userspace_addr = size, self.address + at
-        return check(ioctl(self.vm, K.KVM_SET_USER_MEMORY_REGION, region))
+        return check(ioctl(self.vm, kvm.KVM_SET_USER_MEMORY_REGION, region))
 
     def _tables(self) -> None:
         t = TABLES
@@ -95,16 +95,16 @@ class Bare:
             seg.unusable = 0
         s.cs.type, s.cs.l, s.cs.db, s.cs.selector = 11, 1, 0, 8
         s.cr0, s.cr3, s.cr4, s.efer = 0x80000033, TABLES, 0x620, 0xD01
-        check(ioctl(self.vcpus[cpu], K.KVM_SET_SREGS, s))
+        check(ioctl(self.vcpus[cpu], kvm.KVM_SET_SREGS, s))
 
     def sregs(self, cpu: int = 0) -> Any:
         s = ffi.new("struct kvm_sregs *")
-        check(ioctl(self.vcpus[cpu], K.KVM_GET_SREGS, s))
+        check(ioctl(self.vcpus[cpu], kvm.KVM_GET_SREGS, s))
         return s
 
     def regs(self, cpu: int = 0) -> Any:
         r = ffi.new("struct kvm_regs *")
-        check(ioctl(self.vcpus[cpu], K.KVM_GET_REGS, r))
+        check(ioctl(self.vcpus[cpu], kvm.KVM_GET_REGS, r))
         return r
 
     def set_regs(self, cpu: int = 0, **values: int) -> None:
@@ -112,11 +112,11 @@ class Bare:
         r.rflags = 2
         for name, value in values.items():
             setattr(r, name, value)
-        check(ioctl(self.vcpus[cpu], K.KVM_SET_REGS, r))
+        check(ioctl(self.vcpus[cpu], kvm.KVM_SET_REGS, r))
 
     def run(self, cpu: int = 0) -> int:
         """The exit reason, or -errno."""
-        answer = ioctl(self.vcpus[cpu], K.KVM_RUN)
+        answer = ioctl(self.vcpus[cpu], kvm.KVM_RUN)
         return answer if answer < 0 else self.runs[cpu].exit_reason
 
     def io(self, cpu: int = 0) -> tuple[int, int, int, int]:

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from tests.soft.bare import CODE, Bare, K, check, ffi, ioctl
+from tests.soft.bare import CODE, Bare, kvm, check, ffi, ioctl
 
 WINDOW = 0xD000_0000
 BUFFER = 0x20_0000
@@ -25,23 +25,23 @@ def drain(guest: Bare) -> int:
 
 def test_an_in_is_finished_by_the_drain() -> None:
     with Bare(bytes.fromhex("66baf803 ed") + HLT) as guest:
-        assert guest.run() == K.KVM_EXIT_IO
+        assert guest.run() == kvm.KVM_EXIT_IO
         assert guest.io()[:3] == (0, 0x3F8, 4)
         guest.answer_io(0x11223344)
         assert drain(guest) == -errno.EINTR
         regs = guest.regs()
         assert (regs.rax, regs.rip) == (0x11223344, CODE + 5)
         assert drain(guest) == -errno.EINTR
-        assert guest.run() == K.KVM_EXIT_HLT
+        assert guest.run() == kvm.KVM_EXIT_HLT
 
 
 def test_an_out_is_finished_by_the_drain_and_not_made_again() -> None:
     with Bare(bytes.fromhex("66baf803 b051 ee") + HLT) as guest:
-        assert guest.run() == K.KVM_EXIT_IO
+        assert guest.run() == kvm.KVM_EXIT_IO
         assert guest.io() == (1, 0x3F8, 1, 0x51)
         assert drain(guest) == -errno.EINTR
         assert guest.regs().rip == CODE + 7
-        assert guest.run() == K.KVM_EXIT_HLT
+        assert guest.run() == kvm.KVM_EXIT_HLT
 
 
 @pytest.mark.parametrize(
@@ -51,20 +51,20 @@ def test_an_out_is_finished_by_the_drain_and_not_made_again() -> None:
 def test_mmio_loads_of_every_width(code: str, size: int) -> None:
     with Bare(bytes.fromhex(code) + HLT) as guest:
         guest.set_regs(rbx=WINDOW + 8, rip=CODE, rsp=0x9000)
-        assert guest.run() == K.KVM_EXIT_MMIO
+        assert guest.run() == kvm.KVM_EXIT_MMIO
         assert guest.mmio() == (0, WINDOW + 8, size, 0)
         guest.answer_mmio(0x8877665544332211)
-        assert guest.run() == K.KVM_EXIT_HLT
+        assert guest.run() == kvm.KVM_EXIT_HLT
         assert guest.regs().rax == 0x8877665544332211 & ((1 << 8 * size) - 1)
 
 
 def test_a_load_over_a_page_is_finished_in_fragments() -> None:
     with Bare(bytes.fromhex("488b03") + HLT) as guest:
         guest.set_regs(rbx=WINDOW + 0xFFD, rip=CODE, rsp=0x9000)
-        assert guest.run() == K.KVM_EXIT_MMIO
+        assert guest.run() == kvm.KVM_EXIT_MMIO
         assert guest.mmio()[:3] == (0, WINDOW + 0xFFD, 3)
         guest.answer_mmio(0x332211)
-        assert drain(guest) == K.KVM_EXIT_MMIO
+        assert drain(guest) == kvm.KVM_EXIT_MMIO
         assert guest.mmio()[:3] == (0, WINDOW + 0x1000, 5)
         guest.answer_mmio(0x8877665544)
         assert drain(guest) == -errno.EINTR
@@ -74,10 +74,10 @@ def test_a_load_over_a_page_is_finished_in_fragments() -> None:
 def test_a_read_modify_write_reads_once_and_writes_once() -> None:
     with Bare(bytes.fromhex("ff03") + HLT) as guest:
         guest.set_regs(rbx=WINDOW, rip=CODE, rsp=0x9000)
-        assert guest.run() == K.KVM_EXIT_MMIO
+        assert guest.run() == kvm.KVM_EXIT_MMIO
         assert guest.mmio()[:3] == (0, WINDOW, 4)
         guest.answer_mmio(41)
-        assert guest.run() == K.KVM_EXIT_MMIO
+        assert guest.run() == kvm.KVM_EXIT_MMIO
         assert guest.mmio() == (1, WINDOW, 4, 42)
         assert drain(guest) == -errno.EINTR
         assert guest.regs().rip == CODE + 2
@@ -87,21 +87,21 @@ def test_string_input_and_output() -> None:
     with Bare(bytes.fromhex("f36c 4889fe 4883ee04 b104 f36e") + HLT) as guest:
         guest.set_regs(rdi=BUFFER, rcx=4, rdx=0x80, rip=CODE, rsp=0x9000)
         for value in b"abcd":
-            assert guest.run() == K.KVM_EXIT_IO
+            assert guest.run() == kvm.KVM_EXIT_IO
             assert guest.io()[:3] == (0, 0x80, 1)
             guest.answer_io(value)
         seen = []
         for _ in range(4):
-            assert guest.run() == K.KVM_EXIT_IO
+            assert guest.run() == kvm.KVM_EXIT_IO
             seen.append(guest.io())
         assert seen == [(1, 0x80, 1, value) for value in b"abcd"]
         assert guest.ram[BUFFER : BUFFER + 4] == b"abcd"
-        assert guest.run() == K.KVM_EXIT_HLT
+        assert guest.run() == kvm.KVM_EXIT_HLT
 
 
 def test_a_guest_without_handlers_shuts_down() -> None:
     with Bare(b"\x0f\x0b") as guest:
-        assert guest.run() == K.KVM_EXIT_SHUTDOWN
+        assert guest.run() == kvm.KVM_EXIT_SHUTDOWN
 
 
 def idt(guest: Bare, handlers: dict[int, int]) -> None:
@@ -114,7 +114,7 @@ def idt(guest: Bare, handlers: dict[int, int]) -> None:
     sregs = guest.sregs()
     sregs.idt.base, sregs.idt.limit = table, 0xFFF
     sregs.gdt.base, sregs.gdt.limit = gdt, 23
-    check(ioctl(guest.vcpus[0], K.KVM_SET_SREGS, sregs))
+    check(ioctl(guest.vcpus[0], kvm.KVM_SET_SREGS, sregs))
 
 
 def test_exceptions_go_through_the_guests_table() -> None:
@@ -133,10 +133,10 @@ def test_exceptions_go_through_the_guests_table() -> None:
         idt(guest, {14: page_fault, 6: invalid})
         values = []
         for _ in range(3):
-            assert guest.run() == K.KVM_EXIT_IO
+            assert guest.run() == kvm.KVM_EXIT_IO
             values.append(guest.io()[3])
         assert values == [0, 0xC000_0000, 0x11]
-        assert guest.run() == K.KVM_EXIT_HLT
+        assert guest.run() == kvm.KVM_EXIT_HLT
 
 
 def test_syscall_and_sysret() -> None:
@@ -148,17 +148,17 @@ def test_syscall_and_sysret() -> None:
         values = {0xC0000081: 8 << 32, 0xC0000082: entry, 0xC0000084: 0x200}
         for place, (index, value) in zip(msrs.entries, values.items(), strict=True):
             place.index, place.data = index, value
-        assert ioctl(guest.vcpus[0], K.KVM_SET_MSRS, msrs) == 3
+        assert ioctl(guest.vcpus[0], kvm.KVM_SET_MSRS, msrs) == 3
         guest.ram[entry : entry + 8] = bytes.fromhex("89c8 66baf803 ef f4")
         idt(guest, {})
-        assert guest.run() == K.KVM_EXIT_IO
+        assert guest.run() == kvm.KVM_EXIT_IO
         assert guest.io()[3] == CODE + 2
 
 
 def test_hypercalls_are_answered() -> None:
     with Bare(bytes.fromhex("b863000000 0f01c1 66baf803 ef b863000000 0f01d9 ef")) as guest:
         for _ in range(2):
-            assert guest.run() == K.KVM_EXIT_IO
+            assert guest.run() == kvm.KVM_EXIT_IO
             assert guest.io()[3] == (-1000) & 0xFFFFFFFF
 
 
@@ -166,7 +166,7 @@ def dirty(guest: Bare, slot: int, pages: int) -> set[int]:
     bitmap = bytearray((pages + 63) // 64 * 8)
     log = ffi.new("struct kvm_dirty_log *", {"slot": slot})
     log.dirty_bitmap = ffi.from_buffer(bitmap)
-    check(ioctl(guest.vm, K.KVM_GET_DIRTY_LOG, log))
+    check(ioctl(guest.vm, kvm.KVM_GET_DIRTY_LOG, log))
     bits = int.from_bytes(bitmap, "little")
     return {page for page in range(pages) if bits >> page & 1}
 
@@ -176,23 +176,23 @@ def test_the_dirty_log_has_each_written_page_once() -> None:
     with Bare(code) as guest:
         guest.set_regs(rbx=BUFFER, rip=CODE, rsp=0x9000, rdx=0)
         pages = len(guest.ram) // 4096
-        guest.set_memory(0, 0, len(guest.ram), K.KVM_MEM_LOG_DIRTY_PAGES)
-        assert guest.run() == K.KVM_EXIT_IO
+        guest.set_memory(0, 0, len(guest.ram), kvm.KVM_MEM_LOG_DIRTY_PAGES)
+        assert guest.run() == kvm.KVM_EXIT_IO
         tables = {1, 2, 3}  # accessed and dirty bits
         assert dirty(guest, 0, pages) - tables == {BUFFER >> 12}
         assert dirty(guest, 0, pages) == set()
-        assert guest.run() == K.KVM_EXIT_IO
+        assert guest.run() == kvm.KVM_EXIT_IO
         assert dirty(guest, 0, pages) - tables == {BUFFER >> 12}
 
 
 def test_a_store_to_read_only_memory_exits() -> None:
     with Bare(bytes.fromhex("8b03 c7031b000000 8b03") + OUT) as guest:
-        guest.set_memory(1, 0x0200_0000, 0x1000, K.KVM_MEM_READONLY, at=BUFFER)
+        guest.set_memory(1, 0x0200_0000, 0x1000, kvm.KVM_MEM_READONLY, at=BUFFER)
         guest.ram[BUFFER : BUFFER + 4] = b"\x11\x22\x33\x44"
         guest.set_regs(rbx=0x0200_0000, rip=CODE, rsp=0x9000)
-        assert guest.run() == K.KVM_EXIT_MMIO
+        assert guest.run() == kvm.KVM_EXIT_MMIO
         assert guest.mmio() == (1, 0x0200_0000, 4, 0x1B)
-        assert guest.run() == K.KVM_EXIT_IO
+        assert guest.run() == kvm.KVM_EXIT_IO
         assert guest.io()[3] == 0x44332211
 
 
@@ -201,19 +201,19 @@ def test_registers_come_back_as_they_were_set() -> None:
         guest.set_regs(rax=1, r15=0x8000_0000_0000_0001, rip=CODE, rsp=0x9000)
         regs = guest.regs()
         regs.rflags = 0xCD7
-        check(ioctl(guest.vcpus[0], K.KVM_SET_REGS, regs))
+        check(ioctl(guest.vcpus[0], kvm.KVM_SET_REGS, regs))
         again = guest.regs()
         assert bytes(ffi.buffer(again)) == bytes(ffi.buffer(regs))
         sregs = guest.sregs()
-        check(ioctl(guest.vcpus[0], K.KVM_SET_SREGS, sregs))
+        check(ioctl(guest.vcpus[0], kvm.KVM_SET_SREGS, sregs))
         assert bytes(ffi.buffer(guest.sregs())) == bytes(ffi.buffer(sregs))
         area = ffi.new("uint8_t[4096]")
-        check(ioctl(guest.vcpus[0], K.KVM_GET_XSAVE, area))
+        check(ioctl(guest.vcpus[0], kvm.KVM_GET_XSAVE, area))
         area[160] = 0x5A
         area[32] = 0x77
-        check(ioctl(guest.vcpus[0], K.KVM_SET_XSAVE, area))
+        check(ioctl(guest.vcpus[0], kvm.KVM_SET_XSAVE, area))
         other = ffi.new("uint8_t[4096]")
-        check(ioctl(guest.vcpus[0], K.KVM_GET_XSAVE, other))
+        check(ioctl(guest.vcpus[0], kvm.KVM_GET_XSAVE, other))
         assert bytes(ffi.buffer(other)) == bytes(ffi.buffer(area))
 
 
@@ -227,9 +227,9 @@ def test_real_mode() -> None:
             segment = getattr(sregs, name)
             segment.base, segment.selector, segment.limit = 0, 0, 0xFFFF
             segment.db = segment.l = segment.g = 0
-        check(ioctl(guest.vcpus[0], K.KVM_SET_SREGS, sregs))
+        check(ioctl(guest.vcpus[0], kvm.KVM_SET_SREGS, sregs))
         guest.set_regs(rip=0x500, rsp=0x8000)
-        assert guest.run() == K.KVM_EXIT_IO
+        assert guest.run() == kvm.KVM_EXIT_IO
         assert guest.io() == (1, 0x3F8, 2, 0x1234)
 
 
@@ -241,15 +241,15 @@ def test_an_int_that_cannot_be_delivered_faults_at_itself() -> None:
         idt(guest, {13: handler})
         values = []
         for _ in range(2):
-            assert guest.run() == K.KVM_EXIT_IO
+            assert guest.run() == kvm.KVM_EXIT_IO
             values.append(guest.io()[3])
         assert values == [0x80 * 8 + 2, CODE]
 
 
 def test_a_tsc_runs_at_the_pace_that_is_set() -> None:
     with Bare(bytes.fromhex("0f31 66baf803 ef f4")) as guest:
-        assert ioctl(guest.vcpus[0], K.KVM_SET_TSC_KHZ, 1_000_000) == 0
-        assert ioctl(guest.vcpus[0], K.KVM_GET_TSC_KHZ) == 1_000_000
+        assert ioctl(guest.vcpus[0], kvm.KVM_SET_TSC_KHZ, 1_000_000) == 0
+        assert ioctl(guest.vcpus[0], kvm.KVM_GET_TSC_KHZ) == 1_000_000
 
 
 def test_flags_that_are_set_are_the_guests() -> None:
@@ -257,6 +257,6 @@ def test_flags_that_are_set_are_the_guests() -> None:
     with Bare(bytes.fromhex("9c 58 66baf803 ef")) as guest:
         regs = guest.regs()
         regs.rflags = 0xCD7
-        check(ioctl(guest.vcpus[0], K.KVM_SET_REGS, regs))
-        assert guest.run() == K.KVM_EXIT_IO
+        check(ioctl(guest.vcpus[0], kvm.KVM_SET_REGS, regs))
+        assert guest.run() == kvm.KVM_EXIT_IO
         assert guest.io()[3] == 0xCD7

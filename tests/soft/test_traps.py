@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.soft.bare import ALIAS, CODE, NX_ALIAS, Bare, K, load, soft
+from tests.soft.bare import ALIAS, CODE, NX_ALIAS, Bare, kvm, load, soft
 
 WHOLE_BLOCKS, PROTECTION, REFUSAL, EARLY_STOP = 1, 2, 4, 8
 KICK = signal.SIGUSR2
@@ -58,7 +58,7 @@ def count_under_kicks(times: int) -> tuple[int, int]:
         try:
             while (answer := guest.run()) == -errno.EINTR:
                 stops += 1
-            assert answer == K.KVM_EXIT_IO
+            assert answer == kvm.KVM_EXIT_IO
         finally:
             done.set()
             kicker.join()
@@ -128,7 +128,7 @@ def run_patched(code: bytes, expected: int) -> list[int]:
         guest.ram[BORDER : BORDER + 6] = returning(1)
         values = []
         for _ in range(expected):
-            assert guest.run() == K.KVM_EXIT_IO
+            assert guest.run() == kvm.KVM_EXIT_IO
             values.append(guest.io()[3])
         return values
 
@@ -171,7 +171,7 @@ def test_lock_is_atomic_between_vcpus() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert answers == [K.KVM_EXIT_IO] * 2
+        assert answers == [kvm.KVM_EXIT_IO] * 2
         assert max(guest.io(cpu)[3] for cpu in range(2)) == 2 * times
         assert struct.unpack_from("<I", guest.ram, COUNTER) == (2 * times,)
 
@@ -212,10 +212,10 @@ def test_code_stored_by_the_host_runs() -> None:
     code = call(FUNCTION) + OUT + call(FUNCTION) + OUT
     with Bare(code) as guest:
         guest.ram[FUNCTION : FUNCTION + 6] = returning(1)
-        assert guest.run() == K.KVM_EXIT_IO
+        assert guest.run() == kvm.KVM_EXIT_IO
         assert guest.io()[3] == 1
         guest.ram[FUNCTION : FUNCTION + 6] = returning(2)
         soft.lib.soft_wrote(guest.vm, soft.ffi.cast("void *", guest.address + FUNCTION), 6)
-        assert guest.run() == K.KVM_EXIT_IO
+        assert guest.run() == kvm.KVM_EXIT_IO
         assert guest.io()[3] == 2
         assert CODE

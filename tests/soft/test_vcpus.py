@@ -8,7 +8,7 @@ import signal
 import struct
 import threading
 
-from tests.soft.bare import Bare, K, soft
+from tests.soft.bare import Bare, kvm, soft
 
 KICK = signal.SIGUSR2
 TIMES = 3000
@@ -34,12 +34,12 @@ def test_exits_and_kicks_of_several_vcpus() -> None:
             answer = guest.run(cpu)
             if answer == -errno.EINTR:
                 kicked[cpu] += 1
-            elif answer == K.KVM_EXIT_MMIO:
+            elif answer == kvm.KVM_EXIT_MMIO:
                 assert guest.mmio(cpu)[:3] == (0, 0xD000_0000 + 0x1000 * cpu, 4)
                 reads += 1
                 guest.answer_mmio(reads * (cpu + 1), cpu)
             else:
-                assert answer == K.KVM_EXIT_IO
+                assert answer == kvm.KVM_EXIT_IO
                 assert reads == TIMES
                 sums[cpu] = guest.io(cpu)[3]
                 del idents[cpu]

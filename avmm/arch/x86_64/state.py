@@ -218,8 +218,8 @@ def _offered(system: X86System, vcpu: X86Vcpu) -> list[features.Leaf]:
 
 
 _shown: Final[dict[str, list[features.Leaf]]] = {}
-"""The answer of the first call on each engine is kept. It is used only to compare features, which are the same
-for all vCPUs of a host.
+"""The answer of the first call on each engine is kept. It is used only to compare features,
+which are the same for all vCPUs of a host.
 """
 
 
