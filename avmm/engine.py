@@ -33,7 +33,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Final
 
-from avmm.errors import AvmmError, ConfigError
+from avmm.errors import ConfigError, EngineUnavailable
 from avmm.kvm import KvmUnavailable
 
 if TYPE_CHECKING:
@@ -56,10 +56,6 @@ _REFUSES: Final = (
 logger = logging.getLogger(__name__)
 
 
-class EngineUnavailable(AvmmError):
-    """The software engine cannot be used here. The text says why, and what to install."""
-
-
 def opened(kind: AnyArchitecture, choice: str, *, is_kernel: bool = False) -> System:
     """Open the engine `choice`. Blocks: the software engine is loaded when it is first opened.
 
@@ -74,10 +70,12 @@ def opened(kind: AnyArchitecture, choice: str, *, is_kernel: bool = False) -> Sy
         choice = _by_environment()
     if choice == SOFT:
         return software(kind)
+    system: System
     if choice == KVM:
-        return kind.open_system()
+        system = kind.open_system()
+        return system
     try:
-        system: System = kind.open_system()
+        system = kind.open_system()
     except KvmUnavailable as error:
         return _instead_of(kind, error)
     if not is_kernel or not (why := _why_not(kind, system)):

@@ -16,7 +16,7 @@ from support.commands import PROMPT, Command
 from support.engines import open_system
 from support.leftovers import resources
 
-from avmm.engine import EngineUnavailable
+from avmm.errors import EngineUnavailable
 from avmm.kvm import KvmUnavailable
 
 pytest_plugins = ["lab.plugin", "support.booting"]

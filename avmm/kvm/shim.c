@@ -90,7 +90,7 @@ struct engine {
 };
 static struct engine other;
 
-static void avmm_engine_set(void *is, void *call, void *close_, void *kicked)
+static void avmm_engine_set(uint64_t is, uint64_t call, uint64_t close_, uint64_t kicked)
 {
     other.call = (int (*)(int, unsigned long, void *))call;
     other.close = (int (*)(int))close_;

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from avmm.kvm._kvm import ffi, lib
+from avmm.kvm._kvm import lib
 from avmm.kvm.errors import KvmError, too_old, unavailable
 from avmm.kvm.handle import Capability, Handle
 from avmm.kvm.vm import Vm
@@ -37,7 +37,7 @@ class System(Handle, ABC):
     def __init__(self, path: str = "/dev/kvm", engine: Callable[[], int] | None = None) -> None:
         """`engine` opens another engine's descriptor instead of /dev/kvm."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if engine is None else engine()
+            fd = engine() if engine else os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise unavailable(path, error.errno or errno.EIO) from None
         super().__init__(fd)
@@ -71,4 +71,4 @@ class System(Handle, ABC):
 def use_engine(is_its: int, call: int, close: int, kicked: int) -> None:
     """Let another engine answer for its own descriptors. These are the addresses of its C
     functions (avmm/soft/native/soft.h); they stay in use until the process ends."""
-    lib.avmm_engine_set(*(ffi.cast("void *", each) for each in (is_its, call, close, kicked)))
+    lib.avmm_engine_set(is_its, call, close, kicked)

@@ -350,7 +350,7 @@ class Lib:
         self, arg0: AvmmRamPointer | AvmmRamArray, arg1: Uint64Pointer | Uint64Array, /
     ) -> None: ...
     def avmm_ram_watch(
-        self, arg0: AvmmRamPointer | AvmmRamArray, arg1: Address, arg2: int, /
+        self, arg0: AvmmRamPointer | AvmmRamArray, arg1: int, arg2: int, /
     ) -> None: ...
     def avmm_ram_wrote(
         self, arg0: AvmmRamPointer | AvmmRamArray, arg1: int, arg2: int, /

@@ -119,7 +119,8 @@ def text(module: StubModule) -> str:
     # cffi has no public access to the declarations that it has parsed. Only a compiled module
     # shows them, and only for its own platform.
     declared: Mapping[str, tuple[Any, int]] = vars(vars(builder)["_parser"])["_declarations"]
-    return "".join(line + "\n" for line in _Stub(module, declared).lines())
+    lines = "".join(line + "\n" for line in _Stub(module, declared).lines())
+    return lines if "(TypedDict" in lines else lines.replace(" TypedDict,", "", 1)
 
 
 class _Stub:

@@ -140,7 +140,7 @@ static void avmm_ram_log(struct avmm_ram *ram, uint64_t *dirty)
 
 /* Tell `watcher` of all that the host writes from now on, or nobody if it is NULL: where in the
  * host's memory, and how many bytes. It is called in any thread. Call this while nobody writes. */
-static void avmm_ram_watch(struct avmm_ram *ram, void *watcher, int watching)
+static void avmm_ram_watch(struct avmm_ram *ram, uint64_t watcher, int watching)
 {
     ram->watching = watching;
     ram->watcher = (void (*)(int, const void *, uint64_t))watcher;

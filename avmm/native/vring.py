@@ -59,7 +59,7 @@ class RamTable:
     def watch(self, watcher: int, watching: int) -> None:
         """Call the C function at the address `watcher` whenever the host has written to RAM, with
         `watching`, where, and how many bytes. 0 stops that."""
-        lib.avmm_ram_watch(self.struct, ffi.cast("void *", watcher), watching)
+        lib.avmm_ram_watch(self.struct, watcher, watching)
 
     def wrote(self, offset: int, length: int) -> None:
         """The host has written these bytes of RAM as a whole. Any thread."""

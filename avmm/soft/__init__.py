@@ -13,7 +13,7 @@ import importlib.util
 from pathlib import Path
 from typing import Final
 
-from avmm.engine import EngineUnavailable
+from avmm.errors import EngineUnavailable
 from avmm.kvm import use_engine
 
 ARCHITECTURES: Final = ("x86_64",)
@@ -28,11 +28,11 @@ def opened() -> int:
     from avmm.soft._soft import ffi, lib  # noqa: PLC0415 - only where the engine is used
 
     why = ffi.new("char[]", _WHY_BYTES)
-    if lib.soft_load(bytes(_library()), why, len(why)):
-        text = ffi.string(why).decode(errors="replace")
+    path = ffi.from_buffer(bytes(_library()) + b"\0")
+    if lib.soft_load(path, why, len(why)):
+        text = bytes(ffi.buffer(why)).partition(b"\0")[0].decode(errors="replace")
         raise EngineUnavailable(f"the software engine: {text}")
-    names = ("soft_is", "soft_ioctl", "soft_close", "soft_kicked")
-    use_engine(*(int(ffi.cast("uintptr_t", ffi.addressof(lib, name))) for name in names))
+    use_engine(*(lib.soft_function(number) for number in range(4)))
     fd: int = lib.soft_open()
     if fd < 0:
         raise OSError(-fd, "the software engine cannot be opened")
@@ -41,9 +41,9 @@ def opened() -> int:
 
 def watcher() -> int:
     """The address of the function that wants to know what the host writes to guest memory."""
-    from avmm.soft._soft import ffi, lib  # noqa: PLC0415 - only where the engine is used
+    from avmm.soft._soft import lib  # noqa: PLC0415 - only where the engine is used
 
-    return int(ffi.cast("uintptr_t", ffi.addressof(lib, "soft_wrote")))
+    return lib.soft_function(4)
 
 
 def _library() -> Path:

@@ -5,4 +5,5 @@ int soft_close(int fd);
 int soft_is(int fd);
 void soft_kicked(void);
 void soft_wrote(int vm, const void *host, uint64_t length);
+uint64_t soft_function(int number);
 void soft_take_away(unsigned cures);

@@ -581,3 +581,9 @@ EXPORT void soft_wrote(int fd, const void *host, uint64_t length)
     if (e && e->kind == VM && length)
         soft_memory_wrote(e->object, host, length);
 }
+
+EXPORT uint64_t soft_function(int number)
+{
+    void *functions[] = { soft_is, soft_ioctl, soft_close, soft_kicked, soft_wrote };
+    return (uintptr_t)functions[number];
+}

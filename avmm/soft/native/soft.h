@@ -35,6 +35,9 @@ void soft_kicked(void);
  * it does not wait. */
 void soft_wrote(int vm, const void *host, uint64_t length);
 
+/* The addresses of soft_is, soft_ioctl, soft_close, soft_kicked and soft_wrote, by number from 0. */
+uint64_t soft_function(int number);
+
 /* For tests: which cures of the library's traps are taken away (engine.h). */
 void soft_take_away(unsigned cures);
 
