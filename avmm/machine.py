@@ -138,6 +138,12 @@ class Machine:
             return self._use("config").config
         return self._config
 
+    @property
+    def engine(self) -> str:
+        """What runs the guest: "kvm", or "soft" (`avmm.engine`). Raises `RunstateError` before
+        that is known."""
+        return self._use("config").config.engine
+
     # The following can be used while the block is run. Before and after, they raise
     # `RunstateError`.
 

@@ -284,10 +284,12 @@ class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
     # -- for experiments -----------------------------------------------------------------------
 
     @abstractmethod
-    def probes(self, origin: int, port: int, window: int, register: int) -> list[Probe]:
+    def probes(
+        self, system: SystemT, origin: int, port: int, window: int, register: int
+    ) -> list[Probe]:
         """Guests of one instruction, loaded at `origin`. There is one for each kind of access that
         leaves the guest: to the I/O port `port`, to the two pages of MMIO at `window`, to the
-        processor's register `register`, and by hypercalls. Raises `KvmUnavailable`.
+        processor's register `register`, and by hypercalls.
         """
 
     @abstractmethod

@@ -27,7 +27,7 @@ COMMANDS: Final = {
     "receive": "Wait for a guest from another process, and run it from where it was.",
     "ctl": "Steer a running guest: pause, snapshot, migrate and more.",
     "image": "Make guests from a distribution's packages.",
-    "doctor": "Show what this host's KVM offers, what avmm uses of it, and whether avmm works "
+    "doctor": "Show what this host's KVM and the software engine offer, and whether avmm works "
     "here.",
     "bench": "Measure avmm, always compared with a baseline from the same run.",
 }

@@ -48,8 +48,6 @@ runs as pages.
 class MachineState(Fields, version=STATE_VERSION):
     """What `Parts.save` returns."""
 
-    engine = OrMissing(OneOf(*engine.NAMES))
-    """The engine whose state it is. Missing: KVM's."""
     memory_size = U64
     vcpus = ListOf(MAPPING)
     vm = MAPPING
@@ -58,6 +56,8 @@ class MachineState(Fields, version=STATE_VERSION):
     """Runs of RAM, as (GPA, contents)."""
     lines = OrMissing(ListOf(Row(U32, U64), most=_MOST_LEVELS))
     """[interrupt, a bit for each of its lines that is asserted] of each level-triggered input."""
+    engine = OrMissing(OneOf(*engine.NAMES))
+    """The engine whose state it is. Missing: KVM's."""
 
 
 def engine_of(state: object) -> str:

@@ -259,8 +259,8 @@ class Exits:
 _REFUSED: Final = (
     "  KVM's emulator does not support this instruction. An ordinary KVM emulates only\n"
     "  instructions that access devices. A KVM that interprets ring 0 (see `avmm doctor`)\n"
-    "  emulates all that a kernel does: there, the guest needs a kernel that was built without\n"
-    "  this instruction."
+    "  emulates all that a kernel does: there, run the guest on the software engine\n"
+    "  (`--engine soft`), or build its kernel without this instruction."
 )
 
 

@@ -93,12 +93,14 @@ async def test_an_uncompleted_hypercall_of_xens_is_lost_and_repeated() -> None:
 @pytest.fixture
 def no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
     there = X86System.__init__
-    monkeypatch.setattr(X86System, "__init__", lambda system: there(system, "/nowhere/kvm"))
+    monkeypatch.setattr(
+        X86System, "__init__", lambda system, engine=None: there(system, "/nowhere/kvm", engine)
+    )
 
 
 @pytest.mark.usefixtures("no_kvm")
 def test_without_kvm_programs_are_told_for_each_shape() -> None:
-    done = CliRunner().invoke(doctor.command, ["--completion", "--json"])
+    done = CliRunner().invoke(doctor.command, ["--completion", "--json", "--engine", "kvm"])
     assert done.exit_code == 1
     findings = json.loads(done.stdout)
     assert [finding["access"] for finding in findings] == list(arch.host().probe_names)
@@ -108,7 +110,7 @@ def test_without_kvm_programs_are_told_for_each_shape() -> None:
 
 @pytest.mark.usefixtures("no_kvm")
 def test_without_kvm_people_are_told_once() -> None:
-    done = CliRunner().invoke(doctor.command, ["--completion"])
+    done = CliRunner().invoke(doctor.command, ["--completion", "--engine", "kvm"])
     assert done.exit_code == 1
     assert done.stdout.startswith("problem        open /nowhere/kvm failed")
     assert done.stdout.count("/nowhere/kvm") == 1

@@ -141,8 +141,10 @@ class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the archi
             setattr(registers, name, value)
         vcpu.set_regs(registers)
 
-    def probes(self, origin: int, port: int, window: int, register: int) -> list[Probe]:
-        return probes.probes(origin, port, window, register)
+    def probes(
+        self, system: X86System, origin: int, port: int, window: int, register: int
+    ) -> list[Probe]:
+        return probes.probes(system, origin, port, window, register)
 
 
 ARCHITECTURE: Final = X86_64()
