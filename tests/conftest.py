@@ -19,7 +19,7 @@ from support.leftovers import resources
 from avmm.errors import EngineUnavailable
 from avmm.kvm import KvmUnavailable
 
-pytest_plugins = ["lab.plugin", "support.booting"]
+pytest_plugins = ["lab.plugin", "support.booting", "support.stock"]
 
 # How long an example takes is the host's matter.
 settings.register_profile("avmm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
