@@ -80,8 +80,6 @@ class _Net(Fields):
 class _Description(Fields, version=2):
     state = U32
     """The version of the state that goes with it."""
-    engine = OrMissing(OneOf(*engine.NAMES))
-    """The engine on which the guest runs. Missing: KVM."""
     settings = MappingOf(_TOLD, ANYTHING)
     """`MachineConfig` checks the values."""
     disks = ListOf(Nested(_Disk, "a disk"))
@@ -93,6 +91,8 @@ class _Description(Fields, version=2):
     devices = ListOf(Row(Text(), OneOf("pio", "mmio", "msr"), U64, U64, OrNone(U32)))
     levels = OrMissing(ListOf(U32))
     """The interrupts that are level-triggered, in the order of their devices."""
+    engine = OrMissing(OneOf(*engine.NAMES))
+    """The engine on which the guest runs. Missing: KVM."""
 
 
 def describe(

@@ -273,9 +273,12 @@ def test_a_closed_handle_is_closed_once_and_refuses(
 
 
 def test_a_closed_vcpu_has_no_kvm_run(vcpu: X86Vcpu) -> None:
-    assert "kvm-vcpu" in Path("/proc/self/maps").read_text()
+    def mappings() -> int:  # the software engine has one of its own until the VM is closed
+        return Path("/proc/self/maps").read_text().count("-vcpu")
+
+    before = mappings()
     vcpu.close()
-    assert "kvm-vcpu" not in Path("/proc/self/maps").read_text()
+    assert mappings() == before - 1
     assert not vcpu.page.struct
     assert vcpu.run() == -errno.EBADF
 

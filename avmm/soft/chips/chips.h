@@ -56,6 +56,9 @@ struct soft_chips_host {
 struct soft_chips *soft_chips_create(const struct soft_chips_host *host);
 /* Ends its thread. Nobody may be in here any more, and no callback comes later. */
 void soft_chips_destroy(struct soft_chips *c);
+/* In a forked child, which has no thread of them: close the descriptors that it has inherited. The
+ * parent does not notice. Nothing else may be called afterwards. */
+void soft_chips_let_go(struct soft_chips *c);
 /* vCPU `cpu` exists from now on. It has a LAPIC (APIC id `cpu`, number 0 is the BSP) if there is an
  * irqchip. Its TSC runs with the reference TSC. */
 int soft_chips_add_cpu(struct soft_chips *c, int cpu);

@@ -290,6 +290,21 @@ void chips_thread_arm(struct soft_chips *c)
     timerfd_settime(c->timer, TFD_TIMER_ABSTIME, &t, NULL);
 }
 
+void soft_chips_let_go(struct soft_chips *c)
+{
+    if (c->threaded) {
+        close(c->stop);
+        close(c->timer);
+    }
+    for (struct irqfd *f = c->irqfds; f; f = f->next) {
+        close(f->fd);
+        if (f->resample >= 0)
+            close(f->resample);
+    }
+    if (c->epoll >= 0)
+        close(c->epoll);
+}
+
 void chips_thread_end(struct soft_chips *c)
 {
     if (c->threaded) {

@@ -5,6 +5,7 @@
 #include "chips_glue.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -101,6 +102,15 @@ static void free_vm(struct vm *vm)
     free(vm);
 }
 
+/* In a forked child. What only takes memory stays: a lock may be held by a thread that is not
+ * there. */
+static void let_go(struct vm *vm)
+{
+    soft_glue_let_go(vm);
+    for (int i = 0; i < vm->doorbell_count; i++)
+        close(vm->doorbells[i].fd);
+}
+
 EXPORT int soft_close(int fd)
 {
     struct entry *e = entry_of(fd);
@@ -109,6 +119,10 @@ EXPORT int soft_close(int fd)
     struct vm *vm = e->kind == VM ? e->object
                     : e->kind == VCPU ? ((struct vcpu *)e->object)->vm : NULL;
     if (vm && vm->pid != getpid()) {
+        if (e->kind == VM)
+            let_go(vm);
+        else
+            munmap(((struct vcpu *)e->object)->run, RUN_SIZE);
         e->kind = 0;
         return close(fd);
     }
@@ -258,7 +272,7 @@ static int set_doorbell(struct vm *vm, const struct kvm_ioeventfd *e)
         return -ENOENT;
     if (vm->doorbell_count == MOST_DOORBELLS)
         return -ENOSPC;
-    int own = dup(e->fd);               /* the caller may close its own */
+    int own = fcntl(e->fd, F_DUPFD_CLOEXEC, 3);     /* the caller may close its own */
     if (own < 0)
         return -errno;
     vm->doorbells[vm->doorbell_count++] =
@@ -465,7 +479,14 @@ static int translate(struct vcpu *v, struct kvm_translation *t)
 {
     uint32_t attrs = 0;
     soft_engine_load(v);
+    sigjmp_buf guard;
+    if (sigsetjmp(guard, 1)) {
+        soft_guard = NULL;
+        return -EFAULT;
+    }
+    soft_guard = &guard;
     uint64_t page = lib.debug_physical(v->vm->cpu, t->linear_address, &attrs);
+    soft_guard = NULL;
     t->valid = page != ~0ULL;
     t->physical_address = (page & ~(uint64_t)(PAGE - 1)) | t->linear_address % PAGE;
     t->writeable = 1;
@@ -507,7 +528,7 @@ static int set_tsc_khz(struct vcpu *v, uint64_t khz)
 {
     if (khz == 0)
         khz = v->vm->tsc_khz;
-    if (khz >> 32)
+    if (khz < 1000 || khz >> 32)        /* no processor is as slow as that */
         return -EINVAL;
     if (khz != v->tsc_khz)
         soft_set_tsc_khz(v, khz);

@@ -18,14 +18,20 @@ static void kick(void *owner, int cpu)
 static int write_guest(void *owner, uint64_t gpa, const void *data, size_t size)
 {
     struct vm *vm = owner;
-    int had_turn = soft_turn_is_ours(vm), answer = -EFAULT;
+    int had_turn = soft_turn_is_ours(vm);
+    volatile int answer = -EFAULT;
     if (!had_turn)
         soft_turn_take(vm, 1);
     struct slot *s = soft_slot_at(vm, gpa);
     if (s && gpa - s->gpa + size <= s->size) {
-        memcpy(s->host + (gpa - s->gpa), data, size);
-        soft_memory_mark(s, gpa - s->gpa, size);
-        answer = 0;
+        sigjmp_buf guard;
+        if (!sigsetjmp(guard, 1)) {
+            soft_guard = &guard;
+            memcpy(s->host + (gpa - s->gpa), data, size);
+            soft_memory_mark(s, gpa - s->gpa, size);
+            answer = 0;
+        }
+        soft_guard = NULL;
     }
     if (!had_turn)
         soft_turn_give(vm);
@@ -44,6 +50,11 @@ void soft_glue_free(struct vm *vm)
 {
     if (vm->chips)
         soft_chips_destroy(vm->chips);
+}
+
+void soft_glue_let_go(struct vm *vm)
+{
+    soft_chips_let_go(vm->chips);
 }
 
 int soft_glue_vcpu_new(struct vcpu *v)

@@ -32,6 +32,7 @@ int soft_glue_vcpu_ioctl(struct vcpu *v, unsigned long request, void *argument);
 int soft_glue_vcpu_new(struct vcpu *v);
 void soft_glue_vcpu_free(struct vcpu *v);
 void soft_glue_free(struct vm *vm);
+void soft_glue_let_go(struct vm *vm);
 
 int soft_hypercall(struct vcpu *v);     /* returns 0 if the instruction is none */
 void soft_hypercall_answered(struct vcpu *v);

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 __thread struct vcpu *now;
@@ -230,6 +231,54 @@ bool soft_between_blocks(struct vcpu *v)
     return false;
 }
 
+/* Guest memory can be a file that somebody has cut off: then the kernel has no page for an access,
+ * and sends SIGBUS. KVM_RUN returns -EFAULT in that case, and so does this. */
+
+static struct sigaction other_fault;
+
+__thread sigjmp_buf *soft_guard;
+
+static int is_guests(struct vm *vm, uint8_t *host)
+{
+    for (int i = 0; i < MOST_SLOTS; i++)
+        if (vm->slots[i].size && (uint64_t)(host - vm->slots[i].host) < vm->slots[i].size)
+            return 1;
+    return 0;
+}
+
+static void fault(int signal, siginfo_t *info, void *context)
+{
+    struct vcpu *v = now;
+    if (soft_guard)
+        siglongjmp(*soft_guard, 1);     /* which brings the signal mask back, too */
+    if (v && is_guests(v->vm, info->si_addr)) {
+        sigset_t this;
+        sigemptyset(&this);
+        sigaddset(&this, signal);
+        pthread_sigmask(SIG_UNBLOCK, &this, NULL);
+        v->lacks_memory = 1;
+        soft_leave(v, KVM_EXIT_INTERNAL_ERROR,
+#ifdef __x86_64__
+                   ((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP]
+#else
+                   0
+#endif
+        );
+    }
+    if (other_fault.sa_flags & SA_SIGINFO)
+        other_fault.sa_sigaction(signal, info, context);
+    else if (other_fault.sa_handler != SIG_DFL && other_fault.sa_handler != SIG_IGN)
+        other_fault.sa_handler(signal);
+    else
+        sigaction(signal, &other_fault, NULL);      /* the access is made again, and ends us */
+}
+
+void soft_catch_faults(void)
+{
+    struct sigaction ours = { .sa_sigaction = fault, .sa_flags = SA_SIGINFO | SA_ONSTACK };
+    sigaction(SIGBUS, &ours, &other_fault);
+}
+
 /* One stay in the guest. */
 static void execute(struct vcpu *v)
 {
@@ -322,7 +371,7 @@ static int exits(struct vcpu *v)
     return 0;
 }
 
-/* Returns 0 with an exit in kvm_run, or -EINTR. */
+/* Returns 0 with an exit in kvm_run, -EINTR, or -EFAULT. */
 static int run(struct vcpu *v)
 {
     struct vm *vm = v->vm;
@@ -353,6 +402,11 @@ static int run(struct vcpu *v)
         if (v->exit_reason == KVM_EXIT_HLT && vm->has_chips) {
             v->mp_state = KVM_MP_STATE_HALTED;
             v->exit_reason = 0;
+        }
+        if (v->lacks_memory) {
+            v->lacks_memory = v->exit_reason = 0;
+            soft_turn_give(vm);
+            return -EFAULT;
         }
         int left = v->exit_reason != 0 ? (exits(v), 1) : 0;
         soft_turn_give(vm);

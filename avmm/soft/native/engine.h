@@ -11,6 +11,7 @@
 
 #include <linux/kvm.h>
 #include <pthread.h>
+#include <setjmp.h>
 #include <stdatomic.h>
 
 enum { UC_ARCH_X86 = 4, UC_MODE_64 = 8, UC_USE_EXITS = 4 | 1 << 26 | 1 << 30, UC_ALL = 7,
@@ -67,6 +68,7 @@ struct vcpu {
     enum { NOTHING, ACCESS_PENDING, HYPERCALL_PENDING } pending;
 
     int exit_reason;            /* what the guest has just left with; 0: nothing */
+    int lacks_memory;           /* the host could not provide a page that the guest has touched */
     int stop;                   /* leave when the instruction in hand is done */
     uint64_t interrupted_eip;   /* of an INT instruction, before the library moves RIP past it */
     _Atomic uint32_t wake;      /* a futex: changed whenever a sleeping vCPU has to look again */
@@ -131,6 +133,11 @@ void soft_leave(struct vcpu *v, int reason, uintptr_t from) __attribute__((noret
 bool soft_between_blocks(struct vcpu *v);
 uint64_t soft_get_cr8(struct vcpu *v);
 void soft_set_cr8(struct vcpu *v, uint64_t value);
+
+void soft_catch_faults(void);
+/* Where to go on if the host cannot provide a page of guest memory that this thread touches outside
+ * of the guest: sigsetjmp's buffer, set around the access; NULL: nowhere. */
+extern __thread sigjmp_buf *soft_guard;
 
 /* turn.c */
 void soft_turn_take(struct vm *vm, int at_once);

@@ -74,6 +74,8 @@ int soft_load(const char *library, char *why, size_t size)
         if (!answer)
             answer = verify(why, size);
         if (!answer)
+            soft_catch_faults();
+        if (!answer)
             __atomic_store_n(&ready, 1, __ATOMIC_RELEASE);
     }
     pthread_mutex_unlock(&once);
