@@ -139,20 +139,24 @@ def test_exceptions_go_through_the_guests_table() -> None:
         assert guest.run() == kvm.KVM_EXIT_HLT
 
 
-def test_syscall_and_sysret() -> None:
+@pytest.mark.parametrize("mask", [0x200, 0x201])
+def test_syscall_gives_the_address_and_the_flags(mask: int) -> None:
+    """RCX has the next instruction, and the flags in FMASK are cleared: here carry, or not."""
     entry = 0x11_0000
-    # STAR, LSTAR and FMASK by wrmsr would need more code: KVM_SET_MSRS does it
-    code = bytes.fromhex("0f05 4889c8 ef f4")
+    code = bytes.fromhex("b0ff 0401 0f05")  # mov al, 0xff; add al, 1; syscall
     with Bare(code) as guest:
         msrs = ffi.new("struct kvm_msrs *", {"nmsrs": 3, "entries": 3})
-        values = {0xC0000081: 8 << 32, 0xC0000082: entry, 0xC0000084: 0x200}
+        values = {0xC0000081: 8 << 32, 0xC0000082: entry, 0xC0000084: mask}
         for place, (index, value) in zip(msrs.entries, values.items(), strict=True):
             place.index, place.data = index, value
         assert ioctl(guest.vcpus[0], kvm.KVM_SET_MSRS, msrs) == 3
-        guest.ram[entry : entry + 8] = bytes.fromhex("89c8 66baf803 ef f4")
+        # setc bl; mov eax, ecx; mov dx, 0x3f8; out dx, eax; mov al, bl; out dx, al
+        guest.ram[entry : entry + 13] = bytes.fromhex("0f92c3 89c8 66baf803 ef 88d8 ee")
         idt(guest, {})
         assert guest.run() == kvm.KVM_EXIT_IO
-        assert guest.io()[3] == CODE + 2
+        assert guest.io()[3] == CODE + len(code)
+        assert guest.run() == kvm.KVM_EXIT_IO
+        assert guest.io()[3] == (mask == 0x200)
 
 
 def test_hypercalls_are_answered() -> None:
@@ -260,3 +264,28 @@ def test_flags_that_are_set_are_the_guests() -> None:
         check(ioctl(guest.vcpus[0], kvm.KVM_SET_REGS, regs))
         assert guest.run() == kvm.KVM_EXIT_IO
         assert guest.io()[3] == 0xCD7
+
+
+@pytest.mark.parametrize(
+    ("limit", "bits", "reason"),
+    [(0x67, 0, 13), (0x2067, 0, None), (0x2067, 0x08, 13), (0x67 + 0x7F, 0, 13)],
+    ids=["no bitmap", "allowed", "refused by a bit", "the bitmap ends before it"],
+)
+def test_ports_in_ring_3_are_those_of_the_tasks_bitmap(
+    limit: int, bits: int, reason: int | None
+) -> None:
+    """Intel SDM 1, 19.5.2: each byte of the access has a bit; none behind its end."""
+    protection, task = 0x11_0000, 0x12_0000
+    with Bare(bytes.fromhex("66baf803 b807000000 ef")) as guest:
+        guest.ram[protection : protection + 10] = bytes.fromhex("b80d000000 66baf803 ef")
+        idt(guest, {13: protection})
+        guest.ram[task + 4 : task + 12] = struct.pack("<Q", 0x8F00)
+        guest.ram[task + 102 : task + 104] = struct.pack("<H", 0x68)
+        guest.ram[task + 0x68 + 0x3F8 // 8] = bits
+        sregs = guest.sregs()
+        for segment in (sregs.cs, sregs.ss):
+            segment.dpl, segment.selector = 3, segment.selector | 3
+        sregs.tr.base, sregs.tr.limit, sregs.tr.type, sregs.tr.present = task, limit, 11, 1
+        check(ioctl(guest.vcpus[0], kvm.KVM_SET_SREGS, sregs))
+        assert guest.run() == kvm.KVM_EXIT_IO
+        assert guest.io()[3] == (7 if reason is None else reason)

@@ -8,7 +8,7 @@ import signal
 import struct
 import threading
 
-from tests.soft.bare import Bare, kvm, soft
+from tests.soft.bare import ALIAS, CODE, STACK, TABLES, Bare, check, ioctl, kvm, soft
 
 KICK = signal.SIGUSR2
 TIMES = 3000
@@ -67,3 +67,31 @@ def test_exits_and_kicks_of_several_vcpus() -> None:
         signal.signal(KICK, before)
     assert sums == [TIMES * (TIMES + 1) // 2 * (cpu + 1) for cpu in range(3)]
     assert any(kicked)
+
+
+def test_each_vcpu_has_its_own_address_space() -> None:
+    """The same address is another page for each of them, turn by turn."""
+    code = bytes.fromhex("66baf803 8b03 ef ebfb")  # 1: mov eax, [rbx]; out dx, eax; jmp 1b
+    table, pages = 0x80_0000, [0x40_0000, 0x41_0000]
+    with Bare(code, cpus=2) as guest:
+        for level in range(4):  # its tables down to one page
+            entry = pages[1] if level == 3 else table + 0x1000 * (level + 1)
+            place = table + 0x1000 * level
+            index = 1 if level == 1 else 0
+            guest.ram[place : place + 4096] = bytes(4096)
+            guest.ram[place + 8 * index : place + 8 * index + 8] = struct.pack("<Q", entry | 7)
+        low = TABLES + 0x2000 | 7  # where the code is, as for the other
+        guest.ram[table + 0x1000 : table + 0x1008] = struct.pack("<Q", low)
+        first = TABLES + 0x5000  # the other's page at that address
+        guest.ram[first : first + 8] = struct.pack("<Q", pages[0] | 7)
+        for cpu, page in enumerate(pages):
+            guest.ram[page : page + 4] = struct.pack("<I", 0x100 + cpu)
+            guest.set_regs(cpu, rbx=ALIAS, rip=CODE, rsp=STACK)
+        sregs = guest.sregs(1)
+        sregs.cr3 = table
+        check(ioctl(guest.vcpus[1], kvm.KVM_SET_SREGS, sregs))
+        seen = []
+        for turn in range(12):
+            assert guest.run(turn % 2) == kvm.KVM_EXIT_IO
+            seen.append(guest.io(turn % 2)[3])
+        assert seen == [0x100, 0x101] * 6
