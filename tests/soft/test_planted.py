@@ -133,11 +133,7 @@ BUGS: Final = {
     ),
 }
 """By what goes wrong."""
-SAMPLE: Final = (
-    "an access that was answered is made again",
-    "a stop is honoured with an exit in hand",
-    "code that the host has changed runs on",
-)
+SAMPLE: Final = "an access that was answered is made again"
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +184,7 @@ def run(library: Path, tests: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_without_a_bug_all_of_them_pass(objects: Path) -> None:
     done = run(linked(objects), f"{EXITS} {TRAPS} {VCPUS} {TORTURE}")
@@ -196,7 +193,7 @@ def test_without_a_bug_all_of_them_pass(objects: Path) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "name", [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.slow) for n in BUGS]
+    "name", [n if n == SAMPLE else pytest.param(n, marks=pytest.mark.slow) for n in BUGS]
 )
 def test_a_planted_bug_is_found(objects: Path, tmp_path: Path, name: str) -> None:
     bug = BUGS[name]
