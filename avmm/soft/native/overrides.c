@@ -100,6 +100,16 @@ OVERRIDE void tlb_protect_code_x86_64(void *uc, uint64_t ram)
                         PAGE);
 }
 
+/* After each block that it translates, the library looks through the whole TLB for entries of the
+ * block's page that are dirty, by the virtual address. The two cures leave none: the page's first
+ * block has protected it under every address, and since then no entry has become dirty. */
+OVERRIDE void tlb_reset_dirty_by_vaddr_x86_64(void *cpu, uint64_t start, uint64_t length)
+{
+    struct vcpu *v = now;
+    if (!v || v->vm->cpu != cpu || soft_without & (WITHOUT_PROTECTION | WITHOUT_REFUSAL))
+        lib.tlb_reset_dirty_by_vaddr(cpu, start, length);
+}
+
 OVERRIDE void tlb_unprotect_code_x86_64(void *uc, uint64_t ram)
 {
     struct vcpu *v = mine(uc);
