@@ -109,6 +109,10 @@ struct vm {
  * only, so another user of the library in this process keeps the library as it is. */
 extern __thread struct vcpu *now;
 
+/* Of `now`, what each block looks at: together, so that it takes few steps. `uc` is NULL outside. */
+struct glance { void *uc; _Atomic uint32_t *attention; };
+extern __thread struct glance soft_glance;
+
 static inline void *env_of(struct vcpu *v)
 {
     return v->vm->loaded == v ? v->vm->env : v->state;

@@ -43,13 +43,14 @@ OVERRIDE void check_exit_request_x86_64(void *context)
  * clears it, so a stop is not lost however early it comes (trap 4). */
 OVERRIDE void helper_check_exit_request_x86_64(void *uc, uint32_t in_delay_slot)
 {
-    struct vcpu *v = now;
-    if (!v || v->vm->uc != uc) {
+    struct glance *g = &soft_glance;
+    if (__builtin_expect(g->uc != uc, 0)) {
         lib.check(uc, in_delay_slot);
         return;
     }
-    if (__builtin_expect(!atomic_load_explicit(&v->vm->attention, memory_order_relaxed), 1))
+    if (__builtin_expect(!atomic_load_explicit(g->attention, memory_order_relaxed), 1))
         return;
+    struct vcpu *v = now;
     if (v->replay == REPLAY_ARMED) {
         v->replay = REPLAY_RUNS;        /* the instruction in hand; the next block is too far */
         return;
