@@ -184,6 +184,7 @@ void soft_cpuid(struct vcpu *v, uint32_t leaf, uint32_t index, uint32_t out[4]);
 void soft_cpuid_features(void *env);
 uint64_t soft_tsc(struct vcpu *v);
 void soft_set_tsc_khz(struct vcpu *v, uint64_t khz);
+void soft_tsc_begin(void);
 uint64_t soft_host_tsc_khz(void);
 
 #endif
