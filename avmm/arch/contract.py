@@ -296,6 +296,11 @@ class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
     def set_registers(self, vcpu: VcpuT, values: Mapping[str, int]) -> None:
         """Set the general registers with these names. The others stay as they are."""
 
+    @abstractmethod
+    def unpacked_kernel(self, kernel: Path) -> bytes:
+        """The ELF file inside a compressed kernel, for VMMs that take no other, or the file itself
+        if it is not compressed. Raises `ImageError`."""
+
     probe_names: Sequence[str]
     """The names of all probes. They are known even if there is no KVM."""
     probe_end: bytes

@@ -8,6 +8,7 @@ debug exit uses 1 for success.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -45,6 +46,9 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"avmm.cli.{cmd_name}").command
+        if not gc.isenabled():  # by `avmm_early`
+            gc.freeze()
+            gc.enable()
         return command
 
     def invoke(self, ctx: click.Context) -> object:

@@ -85,6 +85,7 @@ def test_without_whole_blocks_instructions_are_done_twice(kicks: None) -> None:
 
 FUNCTION, OTHER, BORDER = 0x11_0000, 0x11_0100, 0x12_0FFD
 SPARE = 0x11_0800  # data in the functions' page
+SAME = 0
 
 
 def call(address: int) -> bytes:
@@ -136,7 +137,9 @@ def run_patched(code: bytes, expected: int) -> list[int]:
 CASES = [after_data, one_after_the_other, over_two_pages]
 
 
-@pytest.mark.parametrize("alias", [ALIAS, NX_ALIAS], ids=["executable", "not executable"])
+@pytest.mark.parametrize(
+    "alias", [SAME, ALIAS, NX_ALIAS], ids=["same address", "executable", "not executable"]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_patched_code_runs(case, alias) -> None:  # type: ignore[no-untyped-def]
     code, expected = case(alias)

@@ -6,6 +6,7 @@ Each part is in a file beside this one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from avmm.arch.contract import Architecture, Board, BoardOptions, GuestImage, Probe
@@ -140,6 +141,11 @@ class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the archi
         for name, value in values.items():
             setattr(registers, name, value)
         vcpu.set_regs(registers)
+
+    def unpacked_kernel(self, kernel: Path) -> bytes:
+        from avmm.arch.x86_64.boot.load import unpacked  # noqa: PLC0415 - as in load_image
+
+        return unpacked(kernel)
 
     def probes(
         self, system: X86System, origin: int, port: int, window: int, register: int

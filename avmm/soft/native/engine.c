@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 __thread struct vcpu *now;
+__thread struct glance soft_glance;
 static __thread struct vcpu *entered;           /* for soft_kicked */
 static __thread volatile sig_atomic_t kicked_outside;
 
@@ -284,6 +285,7 @@ static void execute(struct vcpu *v)
 {
     struct vm *vm = v->vm;
     now = v;
+    soft_glance = (struct glance){ vm->uc, &vm->attention };
     soft_engine_load(v);
     AT(vm->uc, UC_NESTED, int) = 1;
     AT(vm->uc, UC_INVALID_ERROR, int) = 0;
@@ -306,6 +308,7 @@ static void execute(struct vcpu *v)
     if (AT(vm->uc, UC_INVALID_ERROR, int) && !v->exit_reason)
         v->exit_reason = KVM_EXIT_INTERNAL_ERROR;
     now = NULL;
+    soft_glance.uc = NULL;
 }
 
 /* ---- KVM_RUN ---- */

@@ -111,6 +111,10 @@ struct vm {
  * only, so another user of the library in this process keeps the library as it is. */
 extern __thread struct vcpu *now;
 
+/* Of `now`, what each block looks at: together, so that it takes few steps. `uc` is NULL outside. */
+struct glance { void *uc; _Atomic uint32_t *attention; };
+extern __thread struct glance soft_glance;
+
 static inline void *env_of(struct vcpu *v)
 {
     return v->vm->loaded == v ? v->vm->env : v->state;
@@ -187,6 +191,7 @@ void soft_cpuid(struct vcpu *v, uint32_t leaf, uint32_t index, uint32_t out[4]);
 void soft_cpuid_features(void *env);
 uint64_t soft_tsc(struct vcpu *v);
 void soft_set_tsc_khz(struct vcpu *v, uint64_t khz);
+void soft_tsc_begin(void);
 uint64_t soft_host_tsc_khz(void);
 
 #endif

@@ -70,6 +70,7 @@ int soft_load(const char *library, char *why, size_t size)
     int answer = 0;
     pthread_mutex_lock(&once);
     if (!ready) {
+        soft_tsc_begin();
         answer = load(library, why, size);
         if (!answer)
             answer = verify(why, size);

@@ -84,6 +84,8 @@ enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
     X(void, tlb_flush, "tlb_flush_x86_64", (void *cpu)) \
     X(void, tlb_reset_dirty, "tlb_reset_dirty_x86_64", \
       (void *cpu, uint64_t host, uint64_t length)) \
+    X(void, tlb_reset_dirty_by_vaddr, "tlb_reset_dirty_by_vaddr_x86_64", \
+      (void *cpu, uint64_t start, uint64_t length)) \
     X(void, tlb_set_dirty, "tlb_set_dirty_x86_64", (void *cpu, uint64_t address)) \
     X(void, tlb_protect_code, "tlb_protect_code_x86_64", (void *uc, uint64_t ram)) \
     X(void, tlb_unprotect_code, "tlb_unprotect_code_x86_64", (void *uc, uint64_t ram)) \

@@ -43,13 +43,14 @@ OVERRIDE void check_exit_request_x86_64(void *context)
  * clears it, so a stop is not lost however early it comes (trap 4). */
 OVERRIDE void helper_check_exit_request_x86_64(void *uc, uint32_t in_delay_slot)
 {
-    struct vcpu *v = now;
-    if (!v || v->vm->uc != uc) {
+    struct glance *g = &soft_glance;
+    if (__builtin_expect(g->uc != uc, 0)) {
         lib.check(uc, in_delay_slot);
         return;
     }
-    if (__builtin_expect(!atomic_load_explicit(&v->vm->attention, memory_order_relaxed), 1))
+    if (__builtin_expect(!atomic_load_explicit(g->attention, memory_order_relaxed), 1))
         return;
+    struct vcpu *v = now;
     if (v->replay == REPLAY_ARMED) {
         v->replay = REPLAY_RUNS;        /* the instruction in hand; the next block is too far */
         return;
@@ -98,6 +99,16 @@ OVERRIDE void tlb_protect_code_x86_64(void *uc, uint64_t ram)
     __atomic_fetch_or(word(s->code, s, ram), bit(s, ram), __ATOMIC_SEQ_CST);
     lib.tlb_reset_dirty(v->vm->cpu, (uint64_t)s->host + ((ram - s->ram) & ~(uint64_t)(PAGE - 1)),
                         PAGE);
+}
+
+/* After each block that it translates, the library looks through the whole TLB for entries of the
+ * block's page that are dirty, by the virtual address. The two cures leave none: the page's first
+ * block has protected it under every address, and since then no entry has become dirty. */
+OVERRIDE void tlb_reset_dirty_by_vaddr_x86_64(void *cpu, uint64_t start, uint64_t length)
+{
+    struct vcpu *v = now;
+    if (!v || v->vm->cpu != cpu || soft_without & (WITHOUT_PROTECTION | WITHOUT_REFUSAL))
+        lib.tlb_reset_dirty_by_vaddr(cpu, start, length);
 }
 
 OVERRIDE void tlb_unprotect_code_x86_64(void *uc, uint64_t ram)

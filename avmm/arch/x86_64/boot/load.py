@@ -28,6 +28,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Final
 
 from avmm.arch import contract
 from avmm.arch.x86_64 import acpi as acpi_tables
@@ -43,6 +44,9 @@ from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.memory.ram import GuestMemory
 
 StrPath = str | os.PathLike[str]
+
+_MOST_UNPACKED: Final = 1 << 30
+"""The most bytes of a kernel that is unpacked for others."""
 
 
 def load_image(
@@ -116,6 +120,15 @@ def load(
         entry = _load_image(assembly, content, flat, protocol)
     lowmem.write(assembly)
     return entry
+
+
+def unpacked(kernel: StrPath) -> bytes:
+    """A vmlinux without any compression around it, or the file as it is. Raises `ImageError`."""
+    with open_image(kernel, unpack_limit=_MOST_UNPACKED) as image:
+        if bzimage.is_bzimage(image) and (setup := bzimage.parse(image)).payload_size:
+            with bzimage.unpack(image, setup, _MOST_UNPACKED) as vmlinux:
+                return vmlinux.read(0, vmlinux.size, "its content")
+        return image.read(0, image.size, "its content")
 
 
 def _load_image(
