@@ -22,6 +22,8 @@ pytestmark = [
 
 CMDLINE = "console=ttyS0 quiet panic=-1"
 PROMPT = "avmm:/root# "
+LONG = pytest.mark.lab(also="stock", long=True)
+"""In the lab only if all of it is asked for: here it runs on the software engine."""
 Start = Callable[..., pexpect.spawn]
 
 
@@ -124,7 +126,7 @@ def test_the_newest_kernel(start: Start, image: str) -> None:
 @pytest.mark.parametrize(
     ("guest", "acpi"),
     [
-        pytest.param(GUEST, "--no-acpi", marks=pytest.mark.lab(also="stock", long=True)),
+        pytest.param(GUEST, "--no-acpi", marks=LONG),
         pytest.param(NEWER, "--acpi", marks=pytest.mark.slow),
         pytest.param(GUEST, "--acpi", marks=pytest.mark.slow),
         pytest.param(NEWER, "--no-acpi", marks=pytest.mark.slow),
@@ -138,7 +140,7 @@ def test_a_clean_boot_says_nothing_alarming(start: Start, guest: str, acpi: str)
     assert ends(child) == 0
 
 
-@pytest.mark.parametrize("mode", ["no-real-mode", ""])
+@pytest.mark.parametrize("mode", [pytest.param("no-real-mode", marks=LONG), ""])
 def test_xen_prints_its_banner(start: Start, mode: str) -> None:
     """It finds its trampoline's place in the BIOS data area, and calls the BIOS in real mode."""
     options = ["--memory", "512M", "--cmdline", f"console=com1 {mode}", *stock.engine_option()]
@@ -157,7 +159,7 @@ def test_memtest_shows_its_screen_on_the_serial_port(start: Start) -> None:
     ("guest", "acpi", "ended"),
     [
         (GUEST, "--acpi", "shutdown"),
-        (NEWER, "--no-acpi", "reset"),
+        pytest.param(NEWER, "--no-acpi", "reset", marks=LONG),
         pytest.param(NEWER, "--acpi", "shutdown", marks=pytest.mark.slow),
         pytest.param(GUEST, "--no-acpi", "reset", marks=pytest.mark.slow),
     ],
@@ -172,6 +174,7 @@ def test_sigterm_shuts_the_guest_down(start: Start, guest: str, acpi: str, ended
     assert ends(child) == 0
 
 
+@LONG
 def test_powering_off_without_acpi_ends_the_run(start: Start) -> None:
     child = start("vmlinuz", "--no-acpi")
     child.expect_exact(PROMPT)
@@ -207,6 +210,7 @@ def test_the_kernel_of_a_libkrunfw(start: Start) -> None:
     assert ends(child) == 0
 
 
+@LONG
 def test_the_kernel_of_another_libkrunfw() -> None:
     """It takes no initrd, but a root disk."""
     folder = stock.folder(OTHER_KRUNFW)
@@ -238,7 +242,12 @@ def test_what_the_guest_finds_by_acpi(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "text"), [("poweroff", "shutdown"), ("reboot", "reset"), ("reboot -f", "reset")]
+    ("command", "text"),
+    [
+        ("poweroff", "shutdown"),
+        pytest.param("reboot", "reset", marks=LONG),
+        pytest.param("reboot -f", "reset", marks=LONG),
+    ],
 )
 def test_powering_off_and_rebooting_end_the_run_as_such(
     start: Start, command: str, text: str
@@ -250,12 +259,14 @@ def test_powering_off_and_rebooting_end_the_run_as_such(
     assert ends(child) == 0
 
 
+@LONG
 def test_a_kernel_panic_ends_the_run(start: Start) -> None:
     child = start("vmlinuz", "--cmdline", CMDLINE + " rdinit=/nothing")
     child.expect_exact("Kernel panic")
     assert ends(child) == 0
 
 
+@LONG
 def test_a_script_instead_of_a_shell() -> None:
     settings = stock.folder(GUEST) / "script/guest.toml"
     command = [sys.executable, "-m", "avmm", "run", "--config", settings]
