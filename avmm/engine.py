@@ -60,8 +60,8 @@ def opened(kind: AnyArchitecture, choice: str, *, is_kernel: bool = False) -> Sy
     """Open the engine `choice`. Blocks: the software engine is loaded when it is first opened.
 
     `AUTO` takes KVM where it works. It takes the software engine where there is no KVM, and for
-    an operating system's kernel (`is_kernel`) on a KVM that cannot run such kernels. If it takes
-    the software engine, that is logged once in a process, with the reason.
+    an operating system's kernel (`is_kernel`) on a KVM that cannot run such kernels. What it
+    took is logged once in a process, with the reason: a warning if it is the software engine.
 
     Raises `KvmUnavailable` or `EngineUnavailable`, which say why and what would help, and
     `ConfigError` if the environment variable `AVMM_ENGINE` has an unknown value.
@@ -79,6 +79,7 @@ def opened(kind: AnyArchitecture, choice: str, *, is_kernel: bool = False) -> Sy
     except KvmUnavailable as error:
         return _instead_of(kind, error)
     if not is_kernel or not (why := _why_not(kind, system)):
+        _say_once(logging.INFO, "KVM runs this guest: /dev/kvm works")
         return system
     try:
         other = software(kind)
