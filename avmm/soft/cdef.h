@@ -5,4 +5,8 @@ int soft_close(int fd);
 int soft_is(int fd);
 void soft_kicked(void);
 void soft_wrote(int vm, const void *host, uint64_t length);
+int soft_seed(int vm, uint64_t seed);
+int64_t soft_time(int vm, int64_t host_deadline, int *idle);
+uint64_t soft_trail(int vm, uint64_t *records);
+int soft_log(int vm, int log);
 void soft_take_away(unsigned cures);

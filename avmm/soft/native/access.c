@@ -31,6 +31,7 @@ static int rings_doorbell(struct vm *vm, int port, uint64_t at, uint32_t size, u
         uint64_t one = 1;
         ssize_t ignored = write(d->fd, &one, sizeof one);
         (void)ignored;
+        soft_order_outside(vm);
         return 1;
     }
     return 0;

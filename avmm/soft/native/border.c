@@ -169,6 +169,7 @@ static int create_vm(void)
     vm->last = vm->slots;
     vm->pid = getpid();
     vm->tsc_khz = soft_host_tsc_khz();
+    vm->order.look = ORDER_NEVER;
     vm->fd = -1;
     if (soft_glue_new(vm)) {
         free_vm(vm);
@@ -580,4 +581,57 @@ EXPORT void soft_wrote(int fd, const void *host, uint64_t length)
     struct entry *e = entry_of(fd);
     if (e && e->kind == VM && length)
         soft_memory_wrote(e->object, host, length);
+}
+
+static struct vm *vm_of(int fd)
+{
+    struct entry *e = entry_of(fd);
+    return e && e->kind == VM ? e->object : NULL;
+}
+
+EXPORT int soft_seed(int fd, uint64_t seed)
+{
+    struct vm *vm = vm_of(fd);
+    if (!vm)
+        return -EBADF;
+    soft_turn_take(vm, 1);
+    int answer = soft_order_seed(vm, seed);
+    soft_turn_give(vm);
+    return answer;
+}
+
+EXPORT int64_t soft_time(int fd, int64_t host_deadline, int *idle)
+{
+    struct vm *vm = vm_of(fd);
+    if (!vm || !vm->order.on)
+        return -1;
+    soft_turn_take(vm, 1);
+    vm->order.host_deadline = host_deadline;
+    int64_t ns = vm->order.ns;
+    *idle = vm->order.idle;
+    soft_turn_give(vm);
+    return ns;
+}
+
+EXPORT uint64_t soft_trail(int fd, uint64_t *records)
+{
+    struct vm *vm = vm_of(fd);
+    if (!vm)
+        return 0;
+    soft_turn_take(vm, 1);
+    uint64_t digest = vm->order.digest;
+    *records = vm->order.records;
+    soft_turn_give(vm);
+    return digest;
+}
+
+EXPORT int soft_log(int fd, int log)
+{
+    struct vm *vm = vm_of(fd);
+    if (!vm || !vm->order.on)
+        return -EBADF;
+    soft_turn_take(vm, 1);
+    vm->order.log = log;
+    soft_turn_give(vm);
+    return 0;
 }
