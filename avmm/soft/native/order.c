@@ -90,9 +90,9 @@ void soft_order_record(struct vcpu *v, enum record_kind kind, uint64_t what, uin
                        uint64_t value)
 {
     struct order *o = &v->vm->order;
-    struct record r = { o->ns, kind, v->id, what, at, value };
     if (!o->on)
         return;
+    struct record r = { o->ns, kind, v->id, what, at, value };
     o->records++;
     for (size_t i = 0; i < sizeof r; i += 8)
         o->digest = (o->digest ^ *(uint64_t *)((char *)&r + i)) * 0x9e3779b97f4a7c15ULL
@@ -257,16 +257,13 @@ enum step soft_order_step(struct vcpu *v)
     return STEP_WAIT;
 }
 
+/* Before it has chips. */
 int soft_order_seed(struct vm *vm, uint64_t seed)
 {
     struct order *o = &vm->order;
-    if (vm->vcpu_count || vm->has_chips)
-        return -EBUSY;
     int answer = find_dates(vm);
     if (answer)
         return answer;
-    soft_glue_free(vm);
-    vm->chips = NULL;
     vm->tsc_khz = ORDER_TSC_KHZ;
     o->on = 1;
     o->log = -1;
@@ -274,5 +271,5 @@ int soft_order_seed(struct vm *vm, uint64_t seed)
     o->entropy = draw(&o->choices);
     o->look = o->host_deadline = ORDER_NEVER;
     o->period_end = PERIOD_NS;
-    return soft_glue_new(vm);
+    return 0;
 }

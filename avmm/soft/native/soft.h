@@ -35,12 +35,13 @@ void soft_kicked(void);
  * it does not wait. */
 void soft_wrote(int vm, const void *host, uint64_t length);
 
-/* Make the runs of this VM deterministic (order.c), before it has vCPUs and chips. 0 or -errno. */
-int soft_seed(int vm, uint64_t seed);
-/* The guest's time in nanoseconds, at which it stands still; -1 if the VM was not seeded. `idle`:
- * it waits for the host alone. The host wants to be asked again at `host_deadline`, INT64_MAX for
- * never. Call it while the host settles. */
-int64_t soft_time(int vm, int64_t host_deadline, int *idle);
+/* Make the runs of this system's VMs deterministic (order.c). 0 or -errno. */
+int soft_seed(int system, uint64_t seed);
+/* Such a guest's time in nanoseconds. */
+int64_t soft_now(int vm);
+/* The host has settled, and wants to be asked again at `host_deadline` (INT64_MAX: never). `idle`:
+ * does the guest wait for the host alone? */
+void soft_settled(int vm, int64_t host_deadline, int *idle);
 /* A digest of all that has happened so far, and of how many records it is made. */
 uint64_t soft_trail(int vm, uint64_t *records);
 /* Write each record (order.h) to this descriptor from now on; -1: no longer. 0 or -errno. */
