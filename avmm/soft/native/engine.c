@@ -202,6 +202,10 @@ bool soft_between_blocks(struct vcpu *v)
         atomic_store(&vm->attention, 0);
         if (atomic_load(&vm->has_stale))
             soft_memory_refresh(vm);
+        if (soft_order_tail(v)) {
+            soft_attend(vm);
+            return true;        /* not chained to the block before, which goes on to a whole one */
+        }
         if (v->exit_reason || v->stop || atomic_load(&v->kicked) || atomic_load(&vm->preempt)
             || soft_order_stops(v) || (atomic_load(&vm->waiting) && soft_now_ns() - vm->since > 1000000)) {
             AT(vm->cpu, CPU_EXIT_REQUEST, uint8_t) = 1;

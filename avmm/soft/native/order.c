@@ -29,7 +29,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
-enum { PERIOD_NS = 1000000, LONGEST_SLICE_BITS = 14 };
+enum { PERIOD_NS = 1000000, LONGEST_SLICE_BITS = 14, LONGEST_TAIL = 8 };
 #define EPOCH_NS 1735689600000000000LL      /* 2025-01-01, the wall clock's start */
 
 /* splitmix64 */
@@ -155,6 +155,21 @@ static int host_is_due(struct order *o)
     return o->ns >= o->period_end || o->ns >= o->host_deadline;
 }
 
+/* Between two blocks: is this slice over but for some instructions? They are a block of their own,
+ * which is to run whatever asks for attention. Without them no slice would end within a block, and
+ * a race of two instructions of one block would never be met. */
+int soft_order_tail(struct vcpu *v)
+{
+    struct order *o = &v->vm->order;
+    if (!o->on || o->ns < o->slice_end || o->tail != NO_TAIL || o->current != v)
+        return 0;
+    uint32_t length = draw(&o->choices) % LONGEST_TAIL;
+    o->tail = length ? TAIL_ARMED : TAIL_RAN;
+    if (length)
+        AT(v->vm->cpu, CPU_CFLAGS_NEXT, uint32_t) = length;
+    return length;
+}
+
 /* Between two blocks: does the vCPU leave the guest here? */
 int soft_order_stops(struct vcpu *v)
 {
@@ -183,6 +198,7 @@ static struct vcpu *choose(struct vm *vm)
     int64_t blocks = 1LL << (bits >> 32) % LONGEST_SLICE_BITS;
     blocks += bits % blocks;
     o->slice_end = o->ns + blocks * BLOCK_NS;
+    o->tail = NO_TAIL;
     soft_order_record(v, RECORD_SLICE, blocks, 0, 0);
     return v;
 }

@@ -19,6 +19,7 @@ struct order {
     int64_t look;               /* something is due then: the next block does not begin */
     int64_t slice_end, period_end, host_deadline;
     struct vcpu *current;       /* the one vCPU that may run; NULL: none was chosen yet */
+    enum { NO_TAIL, TAIL_ARMED, TAIL_RAN } tail;   /* the last instructions of the slice */
     int inside;                 /* how many vCPUs are in KVM_RUN */
     int settled;                /* the host has nothing left to do */
     int idle;                   /* no vCPU can run, nothing is due, and the host knows it */
@@ -44,6 +45,7 @@ void soft_order_enter(struct vcpu *v);
 void soft_order_leave(struct vcpu *v);
 enum step soft_order_step(struct vcpu *v);
 int soft_order_stops(struct vcpu *v);
+int soft_order_tail(struct vcpu *v);
 void soft_order_outside(struct vm *vm);
 void soft_order_pin_tlb(struct vm *vm);
 uint64_t soft_order_entropy(struct vm *vm);

@@ -59,6 +59,11 @@ OVERRIDE void helper_check_exit_request_x86_64(void *uc, uint32_t in_delay_slot)
         o->ns += BLOCK_NS;
         return;
     }
+    if (o->tail == TAIL_ARMED) {
+        o->tail = TAIL_RAN;
+        o->ns += BLOCK_NS;
+        return;
+    }
     lib.cpu_loop_exit_restore(v->vm->cpu, FROM);
 }
 
