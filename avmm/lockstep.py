@@ -84,15 +84,18 @@ class Lockstep:
         """Let all tasks do what they can at this moment of the guest's time."""
         from trio.testing import wait_all_tasks_blocked  # noqa: PLC0415 - takes long to import
 
-        now = self.order.now
+        self._follow()
+        await wait_all_tasks_blocked()
+        self._idle = self.order.settled(self._deadline(self.order.now))
+
+    def _follow(self) -> None:
+        """Let the clock show the guest's time, unless it is ahead."""
         if self._clock is not None:
-            behind = now / _SECOND + self._ahead - self._clock.current_time()
+            behind = self.order.now / _SECOND + self._ahead - self._clock.current_time()
             if behind > 0:
                 self._clock.jump(behind)
             else:
                 self._ahead -= behind
-        await wait_all_tasks_blocked()
-        self._idle = self.order.settled(self._deadline(now))
 
     def _deadline(self, now: int) -> int:
         """When the program's next deadline is, on the guest's clock."""
@@ -112,6 +115,8 @@ class Lockstep:
         idle, self._idle = self._idle, False
         if not idle:
             self._free.wait()
+            # Before any other task runs: some may run before the one that will `settle`.
+            self._follow()
 
     @in_trio
     def moves(self, moves: bool) -> None:
