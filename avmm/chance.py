@@ -32,7 +32,7 @@ def random_bytes(count: int) -> bytes:
 def fixed(seed: int) -> Iterator[None]:
     """The calling task, and the tasks that it starts, belong to a deterministic run meanwhile."""
     before = _source.get()
-    _source.set(random.Random(seed))  # noqa: S311 - its bytes are to be known
+    _source.set(random.Random(seed))  # its bytes are to be known
     try:
         yield
     finally:

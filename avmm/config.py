@@ -157,8 +157,8 @@ class MachineConfig:
         None,
         OptionalKind(NumberKind(Bounds(0, 0xFFFF_FFFF_FFFF_FFFF))),
         Side.BOOT,
-        "Run the guest deterministically: the same seed and the same inputs give the same run, bit "
-        "for bit. Needs the software engine.",
+        "Run the guest deterministically, on the software engine: the same seed and the same "
+        "inputs give the same run, bit for bit.",
         metavar="SEED",
     )
     """See `avmm.deterministic`. A guest that continues from a saved state does so ordinarily."""

@@ -12,9 +12,10 @@ With `Machine(deterministic=SEED)` alone the guest runs the same each time, as l
 does the same at the same moments of the guest's time. A program that sleeps, or gives something a
 time limit, does so by the real clock, and is an input. Under `run` the clock is the guest's.
 
-What comes from outside of the process (a socket, a tap interface, another process, a thread of the
-program's own) is always an input: it is seen at some moment of the guest's time, and not at the same
-one in each run. Run one deterministic machine at a time: two of them do not share one time.
+What comes from outside of the process (a socket, a tap interface, another process, a thread of
+the program's own) is always an input: it is seen at some moment of the guest's time, and not at
+the same one in each run. Run one deterministic machine at a time: two of them do not share one
+time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import os
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar, TypeVarTuple
 
 import trio
@@ -58,9 +60,7 @@ class Record(NamedTuple):
     """What the guest wrote."""
 
 
-def run(
-    main: Callable[[*_Args], Awaitable[_Result]], *args: *_Args, seed: int = 0
-) -> _Result:
+def run(main: Callable[[*_Args], Awaitable[_Result]], *args: *_Args, seed: int = 0) -> _Result:
     """`trio.run(main, *args)` with a clock that follows the guest's time and starts at 0, tasks in
     a fixed order, and no thread of avmm's own. Returns what `main` returns.
 
@@ -95,7 +95,7 @@ def logged(vm: Machine, path: str | os.PathLike[str]) -> Iterator[None]:
     before the program's first checkpoint in the machine's block: until then the guest does not
     run."""
     order = _lockstep(vm).order
-    with open(path, "wb", buffering=0) as file:
+    with Path(path).open("wb", buffering=0) as file:
         order.log(file.fileno())
         try:
             yield
@@ -105,9 +105,7 @@ def logged(vm: Machine, path: str | os.PathLike[str]) -> Iterator[None]:
 
 def records(path: str | os.PathLike[str]) -> Iterator[Record]:
     """Read the file that `logged` has written."""
-    with open(path, "rb") as file:
-        data = file.read()
-    for nanoseconds, kind, cpu, *rest in _RECORD.iter_unpack(data):
+    for nanoseconds, kind, cpu, *rest in _RECORD.iter_unpack(Path(path).read_bytes()):
         yield Record(nanoseconds, KINDS[kind], cpu, *rest)
 
 

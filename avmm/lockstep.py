@@ -1,18 +1,18 @@
 """Deterministic runs: the guest and the trio program take turns.
 
-The engine runs the guest only while the program has nothing to do (avmm/soft/native/order.c). Here
-is the program's side of that. When a vCPU leaves for it, its task lets all other tasks do what they
-can (`settle`), and lets the vCPU go back. Then trio's thread stands still until the guest has left
-again (`hold`), so no task ever runs beside the guest. What comes from outside meanwhile (a socket, a
-timer of the real clock) is seen when the guest leaves, at the latest after a millisecond of its own
-time.
+The engine runs the guest only while the program has nothing to do (avmm/soft/native/order.c).
+Here is the program's side of that. When a vCPU leaves for it, its task lets all other tasks do
+what they can (`settle`), and lets the vCPU go back. Then trio's thread stands still until the
+guest has left again (`hold`), so no task ever runs beside the guest. What comes from outside
+meanwhile (a socket, a timer of the real clock) is seen when the guest leaves, at the latest after
+a millisecond of its own time.
 
-If the guest waits for the program alone, trio runs on, because only something from outside can go
-on then.
+If the guest waits for the program alone, trio runs on, because nothing but something from outside
+can wake either of them.
 
-**The clock.** If trio's clock is a `trio.testing.MockClock`, it follows the guest's time: the guest
-stops at the program's next deadline, and while it stands still (it has ended, is paused, or waits
-for a handler) the clock jumps to the next deadline by itself.
+**The clock.** If trio's clock is a `trio.testing.MockClock`, it follows the guest's time: the
+guest stops at the program's next deadline, and while it stands still (it has ended, is paused, or
+waits for a handler) the clock jumps to the next deadline by itself.
 
 **The order of tasks.** trio runs the tasks that can run in an order that is partly random. While a
 deterministic machine exists, that order is the one in which they were started.
@@ -153,7 +153,7 @@ _users: Final[list[None]] = []
 def ordered_tasks() -> Iterator[None]:
     """Meanwhile trio runs tasks in the order in which they were started. Raises `AvmmError` if
     this trio cannot do so."""
-    import trio._core._run as scheduler  # noqa: PLC0415, PLC2701 - nothing public does this
+    import trio._core._run as scheduler  # noqa: PLC0415 - private: nothing public does this
 
     names = {"_ALLOW_DETERMINISTIC_SCHEDULING": True, "_r": _Unshuffled()}
     if missing := [name for name in names if not hasattr(scheduler, name)]:

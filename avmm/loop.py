@@ -159,7 +159,14 @@ class VcpuLoop:
     To pause it, ask the lot to which `spot` belongs (`VcpuGroup`).
     """
 
-    def __init__(self, vcpu: Vcpu, exits: Exits, policy: CompletionPolicy, spot: Spot, lockstep: Lockstep | None = None) -> None:
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        exits: Exits,
+        policy: CompletionPolicy,
+        spot: Spot,
+        lockstep: Lockstep | None = None,
+    ) -> None:
         self.index = vcpu.index
         self._vcpu = vcpu
         self._exits = exits

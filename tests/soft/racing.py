@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import trio
+from support.assembler import assemble
 
 import avmm
 from avmm.devices.virtio.frame import Frame
 from avmm.devices.virtio.net import Net
 from avmm.net.pair import End, pair
-from support.assembler import assemble
 
 ROUNDS: Final = 8
 TURNS: Final = 300
@@ -140,9 +140,7 @@ def _prepare(memory: Any) -> None:
         kind, sector = (1, number) if number % 2 == 0 else (0, number - 1)
         header = buffer(struct.pack("<IIQ", kind, 0, sector))
         data = buffer(made.randbytes(SECTOR) if kind else bytes(SECTOR))
-        disk.append(
-            [(header, 16, False), (data, SECTOR, not kind), (buffer(b"\xff"), 1, True)]
-        )
+        disk.append([(header, 16, False), (data, SECTOR, not kind), (buffer(b"\xff"), 1, True)])
     _queue(memory, "disk", disk)
     sent = [buffer(bytes(12) + made.randbytes(FRAME)) for _ in range(ROUNDS)]
     _queue(memory, "transmit", [[(address, 12 + FRAME, False)] for address in sent])

@@ -7,24 +7,22 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from support.guest import EXIT, machine
 
 import avmm
 from avmm import deterministic
 from avmm.errors import AvmmError, ConfigError
 from avmm.kvm.kick import install_kick
-from support.guest import EXIT, machine
 from tests.soft import bare  # noqa: F401 - skips where there is no unicorn
 from tests.soft.racing import ROUNDS, TURNS, counted, racing
 
@@ -354,7 +352,9 @@ def test_linux_boots_the_same_way(tmp_path: Path) -> None:
 
 
 def test_kvm_cannot() -> None:
-    with pytest.raises(ConfigError, match="deterministic 7: KVM cannot .* expected engine 'soft'"):
+    with pytest.raises(
+        ConfigError, match=r"deterministic 7: KVM cannot .* engine 'soft'"
+    ):
         avmm.Machine(engine="kvm", deterministic=7)
 
 
@@ -368,7 +368,7 @@ def test_a_machine_of_another_kind_has_no_trail(tmp_path: Path) -> None:
 
 
 def test_trio_is_as_it_was(tmp_path: Path) -> None:
-    import trio._core._run as scheduler
+    import trio._core._run as scheduler  # noqa: PLC0415 - private
 
     names = ("_ALLOW_DETERMINISTIC_SCHEDULING", "_r")
     before = [getattr(scheduler, name) for name in names]
