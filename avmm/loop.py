@@ -267,12 +267,15 @@ class VcpuLoop:
     @in_vcpu_thread
     def _run(self) -> None:
         spot, run, serve, page = self._spot, self._spot.run, self._exits.serve, self._vcpu.page
+        lockstep = self._lockstep
         while True:
             status = run()
             if status >= 0:
                 pending = serve(status)
                 if pending is not None:
                     self._hand_over(pending)
+                elif lockstep is not None:
+                    lockstep.served(self._vcpu.fd)
                 if not (spot.asked or spot.stopping):
                     continue
             elif status == -errno.ECANCELED:
@@ -381,12 +384,10 @@ class VcpuLoop:
         whether the thread has handed over the next one."""
         lockstep.moves(False)
         await interruptible(work)
-        lockstep.prepare()
-        lockstep.moves(True)
-        self._bridge.answer()
         # A vCPU that is to park, or to end, does that next, and does not run.
-        if not (self._spot.asked or self._spot.stopping):
-            lockstep.hold()
+        lockstep.prepare(not (self._spot.asked or self._spot.stopping))
+        self._bridge.answer()
+        lockstep.hold()
         return self._bridge.poll(False)
 
     @in_trio

@@ -8,6 +8,7 @@ void soft_wrote(int vm, const void *host, uint64_t length);
 int soft_seed(int system, uint64_t seed);
 int64_t soft_now(int vm);
 void soft_settled(int vm, int64_t host_deadline, int *idle);
+void soft_unchanged(int vcpu);
 uint64_t soft_trail(int vm, uint64_t *records);
 int soft_log(int vm, int log);
 void soft_take_away(unsigned cures);

@@ -29,6 +29,11 @@ class Order:
         self._lib.soft_settled(self._vm, deadline, self._idle)
         return bool(self._idle[0])
 
+    def unchanged(self, vcpu: int) -> None:
+        """The vCPU with this descriptor has left with an exit, and serving that has given the host
+        nothing to do. Call it in its thread, before it goes back."""
+        self._lib.soft_unchanged(vcpu)
+
     @property
     def trail(self) -> tuple[int, int]:
         """How many things have happened so far, and a digest of them: exits, doorbells,

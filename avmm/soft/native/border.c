@@ -623,6 +623,13 @@ EXPORT void soft_settled(int fd, int64_t host_deadline, int *idle)
     soft_turn_give(vm);
 }
 
+EXPORT void soft_unchanged(int fd)
+{
+    struct entry *e = entry_of(fd);
+    if (e && e->kind == VCPU)
+        ((struct vcpu *)e->object)->settles = 1;
+}
+
 EXPORT uint64_t soft_trail(int fd, uint64_t *records)
 {
     struct vm *vm = vm_of(fd);

@@ -68,7 +68,7 @@ struct vcpu {
     enum { NOTHING, ACCESS_PENDING, HYPERCALL_PENDING } pending;
 
     int exit_reason;            /* what the guest has just left with; 0: nothing */
-    int settles;                /* it has left so that the host settles (order.c) */
+    int settles;                /* the host has settled when it comes back (order.c) */
     int stop;                   /* leave when the instruction in hand is done */
     uint64_t interrupted_eip;   /* of an INT instruction, before the library moves RIP past it */
     _Atomic uint32_t wake;      /* a futex: changed whenever a sleeping vCPU has to look again */

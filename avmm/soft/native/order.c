@@ -121,6 +121,8 @@ void soft_order_enter(struct vcpu *v)
     if (v->settles && !v->run->immediate_exit) {
         o->settled = 1;
         o->period_end = (o->ns / PERIOD_NS + 1) * PERIOD_NS;
+        /* What an exit has raised comes right after its instruction, which may be in hand. */
+        soft_glue_sweep(v->vm);
     }
     v->settles = 0;
 }

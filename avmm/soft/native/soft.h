@@ -42,6 +42,9 @@ int64_t soft_now(int vm);
 /* The host has settled, and wants to be asked again at `host_deadline` (INT64_MAX: never). `idle`:
  * does the guest wait for the host alone? */
 void soft_settled(int vm, int64_t host_deadline, int *idle);
+/* This vCPU has left with an exit, and serving it has given the host nothing to do: it need not
+ * settle. Called by the vCPU's thread before KVM_RUN. */
+void soft_unchanged(int vcpu);
 /* A digest of all that has happened so far, and of how many records it is made. */
 uint64_t soft_trail(int vm, uint64_t *records);
 /* Write each record (order.h) to this descriptor from now on; -1: no longer. 0 or -errno. */
