@@ -290,7 +290,6 @@ class VcpuLoop:
                 page.immediate_exit = 0
                 if not spot.stopping:
                     self._state = _PARKED
-                    self._call()
                     spot.park()
                 if spot.stopping:
                     return
@@ -368,10 +367,10 @@ class VcpuLoop:
         yielded = time.perf_counter()
         mine = self._bridge.poll(True)
         while (work := await self._next(mine)) is not None:
-            # If it fails, `_wind_up` finds the exit without an answer.
             if self._lockstep is not None:
                 mine = await self._serve_in_lockstep(self._lockstep, work)
                 continue
+            # If it fails, `_wind_up` finds the exit without an answer.
             await interruptible(work)
             mine = self._bridge.answer_and_poll(True)
             if (now := time.perf_counter()) - yielded > _YIELD_SECONDS:
