@@ -129,9 +129,11 @@ async def _build(
         raise ConfigError(
             f"clock {config.clock!r}: it is for a machine that continues from a saved state"
         )
+    seed = config.deterministic
+    if seed is not None and not origin.boots:
+        raise ConfigError(f"deterministic {seed}: it is for a machine that boots")
     if config.cpus > kind.most_cpus:
         raise ConfigError(f"cpus {config.cpus}: expected 1 to {kind.most_cpus}")
-    seed = config.deterministic if origin.boots else None
     guest_time = None if seed is None else engine.guest_time()
     board = kind.board(_board_options(config, guest_time), config.memory, end)
     own = await in_thread(_configured, stack, config, not origin.standby)

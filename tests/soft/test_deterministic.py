@@ -360,6 +360,20 @@ def test_kvm_cannot() -> None:
         avmm.Machine(engine="kvm", deterministic=7)
 
 
+def test_a_saved_state_cannot_go_on_deterministically(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with machine(tmp_path, FOREVER, deterministic=1) as vm, vm.paused():
+            state = vm.save()
+        with pytest.raises(ConfigError, match="deterministic 1: .* a machine that boots"):
+            async with machine(tmp_path, FOREVER, deterministic=1, state=state):
+                pass
+        async with machine(tmp_path, FOREVER, engine="soft", state=state) as vm:
+            vm.stop()
+            await vm.wait()
+
+    deterministic.run(main)
+
+
 def test_a_machine_of_another_kind_has_no_trail(tmp_path: Path) -> None:
     async def main() -> None:
         async with machine(tmp_path, FOREVER, engine="soft") as vm:
