@@ -152,12 +152,13 @@ def _mock_clock() -> trio.testing.MockClock | None:
 def _pending_events() -> select.poll | None:
     """Polls what trio waits for: what is ready is what a task would be woken by, also from another
     thread. Use it only while trio does not wait itself. None if this trio does not tell."""
-    manager = getattr(getattr(trio.lowlevel.current_root_task(), "_runner", None), "io_manager", None)
-    epoll = getattr(manager, "_epoll", None)
-    if epoll is None:
+    found: Any = trio.lowlevel.current_root_task()
+    for name in ("_runner", "io_manager", "_epoll"):  # private: nothing public tells
+        found = getattr(found, name, None)
+    if found is None:
         return None
     pending = select.poll()
-    pending.register(epoll.fileno(), select.POLLIN)
+    pending.register(found.fileno(), select.POLLIN)
     return pending
 
 
