@@ -21,8 +21,11 @@ from support.guest import EXIT, machine
 
 import avmm
 from avmm import deterministic
+from avmm.devices.virtio.frame import Frame
+from avmm.devices.virtio.net import Net
 from avmm.errors import AvmmError, ConfigError
 from avmm.kvm.kick import install_kick
+from avmm.net.pair import pair
 from tests.soft import bare  # noqa: F401 - skips where there is no unicorn
 from tests.soft.racing import ROUNDS, TURNS, counted, racing
 
@@ -348,6 +351,62 @@ def test_linux_boots_the_same_way(tmp_path: Path) -> None:
     assert b"HELLO FROM GUEST" in first[0]
     assert deterministic.run(booted, kernel) == first
     assert deterministic.run(booted, kernel, kicked) == first
+
+
+DEBIAN = Path(os.environ.get("AVMM_GUEST_DEBIAN", "/nowhere"))
+"""A folder with vmlinuz and initrd.cpio.gz of `avmm image`, and an ext4.img."""
+TYPED = (
+    b"md5sum /dev/vda",
+    b"mount /dev/vda /mnt; dd if=/dev/urandom of=/mnt/x bs=4k count=64",
+    b"md5sum /mnt/x; umount /mnt",
+    b"ip link set eth0 up; sleep 2; cat /sys/class/net/eth0/statistics/*_packets",
+    b"cat /proc/interrupts; date; poweroff -f",
+)
+
+
+async def installed(around: Around = undisturbed) -> tuple[Any, ...]:
+    """A stock Debian kernel with two CPUs: somebody types, and a neighbour answers each packet."""
+
+    async def answer() -> None:
+        while True:
+            await here.receive()
+            await here.send(Frame(b"\xff" * 6 + b"\x02" + bytes(5) + b"\x88\xb5" + bytes(50)))
+
+    said, (here, there) = b"", pair()
+    async with (
+        avmm.Machine(
+            kernel=DEBIAN / "vmlinuz",
+            initrd=DEBIAN / "initrd.cpio.gz",
+            cmdline="console=ttyS0 quiet panic=-1",
+            memory="256M",
+            cpus=2,
+            disks=[f"{DEBIAN / 'ext4.img'},overlay"],
+            devices=[avmm.virtio(Net(there, mac="52:54:00:00:00:09"))],
+            rng=True,
+            deterministic=7,
+        ) as vm,
+        around(vm),
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(answer)
+        lines = iter(TYPED)
+        while data := await vm.console.receive_some(65536):
+            said += data
+            if said.endswith(b"# "):
+                await vm.console.send_all(next(lines) + b"\r")
+        outcome = await vm.wait()
+        nursery.cancel_scope.cancel()
+        return said, outcome, deterministic.trail(vm), deterministic.digest(vm)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DEBIAN.exists(), reason="AVMM_GUEST_DEBIAN names no folder with a guest")
+@pytest.mark.timeout(300)
+def test_debian_runs_the_same_way() -> None:
+    first = deterministic.run(installed)
+    assert b"64+0 records out" in first[0]
+    assert b"Wed Jan  1 00:00" in first[0]
+    assert deterministic.run(installed, kicked) == first
 
 
 # -- what cannot be ------------------------------------------------------------------------------

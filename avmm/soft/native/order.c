@@ -71,11 +71,11 @@ static int find_dates(struct vm *vm)
     int64_t now = t.tv_sec * 1000000000LL + t.tv_usec * 1000;
     for (char *at = vm->cpu; at < (char *)vm->env; at += 8)
         if (*(int64_t *)at <= now && *(int64_t *)at > now - 60000000000LL) {
-            if (o->date_count == 8)
+            if (o->date_count == TLB_DATES)
                 return -ENOSYS;
             o->dates[o->date_count++] = (int64_t *)at;
         }
-    return o->date_count ? 0 : -ENOSYS;
+    return o->date_count == TLB_DATES ? 0 : -ENOSYS;
 }
 
 void soft_order_pin_tlb(struct vm *vm)

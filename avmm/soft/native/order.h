@@ -8,7 +8,7 @@
 struct vcpu;
 struct vm;
 
-enum { BLOCK_NS = 4, ORDER_TSC_KHZ = 1000000 };
+enum { BLOCK_NS = 4, ORDER_TSC_KHZ = 1000000, TLB_DATES = 3 };    /* a TLB for each mode */
 #define ORDER_NEVER INT64_MAX
 
 /* All of it belongs to whoever has the turn. */
@@ -23,7 +23,7 @@ struct order {
     int inside;                 /* how many vCPUs are in KVM_RUN */
     int settled;                /* the host has nothing left to do */
     int idle;                   /* no vCPU can run, nothing is due, and the host knows it */
-    int64_t *dates[8];          /* when the library last looked at its TLB's size: see order.c */
+    int64_t *dates[TLB_DATES];  /* when the library last looked at its TLB's size: see order.c */
     int date_count;
     int log;                    /* a descriptor that gets the records; -1: none */
     uint64_t records, digest;
