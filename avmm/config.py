@@ -77,6 +77,7 @@ class Settings(HostSettings, total=False):
     memory: int | str
     cpus: int
     engine: str
+    deterministic: int | None
     console: str
     rng: bool
     balloon: bool
@@ -152,6 +153,15 @@ class MachineConfig:
         "KVM where it works.",
     )
     """See `avmm.engine`. The machine keeps the engine that auto has taken."""
+    deterministic: int | None = setting(
+        None,
+        OptionalKind(NumberKind(Bounds(0, 0xFFFF_FFFF_FFFF_FFFF))),
+        Side.BOOT,
+        "Run the guest deterministically, on the software engine: the same seed and the same "
+        "inputs give the same run, bit for bit.",
+        metavar="SEED",
+    )
+    """See `avmm.deterministic`. A guest that continues from a saved state does so ordinarily."""
     console: str = setting(
         "stdio",
         TextKind(),
@@ -264,6 +274,11 @@ class MachineConfig:
         if self.flat is not None and self.kernel is None:
             raise ConfigError(
                 "flat: expected a kernel, because the bundled shell is not a flat binary"
+            )
+        if self.deterministic is not None and self.engine == engine.KVM:
+            raise ConfigError(
+                f"deterministic {self.deterministic}: KVM cannot run a guest deterministically; "
+                f"expected engine {engine.SOFT!r} or {engine.AUTO!r}"
             )
         addresses = [parse_mac(net.mac) for net in self.net if net.mac is not None]
         if twice := {mac for mac in addresses if addresses.count(mac) > 1}:

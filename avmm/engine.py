@@ -35,10 +35,11 @@ from typing import TYPE_CHECKING, Final
 
 from avmm.errors import ConfigError, EngineUnavailable
 from avmm.kvm import KvmUnavailable
+from avmm.lockstep import GuestTime, Lockstep
 
 if TYPE_CHECKING:
     from avmm.arch.contract import AnyArchitecture
-    from avmm.kvm import System
+    from avmm.kvm import System, Vm
 
 AUTO: Final = "auto"
 KVM: Final = "kvm"
@@ -56,16 +57,22 @@ _REFUSES: Final = (
 logger = logging.getLogger(__name__)
 
 
-def opened(kind: AnyArchitecture, choice: str, *, is_kernel: bool = False) -> System:
+def opened(
+    kind: AnyArchitecture, choice: str, *, is_kernel: bool = False, seed: int | None = None
+) -> System:
     """Open the engine `choice`. Blocks: the software engine is loaded when it is first opened.
 
     `AUTO` takes KVM where it works. It takes the software engine where there is no KVM, and for
     an operating system's kernel (`is_kernel`) on a KVM that cannot run such kernels. What it
     took is logged once in a process, with the reason: a warning if it is the software engine.
 
+    With a `seed` it takes the software engine, and VMs of this system run deterministically.
+
     Raises `KvmUnavailable` or `EngineUnavailable`, which say why and what would help, and
     `ConfigError` if the environment variable `AVMM_ENGINE` has an unknown value.
     """
+    if seed is not None:
+        return software(kind, seed)
     if choice == AUTO:
         choice = _by_environment()
     if choice == SOFT:
@@ -96,7 +103,7 @@ def opened(kind: AnyArchitecture, choice: str, *, is_kernel: bool = False) -> Sy
     return other
 
 
-def software(kind: AnyArchitecture) -> System:
+def software(kind: AnyArchitecture, seed: int | None = None) -> System:
     """Open the software engine. Raises `EngineUnavailable`."""
     from avmm import soft  # noqa: PLC0415 - only where it is used
 
@@ -104,7 +111,25 @@ def software(kind: AnyArchitecture) -> System:
         raise EngineUnavailable(f"the software engine runs no {kind.name} guests")
     system: System = kind.open_system(soft.opened)
     system.engine, system.watcher = SOFT, soft.watcher()
+    if seed is not None:
+        from avmm.soft import order  # noqa: PLC0415 - only where it is used
+
+        order.seed(system.fd, seed)
     return system
+
+
+def lockstep(vm: Vm) -> Lockstep:
+    """How the guest of `vm` and the program take turns. Its system was opened with a seed."""
+    from avmm.soft.order import NEVER, Order  # noqa: PLC0415 - only where it is used
+
+    return Lockstep(Order(vm.fd), NEVER)
+
+
+def guest_time() -> GuestTime:
+    """A clock for the devices of a deterministic run, until there is a VM."""
+    from avmm.soft.order import EPOCH  # noqa: PLC0415 - only where it is used
+
+    return GuestTime(EPOCH)
 
 
 def _by_environment() -> str:

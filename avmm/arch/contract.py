@@ -22,6 +22,7 @@ facts that are the same for all guests of a host.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,10 @@ class BoardOptions(NamedTuple):
     acpi: bool
     debug_exit: int | None
     """The port of QEMU's isa-debug-exit; None if there is none."""
+    wall: Callable[[], int] = time.time_ns
+    """The time in nanoseconds since 1970."""
+    stall: float = 1.0
+    """How many seconds the guest waits for a reader of its serial port."""
 
 
 class Board(NamedTuple):

@@ -27,6 +27,7 @@ from avmm.errors import ConfigError, host_errors
 from avmm.kvm import System
 from avmm.kvm.parking import ParkingLot
 from avmm.kvm.ring import WriteRing
+from avmm.lockstep import GuestTime
 from avmm.loop import VcpuGroup, VcpuLoop
 from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory
@@ -128,9 +129,13 @@ async def _build(
         raise ConfigError(
             f"clock {config.clock!r}: it is for a machine that continues from a saved state"
         )
+    seed = config.deterministic
+    if seed is not None and not origin.boots:
+        raise ConfigError(f"deterministic {seed}: it is for a machine that boots")
     if config.cpus > kind.most_cpus:
         raise ConfigError(f"cpus {config.cpus}: expected 1 to {kind.most_cpus}")
-    board = kind.board(_board_options(config), config.memory, end)
+    guest_time = None if seed is None else engine.guest_time()
+    board = kind.board(_board_options(config, guest_time), config.memory, end)
     own = await in_thread(_configured, stack, config, not origin.standby)
     added = allocate([*devices, *own], board.places, kind.virtio)
     places = [*board.places, *added]
@@ -140,9 +145,13 @@ async def _build(
     if origin.boots:
         entry = await in_thread(kind.load_image, memory, _image(config), places)
     with host_errors(_CANNOT):
-        system = await in_thread(_open_system, stack, kind, config, calls, origin, entry)
+        system = await in_thread(_open_system, stack, kind, config, calls, origin, entry, seed)
         config = replace(config, engine=system.engine)
         vm = await in_thread(wiring.create_vm, stack, kind, system, memory)
+    lockstep = None
+    if guest_time is not None:
+        lockstep = engine.lockstep(vm)
+        guest_time.order = lockstep.order
     attached = attach(stack, kind, config, memory, places)
     with host_errors(_CANNOT):
         await in_thread(wiring.wire, kind, vm, attached, added, config.xen, calls is not None)
@@ -161,6 +170,7 @@ async def _build(
         coalesced=_coalesced(attached, vm, vcpus),
         end=end,
         calls=calls,
+        lockstep=lockstep,
     )
     if entry is not None:
         parts.needs = await in_thread(_set_up, kind, system, vcpus, entry)
@@ -185,6 +195,7 @@ def _open_system(
     calls: CallHandler | None,
     origin: Origin,
     entry: Entry | None,
+    seed: int | None,
 ) -> System:
     """Open the engine, and check that it can run what the config asks for."""
     if config.xen and calls is None:
@@ -192,7 +203,7 @@ def _open_system(
     choice, is_kernel = config.engine, entry is not None and entry.is_kernel
     if choice == engine.AUTO and not origin.boots:
         choice = engine_of(origin.state)
-    system = engine.opened(kind, choice, is_kernel=is_kernel)
+    system = engine.opened(kind, choice, is_kernel=is_kernel, seed=seed)
     stack.callback(system.close)
     if config.cpus > (most := system.max_vcpus):
         where = "the software engine" if system.engine == engine.SOFT else "this host"
@@ -204,8 +215,13 @@ def _configured(stack: ExitStack, config: MachineConfig, held: bool) -> list[Unp
     return configured(config, stack, held=held)
 
 
-def _board_options(config: MachineConfig) -> BoardOptions:
-    return BoardOptions(config.cpus, config.acpi, config.debug_exit)
+def _board_options(config: MachineConfig, guest_time: GuestTime | None) -> BoardOptions:
+    options = BoardOptions(config.cpus, config.acpi, config.debug_exit)
+    if guest_time is None:
+        return options
+    # Whoever reads the serial port has read all that he wants whenever the guest runs. So if it is
+    # full, nobody reads, and there is no use in waiting by a clock that stands still.
+    return options._replace(wall=guest_time.wall, stall=0.0)
 
 
 def _image(config: MachineConfig) -> GuestImage:
@@ -270,7 +286,7 @@ def _loops(stack: ExitStack, parts: Parts) -> VcpuGroup:
     stack.callback(lot.close)
     loops = []
     for vcpu, spot in zip(parts.vcpus, lot.spots, strict=True):
-        loop = VcpuLoop(vcpu, parts.exits(vcpu), parts.policy, spot)
+        loop = VcpuLoop(vcpu, parts.exits(vcpu), parts.policy, spot, parts.lockstep)
         stack.callback(loop.close)
         loops.append(loop)
-    return VcpuGroup(lot, loops)
+    return VcpuGroup(lot, loops, parts.lockstep)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from avmm.bus.space import Placement
     from avmm.config import MachineConfig
     from avmm.kvm import System, Vcpu, Vm
+    from avmm.lockstep import Lockstep
     from avmm.loop import VcpuGroup
     from avmm.memory.ram import GuestMemory
     from avmm.outcome import Outcome
@@ -66,6 +67,10 @@ def engine_of(state: object) -> str:
     return engine.SOFT if name == engine.SOFT else engine.KVM
 
 
+def _nothing() -> None:
+    pass
+
+
 class Parts:
     """A machine's VM, memory, devices and vCPUs. `close` gives all of them back."""
 
@@ -88,6 +93,7 @@ class Parts:
         coalesced: CoalescedWrites | None,
         end: Callable[[Outcome], None],
         calls: CallHandler | None,
+        lockstep: Lockstep | None,
     ) -> None:
         self.config = config
         self.arch = arch
@@ -108,6 +114,8 @@ class Parts:
         """What a host must have for each vCPU. Empty until the vCPUs have a state."""
         self._end = end
         self._calls = calls
+        self.lockstep = lockstep
+        """How the guest and the program take turns, if it runs deterministically."""
         self._stack = ExitStack()
 
     def owns(self, stack: ExitStack) -> None:
@@ -133,6 +141,7 @@ class Parts:
             self._calls,
             self.coalesced,
             lambda: self.memory.missing,
+            _nothing if self.lockstep is None else self.lockstep.settle,
         )
 
     def press_power(self) -> bool:

@@ -12,9 +12,9 @@ reads after a load may still give old numbers.
 
 from __future__ import annotations
 
-import secrets
 from typing import Final
 
+from avmm import chance
 from avmm.arch.x86_64 import aml, ioapic, layout
 from avmm.arch.x86_64.kvm import X86Vm
 from avmm.kvm import constants
@@ -36,7 +36,7 @@ _FIRST_VECTOR: Final = 32
 
 def first(memory: GuestMemory) -> None:
     """Give a guest that boots its first id. The range must have been claimed."""
-    memory.write(layout.GENERATION, _MARK + secrets.token_bytes(_ID_BYTES))
+    memory.write(layout.GENERATION, _MARK + chance.random_bytes(_ID_BYTES))
 
 
 def renew(memory: GuestMemory, vm: X86Vm) -> None:
@@ -46,7 +46,7 @@ def renew(memory: GuestMemory, vm: X86Vm) -> None:
         return
     if memory.read(layout.GENERATION, len(_MARK)) != _MARK:
         return
-    memory.write(layout.GENERATION + len(_MARK), secrets.token_bytes(_ID_BYTES))
+    memory.write(layout.GENERATION + len(_MARK), chance.random_bytes(_ID_BYTES))
     if _is_listened_to(vm):
         vm.irq_line(GSI, True)
         vm.irq_line(GSI, False)

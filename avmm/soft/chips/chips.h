@@ -47,6 +47,9 @@ struct soft_chips_host {
     int runs_timers;
     /* Is there to be no thread? Then the owner calls soft_chips_sweep() to hear of its irqfds. */
     int threadless;
+    /* An eventfd of a resampling irqfd was rung, with the mutex held: it must not call back in
+     * here. May be NULL. */
+    void (*rang)(void *owner);
 };
 
 /* ---- life ---- */

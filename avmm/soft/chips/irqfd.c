@@ -113,6 +113,8 @@ void chips_acked(struct soft_chips *c, uint32_t chip, uint32_t pin)
         if (f->gsi == (uint32_t)gsi) {
             chips_gsi(c, gsi, BY_RESAMPLE, 0);
             ring(f->resample);
+            if (c->host.rang)
+                c->host.rang(c->host.owner);
         }
     }
 }

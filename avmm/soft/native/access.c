@@ -19,8 +19,9 @@ static uint64_t masked(uint64_t value, uint32_t size)
     return size < 8 ? value & ((1ULL << 8 * size) - 1) : value;
 }
 
-static int rings_doorbell(struct vm *vm, int port, uint64_t at, uint32_t size, uint64_t value)
+static int rings_doorbell(struct vcpu *v, int port, uint64_t at, uint32_t size, uint64_t value)
 {
+    struct vm *vm = v->vm;
     for (int i = 0; i < vm->doorbell_count; i++) {
         struct doorbell *d = &vm->doorbells[i];
         if (d->at != at || !(d->flags & KVM_IOEVENTFD_FLAG_PIO) != !port
@@ -31,6 +32,8 @@ static int rings_doorbell(struct vm *vm, int port, uint64_t at, uint32_t size, u
         uint64_t one = 1;
         ssize_t ignored = write(d->fd, &one, sizeof one);
         (void)ignored;
+        soft_order_record(v, RECORD_DOORBELL, size, at, value);
+        soft_order_outside(vm);
         return 1;
     }
     return 0;
@@ -71,7 +74,7 @@ static int served_here(struct vcpu *v, enum access_kind kind, uint64_t at, uint3
         soft_attend(v->vm);             /* it may have changed which interrupts are due */
         return 1;
     }
-    return write && (rings_doorbell(v->vm, port, at, size, *value)
+    return write && (rings_doorbell(v, port, at, size, *value)
                      || goes_to_ring(v->vm, port, at, size, *value));
 }
 

@@ -136,6 +136,8 @@ EXPORT int soft_close(int fd)
         ((struct vcpu *)old.object)->fd = -1;
     if (old.kind != SYSTEM)
         free_vm(vm);
+    else
+        free(old.object);       /* its seed */
     pthread_mutex_unlock(&table_lock);
     return 0;
 }
@@ -168,7 +170,7 @@ static int check_extension(unsigned long capability)
 
 /* ---- the system ---- */
 
-static int create_vm(void)
+static int create_vm(const uint64_t *seed)
 {
     struct vm *vm = calloc(1, sizeof *vm);
     if (!vm)
@@ -183,10 +185,12 @@ static int create_vm(void)
     vm->last = vm->slots;
     vm->pid = getpid();
     vm->tsc_khz = soft_host_tsc_khz();
+    vm->order.look = ORDER_NEVER;
     vm->fd = -1;
-    if (soft_glue_new(vm)) {
+    answer = seed ? soft_order_seed(vm, *seed) : 0;
+    if (answer || soft_glue_new(vm)) {
         free_vm(vm);
-        return -ENOMEM;
+        return answer ? answer : -ENOMEM;
     }
     answer = add(VM, vm, 0);
     if (answer < 0)
@@ -196,11 +200,11 @@ static int create_vm(void)
     return answer;
 }
 
-static int system_ioctl(unsigned long request, void *argument)
+static int system_ioctl(const uint64_t *seed, unsigned long request, void *argument)
 {
     switch (request) {
     case KVM_GET_API_VERSION: return KVM_API_VERSION;
-    case KVM_CREATE_VM: return argument ? -EINVAL : create_vm();
+    case KVM_CREATE_VM: return argument ? -EINVAL : create_vm(seed);
     case KVM_CHECK_EXTENSION: return check_extension((unsigned long)argument);
     case KVM_GET_VCPU_MMAP_SIZE: return RUN_SIZE;
     case KVM_GET_SUPPORTED_CPUID: return soft_cpuid_supported(argument);
@@ -590,7 +594,7 @@ EXPORT int soft_ioctl(int fd, unsigned long request, void *argument)
     if (!e)
         return -EBADF;
     switch (e->kind) {
-    case SYSTEM: return system_ioctl(request, argument);
+    case SYSTEM: return system_ioctl(e->object, request, argument);
     case VM: return vm_ioctl(e->object, request, argument);
     default: return vcpu_ioctl(e->object, request, argument);
     }
@@ -607,4 +611,71 @@ EXPORT uint64_t soft_function(int number)
 {
     void *functions[] = { soft_is, soft_ioctl, soft_close, soft_kicked, soft_wrote };
     return (uintptr_t)functions[number];
+}
+
+static struct vm *vm_of(int fd)
+{
+    struct entry *e = entry_of(fd);
+    return e && e->kind == VM ? e->object : NULL;
+}
+
+EXPORT int soft_seed(int fd, uint64_t seed)
+{
+    struct entry *e = entry_of(fd);
+    if (!e || e->kind != SYSTEM || e->object)
+        return -EINVAL;
+    uint64_t *kept = malloc(sizeof *kept);
+    if (!kept)
+        return -ENOMEM;
+    *kept = seed;
+    e->object = kept;
+    return 0;
+}
+
+EXPORT int64_t soft_now(int fd)
+{
+    struct vm *vm = vm_of(fd);
+    return vm ? vm->order.ns : -1;
+}
+
+EXPORT void soft_settled(int fd, int64_t host_deadline, int *idle)
+{
+    struct vm *vm = vm_of(fd);
+    *idle = 0;
+    if (!vm)
+        return;
+    soft_turn_take(vm, 1);
+    vm->order.host_deadline = host_deadline;
+    *idle = vm->order.idle;
+    soft_turn_give(vm);
+}
+
+EXPORT void soft_unchanged(int fd)
+{
+    struct entry *e = entry_of(fd);
+    if (e && e->kind == VCPU)
+        ((struct vcpu *)e->object)->settles = 1;
+}
+
+EXPORT uint64_t soft_trail(int fd, uint64_t *records)
+{
+    struct vm *vm = vm_of(fd);
+    if (!vm)
+        return 0;
+    soft_turn_take(vm, 1);
+    uint64_t digest = vm->order.digest;
+    *records = vm->order.records;
+    soft_turn_give(vm);
+    return digest;
+}
+
+EXPORT int soft_log(int fd, int log)
+{
+    struct vm *vm = vm_of(fd);
+    if (!vm || !vm->order.on)
+        return -EBADF;
+    soft_turn_take(vm, 1);
+    vm->order.log = log;
+    soft_turn_give(vm);
+    return 0;
 }

@@ -38,10 +38,22 @@ static int write_guest(void *owner, uint64_t gpa, const void *data, size_t size)
     return answer;
 }
 
+static void rang(void *owner)
+{
+    soft_order_outside(owner);
+}
+
 int soft_glue_new(struct vm *vm)
 {
     struct soft_chips_host host = { .owner = vm, .tsc_khz = vm->tsc_khz, .kick = kick,
                                     .write_guest = write_guest, .runs_timers = 1 };
+    if (vm->order.on) {
+        host.runs_timers = 0;
+        host.threadless = 1;
+        host.clock = soft_order_clock;
+        host.wall = soft_order_wall;
+        host.rang = rang;
+    }
     vm->chips = soft_chips_create(&host);
     return vm->chips ? 0 : -ENOMEM;
 }
@@ -91,9 +103,26 @@ void soft_glue_timers(struct vcpu *v, int at_entry)
         soft_chips_run_timers(v->vm->chips);
 }
 
+int64_t soft_glue_deadline(struct vm *vm)
+{
+    return soft_chips_next_deadline(vm->chips, -1);
+}
+
+void soft_glue_run_timers(struct vm *vm)
+{
+    soft_chips_run_timers(vm->chips);
+}
+
+void soft_glue_sweep(struct vm *vm)
+{
+    soft_chips_sweep(vm->chips);
+}
+
 int soft_glue_take(struct vcpu *v)
 {
-    return soft_chips_take_interrupt(v->vm->chips, v->id);
+    int vector = soft_chips_take_interrupt(v->vm->chips, v->id);
+    soft_order_record(v, RECORD_INTERRUPT, vector, 0, 0);
+    return vector;
 }
 
 int soft_glue_take_nmi(struct vcpu *v)

@@ -3,6 +3,7 @@
 #ifndef AVMM_SOFT_CHIPS_GLUE_H
 #define AVMM_SOFT_CHIPS_GLUE_H
 
+#include "chips.h"
 #include "engine.h"
 
 /* An access to a chip's registers. Returns 0 if no chip is there. */
@@ -10,6 +11,11 @@ int soft_glue_access(struct vcpu *v, int port, int write, uint64_t at, uint32_t 
                       uint64_t *value);
 int soft_glue_due(struct vcpu *v);      /* is an interrupt due, if the vCPU takes interrupts? */
 void soft_glue_timers(struct vcpu *v, int at_entry);    /* run what is due */
+int64_t soft_glue_deadline(struct vm *vm);      /* when the next timer is due */
+void soft_glue_run_timers(struct vm *vm);
+void soft_glue_sweep(struct vm *vm);    /* look for irqfds that were written */
+void soft_order_clock(void *owner, struct soft_chips_time *now);       /* order.c */
+int64_t soft_order_wall(void *owner);
 int soft_glue_take(struct vcpu *v);    /* its vector, or -1 */
 int soft_glue_startup_due(struct vcpu *v);
 void soft_glue_startup(struct vcpu *v); /* INIT and SIPI that have come */

@@ -139,6 +139,7 @@ void soft_engine_load(struct vcpu *v)
         memcpy(vm->loaded->state, vm->env, ENV_STATE);
     memcpy(vm->env, v->state, ENV_STATE);
     vm->loaded = v;
+    soft_order_pin_tlb(vm);
     lib.tlb_flush(vm->cpu);
 }
 
@@ -198,12 +199,17 @@ bool soft_between_blocks(struct vcpu *v)
         v->replay = NOT_REPLAYING;
         v->count = v->position = 0;
     }
-    if (atomic_load_explicit(&vm->attention, memory_order_relaxed)) {
+    if (atomic_load_explicit(&vm->attention, memory_order_relaxed)
+        || vm->order.ns >= vm->order.look) {
         atomic_store(&vm->attention, 0);
         if (atomic_load(&vm->has_stale))
             soft_memory_refresh(vm);
+        if (soft_order_tail(v)) {
+            soft_attend(vm);
+            return true;        /* not chained to the block before, which goes on to a whole one */
+        }
         if (v->exit_reason || v->stop || atomic_load(&v->kicked) || atomic_load(&vm->preempt)
-            || (atomic_load(&vm->waiting) && soft_now_ns() - vm->since > 1000000)) {
+            || soft_order_stops(v) || (atomic_load(&vm->waiting) && soft_now_ns() - vm->since > 1000000)) {
             AT(vm->cpu, CPU_EXIT_REQUEST, uint8_t) = 1;
             return false;
         }
@@ -285,7 +291,7 @@ static void execute(struct vcpu *v)
 {
     struct vm *vm = v->vm;
     now = v;
-    soft_glance = (struct glance){ vm->uc, &vm->attention };
+    soft_glance = (struct glance){ vm->uc, &vm->attention, &vm->order };
     soft_engine_load(v);
     AT(vm->uc, UC_NESTED, int) = 1;
     AT(vm->uc, UC_INVALID_ERROR, int) = 0;
@@ -339,9 +345,9 @@ static int has_work(struct vcpu *v)
            || (AT(env, ENV_EFLAGS, uint64_t) >> 9 & 1 && soft_glue_due(v));
 }
 
-static void sleep_until_woken(struct vcpu *v, uint32_t seen)
+static void sleep_until_woken(struct vcpu *v, uint32_t seen, const struct timespec *most)
 {
-    syscall(SYS_futex, &v->wake, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+    syscall(SYS_futex, &v->wake, FUTEX_WAIT_PRIVATE, seen, most, NULL, 0);
 }
 
 /* INIT and SIPI, and the end of a halt. Returns whether the vCPU can run. */
@@ -354,6 +360,18 @@ static int is_runnable(struct vcpu *v, int at_entry)
     if (v->mp_state == KVM_MP_STATE_HALTED && v->vm->has_chips && has_work(v))
         v->mp_state = KVM_MP_STATE_RUNNABLE;
     return v->mp_state == KVM_MP_STATE_RUNNABLE;
+}
+
+int soft_is_runnable(struct vcpu *v)
+{
+    return is_runnable(v, 0);
+}
+
+static void record_exit(struct vcpu *v)
+{
+    struct access *a = v->pending == ACCESS_PENDING ? &v->accesses[v->count - 1] : NULL;
+    soft_order_record(v, RECORD_EXIT, v->exit_reason | (a ? (uint64_t)a->size << 32 : 0),
+                      a ? a->at : 0, a && a->kind & 1 ? a->value : 0);
 }
 
 static int exits(struct vcpu *v)
@@ -370,6 +388,8 @@ static int exits(struct vcpu *v)
         v->replay = NOT_REPLAYING;
         v->count = v->position = 0;
     }
+    if (run->exit_reason != KVM_EXIT_INTR)
+        record_exit(v);
     v->exit_reason = 0;
     return 0;
 }
@@ -396,7 +416,7 @@ static int run(struct vcpu *v)
         }
         if (v->replay == NOT_REPLAYING && !is_runnable(v, first)) {
             soft_turn_give(vm);
-            sleep_until_woken(v, seen);
+            sleep_until_woken(v, seen, NULL);
             woken = 1;                  /* by an interrupt: somebody may wait for the answer */
             continue;
         }
@@ -420,6 +440,55 @@ static int run(struct vcpu *v)
     return -EINTR;
 }
 
+/* The same in a deterministic run (order.c). Also returns 0 with KVM_EXIT_INTR: the host is to
+ * settle. */
+static int run_in_order(struct vcpu *v)
+{
+    struct vm *vm = v->vm;
+    int at_entry = v->run->immediate_exit;
+    if (v->pending == ACCESS_PENDING)
+        soft_access_answered(v);
+    for (int first = 1;; first = 0) {
+        uint32_t seen = atomic_load(&v->wake);
+        int stop = at_entry || wants_out(v);
+        soft_turn_take(vm, 1);
+        if (first)
+            soft_order_enter(v);
+        if (v->pending == HYPERCALL_PENDING)
+            soft_hypercall_answered(v);
+        if (stop && v->replay == NOT_REPLAYING)
+            break;
+        enum step step = stop ? STEP_RUN : soft_order_step(v);
+        if (step == STEP_WAIT || step == STEP_WAIT_FOR_HOST) {
+            struct timespec glance = { .tv_nsec = 1000000 };
+            soft_turn_give(vm);
+            sleep_until_woken(v, seen, step == STEP_WAIT ? NULL : &glance);
+            continue;
+        }
+        if (step == STEP_RUN) {
+            v->stop = stop;             /* only the instruction in hand */
+            execute(v);
+        } else {
+            v->exit_reason = KVM_EXIT_INTR;
+        }
+        if (v->exit_reason == KVM_EXIT_HLT && vm->has_chips) {
+            v->mp_state = KVM_MP_STATE_HALTED;
+            v->exit_reason = 0;
+        }
+        if (v->exit_reason) {
+            exits(v);
+            soft_order_leave(v);
+            soft_turn_give(vm);
+            return 0;
+        }
+        soft_turn_give(vm);
+    }
+    soft_order_leave(v);
+    soft_turn_give(vm);
+    v->run->exit_reason = KVM_EXIT_INTR;
+    return -EINTR;
+}
+
 int soft_vcpu_run(struct vcpu *v)
 {
     if (v->mp_state == KVM_MP_STATE_UNINITIALIZED && !v->vm->has_chips)
@@ -429,7 +498,7 @@ int soft_vcpu_run(struct vcpu *v)
         kicked_outside = 0;
         atomic_store(&v->kicked, !(soft_without & WITHOUT_EARLY_STOP));
     }
-    int answer = run(v);
+    int answer = v->vm->order.on ? run_in_order(v) : run(v);
     if (answer)
         atomic_store(&v->kicked, 0);
     entered = NULL;

@@ -8,6 +8,7 @@
 #define AVMM_SOFT_ENGINE_H
 
 #include "library.h"
+#include "order.h"
 
 #include <linux/kvm.h>
 #include <pthread.h>
@@ -69,6 +70,7 @@ struct vcpu {
 
     int exit_reason;            /* what the guest has just left with; 0: nothing */
     int lacks_memory;           /* the host could not provide a page that the guest has touched */
+    int settles;                /* the host has settled when it comes back (order.c) */
     int stop;                   /* leave when the instruction in hand is done */
     uint64_t interrupted_eip;   /* of an INT instruction, before the library moves RIP past it */
     _Atomic uint32_t wake;      /* a futex: changed whenever a sleeping vCPU has to look again */
@@ -99,6 +101,7 @@ struct vm {
     int has_chips;              /* an irqchip: until then HLT exits, and nothing interrupts */
     struct soft_chips *chips;
     struct vcpu *by_id[64];
+    struct order order;
 
     pthread_mutex_t lock;       /* protects the turn: the five below */
     pthread_cond_t changed;
@@ -112,7 +115,7 @@ struct vm {
 extern __thread struct vcpu *now;
 
 /* Of `now`, what each block looks at: together, so that it takes few steps. `uc` is NULL outside. */
-struct glance { void *uc; _Atomic uint32_t *attention; };
+struct glance { void *uc; _Atomic uint32_t *attention; struct order *order; };
 extern __thread struct glance soft_glance;
 
 static inline void *env_of(struct vcpu *v)
@@ -131,6 +134,7 @@ const char *soft_engine_verify(void *uc);
 void soft_engine_load(struct vcpu *v);
 bool soft_store_to_rom(void *uc, int type, uint64_t at, int size, int64_t value, void *data);
 int soft_vcpu_run(struct vcpu *v);
+int soft_is_runnable(struct vcpu *v);
 void soft_attend(struct vm *vm);
 void soft_wake(struct vcpu *v);
 void soft_leave(struct vcpu *v, int reason, uintptr_t from) __attribute__((noreturn));

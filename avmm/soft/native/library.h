@@ -120,6 +120,10 @@ enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
     X(void, store8, "helper_le_stq_mmu_x86_64", STORE) \
     X(unsigned, load2_at, "cpu_lduw_mmuidx_ra_x86_64", \
       (void *env, uint64_t at, int mmu, uintptr_t from)) \
+    X(void, tlb_flush_modes, "tlb_flush_by_mmuidx_x86_64", (void *cpu, uint16_t modes)) \
+    X(void, tlb_flush_page_modes, "tlb_flush_page_by_mmuidx_x86_64", \
+      (void *cpu, uint64_t at, uint16_t modes)) \
+    X(uint64_t, rdrand, "helper_rdrand_x86_64", (void *env)) \
     X(void, in_helper, "helper_inb_x86_64", (void)) \
     X(void, raise_int, "helper_raise_interrupt_x86_64", (void *env, int vector, int addend)) \
     X(void, into, "helper_into_x86_64", (void *env, int addend))

@@ -84,7 +84,7 @@ uint64_t soft_host_tsc_khz(void)
 /* The host's TSC at the guest's pace. */
 static uint64_t paced_tsc(struct vcpu *v)
 {
-    uint64_t host = __rdtsc();
+    uint64_t host = v->vm->order.on ? (uint64_t)v->vm->order.ns * (ORDER_TSC_KHZ / 1000000) : __rdtsc();
     if (v->tsc_khz == v->vm->tsc_khz)
         return host;
     return (unsigned __int128)host * v->tsc_khz / v->vm->tsc_khz;

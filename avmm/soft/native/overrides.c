@@ -48,11 +48,21 @@ OVERRIDE void helper_check_exit_request_x86_64(void *uc, uint32_t in_delay_slot)
         lib.check(uc, in_delay_slot);
         return;
     }
-    if (__builtin_expect(!atomic_load_explicit(g->attention, memory_order_relaxed), 1))
+    struct order *o = g->order;
+    if (__builtin_expect(!atomic_load_explicit(g->attention, memory_order_relaxed), 1)
+        && o->ns < o->look) {
+        o->ns += BLOCK_NS;
         return;
+    }
     struct vcpu *v = now;
     if (v->replay == REPLAY_ARMED) {
         v->replay = REPLAY_RUNS;        /* the instruction in hand; the next block is too far */
+        o->ns += BLOCK_NS;
+        return;
+    }
+    if (o->tail == TAIL_ARMED) {
+        o->tail = TAIL_RAN;
+        o->ns += BLOCK_NS;
         return;
     }
     lib.cpu_loop_exit_restore(v->vm->cpu, FROM);
@@ -75,6 +85,21 @@ OVERRIDE void qemu_system_reset_request(void *uc)
         v->exit_reason = KVM_EXIT_SHUTDOWN;     /* a triple fault */
     else
         lib.reset_request(uc);
+}
+
+/* All of the library's flushes come by here. */
+OVERRIDE void tlb_flush_by_mmuidx_x86_64(void *cpu, uint16_t modes)
+{
+    if (now && now->vm->cpu == cpu)
+        soft_order_pin_tlb(now->vm);
+    lib.tlb_flush_modes(cpu, modes);
+}
+
+OVERRIDE void tlb_flush_page_by_mmuidx_x86_64(void *cpu, uint64_t at, uint16_t modes)
+{
+    if (now && now->vm->cpu == cpu)
+        soft_order_pin_tlb(now->vm);    /* a page in a huge one flushes all */
+    lib.tlb_flush_page_modes(cpu, at, modes);
 }
 
 /* ---- code that changes ---- */
@@ -375,6 +400,15 @@ OVERRIDE void helper_rdtscp_x86_64(void *env)
     REG(0) = (uint32_t)tsc;
     REG(2) = tsc >> 32;
     REG(1) = AT(env, ENV_TSC_AUX, uint32_t);
+}
+
+/* In a deterministic run the seed makes the random numbers. */
+OVERRIDE uint64_t helper_rdrand_x86_64(void *env)
+{
+    if (!now || now->vm->env != env || !now->vm->order.on)
+        return lib.rdrand(env);
+    AT(env, ENV_CC_SRC, uint64_t) = 1;
+    return soft_order_entropy(now->vm);
 }
 
 static int is_filtered(struct vm *vm, uint32_t index, uint32_t way)

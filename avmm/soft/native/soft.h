@@ -37,6 +37,20 @@ void soft_wrote(int vm, const void *host, uint64_t length);
 
 /* The addresses of soft_is, soft_ioctl, soft_close, soft_kicked and soft_wrote, by number from 0. */
 uint64_t soft_function(int number);
+/* Make the runs of this system's VMs deterministic (order.c). 0 or -errno. */
+int soft_seed(int system, uint64_t seed);
+/* Such a guest's time in nanoseconds. */
+int64_t soft_now(int vm);
+/* The host has settled, and wants to be asked again at `host_deadline` (INT64_MAX: never). `idle`:
+ * does the guest wait for the host alone? */
+void soft_settled(int vm, int64_t host_deadline, int *idle);
+/* This vCPU has left with an exit, and serving it has given the host nothing to do: it need not
+ * settle. Called by the vCPU's thread before KVM_RUN. */
+void soft_unchanged(int vcpu);
+/* A digest of all that has happened so far, and of how many records it is made. */
+uint64_t soft_trail(int vm, uint64_t *records);
+/* Write each record (order.h) to this descriptor from now on; -1: no longer. 0 or -errno. */
+int soft_log(int vm, int log);
 
 /* For tests: which cures of the library's traps are taken away (engine.h). */
 void soft_take_away(unsigned cures);
