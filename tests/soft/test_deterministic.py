@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import signal
 import subprocess
@@ -17,7 +16,12 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from lab.cache import LabError
+from linux import userspace
+from linux.kernel import CMDLINE, vmlinux
+from support import stock
 from support.guest import EXIT, machine
+from support.required import not_here
 
 import avmm
 from avmm import deterministic
@@ -317,19 +321,15 @@ def test_a_guest_with_a_console_and_interrupts(tmp_path: Path) -> None:
     assert deterministic.run(typed, tmp_path / "disk") == first
 
 
-LINUX = Path(os.environ.get("AVMM_GUEST_LINUX", "/nowhere"))
-CMDLINE = (
-    "console=ttyS0 reboot=t panic=-1 lpj=1000000 noxsave clearcpuid=smap,smep,fsgsbase "
-    "rodata=off random.trust_cpu=on"
-)
+HELLO = "echo HELLO FROM GUEST\nreboot"
 
 
-async def booted(kernel: Path, around: Around = undisturbed) -> tuple[Any, ...]:
+async def booted(kernel: Path, initrd: Path, around: Around = undisturbed) -> tuple[Any, ...]:
     said = b""
     async with (
         avmm.Machine(
             kernel=kernel,
-            initrd=LINUX / "rdmin.cpio",
+            initrd=initrd,
             cmdline=CMDLINE,
             memory="32M",
             cpus=2,
@@ -342,19 +342,19 @@ async def booted(kernel: Path, around: Around = undisturbed) -> tuple[Any, ...]:
         return said, await vm.wait(), deterministic.trail(vm), deterministic.digest(vm)
 
 
-@pytest.mark.skipif(not LINUX.exists(), reason="AVMM_GUEST_LINUX names no folder with a Linux")
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)  # the kernel may have to be built
 def test_linux_boots_the_same_way(tmp_path: Path) -> None:
-    kernel = tmp_path / "vmlinux"
-    kernel.write_bytes(gzip.decompress((LINUX / "vmlinux-smp.gz").read_bytes()))
-    first = deterministic.run(booted, kernel)
+    try:
+        kernel = vmlinux(smp=True)
+    except LabError as error:
+        not_here(str(error))
+    initrd = userspace.initrd(tmp_path / "initrd", HELLO)
+    first = deterministic.run(booted, kernel, initrd)
     assert b"HELLO FROM GUEST" in first[0]
-    assert deterministic.run(booted, kernel) == first
-    assert deterministic.run(booted, kernel, kicked) == first
+    assert deterministic.run(booted, kernel, initrd) == first
+    assert deterministic.run(booted, kernel, initrd, kicked) == first
 
 
-DEBIAN = Path(os.environ.get("AVMM_GUEST_DEBIAN", "/nowhere"))
-"""A folder with vmlinuz and initrd.cpio.gz of `avmm image`, and an ext4.img."""
 TYPED = (
     b"md5sum /dev/vda",
     b"mount /dev/vda /mnt; dd if=/dev/urandom of=/mnt/x bs=4k count=64",
@@ -375,12 +375,11 @@ async def installed(around: Around = undisturbed) -> tuple[Any, ...]:
     said, (here, there) = b"", pair()
     async with (
         avmm.Machine(
-            kernel=DEBIAN / "vmlinuz",
-            initrd=DEBIAN / "initrd.cpio.gz",
+            **stock.boot_files(stock.GUEST),
             cmdline="console=ttyS0 quiet panic=-1",
             memory="256M",
             cpus=2,
-            disks=[f"{DEBIAN / 'ext4.img'},overlay"],
+            disks=[f"{stock.folder(stock.GUEST) / 'ext4.img'},overlay"],
             devices=[avmm.virtio(Net(there, mac="52:54:00:00:00:09"))],
             rng=True,
             deterministic=7,
@@ -400,7 +399,6 @@ async def installed(around: Around = undisturbed) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not DEBIAN.exists(), reason="AVMM_GUEST_DEBIAN names no folder with a guest")
 @pytest.mark.timeout(300)
 def test_debian_runs_the_same_way() -> None:
     first = deterministic.run(installed)
