@@ -32,6 +32,17 @@ void soft_wake(struct vcpu *v)
         soft_attend(v->vm);
 }
 
+/* A fault's handler finds RF set in the flags that the CPU pushes (Intel SDM 3B, 19.3.1.1); the
+ * library forgets it. It clears RF itself for the handler. */
+static void deliver_by_table(struct vm *vm)
+{
+    uint32_t vector = AT(vm->cpu, CPU_EXCEPTION_INDEX, uint32_t);
+    enum { NO_FAULTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 8 | 1 << 18 };
+    if (vector < 32 && !(NO_FAULTS >> vector & 1) && !AT(vm->env, ENV_IS_INT, int))
+        AT(vm->env, ENV_EFLAGS, uint64_t) |= RF;
+    lib.do_interrupt(vm->cpu);
+}
+
 /* An exception, in the library's loop: deliver it as the CPU does. */
 static void deliver(void *uc, uint32_t vector, void *data)
 {
@@ -42,7 +53,7 @@ static void deliver(void *uc, uint32_t vector, void *data)
     AT(vm->uc, UC_SIZE_RECUR, int) = 0;
     if (v && AT(vm->env, ENV_IS_INT, int))
         AT(vm->env, ENV_EIP, uint64_t) = v->interrupted_eip;
-    lib.do_interrupt(vm->cpu);
+    deliver_by_table(vm);
 }
 
 /* #UD, or a hypercall: the library has neither VMCALL nor, without SVM, VMMCALL. */
@@ -53,7 +64,7 @@ static bool invalid(void *uc, void *data)
     (void)uc;
     if (v && soft_hypercall(v))
         return true;
-    lib.do_interrupt(vm->cpu);
+    deliver_by_table(vm);
     return true;
 }
 

@@ -18,7 +18,7 @@ enum { UC_ARCH_X86 = 4, UC_MODE_64 = 8, UC_USE_EXITS = 4 | 1 << 26 | 1 << 30, UC
        UC_REG_RIP = 41 };
 
 enum { MOST_VCPUS = 32, MOST_SLOTS = 64, MOST_ACCESSES = 64, MOST_ZONES = 64, MOST_DOORBELLS = 512,
-       PAGE = 4096, RUN_SIZE = 3 * PAGE };
+       PAGE = 4096, RUN_SIZE = 3 * PAGE, RF = 1 << 16 };
 
 /* An access of the guest's to what is not memory. */
 enum access_kind { MMIO_READ, MMIO_WRITE, PORT_IN, PORT_OUT, MSR_READ, MSR_WRITE };
