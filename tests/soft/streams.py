@@ -37,9 +37,26 @@ RULES: Final = {
     "undefined-results": "architecture: BSF/BSR of 0, SHLD/SHRD of 16 bits by more than 16",
     "approximations": "architecture: RCP*, RSQRT* and x87's transcendental functions",
     "x87-pointers": "architecture: FIP, FDP and FOP, which processors keep or not",
-    "x87-condition-codes": "architecture: C0 to C3 where they are undefined",
+    "interpreter": "host: a KVM that interprets ring 0 makes #UD of a #GP that it does not know",
+    "bmi": "engine: no BMI1 and BMI2",
+    "cmpxchg-register": "engine: CMPXCHG of 32-bit registers that are not equal",
+    "faults-of-changes": "engine: a fault of an instruction that reads, then writes, is a read's",
+    "faults-of-halves": "engine: of a 16-byte move that faults at its second half one half is done",
+    "faults-of-setcc": "engine: the flags after a SETcc whose store faults",
+    "lock-neg": "engine: the flags of LOCK NEG",
+    "lock-refused": "engine: LOCK before some instructions that must not have it",
+    "loop-flags": "engine: the flags after LOOPE and LOOPNE",
+    "mxcsr-flags": "engine: no status flags in MXCSR",
+    "relative-shift": "engine: SHLD and SHRD by an immediate, of an operand relative to RIP",
+    "sse-alignment": "engine: an operand of SSE's that is not aligned",
+    "stack-fault": "engine: #GP instead of #SS",
+    "two-nans": "engine: of two NaNs SSE gives the larger",
+    "x87-flags": "engine: x87's status flags and condition codes",
+    "x87-stack": "engine: x87's stack overflows",
 }
-"""The rules' names. The ones of the kind "engine" are added below, by what obeys them."""
+"""The rules' names, and what each leaves out. "architecture": it need not be the same on any two
+processors. "engine": a row of docs/engines.md. "host": of one of the hosts that it is compared
+with."""
 
 # The registers that instructions may write: not RSP, not R14 (the data) and R13 (`WILD`).
 FREE: Final = (0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 15)
@@ -54,7 +71,8 @@ class Options:
 
     ring: int = 3
     without: frozenset[str] = frozenset()
-    """Kinds of instructions that are not made: names of `_KINDS`."""
+    """Kinds of instructions that are not made: names of `_KINDS`, and of `RULES` that need not be
+    obeyed always: "bmi" and "interpreter"."""
 
 
 @dataclass(frozen=True)
@@ -211,10 +229,13 @@ class Maker:
         """A byte register: 4 to 7 are SPL to DIL here, 16 to 19 AH to BH."""
         return self.rng.choice(tuple(r for r in FREE) if write else ANY)
 
-    def mem(self, size: int = 8, *, align: int = 1, write: bool = False) -> Mem:
-        """An operand in the data; now and then where an access faults."""
+    def mem(
+        self, size: int = 8, *, align: int = 1, write: bool = False, bad: bool = True
+    ) -> Mem:
+        """An operand in the data; now and then, with `bad`, where an access faults. (Rule
+        "faults-of-changes": `bad` is for what only reads or only writes.)"""
         rng = self.rng
-        if align == 1 and rng.random() < 0.02:
+        if align == 1 and bad and rng.random() < 0.03:
             return self._bad(size, write)
         if rng.random() < 0.15:  # over the border of a page
             at = 0x1000 - rng.randrange(size + 1)
@@ -241,7 +262,7 @@ class Maker:
     def _bad(self, size: int, write: bool) -> Mem:
         rng = self.rng
         kind = rng.randrange(4)
-        if kind == 0:
+        if kind == 0 and "interpreter" not in self.options.without:
             return Mem(1, 5, bytes([rng.randrange(128)]), 1)  # [r13 + n]: not canonical
         if kind == 1 and write:
             return Mem(0, 4, b"\x25" + struct.pack("<i", READ_ONLY + rng.randrange(0x100)))
@@ -249,9 +270,10 @@ class Maker:
             return Mem(0, 4, b"\x25" + struct.pack("<i", SUPERVISOR + rng.randrange(0x100)))
         return Mem(0, 4, b"\x25" + struct.pack("<i", HOLE - rng.randrange(size)))
 
-    def rm(self, size: int, *, write: bool = False) -> Operand:
+    def rm(self, size: int, *, write: bool = False, only: bool = False) -> Operand:
+        """A register or memory; `only` if what is written is not read."""
         if self.rng.random() < 0.4:
-            return self.mem(size, write=write)
+            return self.mem(size, write=write, bad=only or not write)
         return self.byte_reg(write=write) if size == 1 else self.any_of(FREE if write else ANY)
 
     # -- flags -----------------------------------------------------------------------------
@@ -305,7 +327,7 @@ class Maker:
     def unary(self) -> None:
         size, which = self.size(), self.rng.randrange(5)
         rm = self.rm(size, write=which != 4)
-        lock = b"\xf0" if which != 4 and isinstance(rm, Mem) and self.rng.random() < 0.3 else b""
+        lock = b"\xf0" if which < 3 and isinstance(rm, Mem) and self.rng.random() < 0.3 else b""
         regs = self._bytes(size, rm)
         wide = size != 1
         if which < 2:  # inc, dec: CF stays
@@ -325,7 +347,7 @@ class Maker:
         rng, which = self.rng, self.rng.randrange(10)
         if which == 0:
             size = self.size()
-            rm, reg = self.rm(size, write=True), self.any_of(ANY)
+            rm, reg = self.rm(size, write=True, only=True), self.any_of(ANY)
             self.s.put(
                 bytes([0x88 | (size != 1)]), reg, rm, size=size, byte_regs=self._bytes(size, reg, rm)
             )
@@ -418,7 +440,8 @@ class Maker:
         count = self.rng.randrange(17 if size == 2 else 64) & (63 if size == 8 else 31)
         rm, reg = self.rm(size, write=True), self.any_of(ANY)
         opcode = bytes([0x0F, 0xA4 | right << 3])
-        if self.rng.random() < 0.5:
+        relative = isinstance(rm, Mem) and rm.target is not None  # rule "relative-shift"
+        if self.rng.random() < 0.5 and not relative:
             self.s.put(opcode, reg, rm, size=size, imm=bytes([count]))
         else:
             self.s.put(b"\xb0", 1, imm=bytes([count]))  # mov cl
@@ -486,6 +509,7 @@ class Maker:
         which = self.rng.randrange(5)
         if which < 2:  # bsf, bsr: not of 0
             self.s.put(b"\x0f\xba", 5, source, size=size, imm=self.imm(1))
+            self.sets(CF, OF | SF | AF | PF)
             self.s.put(bytes([0x0F, 0xBC | which]), reg, source, size=size)
             self.sets(ZF, ARITHMETIC & ~ZF)
             return
@@ -493,8 +517,9 @@ class Maker:
         if which == 2:
             self.s.put(b"\x0f\xb8", reg, rm, size=size, prefix=b"\xf3")
             self.sets(ARITHMETIC)
-        else:  # tzcnt, lzcnt
-            self.s.put(bytes([0x0F, 0xBC | which - 3]), reg, rm, size=size, prefix=b"\xf3")
+        else:  # tzcnt (of BMI1), lzcnt
+            lzcnt = which - 3 or "bmi" in self.options.without
+            self.s.put(bytes([0x0F, 0xBC | lzcnt]), reg, rm, size=size, prefix=b"\xf3")
             self.sets(CF | ZF, OF | SF | AF | PF)
 
     def by_condition(self) -> None:
@@ -502,7 +527,7 @@ class Maker:
         self.needs(CONDITIONS[which >> 1])
         form = self.rng.randrange(3)
         if form == 0:
-            rm = self.rm(1, write=True)
+            rm = self.rm(1, write=True)  # rule "faults-of-setcc"
             self.s.put(bytes([0x0F, 0x90 | which]), 0, rm, byte_regs=self._bytes(1, rm))
         elif form == 1:
             size = self.wide()
@@ -534,6 +559,8 @@ class Maker:
             self.needs(ZF)
         self.s.put(bytes([0xE0 | which]), imm=b"\0")
         self.s.code[-1] = (start - len(self.s.code)) & 255
+        if which < 2:  # rule "loop-flags"
+            self.sets(0, ARITHMETIC)
 
     def string(self) -> None:
         rng, s = self.rng, self.s
@@ -580,7 +607,7 @@ class Maker:
             if rng.random() < 0.5:
                 s.put(b"\x58", self.free())
         else:
-            s.put(b"\xc8", imm=struct.pack("<HB", rng.randrange(64), rng.randrange(3)))  # enter
+            s.put(b"\xc8", imm=struct.pack("<HB", rng.randrange(64), rng.randrange(2)))  # enter
             s.put(b"\x5d")  # pop rbp
 
     def flag_moves(self) -> None:
@@ -616,23 +643,34 @@ class Maker:
             rm, reg = self.rm(size, write=True), self.free()
             lock = b"\xf0" if isinstance(rm, Mem) and rng.random() < 0.5 else b""
             opcode = bytes([0x0F, (0xC0 if which else 0xB0) | (size != 1)])
-            if not which and rng.random() < 0.5:  # so that it is equal
+            if not which and self._is_kept(rm, size):  # so that it is equal
                 s.put(bytes([0x8A | (size != 1)]), 0, rm, size=size)
             s.put(opcode, reg, rm, size=size, prefix=lock, byte_regs=self._bytes(size, reg, rm))
             self.sets(ARITHMETIC)
         else:  # cmpxchg8b, cmpxchg16b
             width = 8 if which == 3 else 4
-            mem = self.mem(2 * width, align=16, write=True)
+            mem = self.mem(2 * width, align=16, write=True, bad=False)
             if rng.random() < 0.5:
                 s.put(b"\x8b", 0, mem, size=width)
             lock = b"\xf0" if rng.random() < 0.5 else b""
             s.put(b"\x0f\xc7", 1, mem, size=width, prefix=lock)
             self.sets(ZF)
 
-    def bmi(self) -> None:
+    def _is_kept(self, rm: Operand, size: int) -> bool:
+        """Is RAX to be loaded before CMPXCHG? It may be RM's index; and rule "cmpxchg-register"."""
+        if isinstance(rm, Mem):
+            return not (rm.mod == 2 and rm.rm == 4) and self.rng.random() < 0.5
+        return size == 4 or self.rng.random() < 0.5
+
+    def newer(self) -> None:
+        """BMI, ADX, CRC32."""
         rng, s = self.rng, self.s
         size = rng.choice((4, 8))
         which = rng.randrange(12)
+        if "bmi" in self.options.without:
+            which = rng.randrange(8, 12)
+        if which in (8, 9):
+            self.needs(CF if which == 8 else OF)
         reg, v, rm = self.free(), self.free(), self.rm(size)
         if which == 0:  # andn
             s.vex(2, 0, 0xF2, reg, v, rm, size=size)
@@ -655,7 +693,6 @@ class Maker:
         elif which == 7:  # shlx, sarx, shrx
             s.vex(2, rng.randrange(1, 4), 0xF7, reg, v, rm, size=size)
         elif which < 10:  # adcx, adox
-            self.needs(CF if which == 8 else OF)
             prefix = b"\x66" if which == 8 else b"\xf3"
             s.put(b"\x0f\x38\xf6", reg, rm, size=size, prefix=prefix)
             self.sets(CF if which == 8 else OF)
@@ -693,7 +730,7 @@ class Maker:
                 ((b"", 0x10, 0x11), (b"\x66", 0x10, 0x11), (b"\xf3", 0x6F, 0x7F))
             )
             opcode = rng.choice((load, store))
-            mem = self.mem(16, write=opcode == store)
+            mem = self.mem(16, write=opcode == store, bad=False)  # rule "faults-of-halves"
             s.put(bytes([0x0F, opcode]), reg, mem, prefix=prefix)
         elif which == 2:  # movss, movsd; and back
             size = rng.choice((4, 8))
@@ -706,7 +743,8 @@ class Maker:
             if rng.random() < 0.5:
                 s.put(b"\x0f\x6e", reg, self.rm(size), size=size, prefix=b"\x66")
             else:
-                s.put(b"\x0f\x7e", reg, self.rm(size, write=True), size=size, prefix=b"\x66")
+                rm = self.rm(size, write=True, only=True)
+                s.put(b"\x0f\x7e", reg, rm, size=size, prefix=b"\x66")
         elif which == 4:  # movq
             if rng.random() < 0.5:
                 s.put(b"\x0f\x7e", reg, self.xmm_rm(8), prefix=b"\xf3")
@@ -732,7 +770,7 @@ class Maker:
         elif which == 8:  # pextrb, pextrw, pextrd, pextrq, extractps
             size = rng.choice((1, 2, 4, 8))
             opcode = bytes([0x0F, 0x3A, {1: 0x14, 2: 0x15}.get(size, rng.choice((0x16, 0x16)))])
-            rm = self.rm(size, write=True)
+            rm = self.rm(size, write=True, only=True)
             width = 8 if size == 8 else 4
             s.put(opcode, reg, rm, size=width, prefix=b"\x66", imm=self.imm(1))
         elif which == 9:  # movntdq, movntps, movnti
@@ -752,6 +790,14 @@ class Maker:
             data = bytes([self.rng.randrange(imm)])
         reg, rm = self.rng.randrange(16), self.xmm_rm(size)
         self.s.put(opcode, reg, rm, prefix=prefix, imm=data)
+        if opcode[1] in _OF_TWO:  # rule "two-nans": make a zero of what is a NaN
+            kind = b"" if prefix in (b"", b"\xf3") else b"\x66"
+            if opcode[1] in (0x7C, 0x7D, 0xD0, 0x3A):
+                kind = b"" if prefix == b"\xf2" or opcode[2:] == b"\x40" else b"\x66"
+            other = (reg + 1) % 16
+            self.s.put(b"\x0f\x28", other, reg)
+            self.s.put(b"\x0f\xc2", other, other, prefix=kind, imm=b"\x07")  # is it a number?
+            self.s.put(b"\x0f\x54", reg, other)
 
     def sse_convert(self) -> None:
         rng, s = self.rng, self.s
@@ -770,15 +816,16 @@ class Maker:
             self.sets(ARITHMETIC)
 
     def sse_control(self) -> None:
-        """stmxcsr is not compared: it holds the status flags."""
-        self.s.put(b"\x0f\xae", 2, self._mxcsr())
-
-    def _mxcsr(self) -> Mem:
-        value = 0x1F80 | self.rng.randrange(4) << 13
+        """LDMXCSR. STMXCSR would bring the status flags to memory (rule "mxcsr-flags")."""
         at = DATA + self.rng.randrange(0x100, 0x200) * 4
         mem = Mem(0, 4, b"\x25" + struct.pack("<i", at))
-        self.s.put(b"\xc7", 0, mem, imm=struct.pack("<I", value))
-        return mem
+        self.s.put(b"\xc7", 0, mem, imm=struct.pack("<I", self._mxcsr()))
+        self.s.put(b"\x0f\xae", 2, mem)
+
+    def _mxcsr(self) -> int:
+        """Everything masked; a rounding mode; now and then FTZ and DAZ."""
+        tiny = self.rng.choice((0, 0, 0x8000, 0x40, 0x8040))
+        return 0x1F80 | self.rng.randrange(4) << 13 | tiny
 
     # -- x87 -------------------------------------------------------------------------------
 
@@ -843,15 +890,16 @@ class Maker:
     def fault(self) -> None:
         rng, s = self.rng, self.s
         which = rng.randrange(8)
+        exact = "interpreter" not in self.options.without
         if which == 0:  # no such instruction
             s.begin()
             s.code += rng.choice((b"\x0f\x0b", b"\x0f\xb9\xc0", b"\x0f\xff\xc0", b"\x06", b"\x27"))
         elif which == 1:  # LOCK where it must not be
             s.begin()
             s.code += rng.choice(
-                (b"\xf0\x90", b"\xf0\x01\xc8", b"\xf0\x41\x3b\x06", b"\xf0\x41\x89\x06")
+                (b"\xf0\x90", b"\xf0\x01\xc8", b"\xf0\x41\x3b\x06", b"\xf0\xf7\xd8")
             )
-        elif which == 2 and self.options.ring:  # not in ring 3
+        elif which == 2 and self.options.ring and exact:  # not in ring 3
             s.begin()
             s.code += rng.choice(
                 (b"\xf4", b"\xfa", b"\xfb", b"\x0f\x06", b"\x0f\x32", b"\x0f\x30", b"\x0f\x20\xc0")
@@ -861,7 +909,7 @@ class Maker:
         elif which == 3:  # division by 0
             s.put(b"\xb9", imm=b"\0\0\0\0")
             s.put(b"\xf7", rng.choice((6, 7)), 1, size=self.wide())
-        elif which == 4:  # INT: no gate, or no right to use it
+        elif which == 4 and exact:  # INT: no gate, or no right to use it
             s.begin()
             s.code += rng.choice((b"\xcd\x80", b"\xcd\xff", b"\xcd\x20", b"\xcd\x0d"))
         elif which == 5:
@@ -883,7 +931,7 @@ class Maker:
         s.regs[4] = STACK + STACK_SIZE // 2 + 8 * rng.randrange(32)
         s.regs[13], s.regs[14] = WILD, DATA
         s.flags = rng.getrandbits(12) & (ARITHMETIC | DF) | 0x202  # some KVMs keep IF set
-        s.mxcsr = 0x1F80 | rng.randrange(4) << 13
+        s.mxcsr = self._mxcsr()
         s.fcw = 0x7F | rng.randrange(4) << 10 | rng.choice((0, 2, 3, 3)) << 8
         names = [n for n in _KINDS if n not in self.options.without and n != "fault"]
         focus = rng.choice(names) if rng.random() < 0.5 else None
@@ -901,7 +949,7 @@ class Maker:
 _KINDS: Final = {
     "alu": 8, "unary": 3, "move": 6, "shift": 5, "double_shift": 2, "multiply": 3, "divide": 2,
     "bit": 3, "far_bit": 1, "scan": 2, "by_condition": 4, "loop": 1, "string": 2, "stack": 2,
-    "flag_moves": 3, "exchange": 3, "bmi": 4, "sse_integer": 8, "sse_move": 4, "sse_float": 6,
+    "flag_moves": 3, "exchange": 3, "newer": 3, "sse_integer": 8, "sse_move": 4, "sse_float": 6,
     "sse_convert": 3, "sse_control": 1, "x87": 5, "fault": 0,
 }  # fmt: skip
 """The kinds of instructions, and how often each comes."""
@@ -950,6 +998,8 @@ def _sse_floats() -> tuple[tuple[bytes, bytes, int, int], ...]:
     return tuple(made)
 
 
+_OF_TWO: Final = frozenset({0x58, 0x59, 0x5C, 0x5E, 0x7C, 0x7D, 0xD0, 0x3A})
+"""ADD, MUL, SUB, DIV, HADD, HSUB, ADDSUB, and DPPD and DPPS: their opcodes' second byte."""
 _SSE_FLOAT: Final = _sse_floats()
 """(prefix, opcode, bytes of memory, how many values its immediate has: 1 for any)."""
 
