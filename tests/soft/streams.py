@@ -713,6 +713,11 @@ class Maker:
     def sse_integer(self) -> None:
         prefix, opcode, imm = self.rng.choice(_SSE_INTEGER)
         data = self.imm(1) if imm else b""
+        if opcode[1] == 0x3A and opcode[2] in (0x60, 0x61):  # lengths
+            for length in (0, 2):
+                if self.rng.random() < 0.5:
+                    self.s.put(b"\x83", 4, length, imm=bytes([self.rng.choice((15, 31))]))
+                    self.sets(ARITHMETIC, AF)
         reg, rm = self.rng.randrange(16), self.xmm_rm()
         self.s.put(opcode, reg, rm, prefix=prefix, imm=data)
 
@@ -858,7 +863,7 @@ class Maker:
             s.put(b"\xdf", 7, self.mem(8, write=True))
             s.x87_depth -= 1
         elif which == 3:  # fstp m80
-            s.put(b"\xdb", 7, self.mem(10, write=True))
+            s.put(b"\xdb", 7, self.mem(10, write=True, bad=False))  # rule "faults-of-halves"
             s.x87_depth -= 1
         elif which == 4:
             s.put(bytes([0xD9, 0xC8 + other]))  # fxch

@@ -171,6 +171,9 @@ void soft_load_segment(void *env, int index, uint16_t selector, uint64_t base, u
                        uint32_t flags);
 void soft_update_hflags(void *env);
 
+/* overrides.c */
+void update_mxcsr_status_x86_64(void *env);
+
 /* msr.c, cpuid.c */
 int soft_msr_get(struct vcpu *v, uint32_t index, uint64_t *value, int host);
 int soft_msr_set(struct vcpu *v, uint32_t index, uint64_t value, int host);

@@ -39,7 +39,7 @@ enum {
     REGION_PRIORITY = 92, REGION_PERMS = 136, REGION_SIZE = 160,
 };
 enum { EXCP_INTERRUPT = 0x10000, EXCP_HLT = 0x10001, INTERRUPT_HARD = 2, CC_OP_EFLAGS = 1,
-       CC_ALL = 0x8d5, CC_Z = 0x40 };
+       CC_ALL = 0x8d5, CC_Z = 0x40, MXCSR_DAZ = 0x40 };
 enum { FEATURE_1_EDX = 0, FEATURE_1_ECX = 1, FEATURE_7_EBX = 2, FEATURE_7_ECX = 3,
        FEATURE_7_EDX = 4, FEATURE_81_EDX = 6, FEATURE_81_ECX = 7, FEATURE_XSAVE = 19 };
 enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
@@ -136,6 +136,16 @@ enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
     X(void, phsubsw_xmm, "helper_phsubsw_xmm_x86_64", TWO) \
     X(uint32_t, multiply32, "float32_mul_x86_64", (uint32_t a, uint32_t b, void *status)) \
     X(uint32_t, add32, "float32_add_x86_64", (uint32_t a, uint32_t b, void *status)) \
+    X(void, minps, "helper_minps_x86_64", TWO) \
+    X(void, maxps, "helper_maxps_x86_64", TWO) \
+    X(void, minss, "helper_minss_x86_64", TWO) \
+    X(void, maxss, "helper_maxss_x86_64", TWO) \
+    X(void, minpd, "helper_minpd_x86_64", TWO) \
+    X(void, maxpd, "helper_maxpd_x86_64", TWO) \
+    X(void, minsd, "helper_minsd_x86_64", TWO) \
+    X(void, maxsd, "helper_maxsd_x86_64", TWO) \
+    X(uint64_t, multiply64, "float64_mul_x86_64", (uint64_t a, uint64_t b, void *status)) \
+    X(uint64_t, add64, "float64_add_x86_64", (uint64_t a, uint64_t b, void *status)) \
     X(void, flds, "helper_flds_ST0_x86_64", (void *env, uint32_t value)) \
     X(void, fldl, "helper_fldl_ST0_x86_64", (void *env, uint64_t value)) \
     X(void, raise_int, "helper_raise_interrupt_x86_64", (void *env, int vector, int addend)) \
