@@ -8,6 +8,8 @@
 
 #include "engine.h"
 
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define OVERRIDE __attribute__((visibility("default")))
@@ -74,6 +76,16 @@ OVERRIDE void qemu_system_reset_request(void *uc)
         v->exit_reason = KVM_EXIT_SHUTDOWN;     /* a triple fault */
     else
         lib.reset_request(uc);
+}
+
+/* The library gives up, on a guest that has no task register, say: the guest ends, not the process. */
+OVERRIDE __attribute__((noreturn)) void cpu_abort_x86_64(void *cpu, const char *why, ...)
+{
+    struct vcpu *v = now;
+    if (v && v->vm->cpu == cpu)
+        soft_leave(v, KVM_EXIT_INTERNAL_ERROR, 0);
+    fprintf(stderr, "unicorn: %s\n", why);
+    abort();
 }
 
 /* ---- code that changes ---- */
