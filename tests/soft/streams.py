@@ -37,6 +37,8 @@ RULES: Final = {
     "undefined-results": "architecture: BSF/BSR of 0, SHLD/SHRD of 16 bits by more than 16",
     "approximations": "architecture: RCP*, RSQRT* and x87's transcendental functions",
     "x87-pointers": "architecture: FIP, FDP and FOP, which processors keep or not",
+    "emulated": "host: what QEMU 7.2 does wrong: RCL, FLD and FRNDINT under x87's "
+    "precision, DAZ, PUSH of 16 bits at a page's end, INVD and WBINVD in ring 3",
     "interpreter": "host: a KVM that interprets ring 0 makes #UD of a #GP that it does not know",
     "bmi": "engine: no BMI1 and BMI2",
     "cmpxchg-register": "engine: CMPXCHG of 32-bit registers that are not equal",
@@ -72,7 +74,7 @@ class Options:
     ring: int = 3
     without: frozenset[str] = frozenset()
     """Kinds of instructions that are not made: names of `_KINDS`, and of `RULES` that need not be
-    obeyed always: "bmi" and "interpreter"."""
+    obeyed always: "bmi", "emulated" and "interpreter"."""
 
 
 @dataclass(frozen=True)
@@ -229,9 +231,7 @@ class Maker:
         """A byte register: 4 to 7 are SPL to DIL here, 16 to 19 AH to BH."""
         return self.rng.choice(tuple(r for r in FREE) if write else ANY)
 
-    def mem(
-        self, size: int = 8, *, align: int = 1, write: bool = False, bad: bool = True
-    ) -> Mem:
+    def mem(self, size: int = 8, *, align: int = 1, write: bool = False, bad: bool = True) -> Mem:
         """An operand in the data; now and then, with `bad`, where an access faults. (Rule
         "faults-of-changes": `bad` is for what only reads or only writes.)"""
         rng = self.rng
@@ -304,9 +304,7 @@ class Maker:
             self.s.put(bytes([code]), reg, rm, size=size, byte_regs=regs, prefix=lock)
         elif form == 1:
             reg, rm = self.any_of(FREE if writes else ANY), self.rm(size)
-            self.s.put(
-                bytes([code | 2]), reg, rm, size=size, byte_regs=self._bytes(size, reg, rm)
-            )
+            self.s.put(bytes([code | 2]), reg, rm, size=size, byte_regs=self._bytes(size, reg, rm))
         elif form == 2:
             rm = self.rm(size, write=writes)
             short = size == 1 or self.rng.random() < 0.5
@@ -338,9 +336,7 @@ class Maker:
             if which == 3:
                 self.sets(ARITHMETIC)
         else:  # test
-            self.s.put(
-                bytes([0xF6 | wide]), 0, rm, size=size, byte_regs=regs, imm=self.imm(size)
-            )
+            self.s.put(bytes([0xF6 | wide]), 0, rm, size=size, byte_regs=regs, imm=self.imm(size))
             self.sets(ARITHMETIC, AF)
 
     def move(self) -> None:
@@ -349,13 +345,21 @@ class Maker:
             size = self.size()
             rm, reg = self.rm(size, write=True, only=True), self.any_of(ANY)
             self.s.put(
-                bytes([0x88 | (size != 1)]), reg, rm, size=size, byte_regs=self._bytes(size, reg, rm)
+                bytes([0x88 | (size != 1)]),
+                reg,
+                rm,
+                size=size,
+                byte_regs=self._bytes(size, reg, rm),
             )
         elif which == 1:
             size = self.size()
             rm, reg = self.rm(size), self.free()
             self.s.put(
-                bytes([0x8A | (size != 1)]), reg, rm, size=size, byte_regs=self._bytes(size, reg, rm)
+                bytes([0x8A | (size != 1)]),
+                reg,
+                rm,
+                size=size,
+                byte_regs=self._bytes(size, reg, rm),
             )
         elif which == 2:  # movzx, movsx
             source = rng.choice((1, 2))
@@ -376,7 +380,11 @@ class Maker:
             size = self.size()
             rm, reg = self.rm(size, write=True), self.free()
             self.s.put(
-                bytes([0x86 | (size != 1)]), reg, rm, size=size, byte_regs=self._bytes(size, reg, rm)
+                bytes([0x86 | (size != 1)]),
+                reg,
+                rm,
+                size=size,
+                byte_regs=self._bytes(size, reg, rm),
             )
         elif which == 7:  # bswap, or movbe
             if rng.random() < 0.5 or "movbe" in self.options.without:
@@ -399,6 +407,8 @@ class Maker:
 
     def shift(self) -> None:
         size, which = self.size(), self.rng.choice((0, 1, 2, 3, 4, 5, 7))
+        if which == 2 and "emulated" in self.options.without:
+            which = 3  # rcr for rcl
         if which in (2, 3):
             self.needs(CF)
         rm = self.rm(size, write=True)
@@ -595,7 +605,8 @@ class Maker:
         elif which == 1:
             s.put(b"\x58", self.free(), size=size)
         elif which == 2:
-            s.put(b"\xff", 6, self.mem(8), size=size)
+            bad = size != 2 or "emulated" not in self.options.without
+            s.put(b"\xff", 6, self.mem(8, bad=bad), size=size)
         elif which == 3:
             s.put(b"\x8f", 0, self.mem(8, write=True), size=size)
         elif which == 4:
@@ -830,6 +841,8 @@ class Maker:
     def _mxcsr(self) -> int:
         """Everything masked; a rounding mode; now and then FTZ and DAZ."""
         tiny = self.rng.choice((0, 0, 0x8000, 0x40, 0x8040))
+        if "emulated" in self.options.without:
+            tiny &= 0x8000
         return 0x1F80 | self.rng.randrange(4) << 13 | tiny
 
     # -- x87 -------------------------------------------------------------------------------
@@ -868,7 +881,9 @@ class Maker:
         elif which == 4:
             s.put(bytes([0xD9, 0xC8 + other]))  # fxch
         elif which == 5:
-            s.put(bytes([0xD9, rng.choice((0xE0, 0xE1, 0xFA, 0xFC))]))  # fchs, fabs, fsqrt, frndint
+            s.put(
+                bytes([0xD9, rng.choice((0xE0, 0xE1, 0xFA, 0xFC))])
+            )  # fchs, fabs, fsqrt, frndint
         elif which == 6:  # fucomi, fcomi
             s.put(bytes([0xDB, rng.choice((0xE8, 0xF0)) + other]))
             self.sets(ZF | PF | CF, OF | SF | AF)
@@ -907,9 +922,7 @@ class Maker:
         elif which == 2 and self.options.ring and exact:  # not in ring 3
             s.begin()
             s.code += rng.choice(
-                (b"\xf4", b"\xfa", b"\xfb", b"\x0f\x06", b"\x0f\x32", b"\x0f\x30", b"\x0f\x20\xc0")
-                + (b"\x0f\x22\xd8", b"\x0f\x08", b"\x0f\x09", b"\xec", b"\xee", b"\xe4\x80")
-                + (b"\x41\x0f\x01\x16", b"\x41\x0f\x01\x1e", b"\x41\x0f\x01\x3e", b"\x6c", b"\x6e")
+                _PRIVILEGED if "emulated" in self.options.without else _PRIVILEGED + _CACHES
             )
         elif which == 3:  # division by 0
             s.put(b"\xb9", imm=b"\0\0\0\0")
@@ -937,7 +950,8 @@ class Maker:
         s.regs[13], s.regs[14] = WILD, DATA
         s.flags = rng.getrandbits(12) & (ARITHMETIC | DF) | 0x202  # some KVMs keep IF set
         s.mxcsr = self._mxcsr()
-        s.fcw = 0x7F | rng.randrange(4) << 10 | rng.choice((0, 2, 3, 3)) << 8
+        precision = 3 if "emulated" in self.options.without else rng.choice((0, 2, 3, 3))
+        s.fcw = 0x7F | rng.randrange(4) << 10 | precision << 8
         names = [n for n in _KINDS if n not in self.options.without and n != "fault"]
         focus = rng.choice(names) if rng.random() < 0.5 else None
         weights = [_KINDS[n] * (10 if n == focus else 1) for n in names]
@@ -951,6 +965,13 @@ class Maker:
         return s
 
 
+_PRIVILEGED: Final = (
+    b"\xf4", b"\xfa", b"\xfb", b"\x0f\x06", b"\x0f\x32", b"\x0f\x30",  # hlt ... wrmsr
+    b"\x0f\x20\xc0", b"\x0f\x22\xd8",  # mov eax, cr0; mov cr3, eax
+    b"\xec", b"\xee", b"\xe4\x80", b"\x6c", b"\x6e",  # in, out, ins, outs
+    b"\x41\x0f\x01\x16", b"\x41\x0f\x01\x1e", b"\x41\x0f\x01\x3e",  # lgdt, lidt, invlpg
+)  # fmt: skip
+_CACHES: Final = (b"\x0f\x08", b"\x0f\x09")  # invd, wbinvd
 _KINDS: Final = {
     "alu": 8, "unary": 3, "move": 6, "shift": 5, "double_shift": 2, "multiply": 3, "divide": 2,
     "bit": 3, "far_bit": 1, "scan": 2, "by_condition": 4, "loop": 1, "string": 2, "stack": 2,
@@ -990,12 +1011,20 @@ def _sse_floats() -> tuple[tuple[bytes, bytes, int, int], ...]:
     made += [(prefix, b"\x0f\xc2", size, 8) for prefix, size in kinds]  # cmp
     made += [(b"", b"\x0f\x5a", 8, 0), (b"\x66", b"\x0f\x5a", 16, 0)]  # cvtps2pd, cvtpd2ps
     made += [(b"\xf3", b"\x0f\x5a", 4, 0), (b"\xf2", b"\x0f\x5a", 8, 0)]
-    made += [(b"", b"\x0f\x5b", 16, 0), (b"\x66", b"\x0f\x5b", 16, 0), (b"\xf3", b"\x0f\x5b", 16, 0)]
+    made += [
+        (b"", b"\x0f\x5b", 16, 0),
+        (b"\x66", b"\x0f\x5b", 16, 0),
+        (b"\xf3", b"\x0f\x5b", 16, 0),
+    ]
     made += [(b"\xf3", b"\x0f\xe6", 8, 0), (b"\xf2", b"\x0f\xe6", 16, 0)]
     made += [(b"\x66", b"\x0f\xe6", 16, 0)]
     for code in (0x7C, 0x7D, 0xD0):  # hadd hsub addsub
         made += [(b"\x66", bytes([0x0F, code]), 16, 0), (b"\xf2", bytes([0x0F, code]), 16, 0)]
-    made += [(b"\xf3", b"\x0f\x12", 16, 0), (b"\xf3", b"\x0f\x16", 16, 0), (b"\xf2", b"\x0f\x12", 8, 0)]
+    made += [
+        (b"\xf3", b"\x0f\x12", 16, 0),
+        (b"\xf3", b"\x0f\x16", 16, 0),
+        (b"\xf2", b"\x0f\x12", 8, 0),
+    ]
     rounds = ((0x08, 16), (0x09, 16), (0x0A, 4), (0x0B, 8))
     made += [(b"\x66", bytes([0x0F, 0x3A, code]), size, 16) for code, size in rounds]
     made += [(b"\x66", bytes([0x0F, 0x3A, code]), 16, 1) for code in (0x40, 0x41)]  # dpps, dppd

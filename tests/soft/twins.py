@@ -164,10 +164,12 @@ _pool: Final = random.Random(1).randbytes(1 << 16)
 _FLOATS: Final = tuple(
     struct.pack("<f", value) for value in (0.0, -0.0, 1.0, -1.5, 3e38, 1e-38, 1e-42, 7.25)
 ) + (b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\0\0\xc0\x7f", b"\x01\0\x80\x7f", b"\x0b\0\xc0\xff")
-_DOUBLES: Final = tuple(
-    struct.pack("<d", value) for value in (0.0, -0.0, 1.0, -1.5, 1e308, 1e-308, 1e-320, 7.25)
-) + tuple(bytes(6) + end for end in (b"\xf0\x7f", b"\xf0\xff", b"\xf8\x7f", b"\xf9\xff")) + (
-    b"\x01" + bytes(5) + b"\xf0\x7f",
+_DOUBLES: Final = (
+    tuple(
+        struct.pack("<d", value) for value in (0.0, -0.0, 1.0, -1.5, 1e308, 1e-308, 1e-320, 7.25)
+    )
+    + tuple(bytes(6) + end for end in (b"\xf0\x7f", b"\xf0\xff", b"\xf8\x7f", b"\xf9\xff"))
+    + (b"\x01" + bytes(5) + b"\xf0\x7f",)
 )
 
 
@@ -248,7 +250,10 @@ def differences(stream: Stream, one: Result, other: Result) -> list[str]:
         if mine != theirs:
             at = next(i for i in range(len(mine)) if mine[i] != theirs[i])
             at &= ~7
-            compare(f"{what}+{at:#x}", *(int.from_bytes(m[at : at + 8], "little") for m in (mine, theirs)))
+            compare(
+                f"{what}+{at:#x}",
+                *(int.from_bytes(m[at : at + 8], "little") for m in (mine, theirs)),
+            )
     return found
 
 
@@ -270,7 +275,9 @@ def first_wrong(one: Twin, other: Twin, stream: Stream) -> str:
             one.load(place, stream)
             other.load(place, stream)
             if wrong := differences(stream, one.run(stream), other.run(stream)):
-                return f"{disassembly(whole[start:end], stream.origin + start)}: {'; '.join(wrong)}"
+                return (
+                    f"{disassembly(whole[start:end], stream.origin + start)}: {'; '.join(wrong)}"
+                )
     finally:
         stream.code[:] = whole
     return "only at its end"

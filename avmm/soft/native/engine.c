@@ -76,7 +76,7 @@ bool soft_store_to_rom(void *uc, int type, uint64_t at, int size, int64_t value,
     (void)uc;
     (void)type;
     (void)data;
-    if (now)
+    if (now && !soft_is_dummy_of_ins(now, value, 0))
         soft_access(now, MMIO_WRITE, at, size, &bytes, 0);
     return true;
 }

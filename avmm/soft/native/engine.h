@@ -173,6 +173,7 @@ void soft_update_hflags(void *env);
 
 /* overrides.c */
 void update_mxcsr_status_x86_64(void *env);
+int soft_is_dummy_of_ins(struct vcpu *v, uint64_t value, uintptr_t from);
 
 /* msr.c, cpuid.c */
 int soft_msr_get(struct vcpu *v, uint32_t index, uint64_t *value, int host);
