@@ -55,6 +55,7 @@ RULES: Final = {
     "two-nans": "engine: of two NaNs SSE gives the larger",
     "x87-flags": "engine: x87's status flags and condition codes",
     "x87-stack": "engine: x87's stack overflows",
+    "zero-of-ins": "engine: INS stores before it asks whether it may",
 }
 """The rules' names, and what each leaves out. "architecture": it need not be the same on any two
 processors. "engine": a row of docs/engines.md. "host": of one of the hosts that it is compared
@@ -968,7 +969,7 @@ class Maker:
 _PRIVILEGED: Final = (
     b"\xf4", b"\xfa", b"\xfb", b"\x0f\x06", b"\x0f\x32", b"\x0f\x30",  # hlt ... wrmsr
     b"\x0f\x20\xc0", b"\x0f\x22\xd8",  # mov eax, cr0; mov cr3, eax
-    b"\xec", b"\xee", b"\xe4\x80", b"\x6c", b"\x6e",  # in, out, ins, outs
+    b"\xec", b"\xee", b"\xe4\x80", b"\x6e",  # in, out, outs; rule "zero-of-ins"
     b"\x41\x0f\x01\x16", b"\x41\x0f\x01\x1e", b"\x41\x0f\x01\x3e",  # lgdt, lidt, invlpg
 )  # fmt: skip
 _CACHES: Final = (b"\x0f\x08", b"\x0f\x09")  # invd, wbinvd

@@ -161,15 +161,14 @@ class Twin:
 
 
 _pool: Final = random.Random(1).randbytes(1 << 16)
-_FLOATS: Final = tuple(
-    struct.pack("<f", value) for value in (0.0, -0.0, 1.0, -1.5, 3e38, 1e-38, 1e-42, 7.25)
-) + (b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\0\0\xc0\x7f", b"\x01\0\x80\x7f", b"\x0b\0\xc0\xff")
+_FLOATS: Final = (
+    *(struct.pack("<f", value) for value in (0.0, -0.0, 1.0, -1.5, 3e38, 1e-38, 1e-42, 7.25)),
+    *(b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\0\0\xc0\x7f", b"\1\0\x80\x7f", b"\x0b\0\xc0\xff"),
+)
 _DOUBLES: Final = (
-    tuple(
-        struct.pack("<d", value) for value in (0.0, -0.0, 1.0, -1.5, 1e308, 1e-308, 1e-320, 7.25)
-    )
-    + tuple(bytes(6) + end for end in (b"\xf0\x7f", b"\xf0\xff", b"\xf8\x7f", b"\xf9\xff"))
-    + (b"\x01" + bytes(5) + b"\xf0\x7f",)
+    *(struct.pack("<d", value) for value in (0.0, -0.0, 1.0, -1.5, 1e308, 1e-308, 1e-320, 7.25)),
+    *(bytes(6) + end for end in (b"\xf0\x7f", b"\xf0\xff", b"\xf8\x7f", b"\xf9\xff")),
+    b"\1" + bytes(5) + b"\xf0\x7f",
 )
 
 
