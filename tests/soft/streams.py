@@ -39,17 +39,17 @@ RULES: Final = {
     "x87-pointers": "architecture: FIP, FDP and FOP, which processors keep or not",
     "emulated": "host: what QEMU 7.2 does wrong: RCL, FLD and FRNDINT under x87's "
     "precision, DAZ, PUSH of 16 bits at a page's end, INVD and WBINVD in ring 3",
-    "interpreter": "host: a KVM that interprets ring 0 makes #UD of a #GP that it does not know",
+    "interpreter": "host: a KVM that interprets ring 0 makes #UD of a #GP; other descriptors",
     "bmi": "engine: no BMI1 and BMI2",
     "cmpxchg-register": "engine: CMPXCHG of 32-bit registers that are not equal",
     "faults-of-changes": "engine: a fault of an instruction that reads, then writes, is a read's",
-    "faults-of-halves": "engine: of a 16-byte move that faults at its second half one half is done",
+    "faults-of-halves": "engine: of a 16-byte move that faults at its second half, one is done",
     "faults-of-setcc": "engine: the flags after a SETcc whose store faults",
     "lock-neg": "engine: the flags of LOCK NEG",
     "lock-refused": "engine: LOCK before some instructions that must not have it",
     "loop-flags": "engine: the flags after LOOPE and LOOPNE",
     "mxcsr-flags": "engine: no status flags in MXCSR",
-    "relative-shift": "engine: SHLD and SHRD by an immediate, of an operand relative to RIP",
+    "relative-shift": "engine: SHLD and SHRD by an immediate of an operand relative to RIP",
     "sse-alignment": "engine: an operand of SSE's that is not aligned",
     "stack-fault": "engine: #GP instead of #SS",
     "two-nans": "engine: of two NaNs SSE gives the larger",
@@ -669,7 +669,7 @@ class Maker:
             self.sets(ZF)
 
     def _is_kept(self, rm: Operand, size: int) -> bool:
-        """Is RAX to be loaded before CMPXCHG? It may be RM's index; and rule "cmpxchg-register"."""
+        """Is RAX to be loaded before CMPXCHG? Not if it is RM's index. Rule "cmpxchg-register"."""
         if isinstance(rm, Mem):
             return not (rm.mod == 2 and rm.rm == 4) and self.rng.random() < 0.5
         return size == 4 or self.rng.random() < 0.5
@@ -733,7 +733,7 @@ class Maker:
         reg, rm = self.rng.randrange(16), self.xmm_rm()
         self.s.put(opcode, reg, rm, prefix=prefix, imm=data)
 
-    def sse_move(self) -> None:
+    def sse_move(self) -> None:  # noqa: PLR0915 - a list of cases
         rng, s = self.rng, self.s
         which = rng.randrange(11)
         reg = rng.randrange(16)
@@ -848,7 +848,7 @@ class Maker:
 
     # -- x87 -------------------------------------------------------------------------------
 
-    def x87(self) -> None:
+    def x87(self) -> None:  # noqa: PLR0915 - a list of cases
         rng, s = self.rng, self.s
         depth = s.x87_depth
         if depth < 1 or (depth < 7 and rng.random() < 0.35):
@@ -901,10 +901,30 @@ class Maker:
             condition = rng.randrange(4)
             self.needs((CF, ZF, CF | ZF, PF)[condition])
             s.put(bytes([rng.choice((0xDA, 0xDB)), 0xC0 | condition << 3 | other]))
-        else:  # fld st
-            if depth < 7:
-                s.put(bytes([0xD9, 0xC0 + other]))
-                s.x87_depth += 1
+        elif depth < 7:  # fld st
+            s.put(bytes([0xD9, 0xC0 + other]))
+            s.x87_depth += 1
+
+    # -- segments --------------------------------------------------------------------------
+
+    def segment(self) -> None:
+        """Selectors that are good, wrong, absent, and beyond the table."""
+        rng, s = self.rng, self.s
+        if "interpreter" in self.options.without:
+            return  # such a KVM's ring 3 has the host's descriptors
+        selector = rng.choice(_SELECTORS) | (rng.randrange(4) if rng.random() < 0.2 else 0)
+        s.put(b"\xb8", 0, imm=struct.pack("<I", selector))
+        which = rng.randrange(4)
+        if which == 0:  # mov es, ds, fs, gs
+            s.put(b"\x8e", rng.choice((0, 3, 4, 5)), 0)
+        elif which == 1:
+            s.put(b"\x8e", 2, 0)  # mov ss
+        elif which == 2:  # lar, lsl
+            s.put(bytes([0x0F, rng.choice((2, 3))]), self.free(), 0, size=self.wide())
+            self.sets(ZF)
+        else:  # verr, verw
+            s.put(b"\x0f\x00", rng.choice((4, 5)), 0)
+            self.sets(ZF)
 
     # -- what faults -----------------------------------------------------------------------
 
@@ -972,12 +992,15 @@ _PRIVILEGED: Final = (
     b"\xec", b"\xee", b"\xe4\x80", b"\x6e",  # in, out, outs; rule "zero-of-ins"
     b"\x41\x0f\x01\x16", b"\x41\x0f\x01\x1e", b"\x41\x0f\x01\x3e",  # lgdt, lidt, invlpg
 )  # fmt: skip
+_SELECTORS: Final = (0, 0x08, 0x10, 0x1B, 0x23, 0x28, 0x30, 0x3B, 0x43, 0x4B, 0x50, 0x100, 0x104)
+"""Null; code and data of ring 0 and 3; the TSS; absent data, code and TSS; none."""
 _CACHES: Final = (b"\x0f\x08", b"\x0f\x09")  # invd, wbinvd
 _KINDS: Final = {
     "alu": 8, "unary": 3, "move": 6, "shift": 5, "double_shift": 2, "multiply": 3, "divide": 2,
     "bit": 3, "far_bit": 1, "scan": 2, "by_condition": 4, "loop": 1, "string": 2, "stack": 2,
     "flag_moves": 3, "exchange": 3, "newer": 3, "sse_integer": 8, "sse_move": 4, "sse_float": 6,
-    "sse_convert": 3, "sse_control": 1, "x87": 5, "fault": 0,
+    "sse_convert": 3, "sse_control": 1, "x87": 5, "segment": 2,
+    "fault": 0,
 }  # fmt: skip
 """The kinds of instructions, and how often each comes."""
 

@@ -1,7 +1,7 @@
 """The software engine and KVM do the same: random streams of instructions, and the bundled guests.
 
 Streams (tests/soft/streams.py) run in ring 3 of a guest (tests/soft/twins.py) on both engines, and
-where KVM runs ring 0 as a CPU does, in ring 0, too. Registers, flags, memory, and a fault's vector,
+where KVM runs ring 0 as a CPU does, in ring 0. Registers, flags, memory, and a fault's vector,
 error code and address must be the same afterwards. Here the other processor is this host's; in the
 lab it is what QEMU emulates, behind a stock KVM.
 """

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from tests.soft.bare import CODE, Bare, kvm, check, ffi, ioctl
+from tests.soft.bare import CODE, Bare, check, ffi, ioctl, kvm
 
 WINDOW = 0xD000_0000
 BUFFER = 0x20_0000

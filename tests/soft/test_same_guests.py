@@ -23,8 +23,8 @@ COMMANDS = (
     "help", "echo one two", "nonsense", "mem", "poke.q 0x300000 0x1122334455667788",
     "peek.b 0x300003", "peek.w 0x300002", "peek.l 0x300001", "peek.q 0x300000", "peek.q 0x300ffd",
     "poke.b 0x300ffe 0x5a", "peek.q 0x300ffd", "sum 0x300000 0x2000", "in.b 0x64",
-    "peek 0xfee00030", "out.b 0x80 7", "in.b 0x4ff", "peek.l 0xd0000000", "peek.q 0xffffffffffff0000",
-    "poke 0x8000000000000000 1", "cpus",
+    "peek 0xfee00030", "out.b 0x80 7", "in.b 0x4ff", "peek.l 0xd0000000",
+    "peek.q 0xffffffffffff0000", "poke 0x8000000000000000 1", "cpus",
 )  # fmt: skip
 """What the shell answers does not depend on time, but for the time that it took."""
 EXITS = (

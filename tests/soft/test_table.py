@@ -6,8 +6,10 @@ row goes, and the rule of tests/soft/streams.py with its name.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import re
+import signal
 import struct
 import threading
 import time
@@ -23,7 +25,6 @@ from avmm.arch.x86_64.kvm import X86System
 from avmm.engine import EngineUnavailable
 from avmm.kvm._kvm import ffi, lib
 from tests.soft import streams
-from tests.soft.bare import CODE as BARE_CODE
 from tests.soft.bare import Bare, ioctl, kvm, soft
 from tests.soft.streams import AF, CF, DATA, HOLE, OF, PF, READ_ONLY, SF, WILD, ZF, Stream
 from tests.soft.twins import CODE, Result, Twin
@@ -208,6 +209,12 @@ def test_stack_fault(run: Run) -> None:
     assert run("mov eax, [rsp]", rsp=WILD).vector == GP
 
 
+@row("wild-branch")
+def test_wild_branch(run: Run) -> None:
+    result = run("jmp rax", rax=WILD)
+    assert (result.vector, result.rip) == (GP, WILD)
+
+
 @row("segment-limits")
 def test_segment_limits() -> None:
     code = assemble("mov ebx, 0x12345; mov eax, [ebx]; mov dx, 0x3f8; out dx, eax", 16)
@@ -297,12 +304,16 @@ def test_breakpoints(run: Run) -> None:
     assert run(source, ring=0).vector == UD
 
 
+@row("int1")
+def test_int1(run: Run) -> None:
+    assert run(b"\xf1").vector == UD  # not #DB
+
+
 @row("guest-debug")
 def test_guest_debug() -> None:
     request = 0x4048_AE9B  # KVM_SET_GUEST_DEBUG
     with Bare() as guest:
         assert ioctl(guest.vcpus[0], request, ffi.new("char[72]")) == -errno.ENOTTY
-    assert not lib.avmm_ioctl_value  or True
 
 
 # ---- exits and devices ----
@@ -334,14 +345,63 @@ def test_zero_of_ins() -> None:
 
 
 @row("x2apic-always")
-def test_x2apic_always() -> None:
-    code = assemble(
-        "mov eax, 1; cpuid; mov ebx, ecx; mov ecx, 0x1b; rdmsr; or eax, 0x400; wrmsr;"
-        "mov ecx, 0x802; rdmsr; mov ecx, 0x6e0; rdmsr; mov dx, 0x3f8; mov eax, ebx; out dx, eax"
-    )
-    with Bare() as guest:
-        pass
-    del code
+def test_x2apic_always(system: X86System) -> None:
+    vm = system.create_vm()
+    vm.create_irqchip(0xFEFF_C000, 0xFEFF_D000)
+    vcpu = vm.create_vcpu(0)
+    cpuid = system.supported_cpuid()
+    for at in range(cpuid.nent):
+        if cpuid.entries[at].function == 1:
+            cpuid.entries[at].ecx &= ~(1 << 21 | 1 << 24)
+    vcpu.set_cpuid(cpuid)
+    vcpu.set_msrs({0x1B: 0xFEE0_0D00})
+    assert vcpu.msrs([0x1B]) == {0x1B: 0xFEE0_0D00}
+    vcpu.close()
+    vm.close()
+
+
+@row("pit-ticks")
+def test_pit_ticks() -> None:
+    """Five ticks pass while the guest does not look; it gets one."""
+    from tests.soft.chips import Chips  # noqa: PLC0415 - it compiles them
+
+    with Chips() as chips:
+        chips.enable()
+        chips.out(0x20, 0x11)
+        chips.out(0x21, 0x20, 4, 1, 0)
+        chips.apic(0x350, 0x700)  # LVT0 takes the PIC's interrupts
+        chips.vm("REINJECT_CONTROL", "int *", 1)
+        chips.out(0x43, 0x34)
+        chips.out(0x40, 0xE8, 0x03)  # every 1000 ticks
+        chips.at(chips.fake.ns + 5500 * 1_000_000_000 // 1_193_182)
+        taken = 0
+        while chips.take() == 0x20:
+            taken += 1
+            chips.out(0x20, 0x20)
+        assert taken == 1
+
+
+@row("one-core")
+def test_one_core() -> None:
+    with Bare(assemble("1: jmp 1b"), cpus=2) as guest:
+        library = ctypes.CDLL(soft.__file__)
+        libc = ctypes.CDLL(None)
+        libc.signal.restype = libc.signal.argtypes = None
+        before = signal.getsignal(signal.SIGUSR2)
+        handler = ctypes.cast(library.soft_kicked, ctypes.c_void_p)
+        libc.signal(ctypes.c_int(signal.SIGUSR2), handler)
+        threads = [threading.Thread(target=guest.run, args=(cpu,)) for cpu in range(2)]
+        used, begin = time.process_time(), time.monotonic()
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        used, passed = time.process_time() - used, time.monotonic() - begin
+        for thread in threads:
+            while thread.is_alive():
+                signal.pthread_kill(thread.ident or 0, signal.SIGUSR2)
+                thread.join(0.01)
+        signal.signal(signal.SIGUSR2, before)
+        assert used < 1.3 * passed
 
 
 @row("paravirtual")

@@ -86,7 +86,8 @@ class Twin:
         assert SUPERVISOR < DATA
         tss = 0x00008B00_00000067 | (_TSS & 0xFFFFFF) << 16
         gdt = (0, 0xAF9B000000FFFF, 0xCF93000000FFFF, 0xAFFB000000FFFF, 0xCFF3000000FFFF, tss, 0)
-        put(_GDT, struct.pack("<7Q", *gdt))
+        absent = (0xCF73000000FFFF, 0xAF7B000000FFFF, 0x0000890000000067 & ~(1 << 47), 0)
+        put(_GDT, struct.pack("<11Q", *gdt, *absent))
         put(_TSS, bytes(36) + struct.pack("<Q", _HANDLERS_STACK) + bytes(58) + b"\x68\0")
         for vector in range(32):
             at = _HANDLERS + 16 * vector
@@ -104,7 +105,7 @@ class Twin:
         for segment, kind in ((sregs.cs, 11), (sregs.ss, 3)):
             segment.type, segment.dpl, segment.selector = kind, 0, 8 if kind == 11 else 0x10
         sregs.cs.l, sregs.cs.db = 1, 0
-        sregs.gdt.base, sregs.gdt.limit = _GDT, 7 * 8 - 1
+        sregs.gdt.base, sregs.gdt.limit = _GDT, 11 * 8 - 1
         sregs.idt.base, sregs.idt.limit = _IDT, 32 * 16 - 1
         sregs.tr.base, sregs.tr.limit, sregs.tr.selector = _TSS, 0x67, 0x28
         sregs.tr.type, sregs.tr.present, sregs.tr.s, sregs.tr.unusable = 11, 1, 0, 0
