@@ -41,7 +41,7 @@ RULES: Final = {
     "precision, DAZ, PUSH of 16 bits at a page's end, INVD and WBINVD in ring 3",
     "interpreter": "host: a KVM that interprets ring 0 makes #UD of a #GP; other descriptors",
     "bmi": "engine: no BMI1 and BMI2",
-    "cmpxchg-register": "engine: CMPXCHG of 32-bit registers that are not equal",
+    "cmpxchg-32": "engine: CMPXCHG of 32 bits clears upper halves",
     "faults-of-changes": "engine: a fault of an instruction that reads, then writes, is a read's",
     "faults-of-halves": "engine: of a 16-byte move that faults at its second half, one is done",
     "faults-of-setcc": "engine: the flags after a SETcc whose store faults",
@@ -229,8 +229,8 @@ class Maker:
         return self.number(min(size, 4)).to_bytes(min(size, 4), "little")
 
     def byte_reg(self, *, write: bool) -> int:
-        """A byte register: 4 to 7 are SPL to DIL here, 16 to 19 AH to BH."""
-        return self.rng.choice(tuple(r for r in FREE) if write else ANY)
+        """A byte register. 4 to 7 are AH to BH, or SPL to DIL (`_bytes`)."""
+        return self.rng.choice(FREE if write else ANY)
 
     def mem(self, size: int = 8, *, align: int = 1, write: bool = False, bad: bool = True) -> Mem:
         """An operand in the data; now and then, with `bad`, where an access faults. (Rule
@@ -655,6 +655,8 @@ class Maker:
             rm, reg = self.rm(size, write=True), self.free()
             lock = b"\xf0" if isinstance(rm, Mem) and rng.random() < 0.5 else b""
             opcode = bytes([0x0F, (0xC0 if which else 0xB0) | (size != 1)])
+            if not which and size == 4:  # rule "cmpxchg-32"
+                s.put(b"\x89", 0, 0)  # mov eax, eax
             if not which and self._is_kept(rm, size):  # so that it is equal
                 s.put(bytes([0x8A | (size != 1)]), 0, rm, size=size)
             s.put(opcode, reg, rm, size=size, prefix=lock, byte_regs=self._bytes(size, reg, rm))
@@ -669,7 +671,7 @@ class Maker:
             self.sets(ZF)
 
     def _is_kept(self, rm: Operand, size: int) -> bool:
-        """Is RAX to be loaded before CMPXCHG? Not if it is RM's index. Rule "cmpxchg-register"."""
+        """Is RAX to be loaded before CMPXCHG? Not if it is RM's index. Rule "cmpxchg-32"."""
         if isinstance(rm, Mem):
             return not (rm.mod == 2 and rm.rm == 4) and self.rng.random() < 0.5
         return size == 4 or self.rng.random() < 0.5
@@ -732,6 +734,19 @@ class Maker:
                     self.sets(ARITHMETIC, AF)
         reg, rm = self.rng.randrange(16), self.xmm_rm()
         self.s.put(opcode, reg, rm, prefix=prefix, imm=data)
+
+    def mmx(self) -> None:
+        """From memory, an operation, to memory; then EMMS. What x87 would see of the registers in
+        between is not compared."""
+        if self.s.x87_depth:
+            return
+        opcode = self.rng.choice(_MMX)
+        reg, other = self.rng.randrange(8), self.rng.randrange(8)
+        self.s.put(b"\x0f\x6f", reg, self.mem(8, bad=False))
+        self.s.put(b"\x0f\x6f", other, self.mem(8, bad=False))
+        self.s.put(opcode, reg, other)
+        self.s.put(b"\x0f\x7f", reg, self.mem(8, write=True, bad=False))
+        self.s.put(b"\x0f\x77")
 
     def sse_move(self) -> None:  # noqa: PLR0915 - a list of cases
         rng, s = self.rng, self.s
@@ -998,9 +1013,8 @@ _CACHES: Final = (b"\x0f\x08", b"\x0f\x09")  # invd, wbinvd
 _KINDS: Final = {
     "alu": 8, "unary": 3, "move": 6, "shift": 5, "double_shift": 2, "multiply": 3, "divide": 2,
     "bit": 3, "far_bit": 1, "scan": 2, "by_condition": 4, "loop": 1, "string": 2, "stack": 2,
-    "flag_moves": 3, "exchange": 3, "newer": 3, "sse_integer": 8, "sse_move": 4, "sse_float": 6,
-    "sse_convert": 3, "sse_control": 1, "x87": 5, "segment": 2,
-    "fault": 0,
+    "flag_moves": 3, "exchange": 3, "newer": 3, "sse_integer": 8, "mmx": 1, "sse_move": 4,
+    "sse_float": 6, "sse_convert": 3, "sse_control": 1, "x87": 5, "segment": 2, "fault": 0,
 }  # fmt: skip
 """The kinds of instructions, and how often each comes."""
 
@@ -1025,6 +1039,18 @@ def _sse_integers() -> tuple[tuple[bytes, bytes, bool], ...]:
 
 _SSE_INTEGER: Final = _sse_integers()
 """(prefix, opcode, has it an immediate): xmm, xmm/m128."""
+
+
+_MMX: Final = tuple(
+    opcode
+    for prefix, opcode, imm in _SSE_INTEGER
+    if prefix == b"\x66"
+    and not imm
+    and (
+        (len(opcode) == 2 and opcode[1] not in (0x14, 0x15, 0x6C, 0x6D))
+        or (opcode[1] == 0x38 and (opcode[2] < 0x0C or 0x1C <= opcode[2] <= 0x1E))
+    )
+)
 
 
 def _sse_floats() -> tuple[tuple[bytes, bytes, int, int], ...]:

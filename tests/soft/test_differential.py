@@ -24,8 +24,8 @@ from tests.soft.twins import Twin, compared
 pytestmark = pytest.mark.lab(also="stock")
 
 IN_LAB = KIND in os.environ
-FEW, MANY = (150, 3000) if IN_LAB else (4000, 150_000)
-SHOWN = 100
+FEW, MANY = (150, 3000) if IN_LAB else (6000, 150_000)
+SHOWN = 20
 
 
 @pytest.fixture(scope="module")

@@ -143,9 +143,10 @@ def test_smm(system: X86System, run: Run) -> None:
 # ---- instructions ----
 
 
-@row("cmpxchg-register")
-def test_cmpxchg_register(run: Run) -> None:
+@row("cmpxchg-32")
+def test_cmpxchg_32(run: Run) -> None:
     assert run("cmpxchg ecx, edx", rax=1, rcx=0x1_0000_0002).regs[1] == 2
+    assert run("mov dword ptr [r14], 2; cmpxchg [r14], edx", rax=0x1_0000_0002).regs[0] == 2
 
 
 @row("lock-refused")

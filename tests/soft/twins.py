@@ -47,6 +47,10 @@ class Result:
     stack: bytes
 
 
+class UnexpectedExit(Exception):
+    """A stream has come to another end than a fault."""
+
+
 class Twin:
     """One processor with the guest in which streams run.
 
@@ -137,15 +141,16 @@ class Twin:
         self._vcpu.set_regs(regs)
         reason = self._vcpu.run()
         if reason != lib.KVM_EXIT_HLT:
-            raise AssertionError(f"seed {stream.seed}: {self._vcpu.page.exit()}")
-        return self._result()
+            raise UnexpectedExit(f"seed {stream.seed}: {reason}, {self._vcpu.page.exit()}")
+        return self._result(stream)
 
-    def _result(self) -> Result:
+    def _result(self, stream: Stream) -> Result:
         regs = self._vcpu.regs()
         vector = (regs.rip - _HANDLERS) // 16
         frame = struct.unpack("<6Q", self._ram[_HANDLERS_STACK - 48 : _HANDLERS_STACK])
         has_error = vector in _WITH_ERROR
-        assert regs.rsp == _HANDLERS_STACK - 40 - 8 * has_error
+        if regs.rsp != _HANDLERS_STACK - 40 - 8 * has_error:  # its own HLT
+            raise UnexpectedExit(f"seed {stream.seed}: halted at {regs.rip:#x}")
         values = [getattr(regs, name) for name in _NAMES]
         values[4] = frame[4]
         return Result(
