@@ -409,6 +409,7 @@ def test_one_core() -> None:
 def test_paravirtual(run: Run) -> None:
     features = run("mov eax, 0x40000001; cpuid").regs[0]
     assert not features & (1 << 6 | 1 << 11)  # PV EOI, PV IPI
+    assert features & 1 << 3  # kvmclock
 
 
 @row("xen")

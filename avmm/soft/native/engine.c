@@ -413,6 +413,11 @@ const char *soft_engine_verify(void *uc)
     (void)ids;
     if (lib.uc_reg_write(uc, UC_REG_RIP, &value) || AT(vm.env, ENV_EIP, uint64_t) != value)
         return "RIP lies elsewhere";
+    AT(vm.env, ENV_MXCSR, uint32_t) = 0x9fc0;   /* FTZ, DAZ */
+    lib.update_mxcsr_status(vm.env);
+    if (AT(vm.env, ENV_SSE_STATUS + STATUS_DAZ, uint8_t) != 1
+        || AT(vm.env, ENV_FP_STATUS + STATUS_FTZ, uint8_t) != 1)
+        return "its status of floating point lies elsewhere";
     resumed = -1;
     lib.uc_emu_start(uc, rip, 0, 0, 0);
     int nested = resumed;

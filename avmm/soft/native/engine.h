@@ -171,7 +171,7 @@ void soft_load_segment(void *env, int index, uint16_t selector, uint64_t base, u
                        uint32_t flags);
 void soft_update_hflags(void *env);
 
-/* overrides.c */
+/* overrides.c, corrections.c */
 void update_mxcsr_status_x86_64(void *env);
 int soft_is_dummy_of_ins(struct vcpu *v, uint64_t value, uintptr_t from);
 
