@@ -13,13 +13,15 @@ from collections.abc import Iterator
 
 import pytest
 from lab.plugin import KIND
+from support.assembler import assemble
 
 from avmm import arch, engine
 from avmm.arch.x86_64.kvm import X86System
 from avmm.engine import EngineUnavailable
 from avmm.kvm import KvmUnavailable
 from tests.soft import streams
-from tests.soft.twins import Twin, compared
+from tests.soft.streams import READ_ONLY
+from tests.soft.twins import CODE, Twin, compared
 
 pytestmark = pytest.mark.lab(also="stock")
 
@@ -80,3 +82,53 @@ def test_streams_of_instructions(systems: tuple[X86System, X86System], ring: int
 @pytest.mark.parametrize("ring", [3, 0])
 def test_many_streams_of_instructions(systems: tuple[X86System, X86System], ring: int) -> None:
     compare(systems, ring, range(1_000_000, 1_000_000 + MANY))
+
+
+PAGE = READ_ONLY
+USER, WRITABLE, PRESENT, NX = 4, 2, 1, 1 << 63
+SMEP, SMAP = 1 << 20, 1 << 21
+READ, WRITE, FETCH = f"mov eax, [{PAGE}]", f"mov [{PAGE}], eax", f"mov eax, {PAGE}; jmp rax"
+WRONGLY = "mov rax, 0x8000000000; "
+
+
+@pytest.mark.parametrize(
+    ("ring", "entry", "cr4", "source", "error"),
+    [
+        (3, 0, 0, READ, 4), (3, 0, 0, WRITE, 6), (3, 0, 0, FETCH, 0x14),
+        (3, PRESENT | USER, 0, WRITE, 7), (3, PRESENT | WRITABLE, 0, READ, 5),
+        (3, PRESENT | WRITABLE, 0, WRITE, 7), (3, PRESENT | WRITABLE, 0, FETCH, 0x15),
+        (3, PRESENT | USER | NX, 0, FETCH, 0x15), (3, PRESENT | USER | NX, 0, READ, None),
+        (3, 0, 0, WRONGLY + "mov ecx, [rax]", 0xD), (3, 0, 0, WRONGLY + "mov [rax], ecx", 0xF),
+        (3, 0, 0, WRONGLY + "jmp rax", 0x1D),
+        (0, 0, 0, READ, 0), (0, 0, 0, WRITE, 2), (0, 0, 0, FETCH, 0x10),
+        (0, PRESENT, 0, WRITE, 3), (0, PRESENT | NX, 0, FETCH, 0x11),
+        (0, PRESENT | USER, SMAP, READ, 1), (0, PRESENT | USER, SMAP, "stac; " + READ, None),
+        (0, PRESENT | USER, SMEP, FETCH, 0x11), (0, PRESENT, SMEP | SMAP, READ, None),
+    ],
+)  # fmt: skip
+def test_page_faults(
+    systems: tuple[X86System, X86System],
+    ring: int,
+    entry: int,
+    cr4: int,
+    source: str,
+    error: int | None,
+) -> None:
+    """The error codes of Intel's SDM, volume 3A, 4.7, on both."""
+    options(systems[1], ring)
+    results = []
+    for system in systems:
+        twin = Twin(system)
+        twin.map(PAGE, entry and PAGE | entry)
+        twin.map_wrongly()
+        if cr4:
+            twin.set_cr4(cr4)
+        stream = streams.Stream(0, ring, CODE, regs=[0] * 16)
+        stream.code += assemble(source, origin=CODE) + b"\x0f\x0b"
+        twin.load(0, stream)
+        result = twin.run(stream)
+        results.append((result.vector, result.error, result.cr2))
+        twin.close()
+    wild = 0x80_0000_0000 if source.startswith(WRONGLY) else PAGE
+    expected = (6, 0, 0) if error is None else (14, error, wild)
+    assert results == [expected, expected]

@@ -1,4 +1,4 @@
-"""What Unicorn does wrong, and the engine's overrides do right (corrections.c in avmm/soft/native).
+"""What Unicorn does wrong, and the engine does right (avmm/soft/native/corrections.c).
 
 The values are a processor's. The streams of test_differential.py would show the same, where there
 is a KVM to compare with.

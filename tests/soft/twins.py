@@ -116,6 +116,21 @@ class Twin:
         sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = 0x8005_0033, _TABLES, 0x620, 0xD01
         self._vcpu.set_sregs(sregs)
 
+    def map(self, page: int, entry: int) -> None:
+        """Set the entry of a 4 KiB page below `CODE`, before anything has run."""
+        self._put(_TABLES + 0x3000 + page // 512, struct.pack("<Q", entry))
+
+    def map_wrongly(self) -> None:
+        """At 512 GiB: an entry with a bit that must be 0."""
+        self._put(_TABLES + 8, struct.pack("<Q", _TABLES + 0x1000 | 0x87))
+
+    def set_cr4(self, bits: int) -> None:
+        """Set more bits of CR4. The code is then a supervisor's."""
+        self._put(_TABLES + 0x2008, struct.pack("<Q", CODE | 0x83))
+        sregs = self._vcpu.sregs()
+        sregs.cr4 |= bits
+        self._vcpu.set_sregs(sregs)
+
     def _put(self, at: int, data: bytes) -> None:
         self._ram[at : at + len(data)] = data
 
