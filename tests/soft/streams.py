@@ -37,7 +37,7 @@ RULES: Final = {
     "undefined-results": "architecture: BSF/BSR of 0, SHLD/SHRD of 16 bits by more than 16",
     "approximations": "architecture: RCP*, RSQRT* and x87's transcendental functions",
     "x87-pointers": "architecture: FIP, FDP and FOP, which processors keep or not",
-    "emulated": "host: what QEMU 7.2 does wrong: RCL, FLD and FRNDINT under x87's "
+    "emulated": "host: what QEMU 7.2 does wrong: RCL, RCR, FLD and FRNDINT under x87's "
     "precision, DAZ, PUSH of 16 bits at a page's end, INVD and WBINVD in ring 3",
     "interpreter": "host: a KVM that interprets ring 0 makes #UD of a #GP; other descriptors",
     "bmi": "engine: no BMI1 and BMI2",
@@ -408,8 +408,8 @@ class Maker:
 
     def shift(self) -> None:
         size, which = self.size(), self.rng.choice((0, 1, 2, 3, 4, 5, 7))
-        if which == 2 and "emulated" in self.options.without:
-            which = 3  # rcr for rcl
+        if which in (2, 3) and "emulated" in self.options.without:
+            which -= 2  # rol and ror for rcl and rcr
         if which in (2, 3):
             self.needs(CF)
         rm = self.rm(size, write=True)

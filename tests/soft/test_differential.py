@@ -116,6 +116,9 @@ def test_page_faults(
 ) -> None:
     """The error codes of Intel's SDM, volume 3A, 4.7, on both."""
     options(systems[1], ring)
+    is_wild = source.startswith(WRONGLY)
+    if is_wild and IN_LAB:
+        pytest.skip("QEMU 7.2 calls a page with a wrong entry absent")
     results = []
     for system in systems:
         twin = Twin(system)
@@ -129,6 +132,6 @@ def test_page_faults(
         result = twin.run(stream)
         results.append((result.vector, result.error, result.cr2))
         twin.close()
-    wild = 0x80_0000_0000 if source.startswith(WRONGLY) else PAGE
-    expected = (6, 0, 0) if error is None else (14, error, wild)
+    address = 0x80_0000_0000 if is_wild else PAGE
+    expected = (6, -1, 0) if error is None else (14, error, address)
     assert results == [expected, expected]

@@ -24,7 +24,6 @@ CODE, CODE_SIZE, STEP = 0x20_0000, 0x20_0000, 1024
 """Where the streams are, each `STEP` after the one before."""
 MOST: Final = CODE_SIZE // STEP
 _CS, _SS = {0: 0x08, 3: 0x1B}, {0: 0x10, 3: 0x23}
-_WITH_ERROR: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
 _NAMES: Final = (
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
@@ -38,6 +37,7 @@ class Result:
 
     vector: int
     error: int
+    """-1: none was pushed."""
     rip: int
     rflags: int
     cr2: int
@@ -163,14 +163,14 @@ class Twin:
         regs = self._vcpu.regs()
         vector = (regs.rip - _HANDLERS) // 16
         frame = struct.unpack("<6Q", self._ram[_HANDLERS_STACK - 48 : _HANDLERS_STACK])
-        has_error = vector in _WITH_ERROR
-        if regs.rsp != _HANDLERS_STACK - 40 - 8 * has_error:  # its own HLT
+        has_error = regs.rsp == _HANDLERS_STACK - 48  # it has not, if it comes of an INT
+        if not has_error and regs.rsp != _HANDLERS_STACK - 40:  # its own HLT
             raise UnexpectedExit(f"seed {stream.seed}: halted at {regs.rip:#x}")
         values = [getattr(regs, name) for name in _NAMES]
         values[4] = frame[4]
         return Result(
             vector,
-            frame[0] if has_error else 0,
+            frame[0] if has_error else -1,
             frame[1],
             frame[3],
             self._vcpu.sregs().cr2 if vector == 14 else 0,
