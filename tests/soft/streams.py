@@ -34,11 +34,13 @@ DF: Final = 0x400
 
 RULES: Final = {
     "undefined-flags": "architecture: what a 'Flags Affected' section calls undefined",
-    "undefined-results": "architecture: BSF/BSR of 0, SHLD/SHRD of 16 bits by more than 16",
+    "undefined-results": "architecture: BSF/BSR of 0, SHLD/SHRD of 16 bits by more than 16, "
+    "MOVSXD to 16 bits",
     "approximations": "architecture: RCP*, RSQRT* and x87's transcendental functions",
     "x87-pointers": "architecture: FIP, FDP and FOP, which processors keep or not",
     "emulated": "host: what QEMU 7.2 does wrong: RCL, RCR, FLD and FRNDINT under x87's "
-    "precision, DAZ, PUSH of 16 bits at a page's end, INVD and WBINVD in ring 3",
+    "precision, DAZ, PUSH of 16 bits at a page's end, FSTP of 80 bits over it, INVD and WBINVD "
+    "in ring 3",
     "interpreter": "host: a KVM that interprets ring 0 makes #UD of a #GP; other descriptors",
     "bmi": "engine: no BMI1 and BMI2",
     "cmpxchg-32": "engine: CMPXCHG of 32 bits clears upper halves",
@@ -369,7 +371,7 @@ class Maker:
             regs = self._bytes(source, rm)
             self.s.put(bytes([0x0F, opcode]), self.free(), rm, size=self.wide(), byte_regs=regs)
         elif which == 3:  # movsxd
-            self.s.put(b"\x63", self.free(), self.rm(4), size=self.wide())
+            self.s.put(b"\x63", self.free(), self.rm(4), size=rng.choice((4, 8)))
         elif which == 4:  # lea
             mem = self.mem()
             self.s.put(b"\x8d", self.free(), mem, size=self.wide())
@@ -892,7 +894,7 @@ class Maker:
             s.put(b"\xdf", 7, self.mem(8, write=True))
             s.x87_depth -= 1
         elif which == 3:  # fstp m80
-            s.put(b"\xdb", 7, self.mem(10, write=True, bad=False))  # rule "faults-of-halves"
+            s.put(b"\xdb", 7, self._extended())
             s.x87_depth -= 1
         elif which == 4:
             s.put(bytes([0xD9, 0xC8 + other]))  # fxch
@@ -919,6 +921,12 @@ class Maker:
         elif depth < 7:  # fld st
             s.put(bytes([0xD9, 0xC0 + other]))
             s.x87_depth += 1
+
+    def _extended(self) -> Mem:
+        """Where FSTP stores 80 bits. (Rule "faults-of-halves".)"""
+        if "emulated" in self.options.without:
+            return self.mem(16, write=True, align=16, bad=False)
+        return self.mem(10, write=True, bad=False)
 
     # -- segments --------------------------------------------------------------------------
 
