@@ -42,5 +42,6 @@ void soft_glue_let_go(struct vm *vm);
 
 int soft_hypercall(struct vcpu *v);     /* returns 0 if the instruction is none */
 void soft_hypercall_answered(struct vcpu *v);
+int soft_code(struct vcpu *v, int offset, uint8_t *byte);
 
 #endif

@@ -13,7 +13,9 @@
 enum {
     BASE_EDX = 0x078bbb7d,      /* FPU ... SSE2; no VME, MCE, MCA */
     BASE_ECX = 0x46f82203,      /* SSE3 ... SSE4.2, CX16, x2APIC, MOVBE, POPCNT, AES, XSAVE, RDRAND */
-    LEAF7_EBX = 1 << 0 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 19 | 1 << 20 | 1 << 23 | 1 << 24,
+    LEAF7_EBX = 1 << 0 | 1 << 7 | 1 << 9 | 1 << 19 | 1 << 20 | 1 << 23 | 1 << 24,
+        /* FSGSBASE, SMEP, ERMS, ADX, SMAP, CLFLUSHOPT, CLWB. Not BMI1 and BMI2: the library does
+         * BEXTR, BLSI, BZHI, PDEP and RORX wrong. */
     LEAF81_EDX = 0x2c100800,    /* SYSCALL, NX, 1 GiB pages, RDTSCP, LM */
     LEAF81_ECX = 1 << 0 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8, /* LAHF, CR8, ABM, SSE4A, 3DNOWPREFETCH */
     XSAVE_EAX = 1 << 0 | 1 << 2,        /* XSAVEOPT, XGETBV(1) */

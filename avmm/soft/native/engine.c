@@ -34,6 +34,17 @@ void soft_wake(struct vcpu *v)
         soft_attend(v->vm);
 }
 
+/* A fault's handler finds RF set in the flags that the CPU pushes (Intel SDM 3B, 19.3.1.1); the
+ * library forgets it. It clears RF itself for the handler. */
+static void deliver_by_table(struct vm *vm)
+{
+    uint32_t vector = AT(vm->cpu, CPU_EXCEPTION_INDEX, uint32_t);
+    enum { NO_FAULTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 8 | 1 << 18 };
+    if (vector < 32 && !(NO_FAULTS >> vector & 1) && !AT(vm->env, ENV_IS_INT, int))
+        AT(vm->env, ENV_EFLAGS, uint64_t) |= RF;
+    lib.do_interrupt(vm->cpu);
+}
+
 /* An exception, in the library's loop: deliver it as the CPU does. */
 static void deliver(void *uc, uint32_t vector, void *data)
 {
@@ -44,7 +55,7 @@ static void deliver(void *uc, uint32_t vector, void *data)
     AT(vm->uc, UC_SIZE_RECUR, int) = 0;
     if (v && AT(vm->env, ENV_IS_INT, int))
         AT(vm->env, ENV_EIP, uint64_t) = v->interrupted_eip;
-    lib.do_interrupt(vm->cpu);
+    deliver_by_table(vm);
 }
 
 /* #UD, or a hypercall: the library has neither VMCALL nor, without SVM, VMMCALL. */
@@ -55,7 +66,7 @@ static bool invalid(void *uc, void *data)
     (void)uc;
     if (v && soft_hypercall(v))
         return true;
-    lib.do_interrupt(vm->cpu);
+    deliver_by_table(vm);
     return true;
 }
 
@@ -67,7 +78,7 @@ bool soft_store_to_rom(void *uc, int type, uint64_t at, int size, int64_t value,
     (void)uc;
     (void)type;
     (void)data;
-    if (now)
+    if (now && !soft_is_dummy_of_ins(now, value, 0))
         soft_access(now, MMIO_WRITE, at, size, &bytes, 0);
     return true;
 }
@@ -528,6 +539,11 @@ const char *soft_engine_verify(void *uc)
     (void)ids;
     if (lib.uc_reg_write(uc, UC_REG_RIP, &value) || AT(vm.env, ENV_EIP, uint64_t) != value)
         return "RIP lies elsewhere";
+    AT(vm.env, ENV_MXCSR, uint32_t) = 0x9fc0;   /* FTZ, DAZ */
+    lib.update_mxcsr_status(vm.env);
+    if (AT(vm.env, ENV_SSE_STATUS + STATUS_DAZ, uint8_t) != 1
+        || AT(vm.env, ENV_FP_STATUS + STATUS_FTZ, uint8_t) != 1)
+        return "its status of floating point lies elsewhere";
     resumed = -1;
     lib.uc_emu_start(uc, rip, 0, 0, 0);
     int nested = resumed;

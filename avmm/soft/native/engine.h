@@ -20,7 +20,7 @@ enum { UC_ARCH_X86 = 4, UC_MODE_64 = 8, UC_USE_EXITS = 4 | 1 << 26 | 1 << 30, UC
        UC_REG_RIP = 41 };
 
 enum { MOST_VCPUS = 32, MOST_SLOTS = 64, MOST_ACCESSES = 64, MOST_ZONES = 64, MOST_DOORBELLS = 512,
-       PAGE = 4096, RUN_SIZE = 3 * PAGE };
+       PAGE = 4096, RUN_SIZE = 3 * PAGE, RF = 1 << 16 };
 
 /* An access of the guest's to what is not memory. */
 enum access_kind { MMIO_READ, MMIO_WRITE, PORT_IN, PORT_OUT, MSR_READ, MSR_WRITE };
@@ -185,6 +185,10 @@ void soft_set_cs_ip(struct vcpu *v, uint32_t vector);
 void soft_load_segment(void *env, int index, uint16_t selector, uint64_t base, uint32_t limit,
                        uint32_t flags);
 void soft_update_hflags(void *env);
+
+/* overrides.c, corrections.c */
+void update_mxcsr_status_x86_64(void *env);
+int soft_is_dummy_of_ins(struct vcpu *v, uint64_t value, uintptr_t from);
 
 /* msr.c, cpuid.c */
 int soft_msr_get(struct vcpu *v, uint32_t index, uint64_t *value, int host);

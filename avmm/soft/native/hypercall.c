@@ -8,22 +8,29 @@
 
 enum { MAP_GPA_RANGE = 12, LENGTH = 3 };
 
-static int is_call(struct vcpu *v)
+/* The code byte at RIP + `offset`. Nonzero if it is not in memory. */
+int soft_code(struct vcpu *v, int offset, uint8_t *byte)
 {
     void *env = v->vm->env;
-    uint64_t at = AT(env, ENV_EIP, uint64_t), physical;
-    uint8_t bytes[LENGTH];
+    uint64_t at = AT(env, ENV_EIP, uint64_t) + offset;
+    uint32_t attrs = 0;
     if (!(AT(env, ENV_HFLAGS, uint32_t) & HF_CS64))
         at = (uint32_t)(at + AT(env, ENV_SEGS + SEG_SIZE + SEG_BASE, uint64_t));
-    for (int i = 0; i < LENGTH; i++) {
-        uint32_t attrs = 0;
-        physical = lib.debug_physical(v->vm->cpu, at + i, &attrs);
-        struct slot *s = physical == ~0ULL ? NULL : soft_slot_at(v->vm, physical);
-        if (!s)
+    uint64_t physical = lib.debug_physical(v->vm->cpu, at, &attrs);
+    struct slot *s = physical == ~0ULL ? NULL : soft_slot_at(v->vm, physical);
+    if (!s)
+        return -1;
+    /* The page's address is what is told. */
+    *byte = s->host[(physical & ~(uint64_t)(PAGE - 1)) - s->gpa + at % PAGE];
+    return 0;
+}
+
+static int is_call(struct vcpu *v)
+{
+    uint8_t bytes[LENGTH];
+    for (int i = 0; i < LENGTH; i++)
+        if (soft_code(v, i, &bytes[i]))
             return 0;
-        /* The page's address is what is told. */
-        bytes[i] = s->host[(physical & ~(uint64_t)(PAGE - 1)) - s->gpa + (at + i) % PAGE];
-    }
     return bytes[0] == 0x0f && bytes[1] == 0x01 && (bytes[2] == 0xc1 || bytes[2] == 0xd9);
 }
 

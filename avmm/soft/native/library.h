@@ -20,14 +20,15 @@ enum {
     ENV_SEGS = 184, ENV_LDT = 328, ENV_TR = 352, ENV_GDT = 376, ENV_IDT = 400, ENV_CR = 424,
     ENV_A20 = 496, ENV_EFER = 592, ENV_FPSTT = 604, ENV_FPUS = 608, ENV_FPUC = 610,
     ENV_FPTAGS = 612, ENV_FPREGS = 624, ENV_FPOP = 752, ENV_FPIP = 760, ENV_FPDP = 768,
-    ENV_MXCSR = 816, ENV_XMM = 824, ENV_SYSENTER_CS = 4800, ENV_SYSENTER_ESP = 4808,
+    ENV_FP_STATUS = 776, ENV_SSE_STATUS = 808, ENV_MXCSR = 816, ENV_XMM = 824,
+    ENV_SYSENTER_CS = 4800, ENV_SYSENTER_ESP = 4808,
     ENV_SYSENTER_EIP = 4816, ENV_STAR = 4824, ENV_LSTAR = 4840, ENV_CSTAR = 4848,
     ENV_FMASK = 4856, ENV_KERNELGS = 4864, ENV_TSC_AUX = 4896, ENV_XCR0 = 4904, ENV_PAT = 5280,
     ENV_ERROR_CODE = 5384, ENV_IS_INT = 5388, ENV_NEXT_EIP = 5392, ENV_DR = 5400,
     ENV_OLD_EXCEPTION = 5496, ENV_STATE = 5568, ENV_CPUID_VENDOR = 5616, ENV_CPUID_LEVEL = 5604,
     ENV_CPUID_XLEVEL = 5608, ENV_FEATURES = 5632, ENV_UC = 7000,
     SEG_SELECTOR = 0, SEG_BASE = 8, SEG_LIMIT = 16, SEG_FLAGS = 20, SEG_SIZE = 24,
-    XMM_SIZE = 64, FPREG_SIZE = 16,
+    XMM_SIZE = 64, FPREG_SIZE = 16, STATUS_FTZ = 4, STATUS_DAZ = 5,
 };
 /* In the CPU's own structure, and in the engine's. */
 enum {
@@ -38,7 +39,8 @@ enum {
     UC_QUIT_REQUEST = 1390, UC_INVALID_ADDR = 1416, UC_INVALID_ERROR = 1424, UC_NESTED = 14840,
     REGION_PRIORITY = 92, REGION_PERMS = 136, REGION_SIZE = 160,
 };
-enum { EXCP_INTERRUPT = 0x10000, EXCP_HLT = 0x10001, INTERRUPT_HARD = 2, CC_OP_EFLAGS = 1 };
+enum { EXCP_INTERRUPT = 0x10000, EXCP_HLT = 0x10001, INTERRUPT_HARD = 2, CC_OP_EFLAGS = 1,
+       CC_ALL = 0x8d5, CC_Z = 0x40, MXCSR_DAZ = 0x40 };
 enum { FEATURE_1_EDX = 0, FEATURE_1_ECX = 1, FEATURE_7_EBX = 2, FEATURE_7_ECX = 3,
        FEATURE_7_EDX = 4, FEATURE_81_EDX = 6, FEATURE_81_ECX = 7, FEATURE_XSAVE = 19 };
 enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
@@ -125,8 +127,37 @@ enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
       (void *cpu, uint64_t at, uint16_t modes)) \
     X(uint64_t, rdrand, "helper_rdrand_x86_64", (void *env)) \
     X(void, in_helper, "helper_inb_x86_64", (void)) \
+    X(void, cmpxchg8b, "helper_cmpxchg8b_unlocked_x86_64", (void *env, uint64_t at)) \
+    X(void, cmpxchg16b, "helper_cmpxchg16b_unlocked_x86_64", (void *env, uint64_t at)) \
+    X(void, phaddw_mmx, "helper_phaddw_mmx_x86_64", TWO) \
+    X(void, phaddw_xmm, "helper_phaddw_xmm_x86_64", TWO) \
+    X(void, phaddd_mmx, "helper_phaddd_mmx_x86_64", TWO) \
+    X(void, phaddd_xmm, "helper_phaddd_xmm_x86_64", TWO) \
+    X(void, phaddsw_mmx, "helper_phaddsw_mmx_x86_64", TWO) \
+    X(void, phaddsw_xmm, "helper_phaddsw_xmm_x86_64", TWO) \
+    X(void, phsubw_mmx, "helper_phsubw_mmx_x86_64", TWO) \
+    X(void, phsubw_xmm, "helper_phsubw_xmm_x86_64", TWO) \
+    X(void, phsubd_mmx, "helper_phsubd_mmx_x86_64", TWO) \
+    X(void, phsubd_xmm, "helper_phsubd_xmm_x86_64", TWO) \
+    X(void, phsubsw_mmx, "helper_phsubsw_mmx_x86_64", TWO) \
+    X(void, phsubsw_xmm, "helper_phsubsw_xmm_x86_64", TWO) \
+    X(uint32_t, multiply32, "float32_mul_x86_64", (uint32_t a, uint32_t b, void *status)) \
+    X(uint32_t, add32, "float32_add_x86_64", (uint32_t a, uint32_t b, void *status)) \
+    X(void, minps, "helper_minps_x86_64", TWO) \
+    X(void, maxps, "helper_maxps_x86_64", TWO) \
+    X(void, minss, "helper_minss_x86_64", TWO) \
+    X(void, maxss, "helper_maxss_x86_64", TWO) \
+    X(void, minpd, "helper_minpd_x86_64", TWO) \
+    X(void, maxpd, "helper_maxpd_x86_64", TWO) \
+    X(void, minsd, "helper_minsd_x86_64", TWO) \
+    X(void, maxsd, "helper_maxsd_x86_64", TWO) \
+    X(uint64_t, multiply64, "float64_mul_x86_64", (uint64_t a, uint64_t b, void *status)) \
+    X(uint64_t, add64, "float64_add_x86_64", (uint64_t a, uint64_t b, void *status)) \
+    X(void, flds, "helper_flds_ST0_x86_64", (void *env, uint32_t value)) \
+    X(void, fldl, "helper_fldl_ST0_x86_64", (void *env, uint64_t value)) \
     X(void, raise_int, "helper_raise_interrupt_x86_64", (void *env, int vector, int addend)) \
     X(void, into, "helper_into_x86_64", (void *env, int addend))
+#define TWO (void *env, void *to, void *from)
 #define LOAD (void *env, uint64_t at, uint32_t oi, uintptr_t from)
 #define STORE (void *env, uint64_t at, uint64_t value, uint32_t oi, uintptr_t from)
 

@@ -4,10 +4,13 @@
  * vCPU that this thread executes (`now`), and is the original for everybody else.
  *
  * Four groups: when to stop; code that changes; accesses outside of memory; instructions that the
- * library leaves to its user. */
+ * library leaves to its user. Those that it does wrong are in corrections.c. */
 
 #include "engine.h"
+#include "chips_glue.h"
 
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define OVERRIDE __attribute__((visibility("default")))
@@ -100,6 +103,17 @@ OVERRIDE void tlb_flush_page_by_mmuidx_x86_64(void *cpu, uint64_t at, uint16_t m
     if (now && now->vm->cpu == cpu)
         soft_order_pin_tlb(now->vm);    /* a page in a huge one flushes all */
     lib.tlb_flush_page_modes(cpu, at, modes);
+}
+
+/* The library gives up, for example on a guest without a task register. The guest ends then, and not
+ * the process. */
+OVERRIDE __attribute__((noreturn)) void cpu_abort_x86_64(void *cpu, const char *why, ...)
+{
+    struct vcpu *v = now;
+    if (v && v->vm->cpu == cpu)
+        soft_leave(v, KVM_EXIT_INTERNAL_ERROR, 0);
+    fprintf(stderr, "unicorn: %s\n", why);
+    abort();
 }
 
 /* ---- code that changes ---- */
@@ -202,14 +216,38 @@ OVERRIDE int memory_region_dispatch_read_x86_64(void *uc, void *region, uint64_t
     return 0;
 }
 
+/* INS stores a zero first, so that a fault comes before the port is read. A device must not see
+ * that. `from` leads to RIP. */
+int soft_is_dummy_of_ins(struct vcpu *v, uint64_t value, uintptr_t from)
+{
+    if (value)
+        return 0;
+    for (int i = 0; i < v->position; i++)
+        if (v->accesses[i].kind == PORT_IN)
+            return 0;
+    if (from)
+        lib.cpu_restore_state(v->vm->cpu, from, false);
+    uint8_t byte = 0;
+    static const uint8_t prefixes[] = { 0x66, 0x67, 0xf2, 0xf3, 0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65 };
+    for (int i = 0; i < 15; i++) {
+        if (soft_code(v, i, &byte))
+            return 0;
+        int is_rex = AT(v->vm->env, ENV_HFLAGS, uint32_t) & HF_CS64 && byte >> 4 == 4;
+        if (!is_rex && !memchr(prefixes, byte, sizeof prefixes))
+            return byte == 0x6c || byte == 0x6d;
+    }
+    return 0;
+}
+
 OVERRIDE int memory_region_dispatch_write_x86_64(void *uc, void *region, uint64_t at,
                                                  uint64_t value, int op, uint64_t attrs)
 {
     struct vcpu *v = mine(uc);
     if (!v)
         return lib.dispatch_write(uc, region, at, value, op, attrs);
-    soft_access(v, MMIO_WRITE, at, 1 << (op & 3), &value,
-                AT(v->vm->cpu, CPU_MEM_IO_PC, uintptr_t));
+    uintptr_t from = AT(v->vm->cpu, CPU_MEM_IO_PC, uintptr_t);
+    if (!soft_is_dummy_of_ins(v, value, from))
+        soft_access(v, MMIO_WRITE, at, 1 << (op & 3), &value, from);
     return 0;
 }
 
@@ -258,7 +296,8 @@ static void store_parts(struct vcpu *v, uint64_t at, uint64_t value, unsigned si
         if (is_outside(v, here, oi, 1, &physical)) {
             if (part < 8)
                 bytes &= (1ULL << 8 * part) - 1;
-            soft_access(v, MMIO_WRITE, physical, part, &bytes, from);
+            if (!soft_is_dummy_of_ins(v, value, from))
+                soft_access(v, MMIO_WRITE, physical, part, &bytes, from);
         } else {
             for (unsigned i = 0; i < part; i++)
                 lib.store1(v->vm->env, here + i, bytes >> 8 * i & 255, oi & 15, from);

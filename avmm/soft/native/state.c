@@ -222,7 +222,7 @@ static void set_fxsave(void *env, const uint8_t *a)
     for (int i = 0; i < 16; i++)
         memcpy(&AT(env, ENV_XMM + XMM_SIZE * i, uint8_t), a + 160 + 16 * i, 16);
     lib.update_fp_status(env);
-    lib.update_mxcsr_status(env);
+    update_mxcsr_status_x86_64(env);
 }
 
 void soft_get_xsave(struct vcpu *v, uint8_t *area)
@@ -318,7 +318,7 @@ void soft_reset(struct vcpu *v)
     AT(env, ENV_MXCSR, uint32_t) = 0x1f80;
     AT(env, ENV_HFLAGS, uint32_t) = AT(env, ENV_HFLAGS2, uint32_t) = 0;
     lib.update_fp_status(env);
-    lib.update_mxcsr_status(env);
+    update_mxcsr_status_x86_64(env);
     soft_update_hflags(env);
     memset(&v->injected, 0, sizeof v->injected);
     if (v->vm->loaded == v)
