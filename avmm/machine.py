@@ -143,7 +143,7 @@ class Machine:
     def engine(self) -> str:
         """What runs the guest: "kvm", or "soft" (`avmm.engine`). Raises `RunstateError` before
         that is known."""
-        return self._use("config").config.engine
+        return self._use("engine").config.engine
 
     # The following can be used while the block is run. Before and after, they raise
     # `RunstateError`.

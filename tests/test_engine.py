@@ -54,17 +54,23 @@ def interpreting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(arch.host()), "runs_kernels", lambda self, system: False)
 
 
+@pytest.fixture
+def real_kvm() -> None:
+    try:
+        arch.host().open_system().close()
+    except avmm.KvmUnavailable as error:
+        pytest.skip(str(error))
+
+
 def taken(choice: str = engine.AUTO, *, is_kernel: bool = False) -> str:
     system = engine.opened(arch.host(), choice, is_kernel=is_kernel)
     system.close()
     return system.engine
 
 
-def test_auto_takes_kvm_where_there_is_one(caplog: pytest.LogCaptureFixture) -> None:
-    try:
-        arch.host().open_system().close()
-    except avmm.KvmUnavailable as error:
-        pytest.skip(str(error))
+def test_auto_takes_kvm_where_there_is_one(
+    real_kvm: None, caplog: pytest.LogCaptureFixture
+) -> None:
     assert taken() == engine.KVM
     assert not caplog.records
 
@@ -80,7 +86,7 @@ def test_auto_takes_the_software_engine_where_there_is_no_kvm_and_says_so_once(
 
 
 def test_auto_takes_the_software_engine_for_a_kernel_that_kvm_would_refuse(
-    interpreting: None, caplog: pytest.LogCaptureFixture
+    real_kvm: None, interpreting: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert taken() == engine.KVM
     assert taken(is_kernel=True) == taken(is_kernel=True) == engine.SOFT
@@ -101,7 +107,10 @@ def test_whether_kvm_runs_kernels_is_found_out_by_trying() -> None:
 
 
 def test_kvm_is_kept_where_only_the_other_engine_is_missing(
-    interpreting: None, no_unicorn: None, caplog: pytest.LogCaptureFixture
+    real_kvm: None,
+    interpreting: None,
+    no_unicorn: None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert taken(is_kernel=True) == engine.KVM
     assert "pip install 'avmm[soft]'" in caplog.records[0].message
