@@ -46,7 +46,6 @@ RULES: Final = {
     "cmpxchg-32": "engine: CMPXCHG of 32 bits clears upper halves",
     "faults-of-changes": "engine: a fault of an instruction that reads, then writes, is a read's",
     "faults-of-halves": "engine: of a 16-byte move that faults at its second half, one is done",
-    "faults-of-setcc": "engine: the flags after a SETcc whose store faults",
     "lock-neg": "engine: the flags of LOCK NEG",
     "lock-refused": "engine: LOCK before some instructions that must not have it",
     "loop-flags": "engine: the flags after LOOPE and LOOPNE",
@@ -540,7 +539,7 @@ class Maker:
         self.needs(CONDITIONS[which >> 1])
         form = self.rng.randrange(3)
         if form == 0:
-            rm = self.rm(1, write=True)  # rule "faults-of-setcc"
+            rm = self.rm(1)
             self.s.put(bytes([0x0F, 0x90 | which]), 0, rm, byte_regs=self._bytes(1, rm))
         elif form == 1:
             size = self.wide()

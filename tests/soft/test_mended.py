@@ -16,10 +16,10 @@ from avmm import arch, engine
 from avmm.arch.x86_64.kvm import X86System
 from avmm.engine import EngineUnavailable
 from tests.soft.bare import Bare, check, ioctl, kvm
-from tests.soft.streams import AF, CF, OF, PF, SF, WILD, ZF, Stream
+from tests.soft.streams import AF, CF, HOLE, OF, PF, SF, WILD, ZF, Stream
 from tests.soft.twins import CODE, Result, Twin
 
-DE, UD, GP = 0, 6, 13
+DE, UD, GP, PF_VECTOR = 0, 6, 13, 14
 ALL = CF | PF | AF | ZF | SF | OF
 RF = 1 << 16
 Run = Callable[..., Result]
@@ -102,6 +102,57 @@ def test_cmpxchg8b_keeps_the_flags(run: Run, instruction: str) -> None:
 def test_no_flag_comes_of_what_is_none(run: Run) -> None:
     source = "mov eax, 0x12345678; mov ecx, 1; add rax, rax; 1: loopne 1b; pushf; pop rcx"
     assert run(source).regs[1] & ~(ALL | 0x202) == 0
+
+
+CONDITIONS = [
+    "o",
+    "no",
+    "b",
+    "nb",
+    "e",
+    "ne",
+    "be",
+    "nbe",
+    "s",
+    "ns",
+    "p",
+    "np",
+    "l",
+    "nl",
+    "le",
+    "nle",
+]
+BEFORE = (
+    "mov eax, 0x7f; add al, 1",
+    "mov eax, 5; cmp al, 9",
+    "mov eax, 0xc1; and al, 0x81",
+    "stc; mov eax, 0xff; inc al",
+    "mov eax, 0x80; mov ecx, 1; shl al, cl",
+    "mov eax, 0x80; add al, al; mov ecx, 0; shl al, cl",
+    "mov ah, 0xd5; sahf",
+)
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_setcc_whose_store_faults_leaves_the_flags(
+    run: Run, condition: str, before: str
+) -> None:
+    expected = run(before).rflags & ALL
+    result = run(f"{before}; set{condition} byte ptr [{HOLE}]")
+    assert (result.vector, result.rflags & ALL) == (PF_VECTOR, expected)
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_setcc_to_a_device_stores_what_is_so(run: Run, condition: str, before: str) -> None:
+    source = f"{before}; set{condition} dl; mov r8d, edx; mov ebx, 0xd0000000"
+    # What comes between keeps the flags. The device gets what DL has.
+    code = assemble(f"{source}; set{condition} byte ptr [rbx]", origin=CODE)
+    with Bare(code) as guest:
+        assert guest.run() == kvm.KVM_EXIT_MMIO
+        _, _, size, value = guest.mmio()
+        assert (size, value) == (1, guest.regs().r8 & 1)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,9 @@ BUGS: Final = {
     "the flags are the last operation's": Bug(
         "native/state.c", "AT(env, ENV_CC_OP, uint32_t) = CC_OP_EFLAGS", "(void)0", EXITS
     ),
+    "the flags of a SETcc that faults are lost": Bug(
+        "native/corrections.c", "uint32_t) = EFLAGS;", "uint32_t) += 0;", "soft/test_mended.py"
+    ),
     "LOCK is no lock": Bug(
         "native/turn.c", "    while (vm->serving != ticket) {", "    while (0) {", VCPUS
     ),

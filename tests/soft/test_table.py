@@ -198,13 +198,6 @@ def test_faults_of_halves(run: Run) -> None:
     assert result.fxsave[160:168] != bytes(8)
 
 
-@row("faults-of-setcc")
-def test_faults_of_setcc(run: Run) -> None:
-    result = run(f"mov eax, 0x7f; add al, 1; setp byte ptr [{HOLE}]")
-    assert result.vector == PAGE_FAULT
-    assert result.rflags & STATUS != AF | SF | OF
-
-
 @row("stack-fault")
 def test_stack_fault(run: Run) -> None:
     assert run("mov eax, [rsp]", rsp=WILD).vector == GP

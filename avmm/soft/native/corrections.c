@@ -6,6 +6,7 @@
  * tests/soft/test_differential.py found them. */
 
 #include "engine.h"
+#include "chips_glue.h"
 
 #include <string.h>
 
@@ -78,6 +79,65 @@ OVERRIDE void helper_cmpxchg16b_unlocked_x86_64(void *env, uint64_t at)
     }
     AT(env, ENV_CC_SRC, uint64_t) = flags | (same ? CC_Z : 0);
 }
+
+/* ---- SETcc to memory ----
+ *
+ * For some conditions the library first computes all flags, in place of what they would be computed
+ * from, and then stores. If the store leads back to the instruction's start (by a page fault, or
+ * because a device is there), the library forgets that it has done so, and the flags are anything. So
+ * what it does when it goes back is mended here, whatever for. */
+
+/* How the flags are kept, and what a condition tells (the library's own numbers and order). */
+enum { DYNAMIC = 0, EFLAGS = 1, SUB_FIRST = 14, SUB_LAST = 17, ADOX = 47, ADCOX = 48, CLR = 49,
+       POPCNT = 50 };
+enum { OVERFLOW, CARRY, ZERO, BELOW_OR_EQUAL, SIGN, PARITY, LESS, LESS_OR_EQUAL };
+
+static int computes_all_flags(int condition, int kept_as)
+{
+    if (kept_as == EFLAGS)
+        return 0;
+    switch (condition) {
+    case OVERFLOW: return kept_as != CLR && kept_as != POPCNT && kept_as != ADOX && kept_as != ADCOX;
+    case CARRY: return 0;
+    case ZERO: case SIGN: return kept_as == DYNAMIC;
+    case PARITY: return 1;
+    default: return kept_as < SUB_FIRST || kept_as > SUB_LAST;
+    }
+}
+
+/* The condition of a SETcc to memory, or -1 if the instruction at RIP is none. */
+static int condition_of_setcc(struct vcpu *v)
+{
+    uint8_t byte = 0, modrm;
+    static const uint8_t prefixes[] = { 0x66, 0x67, 0xf2, 0xf3, 0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65 };
+    for (int i = 0; i < 13; i++) {
+        if (soft_code(v, i, &byte))
+            return -1;
+        int is_rex = AT(v->vm->env, ENV_HFLAGS, uint32_t) & HF_CS64 && byte >> 4 == 4;
+        if (is_rex || memchr(prefixes, byte, sizeof prefixes))
+            continue;
+        if (byte != 0x0f || soft_code(v, i + 1, &byte) || byte >> 4 != 9
+            || soft_code(v, i + 2, &modrm) || modrm >> 6 == 3)
+            return -1;
+        return (byte & 15) >> 1;
+    }
+    return -1;
+}
+
+OVERRIDE void restore_state_to_opc_x86_64(void *env, void *block, uint64_t *data)
+{
+    struct vcpu *v = now;
+    lib.restore_state(env, block, data);
+    if (!v || v->vm->env != env)
+        return;
+    int is_at_start = v->is_at_start, condition;
+    v->is_at_start = 0;
+    if (!is_at_start && (condition = condition_of_setcc(v)) >= 0
+        && computes_all_flags(condition, data[1]))
+        AT(env, ENV_CC_OP, uint32_t) = EFLAGS;
+}
+
+/* ---- SSE ---- */
 
 /* With one register for both operands the library reads the results of the lower half. */
 #define OVERRIDE_HORIZONTAL(symbol, call, size) \

@@ -70,6 +70,7 @@ struct vcpu {
 
     int exit_reason;            /* what the guest has just left with; 0: nothing */
     int lacks_memory;           /* the host could not provide a page that the guest has touched */
+    int is_at_start;            /* what is gone back to is a block's start, and nothing was done */
     int settles;                /* the host has settled when it comes back (order.c) */
     int stop;                   /* leave when the instruction in hand is done */
     uint64_t interrupted_eip;   /* of an INT instruction, before the library moves RIP past it */

@@ -71,6 +71,8 @@ enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
     X(void, cpu_loop_exit, "cpu_loop_exit_x86_64", (void *cpu) __attribute__((noreturn))) \
     X(void, cpu_loop_exit_restore, "cpu_loop_exit_restore_x86_64", \
       (void *cpu, uintptr_t from) __attribute__((noreturn))) \
+    X(void, restore_state, "restore_state_to_opc_x86_64", \
+      (void *env, void *block, uint64_t *data)) \
     X(bool, cpu_restore_state, "cpu_restore_state_x86_64", (void *cpu, uintptr_t from, bool)) \
     X(void, do_interrupt, "x86_cpu_do_interrupt_x86_64", (void *cpu)) \
     X(void, do_hardware_interrupt, "do_interrupt_x86_hardirq_x86_64", \

@@ -68,6 +68,7 @@ OVERRIDE void helper_check_exit_request_x86_64(void *uc, uint32_t in_delay_slot)
         o->ns += BLOCK_NS;
         return;
     }
+    v->is_at_start = 1;
     lib.cpu_loop_exit_restore(v->vm->cpu, FROM);
 }
 
