@@ -63,7 +63,7 @@ def opened(
     """Open the engine `choice`. Blocks: the software engine is loaded when it is first opened.
 
     `AUTO` takes KVM where it works. It takes the software engine where there is no KVM, and for
-    an operating system's kernel (`is_kernel`) on a KVM that cannot run such kernels. What it
+    a Linux kernel (`is_kernel`) on a KVM that cannot run such kernels. What it
     took is logged once in a process, with the reason: a warning if it is the software engine.
 
     With a `seed` it takes the software engine, and VMs of this system run deterministically.

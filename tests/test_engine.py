@@ -218,6 +218,11 @@ def test_the_readmes_first_command_needs_no_kvm() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+async def test_a_bundled_guest_is_no_kernel(real_kvm: None, interpreting: None) -> None:
+    async with avmm.Machine(memory="16M") as vm:
+        assert vm.engine == engine.KVM
+
+
 def test_doctor_works_without_kvm() -> None:
     done = without_kvm("doctor")
     assert done.returncode == 0

@@ -149,7 +149,8 @@ def _load_image(
             assembly.longest_cmdline = zeropage.LINUX_CMDLINE_MAX
         ip = pvh.entry_point(executable)
         if ip is not None:
-            return _kernel(pvh.load(assembly, executable, ip))
+            entry = pvh.load(assembly, executable, ip)
+            return _kernel(entry) if is_linux(executable) else entry
         if header is not None:
             return multiboot.load(assembly, image, header)
         entry = elf.load(assembly, executable)
