@@ -12,6 +12,7 @@ wrong, `avmm.cli` says so later. A socket that nobody has taken by then is remov
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 import stat
@@ -31,6 +32,7 @@ _waiting: Final[dict[str, socket.socket]] = {}
 
 def main() -> NoReturn:
     """The entry point of the `avmm` command; does not return."""
+    gc.disable()  # until avmm is imported: it would look at all that comes to stay (`avmm.cli`)
     _fill_standard_descriptors()
     path = control_path(sys.argv[1:])
     try:

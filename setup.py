@@ -77,6 +77,10 @@ class BuildNative(build_ext):
 
 
 setup(
-    cffi_modules=["avmm/kvm/build.py:ffibuilder", "avmm/native/build.py:ffibuilder"],
+    cffi_modules=[
+        "avmm/kvm/build.py:ffibuilder",
+        "avmm/native/build.py:ffibuilder",
+        "avmm/soft/build.py:ffibuilder",
+    ],
     cmdclass={"build_ext": BuildNative},
 )

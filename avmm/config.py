@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
+from avmm import engine
 from avmm.boot import FlatOptions, Protocol
 from avmm.errors import ConfigError
 from avmm.options import IO_PORTS, Bounds, DiskOptions, NetOptions, VsockOptions, parse_mac
@@ -75,6 +76,8 @@ class Settings(HostSettings, total=False):
     roms: Sequence[str | tuple[int, str | PathLike[str]]] | None
     memory: int | str
     cpus: int
+    engine: str
+    deterministic: int | None
     console: str
     rng: bool
     balloon: bool
@@ -142,6 +145,23 @@ class MachineConfig:
     memory: int = setting(64 << 20, SizeKind(), Side.GUEST, "RAM, like 64M or 2G.")
     """In bytes."""
     cpus: int = setting(1, NumberKind(Bounds(1)), Side.GUEST, "Number of vCPUs.", metavar="N")
+    engine: str = setting(
+        engine.AUTO,
+        named(engine.AUTO, *engine.NAMES),
+        Side.GUEST,
+        "What runs the guest: Linux's KVM, or the software engine, which needs no KVM. auto takes "
+        "KVM where it works.",
+    )
+    """See `avmm.engine`. The machine keeps the engine that auto has taken."""
+    deterministic: int | None = setting(
+        None,
+        OptionalKind(NumberKind(Bounds(0, 0xFFFF_FFFF_FFFF_FFFF))),
+        Side.BOOT,
+        "Run the guest deterministically, on the software engine: the same seed and the same "
+        "inputs give the same run, bit for bit.",
+        metavar="SEED",
+    )
+    """See `avmm.deterministic`. A guest that continues from a saved state does so ordinarily."""
     console: str = setting(
         "stdio",
         TextKind(),
@@ -254,6 +274,11 @@ class MachineConfig:
         if self.flat is not None and self.kernel is None:
             raise ConfigError(
                 "flat: expected a kernel, because the bundled shell is not a flat binary"
+            )
+        if self.deterministic is not None and self.engine == engine.KVM:
+            raise ConfigError(
+                f"deterministic {self.deterministic}: KVM cannot run a guest deterministically; "
+                f"expected engine {engine.SOFT!r} or {engine.AUTO!r}"
             )
         addresses = [parse_mac(net.mac) for net in self.net if net.mac is not None]
         if twice := {mac for mac in addresses if addresses.count(mac) > 1}:

@@ -17,6 +17,10 @@ class ConfigError(AvmmError, ValueError):
     """
 
 
+class EngineUnavailable(AvmmError):
+    """The software engine cannot be used here. The text says why, and what to install."""
+
+
 class ImageError(ConfigError):
     """A kernel, initrd or module file cannot be loaded: names the file and the reason."""
 

@@ -34,6 +34,9 @@ stopped is drained in the same way before it ends, so a machine that has just be
 still be paused, and its state is consistent. If a stopped vCPU cannot be drained, because its exit
 is never answered, it counts as failed.
 
+**Deterministic runs** (`avmm.lockstep`). There the task does not let trio run on after it has
+answered: trio's thread stands still until a vCPU wants to be served again, parks or ends.
+
 **States.** Each vCPU is in one `VcpuState`. The table `TRANSITIONS` says which states may follow
 each state, and which side makes each step. Only the side that has the turn writes the state, so
 the two sides never write at the same time; anybody else who reads it sees a state that was true a
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
 
     from avmm.kvm.parking import ParkingLot, Spot
     from avmm.kvm.vcpu import Vcpu
+    from avmm.lockstep import Lockstep
     from avmm.vcpu.exits import Exits
 
 _YIELD_SECONDS: Final = 0.001
@@ -155,12 +159,20 @@ class VcpuLoop:
     To pause it, ask the lot to which `spot` belongs (`VcpuGroup`).
     """
 
-    def __init__(self, vcpu: Vcpu, exits: Exits, policy: CompletionPolicy, spot: Spot) -> None:
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        exits: Exits,
+        policy: CompletionPolicy,
+        spot: Spot,
+        lockstep: Lockstep | None = None,
+    ) -> None:
         self.index = vcpu.index
         self._vcpu = vcpu
         self._exits = exits
         self._policy = policy
         self._spot = spot
+        self._lockstep = lockstep
         self._state = VcpuState.NEW
         self._handed_over = 0.0
         """When it last became SERVED, in seconds of the monotonic clock."""
@@ -249,17 +261,21 @@ class VcpuLoop:
         finally:
             self._state = end
             self._spot.leave()
+            self._call()
             self._bridge.leave()
 
     @in_vcpu_thread
     def _run(self) -> None:
         spot, run, serve, page = self._spot, self._spot.run, self._exits.serve, self._vcpu.page
+        lockstep = self._lockstep
         while True:
             status = run()
             if status >= 0:
                 pending = serve(status)
                 if pending is not None:
                     self._hand_over(pending)
+                elif lockstep is not None:
+                    lockstep.served(self._vcpu.fd)
                 if not (spot.asked or spot.stopping):
                     continue
             elif status == -errno.ECANCELED:
@@ -299,10 +315,16 @@ class VcpuLoop:
         self._work = work
         self._handed_over = time.monotonic()
         self._state = _SERVED
+        self._call()
         self._bridge.call()
         if self._state is _ABANDONED:
             raise _AbandonedError
         self._state = before
+
+    @in_vcpu_thread
+    def _call(self) -> None:
+        if self._lockstep is not None:
+            self._lockstep.call()
 
     # -- the task ------------------------------------------------------------------------
 
@@ -345,12 +367,27 @@ class VcpuLoop:
         yielded = time.perf_counter()
         mine = self._bridge.poll(True)
         while (work := await self._next(mine)) is not None:
+            if self._lockstep is not None:
+                mine = await self._serve_in_lockstep(self._lockstep, work)
+                continue
             # If it fails, `_wind_up` finds the exit without an answer.
             await interruptible(work)
             mine = self._bridge.answer_and_poll(True)
             if (now := time.perf_counter()) - yielded > _YIELD_SECONDS:
                 await trio.lowlevel.checkpoint()
                 yielded = now
+
+    @in_trio
+    async def _serve_in_lockstep(self, lockstep: Lockstep, work: Awaitable[None]) -> bool:
+        """In a deterministic run: serve an exit, and stand still while the guest runs. Returns
+        whether the thread has handed over the next one."""
+        lockstep.moves(False)
+        await interruptible(work)
+        # A vCPU that is to park, or to end, does that next, and does not run.
+        lockstep.prepare(not (self._spot.asked or self._spot.stopping))
+        self._bridge.answer()
+        lockstep.hold()
+        return self._bridge.poll(False)
 
     @in_trio
     async def _next(self, mine: bool) -> Awaitable[None] | None:
@@ -415,8 +452,11 @@ class VcpuLoop:
 class VcpuGroup:
     """The loops of one machine's vCPUs and the lot in which they park. Use it only in trio."""
 
-    def __init__(self, lot: ParkingLot, loops: Sequence[VcpuLoop]) -> None:
+    def __init__(
+        self, lot: ParkingLot, loops: Sequence[VcpuLoop], lockstep: Lockstep | None = None
+    ) -> None:
         self._lot = lot
+        self._lockstep = lockstep
         self.loops = loops
         self._asked = 0.0
 
@@ -425,13 +465,19 @@ class VcpuGroup:
         what `VcpuLoop.run` raises, in a group if several have failed."""
         scope = trio.CancelScope()
         failures = Failures(scope.cancel)
+        self._moves(True)
         try:
             with scope:
                 async with trio.open_nursery() as nursery:
                     for loop in self.loops:
                         nursery.start_soon(failures.guard, loop.run, name=f"vCPU {loop.index}")
         finally:
+            self._moves(False)
             raise_together(failures.errors, "several vCPUs have failed")
+
+    def _moves(self, moves: bool) -> None:
+        if self._lockstep is not None:
+            self._lockstep.moves(moves)
 
     def served_by(self, task: trio.lowlevel.Task) -> int | None:
         """The index of the vCPU whose exits this task serves. None if it is none of them."""
@@ -457,6 +503,7 @@ class VcpuGroup:
 
     def resume(self) -> None:
         """Take `pause` back, whether the vCPUs have parked yet or not."""
+        self._moves(True)
         self._lot.release()
 
     async def parked(self) -> None:
@@ -473,6 +520,7 @@ class VcpuGroup:
             finally:
                 self._lot.woken()
             parked = self._lot.poll(False)
+        self._moves(False)
         for loop in self.loops:
             if loop.failed:
                 raise VcpuError(f"vCPU {loop.index} has failed in the middle of an exit")

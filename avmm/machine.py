@@ -18,6 +18,7 @@ from collections.abc import (
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
+    ExitStack,
     asynccontextmanager,
 )
 from functools import partial
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import trio
 
-from avmm import halts
+from avmm import chance, halts, lockstep
 from avmm.bus.space import Placement
 from avmm.config import HostSettings, MachineConfig, Settings
 from avmm.ctrl_c import context, protected
@@ -137,6 +138,12 @@ class Machine:
         if self._config is None:
             return self._use("config").config
         return self._config
+
+    @property
+    def engine(self) -> str:
+        """What runs the guest: "kvm", or "soft" (`avmm.engine`). Raises `RunstateError` before
+        that is known."""
+        return self._use("engine").config.engine
 
     # The following can be used while the block is run. Before and after, they raise
     # `RunstateError`.
@@ -443,6 +450,16 @@ class Machine:
 
     @asynccontextmanager
     async def _lived(self) -> AsyncIterator[None]:
+        seed = None if self._config is None else self._config.deterministic
+        with ExitStack() as stack:
+            if seed is not None:
+                stack.enter_context(chance.fixed(seed))
+                stack.enter_context(lockstep.ordered_tasks())
+            async with self._run():
+                yield
+
+    @asynccontextmanager
+    async def _run(self) -> AsyncIterator[None]:
         try:
             parts = await self._build()
         except BaseException:

@@ -132,7 +132,10 @@ _RUNS: Final = frozenset({_S.RUNNING})
 
 OPERATIONS: Final[Mapping[str, tuple[Set[Runstate], str]]] = {
     "enter": ({_S.NEW}, "one that has not: a Machine runs once, make a new one"),
-    "config": (frozenset(_S) - {_S.NEW, _S.STARTING, _S.FAILED}, "one that was entered"),
+    **dict.fromkeys(
+        ("config", "engine"),
+        (frozenset(_S) - {_S.NEW, _S.STARTING, _S.FAILED}, "one that was entered"),
+    ),
     **dict.fromkeys(
         (
             "console",

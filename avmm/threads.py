@@ -11,6 +11,9 @@ pause or a snapshot that had to wait for these would keep the guest stopped.
 end, and its result is returned: the cancellation is delivered at the next checkpoint. So a
 function that opens something can always hand it to its caller.
 
+**Deterministic runs** have no threads (`avmm.chance`): the call is made in trio's thread, so what
+follows it does so at the same moment in each run.
+
 **What a thread holds.** The thread drops its function, its arguments and the frames of an expected
 error (`AvmmError`, `OSError`) before the caller goes on. They may refer to views of guest memory,
 and trio keeps an error that leaves a thread in a reference circle: the memory would stay mapped
@@ -25,6 +28,7 @@ from typing import Final, TypeVar, TypeVarTuple
 import outcome
 import trio
 
+from avmm import chance
 from avmm.errors import AvmmError
 
 _Result = TypeVar("_Result")
@@ -44,6 +48,9 @@ async def in_thread(function: Callable[[*_Args], _Result], *args: *_Args) -> _Re
     Also raises `AvmmError` if the system cannot start a thread. The top of this file says what
     cancelling does.
     """
+    if chance.is_fixed():
+        await trio.lowlevel.checkpoint()
+        return function(*args)
     job = [(function, args)]
     del function, args
     try:
@@ -62,6 +69,8 @@ async def in_thread_shielded(function: Callable[[*_Args], _Result], *args: *_Arg
     If the system cannot start a thread, the call is made in trio's thread. Ctrl-C is raised after
     the call.
     """
+    if chance.is_fixed():
+        return function(*args)
     job = [(function, args)]
     del function, args
     interrupt: KeyboardInterrupt | None = None

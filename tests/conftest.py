@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from support.commands import PROMPT, Command
+from support.engines import open_system
 from support.leftovers import resources
 
-from avmm.arch.x86_64.kvm import X86System
+from avmm.errors import EngineUnavailable
 from avmm.kvm import KvmUnavailable
 
-pytest_plugins = ["lab.plugin", "support.booting"]
+pytest_plugins = ["lab.plugin", "support.booting", "support.stock"]
 
 # How long an example takes is the host's matter.
 settings.register_profile("avmm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -33,8 +34,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def kvm() -> None:
     """Skips, with the reason, where there is no KVM; fails there if AVMM_REQUIRE_KVM=1."""
     try:
-        X86System().close()
-    except KvmUnavailable as error:
+        open_system().close()
+    except (KvmUnavailable, EngineUnavailable) as error:
         if os.environ.get("AVMM_REQUIRE_KVM") == "1":
             pytest.fail(f"AVMM_REQUIRE_KVM=1, but: {error}")
         pytest.skip(str(error))

@@ -14,6 +14,7 @@ SAYS = {
     "embed": ["hello from inside", "exit, status 3"],
     "evacuate": [f"guest {number} has moved" for number in range(10)],
     "fifty_clones": [f"I am clone {number}" for number in range(50)],
+    "find_a_race": ["seed 0: 40 of 40", "the same again, bit for bit"],
     "move_while_typing": [
         *(f"line {number}" for number in range(1, 21)),
         "in the other process: exit, status 3",

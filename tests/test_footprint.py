@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import engines
 from support.leftovers import resources
 
 import avmm
-from avmm import guests
+from avmm import engine, guests
 
 PROMPT = b"avmm> "
 
@@ -78,10 +79,11 @@ trio.run(main)
 
 
 @pytest.mark.usefixtures("kvm")
-def test_a_running_guest_costs_at_most_12_mib_beside_its_memory() -> None:
-    """Guest pages are shared memory and not counted here."""
+def test_a_running_guest_costs_little_beside_its_memory() -> None:
+    """Guest pages are shared memory and not counted here. What the software engine has translated
+    is."""
     done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, check=True)
-    assert float(done.stdout) <= 12
+    assert float(done.stdout) <= (16 if engines.NAME == engine.SOFT else 12)
 
 
 @pytest.mark.usefixtures("kvm")

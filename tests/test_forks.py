@@ -67,7 +67,7 @@ def open_files() -> dict[str, str]:
 
 def guest_maps() -> set[str]:
     lines = Path("/proc/self/maps").read_text().splitlines()
-    return {line for line in lines if "avmm-ram" in line or "kvm-vcpu" in line}
+    return {line for line in lines if "avmm-ram" in line or "-vcpu" in line}
 
 
 def kept(before: dict[str, str], maps: set[str]) -> Callable[[], str]:

@@ -103,6 +103,6 @@ def test_a_setting_of_the_command() -> None:
 
 @pytest.mark.parametrize("cpus", [255, 288, 1 << 20])
 async def test_more_cpus_than_can_be(cpus: int) -> None:
-    with pytest.raises(avmm.ConfigError, match=rf"cpus {cpus}: expected 1 to \d+ on this host"):
+    with pytest.raises(avmm.ConfigError, match=rf"cpus {cpus}: expected 1 to \d+"):
         async with avmm.Machine(cpus=cpus):
             pass

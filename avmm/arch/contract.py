@@ -22,6 +22,7 @@ facts that are the same for all guests of a host.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,10 @@ class BoardOptions(NamedTuple):
     acpi: bool
     debug_exit: int | None
     """The port of QEMU's isa-debug-exit; None if there is none."""
+    wall: Callable[[], int] = time.time_ns
+    """The time in nanoseconds since 1970."""
+    stall: float = 1.0
+    """How many seconds the guest waits for a reader of its serial port."""
 
 
 class Board(NamedTuple):
@@ -166,8 +171,14 @@ class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
         """
 
     @abstractmethod
-    def open_system(self) -> SystemT:
-        """Open /dev/kvm. Raises `KvmUnavailable`, which says why, if it cannot be used."""
+    def open_system(self, engine: Callable[[], int] | None = None) -> SystemT:
+        """Open /dev/kvm, or what `engine` opens instead. Raises `KvmUnavailable`, which says why,
+        if it cannot be used."""
+
+    @abstractmethod
+    def runs_kernels(self, system: SystemT) -> bool:
+        """Can this KVM run an operating system's kernel? It is tried with a small guest. Blocks
+        for some milliseconds. Raises `KvmError`."""
 
     @abstractmethod
     def create_vm(self, system: SystemT) -> VmT:
@@ -278,15 +289,22 @@ class Architecture(ABC, Generic[SystemT, VmT, VcpuT]):
     # -- for experiments -----------------------------------------------------------------------
 
     @abstractmethod
-    def probes(self, origin: int, port: int, window: int, register: int) -> list[Probe]:
+    def probes(
+        self, system: SystemT, origin: int, port: int, window: int, register: int
+    ) -> list[Probe]:
         """Guests of one instruction, loaded at `origin`. There is one for each kind of access that
         leaves the guest: to the I/O port `port`, to the two pages of MMIO at `window`, to the
-        processor's register `register`, and by hypercalls. Raises `KvmUnavailable`.
+        processor's register `register`, and by hypercalls.
         """
 
     @abstractmethod
     def set_registers(self, vcpu: VcpuT, values: Mapping[str, int]) -> None:
         """Set the general registers with these names. The others stay as they are."""
+
+    @abstractmethod
+    def unpacked_kernel(self, kernel: Path) -> bytes:
+        """The ELF file inside a compressed kernel, for VMMs that take no other, or the file itself
+        if it is not compressed. Raises `ImageError`."""
 
     probe_names: Sequence[str]
     """The names of all probes. They are known even if there is no KVM."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from avmm.bench.qemu import MICROVM, QEMU
+from avmm.bench.qemu import QEMU, microvm
 from avmm.bench.row import BenchRow
 from avmm.errors import AvmmError, ConfigError
 from avmm.outcome import CRASHED
@@ -45,7 +45,7 @@ def measure(
         plain.write(_gunzipped(kernel))
         plain.flush()
         more = ["-initrd", str(initrd)] if initrd else []
-        theirs = [QEMU, *MICROVM, "-kernel", plain.name, *more, "-append", cmdline, "-m", memory]
+        theirs = [QEMU, *microvm(), "-kernel", plain.name, *more, "-append", cmdline, "-m", memory]
         pairs = []
         for _ in range(rounds):
             base = _seconds(theirs)

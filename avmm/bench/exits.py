@@ -21,6 +21,7 @@ from avmm.bench.row import BenchRow
 from avmm.bus.space import Placement, mmio, pio
 from avmm.config import MachineConfig
 from avmm.devices.base import Device
+from avmm.engine import AUTO
 from avmm.errors import AvmmError
 from avmm.machine import Machine
 from avmm.parts import build, dismantle
@@ -68,10 +69,10 @@ async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list
             raw: list[float] = []
             ours: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(rounds):
-                raw.append(await _raw(_config(kind, ring, count)))
+                raw.append(await measure_raw(config(kind, ring, count)))
                 progress()
                 for way, device in WAYS.items():
-                    ours[way].append(await _served(_config(kind, ring, count), kind, device()))
+                    ours[way].append(await served(config(kind, ring, count), kind, device()))
                     progress()
             for way, times in ours.items():
                 ratio = median(us / base for us, base in zip(times, raw, strict=True))
@@ -86,13 +87,17 @@ def steps(rounds: int) -> int:
     return 4 * rounds * (1 + len(WAYS))
 
 
-def _config(kind: str, ring: int, count: int) -> MachineConfig:
+def config(kind: str, ring: int, count: int, engine: str = AUTO) -> MachineConfig:
+    """A guest that makes `count` exits of one kind."""
     words = f"kind={kind} op=write width=1 port={PORT:#x} addr={ADDRESS:#x} ring={ring}"
     cmdline = f"{words} count={count} warmup={count // 10}"
-    return MachineConfig(kernel=guests.path("exits"), cmdline=cmdline, memory=16 << 20)
+    return MachineConfig(
+        kernel=guests.path("exits"), cmdline=cmdline, memory=16 << 20, engine=engine
+    )
 
 
-async def _raw(config: MachineConfig) -> float:
+async def measure_raw(config: MachineConfig) -> float:
+    """How many microseconds an exit takes in the C loop, which blocks the program."""
     parts = await build(config)
     try:
         return _microseconds(parts.vcpus[0].run_raw(), parts.clock_khz)
@@ -101,7 +106,8 @@ async def _raw(config: MachineConfig) -> float:
             await dismantle(parts)
 
 
-async def _served(config: MachineConfig, kind: str, device: Device) -> float:
+async def served(config: MachineConfig, kind: str, device: Device) -> float:
+    """How many microseconds an exit takes that `device` answers."""
     output = b""
     async with Machine(config, devices=[_place(kind, device)]) as vm:
         async for data in vm.console:

@@ -20,6 +20,7 @@ import trio
 from avmm import guests
 from avmm.bench.row import BenchRow
 from avmm.config import MachineConfig
+from avmm.engine import AUTO
 from avmm.kvm.kick import install_kick
 from avmm.machine import Machine
 from avmm.parts import build, dismantle
@@ -43,9 +44,9 @@ async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list
     for cpus in CPUS:
         raw, ours = [], []
         for _ in range(rounds):
-            raw.append(await _raw(count))
+            raw.append(await kicks(count))
             progress()
-            ours.append(await _pauses(cpus, count))
+            ours.append(await pauses(cpus, count))
             progress()
         ratio = median(us / base for us, base in zip(ours, raw, strict=True))
         rows.append(BenchRow(f"{cpus} vCPU" + "s" * (cpus > 1), median(ours), median(raw), ratio))
@@ -57,17 +58,20 @@ def steps(rounds: int) -> int:
     return 2 * len(CPUS) * rounds
 
 
-def _config(cpus: int) -> MachineConfig:
-    kernel = guests.path("exits")
-    return MachineConfig(kernel=kernel, cmdline="kind=spin count=0", memory=16 << 20, cpus=cpus)
+def _config(cpus: int, engine: str) -> MachineConfig:
+    kernel, cmdline = guests.path("exits"), "kind=spin count=0"
+    return MachineConfig(kernel=kernel, cmdline=cmdline, memory=16 << 20, cpus=cpus, engine=engine)
 
 
-async def _raw(count: int) -> float:
+async def kicks(count: int, engine: str = AUTO) -> float:
+    """The median of `count` kicks in C, in microseconds. They block the program."""
     install_kick()
     with tempfile.NamedTemporaryFile() as image:
         image.write(_FOR_EVER)
         image.flush()
-        config = MachineConfig.make(kernel=image.name, flat="long@0x100000", memory="16M")
+        config = MachineConfig.make(
+            kernel=image.name, flat="long@0x100000", memory="16M", engine=engine
+        )
         parts = await build(config)
     try:
         return median(parts.vcpus[0].kick_raw(count)) / 1000
@@ -76,9 +80,10 @@ async def _raw(count: int) -> float:
             await dismantle(parts)
 
 
-async def _pauses(cpus: int, count: int) -> float:
+async def pauses(cpus: int, count: int, engine: str = AUTO) -> float:
+    """The median of `count` pauses of a guest with so many CPUs, in microseconds."""
     times = []
-    async with Machine(_config(cpus)) as vm:
+    async with Machine(_config(cpus, engine)) as vm:
         counters = vm.memory.view(0x9000, 64 * cpus)
         while not all(counters[64 * cpu] for cpu in range(cpus)):
             await trio.lowlevel.checkpoint()

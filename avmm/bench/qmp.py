@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from avmm.bench.qemu import MICROVM, QEMU
+from avmm.bench.qemu import QEMU, microvm
 from avmm.errors import AvmmError
 
 _SECONDS: Final = 60
@@ -34,7 +34,7 @@ class Qemu:
         path is limited.
         """
         monitor, self.console = folder / f"{name}.qmp", folder / f"{name}.serial"
-        command = [QEMU, *_without_stdio(MICROVM), *options]
+        command = [QEMU, *_without_stdio(microvm()), *options]
         command += ["-qmp", f"unix:{monitor},server=on,wait=off"]
         command += ["-chardev", f"socket,id=serial,path={self.console},server=on,wait=off"]
         command += ["-serial", "chardev:serial"]
@@ -46,7 +46,7 @@ class Qemu:
         try:
             self._monitor = self._connect(monitor)
             self._lines = self._monitor.makefile("r", encoding="utf-8")
-            self._lines.readline()  # its greeting
+            self._next()  # its greeting
             self.execute("qmp_capabilities")
         except BaseException:
             self._end()
@@ -76,7 +76,10 @@ class Qemu:
         died.
         """
         request = json.dumps({"execute": command, "arguments": arguments})
-        self._monitor.sendall(request.encode() + b"\n")
+        try:
+            self._monitor.sendall(request.encode() + b"\n")
+        except ConnectionError:
+            raise AvmmError(f"{QEMU} has ended: {self._said()!r}") from None
         while True:
             answer = self._next()
             if "return" in answer:
@@ -85,7 +88,10 @@ class Qemu:
                 raise AvmmError(f"{QEMU}: {command}: {answer['error'].get('desc')}")
 
     def _next(self) -> dict[str, Any]:
-        line = self._lines.readline()
+        try:
+            line = self._lines.readline()
+        except ConnectionError:
+            line = ""
         if not line:
             raise AvmmError(f"{QEMU} has ended: {self._said()!r}")
         message: dict[str, Any] = json.loads(line)

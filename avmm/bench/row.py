@@ -20,6 +20,18 @@ class BenchRow:
 
 
 @dataclass(frozen=True)
+class EngineRow(BenchRow):
+    """The row of a case on the software engine, compared with `baseline`. The engine should reach
+    a ratio of at most `wanted`; None if there is no such aim. `why` is what the baseline failed
+    of; None if it did not.
+    """
+
+    baseline: str
+    wanted: float | None
+    why: str | None
+
+
+@dataclass(frozen=True)
 class RateRow(BenchRow):
     """The row of a kind of request, where `raw_us` is QEMU's time. It also says how many requests
     and megabytes avmm does per second.

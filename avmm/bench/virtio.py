@@ -21,7 +21,7 @@ from typing import Final
 import trio
 
 from avmm import guests
-from avmm.bench.qemu import MICROVM, QEMU
+from avmm.bench.qemu import QEMU, microvm
 from avmm.bench.row import RateRow, medians
 from avmm.devices.virtio.block import VirtioBlock
 from avmm.devices.virtio.console import Console
@@ -150,7 +150,7 @@ def _theirs(case: Case, count: int, disk: Path) -> float:
         devices += ["-device", "virtconsole,chardev=out"]
     image = ["-kernel", str(guests.path("rings")), "-append", case.cmdline(count)]
     done = subprocess.run(
-        [QEMU, *MICROVM, *_MODERN, *image, *devices],
+        [QEMU, *microvm(), *_MODERN, *image, *devices],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,

@@ -28,6 +28,8 @@ class Entry:
     mode: Mode
     ip: int
     registers: Mapping[str, int] = field(default_factory=dict)
+    is_kernel: bool = False
+    """Does an operating system start, which uses all that its processor offers?"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ debug exit uses 1 for success.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -27,7 +28,7 @@ COMMANDS: Final = {
     "receive": "Wait for a guest from another process, and run it from where it was.",
     "ctl": "Steer a running guest: pause, snapshot, migrate and more.",
     "image": "Make guests from a distribution's packages.",
-    "doctor": "Show what this host's KVM offers, what avmm uses of it, and whether avmm works "
+    "doctor": "Show what this host's KVM and the software engine offer, and whether avmm works "
     "here.",
     "bench": "Measure avmm, always compared with a baseline from the same run.",
 }
@@ -45,6 +46,9 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"avmm.cli.{cmd_name}").command
+        if not gc.isenabled():  # by `avmm_early`
+            gc.freeze()
+            gc.enable()
         return command
 
     def invoke(self, ctx: click.Context) -> object:

@@ -13,6 +13,7 @@ import click
 import trio
 
 from avmm.bench import boot as bench_boot
+from avmm.bench import engine as bench_engine
 from avmm.bench import exits as bench_exits
 from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
@@ -20,6 +21,7 @@ from avmm.bench import snapshot as bench_snapshot
 from avmm.bench import stall as bench_stall
 from avmm.bench import virtio as bench_virtio
 from avmm.bench.row import BenchRow, SizeRow, SpeedRow, StallRow
+from avmm.errors import ConfigError
 from avmm.options import parse_size
 
 Measure = Callable[[Callable[[], None]], Sequence[BenchRow | SizeRow | SpeedRow]]
@@ -85,6 +87,83 @@ def boot(
         return bench_boot.measure(kernel, initrd, cmdline, memory, rounds, progress)
 
     _run(measure, bench_boot.steps(rounds), as_json)
+
+
+@command.command()
+@click.argument("kernel", required=False, type=click.Path(path_type=Path))
+@click.option("--initrd", type=click.Path(path_type=Path))
+@click.option("--cmdline", default="", metavar="TEXT")
+@click.option("--memory", default="64M", show_default=True, metavar="SIZE")
+@click.option(
+    "--stock",
+    type=click.Path(path_type=Path),
+    metavar="KERNEL",
+    help="A distribution's kernel, such as that of `avmm image build`.",
+)
+@click.option("--stock-initrd", type=click.Path(path_type=Path))
+@click.option(
+    "--stock-cmdline", default=bench_engine.STOCK_CMDLINE, show_default=True, metavar="TEXT"
+)
+@click.option("--stock-memory", default="256M", show_default=True, metavar="SIZE")
+@click.option("--count", type=click.IntRange(10), default=10_000, show_default=True, help="Exits.")
+@click.option("--pauses", type=click.IntRange(10), default=200, show_default=True)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a list of JSON objects with case, baseline, us, raw_us, ratio, wanted and why.",
+)
+@ROUNDS
+def engine(
+    kernel: Path | None,
+    initrd: Path | None,
+    cmdline: str,
+    memory: str,
+    stock: Path | None,
+    stock_initrd: Path | None,
+    stock_cmdline: str,
+    stock_memory: str,
+    count: int,
+    pauses: int,
+    as_json: bool,
+    rounds: int,
+) -> None:
+    """The software engine, as a ratio to KVM, QEMU's TCG and loops in C.
+
+    KERNEL, a guest that ends by itself, is timed from its start to its end. The stock kernel is
+    timed until it starts /init. QEMU runs both on its microvm. Exits and pauses are always
+    measured. What cannot be measured on this host is told below the table.
+    """
+    own = _guest(kernel, initrd, cmdline, memory, "--initrd", "KERNEL")
+    given = _guest(stock, stock_initrd, stock_cmdline, stock_memory, "--stock-initrd", "--stock")
+    with _progress(bench_engine.steps(own, given, rounds)) as progress:
+        rows = bench_engine.measure(own, given, count, pauses, rounds, progress)
+    if as_json:
+        _print_json(rows)
+        return
+    head = f"{'case':22} {'next to':15} {'µs':>10} {'raw µs':>10} {'× raw':>7} {'wanted':>7}"
+    click.echo(head)
+    for row in rows:
+        raw = "-" if row.raw_us is None else f"{row.raw_us:.1f}"
+        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+        wanted = "-" if row.wanted is None else f"≤ {row.wanted:.1f}"
+        click.echo(
+            f"{row.case:22} {row.baseline:15} {row.us:10.1f} {raw:>10} {ratio:>7} {wanted:>7}"
+        )
+    for row in rows:
+        if row.why is not None:
+            click.echo(f"{row.case} next to {row.baseline}: {row.why}")
+
+
+def _guest(
+    kernel: Path | None, initrd: Path | None, cmdline: str, memory: str, option: str, needed: str
+) -> bench_engine.Guest | None:
+    if kernel is None:
+        if initrd is not None:
+            raise ConfigError(f"{option} {initrd}: expected also {needed}")
+        return None
+    parse_size(memory, "--memory" if needed == "KERNEL" else "--stock-memory")
+    return bench_engine.Guest(kernel, initrd, cmdline, memory)
 
 
 @command.command()

@@ -25,7 +25,7 @@ from typing import Any, Final, Self
 
 import trio
 
-from avmm import arch
+from avmm import arch, engine
 from avmm.arch.contract import Probe
 from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.config import MachineConfig
@@ -92,7 +92,9 @@ class _Guest:
         self.ended = False
 
     @classmethod
-    async def made(cls, shape: Probe, log: list[str], state: Mapping[str, Any] | None) -> Self:
+    async def made(
+        cls, shape: Probe, log: list[str], state: Mapping[str, Any] | None, choice: str
+    ) -> Self:
         """Ready to run; `state` is that of another one of this shape."""
         guest = cls(log)
         kind = arch.host()
@@ -101,7 +103,7 @@ class _Guest:
             mmio(_Witness("MMIO", log), kind.own_window.start, _WINDOW_SIZE),
         ]
         if shape.capability is not None:
-            _demand(shape.capability)
+            _demand(shape.capability, choice)
         if "msr" in shape.name:
             places.append(msr(_Witness("MSR", log), _REGISTER))
         with tempfile.NamedTemporaryFile() as image:
@@ -113,6 +115,7 @@ class _Guest:
                 memory="4M",
                 unclaimed="ignore",
                 xen=shape.xen,
+                engine=choice,
             )
             guest.parts = await build(config, places, guest._end, guest._answer, Origin(state))
         guest.vcpu = guest.parts.vcpus[0]
@@ -147,11 +150,12 @@ class _Guest:
             self.step()
 
 
-def _demand(capability: Capability) -> None:
-    system = arch.host().open_system()
+def _demand(capability: Capability, choice: str) -> None:
+    system = engine.opened(arch.host(), choice)
     try:
         if not system.check(capability):
-            raise AvmmError(f"its KVM lacks {capability}")
+            name = "the software engine" if system.engine == engine.SOFT else "its KVM"
+            raise AvmmError(f"{name} lacks {capability}")
     finally:
         system.close()
 
@@ -183,36 +187,43 @@ def _run(vcpu: Vcpu) -> int:
     return status
 
 
-async def examine() -> list[Finding]:
-    """All shapes on this host; blocks the loop for a second or two. Raises `KvmUnavailable`."""
-    return [await examine_shape(shape) for shape in shapes()]
+async def examine(choice: str = engine.AUTO) -> list[Finding]:
+    """All shapes on an engine of this host; blocks the loop for a second or two. Raises what
+    `engine.opened` raises."""
+    return [await examine_shape(shape, choice) for shape in shapes(choice)]
 
 
-def shapes() -> list[Probe]:
-    """The shapes of access that there are on this host's architecture. Raises
-    `KvmUnavailable`."""
+def shapes(choice: str = engine.AUTO) -> list[Probe]:
+    """The shapes of access that there are on this host's architecture. Raises what `engine.opened`
+    raises."""
     kind = arch.host()
-    return kind.probes(_ORIGIN, _PORT, kind.own_window.start, _REGISTER)
+    system = engine.opened(kind, choice)
+    try:
+        return kind.probes(system, _ORIGIN, _PORT, kind.own_window.start, _REGISTER)
+    finally:
+        system.close()
 
 
-async def examine_shape(shape: Probe) -> Finding:
+async def examine_shape(shape: Probe, choice: str = engine.AUTO) -> Finding:
     finding = Finding(shape.name)
     try:
         expected: list[str] = []
-        await _with(shape, expected, None, _Guest.finish)
+        await _with(shape, expected, None, _Guest.finish, choice)
         for how in ("uncompleted", "drained"):
             log: list[str] = []
             until_saved = partial(_until_saved, how=how, finding=finding)
-            state = await _with(shape, log, None, until_saved)
-            await _with(shape, log, state, _Guest.finish)
+            state = await _with(shape, log, None, until_saved, choice)
+            await _with(shape, log, state, _Guest.finish, choice)
             setattr(finding, how, _difference(expected, log))
     except AvmmError as error:
         finding.error = str(error).splitlines()[0]
     return finding
 
 
-async def _with(shape: Probe, log: list[str], state: Any, play: Callable[[_Guest], Any]) -> Any:
-    guest = await _Guest.made(shape, log, state)
+async def _with(
+    shape: Probe, log: list[str], state: Any, play: Callable[[_Guest], Any], choice: str
+) -> Any:
+    guest = await _Guest.made(shape, log, state, choice)
     try:
         return play(guest)
     finally:

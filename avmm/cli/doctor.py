@@ -1,4 +1,4 @@
-"""`avmm doctor`: shows what this host's KVM offers, and whether avmm works here."""
+"""`avmm doctor`: shows what this host's engines offer, and whether avmm works here."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 import trio
 
-from avmm import arch, guests
+from avmm import arch, engine, guests
 from avmm.cli import completion_report
-from avmm.errors import AvmmError
-from avmm.kvm import KvmUnavailable, System, capabilities
+from avmm.config import Settings
+from avmm.errors import AvmmError, EngineUnavailable
+from avmm.kvm import KvmError, KvmUnavailable, System, capabilities
 from avmm.machine import Machine
 from avmm.outcome import Cause
+
+if TYPE_CHECKING:
+    from avmm.arch.contract import AnyArchitecture
 
 _USES: Final = {
     "KVM_CAP_USER_MEMORY": "guest memory",
@@ -37,22 +41,36 @@ _USES: Final = {
 """What avmm uses each capability for. Capabilities without an entry here are listed without a
 use.
 """
-_SLOW_MIPS: Final = 50
 _DEADLINE_SECONDS: Final = 20
 
 
 @dataclass
-class HostReport:
-    """What was found. `problems` is empty if avmm works here."""
+class EngineReport:
+    """What was found of one engine. `problem` is empty if a guest ran on it."""
 
-    kernel: str
-    modules: list[str]
     usable: bool = False
     max_vcpus: int = 0
     msrs: int = 0
-    capabilities: dict[str, int] = field(default_factory=dict)
     guest_ran: bool = False
     ring0_mips: float | None = None
+    runs_kernels: bool | None = None
+    """Can it run an operating system's kernel? None: it was not tried."""
+    problem: str = ""
+
+
+@dataclass
+class HostReport:
+    """What was found. `problems` is empty if avmm works here, on one engine at least."""
+
+    kernel: str
+    modules: list[str]
+    kvm: EngineReport = field(default_factory=EngineReport)
+    soft: EngineReport = field(default_factory=EngineReport)
+    capabilities: dict[str, int] = field(default_factory=dict)
+    """KVM's."""
+    auto: dict[str, str] = field(default_factory=dict)
+    """The engine that the setting `auto` takes for a "guest", and for an operating system's
+    "kernel"."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -65,14 +83,23 @@ class HostReport:
     help="Show by experiment what is lost or repeated if state is saved before an exit is "
     "completed, and that everything is right after a drain.",
 )
-def command(as_json: bool, completion: bool) -> None:
-    """Show what this host's KVM offers, what avmm uses of it, and whether avmm works here.
+@click.option(
+    "--engine",
+    "choice",
+    type=click.Choice([engine.AUTO, *engine.NAMES]),
+    help="With --completion: the engine to show it on.  [default: auto]",
+)
+def command(as_json: bool, completion: bool, choice: str | None) -> None:
+    """Show what this host's KVM and the software engine offer, which of them runs a guest, and
+    whether avmm works here.
 
     The command ends with status 1 if avmm cannot work on this host.
     """
     if completion:
-        _completion(as_json)
+        _completion(as_json, choice or engine.AUTO)
         return
+    if choice is not None:
+        raise click.UsageError("--engine: it goes with --completion; doctor looks at both engines")
     report = examine()
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
@@ -82,48 +109,73 @@ def command(as_json: bool, completion: bool) -> None:
 
 
 def examine() -> HostReport:
-    """Look at KVM, then run a small guest on it."""
+    """Look at both engines, and run a small guest on each."""
     report = HostReport(kernel=platform.release(), modules=_modules())
-    try:
-        kind = arch.host()
-        system = kind.open_system()
-    except KvmUnavailable as error:
-        report.problems.append(str(error))
+    kind = arch.host()
+    _examine(kind, report.kvm, engine.KVM, report.capabilities)
+    _examine(kind, report.soft, engine.SOFT, {})
+    kvm, soft = report.kvm, report.soft
+    if not kvm.guest_ran and not soft.guest_ran:
+        report.problems += [kvm.problem, soft.problem]
         return report
-    try:
-        report.usable = True
-        report.max_vcpus = system.max_vcpus
-        report.msrs = kind.count_msrs(system)
-        report.capabilities = {name: system.check(name) for name in capabilities()}
-    finally:
-        system.close()
-    try:
-        trio.run(_try_guest, report)
-    except (AvmmError, OSError) as error:
-        report.problems.append(f"a guest cannot run here: {error}")
-    if report.ring0_mips is not None and report.ring0_mips < _SLOW_MIPS:
+    if kvm.guest_ran and kvm.runs_kernels is False:
         report.notes.append(
             "this KVM interprets ring-0 code: 64-bit ring-3 code runs at full speed, but "
             "kernels are slow, and a stock kernel may use instructions that this KVM refuses"
         )
+    guest = engine.KVM if kvm.guest_ran else engine.SOFT
+    kernel = engine.SOFT if soft.guest_ran and not kvm.runs_kernels else guest
+    report.auto = {"guest": guest, "kernel": kernel}
+    if soft.guest_ran:
+        report.notes.append("the software engine is no security boundary as KVM is")
     return report
 
 
-async def _try_guest(report: HostReport) -> None:
+def _examine(
+    kind: AnyArchitecture, report: EngineReport, choice: str, offered: dict[str, int]
+) -> None:
+    try:
+        system = engine.opened(kind, choice)
+    except (KvmUnavailable, EngineUnavailable) as error:
+        report.problem = str(error)
+        return
+    try:
+        report.usable = True
+        report.max_vcpus = min(system.max_vcpus, kind.most_cpus)
+        report.msrs = kind.count_msrs(system)
+        offered |= {name: system.check(name) for name in capabilities()}
+        report.runs_kernels = kind.runs_kernels(system)
+    except KvmError as error:
+        report.problem = f"a guest cannot run here: {error}"
+        return
+    finally:
+        system.close()
+    try:
+        trio.run(_try_guest, report, choice)
+    except (AvmmError, OSError) as error:
+        report.problem = f"a guest cannot run here: {error}"
+
+
+async def _try_guest(report: EngineReport, choice: str) -> None:
     """Count in a ring-0 loop of the bundled guest `exits`."""
-    cmdline = "kind=spin count=100000"
+    settings: Settings = {
+        "kernel": guests.path("exits"),
+        "cmdline": "kind=spin count=100000",
+        "memory": "16M",
+        "engine": choice,
+    }
     output = b""
     with trio.move_on_after(_DEADLINE_SECONDS) as deadline:
-        async with Machine(kernel=guests.path("exits"), cmdline=cmdline, memory="16M") as vm:
+        async with Machine(**settings) as vm:
             async for data in vm.console:
                 output += data
             outcome, khz = await vm.wait(), vm.tsc_khz
     if deadline.cancelled_caught:
-        report.problems.append(f"a guest did not end within {_DEADLINE_SECONDS} s")
+        report.problem = f"a guest did not end within {_DEADLINE_SECONDS} s"
         return
     result = re.search(rb"\bcount=(\d+)\b.*\bcycles=(\d+)", output)
     if outcome.cause is not Cause.EXIT or outcome.status or result is None:
-        report.problems.append(f"a guest ended unexpectedly ({outcome}) and printed {output!r}")
+        report.problem = f"a guest ended unexpectedly ({outcome}) and printed {output!r}"
         return
     report.guest_ran = True
     seconds = int(result[2]) / (khz * 1000)
@@ -134,10 +186,10 @@ _LOOP_INSTRUCTIONS: Final = 6
 """Instructions in one turn of the guest's counting loop (guests/exits/spin.c)."""
 
 
-def _completion(as_json: bool) -> None:
+def _completion(as_json: bool, choice: str) -> None:
     try:
-        findings = trio.run(completion_report.examine)
-    except KvmUnavailable as error:
+        findings = trio.run(completion_report.examine, choice)
+    except (KvmUnavailable, EngineUnavailable) as error:
         if as_json:
             nothing = [
                 completion_report.Finding(n, error=str(error)) for n in arch.host().probe_names
@@ -164,8 +216,8 @@ def _print(report: HostReport) -> None:
     click.echo(
         f"kernel         {report.kernel}, modules {', '.join(report.modules) or 'built in'}"
     )
-    if report.usable:
-        click.echo(f"/dev/kvm       works; up to {report.max_vcpus} vCPUs, {report.msrs} MSRs")
+    click.echo(f"/dev/kvm       {_told(report.kvm)}")
+    if report.kvm.usable:
         click.echo("capabilities")
         for name, value in report.capabilities.items():
             need = "needed" if name in System.REQUIRED else "used" if name in _USES else ""
@@ -173,14 +225,27 @@ def _print(report: HostReport) -> None:
             amount = f"({value})" if value > 1 else ""
             line = f"  {mark} {name:38} {need:7}{_USES.get(name, '')} {amount}"
             click.echo(line.rstrip())
-    if report.guest_ran:
-        click.echo(f"test guest     ran; {report.ring0_mips} M instructions/s in ring 0")
+    click.echo(f"soft engine    {_told(report.soft)}")
+    if report.auto:
+        told = {engine.KVM: "KVM", engine.SOFT: "the software engine"}
+        guest, kernel = (told[report.auto[what]] for what in ("guest", "kernel"))
+        kernels = "" if kernel == guest else f"; for operating systems' kernels, {kernel}"
+        click.echo(f"engine auto    takes {guest}{kernels}")
     for note in report.notes:
         click.echo(f"note           {note}")
     for problem in report.problems:
         _print_problem(problem)
     if not report.problems:
         click.echo("avmm works on this host.")
+
+
+def _told(report: EngineReport) -> str:
+    if report.problem:
+        return report.problem
+    return (
+        f"works; up to {report.max_vcpus} vCPUs, {report.msrs} MSRs; a test guest ran, at "
+        f"{report.ring0_mips} M instructions/s in ring 0"
+    )
 
 
 def _print_problem(problem: str) -> None:

@@ -4,7 +4,8 @@
 queue. A thread that is awake takes the next one from it, and finished jobs go back to trio in
 batches, or not at all if trio need not know that they ended.
 
-Threads start when there is work for them and stay until `close`.
+Threads start when there is work for them and stay until `close`. A deterministic run has none
+(`avmm.chance`): there the calls are made at once, in trio's thread.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, TypeAlias
 import outcome
 import trio
 
+from avmm import chance
 from avmm.disks.base import Done
 
 _Job: TypeAlias = tuple[Done, Callable[..., Any], tuple[Any, ...]]
@@ -45,6 +47,10 @@ class Pool:
         A call that has begun cannot be stopped. A cancellation waits for it to end, and is then
         delivered at the next checkpoint.
         """
+        if chance.is_fixed():
+            function(*args)
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return
         task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
 
         def done(error: Exception | None) -> None:
@@ -69,6 +75,9 @@ class Pool:
         """Call `function` in a thread, and then, in the same thread, `done`, which must not raise.
 
         Raises `RuntimeError` if there is no thread yet and the system cannot start one."""
+        if chance.is_fixed():
+            self._call(done, function, args)
+            return
         if self._pending >= len(self._threads) < self._most:
             thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             try:
@@ -101,6 +110,18 @@ class Pool:
             # An error may refer to frames that refer to the job. That must not become a circle,
             # because the job holds buffers.
             del done, error
+
+    @staticmethod
+    def _call(done: Done, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        error: Exception | None = None
+        try:
+            function(*args)
+        except OSError as raised:
+            error = raised.with_traceback(None)
+        except Exception as raised:
+            error = raised
+        done(error)
+        del error
 
     def _deliver(self) -> None:
         self._is_told = False  # set before trio looks: a job that ends after that tells it again

@@ -11,7 +11,7 @@ from avmm.kvm.errors import KvmError, KvmUnavailable
 from avmm.kvm.exits import exit_name
 from avmm.kvm.handle import Capability, capabilities
 from avmm.kvm.run import RunPage
-from avmm.kvm.system import System
+from avmm.kvm.system import System, use_engine
 from avmm.kvm.vcpu import Vcpu
 from avmm.kvm.vm import Vm
 
@@ -27,4 +27,5 @@ __all__ = [
     "constants",
     "eventfd",
     "exit_name",
+    "use_engine",
 ]

@@ -189,6 +189,8 @@ struct kvm_run {
 
 /* ---- shim.c ------------------------------------------------------------------------- */
 
+void avmm_engine_set(uint64_t is, uint64_t call, uint64_t close_, uint64_t kicked);
+int avmm_close(int fd);
 int avmm_ioctl(int fd, unsigned long request, void *argument);
 int avmm_ioctl_value(int fd, unsigned long request, unsigned long argument);
 int avmm_run(int fd, struct kvm_run *run);

@@ -10,7 +10,6 @@ a module of that architecture (`avmm.arch.x86_64.kvm`), in subclasses of those c
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -92,8 +91,8 @@ class Handle:
     def close(self) -> None:
         """Close the descriptor; idempotent."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            lib.avmm_close(fd)
 
 
 def fill(struct: _kvm.Address, what: str, data: bytes) -> None:

@@ -229,12 +229,12 @@ static void avmm_spot_park(struct avmm_spot *s)
         syscall(SYS_futex, &s->stands, FUTEX_WAIT_PRIVATE, 1, NULL, NULL, 0);
 }
 
-/* 0, or -1 with errno set. */
+/* 0, or -errno. */
 static int run_once(struct avmm_spot *s)
 {
     atomic_store(&s->runs, 1);
     atomic_thread_fence(memory_order_seq_cst);
-    int answer = ioctl(s->fd, KVM_RUN, 0);
+    int answer = avmm_ioctl(s->fd, KVM_RUN, NULL);
     atomic_store_explicit(&s->runs, 0, memory_order_release);
     return answer;
 }
@@ -255,10 +255,11 @@ static int avmm_spot_run(struct avmm_spot *s)
          * run's reason, and for an exit that is being served (loop.py). */
         if (!COMPLETES_BY_REASON || run->exit_reason == KVM_EXIT_INTR)
             run->exit_reason = KVM_EXIT_UNKNOWN;
-        if (run_once(s) >= 0)
+        int answer = run_once(s);
+        if (answer >= 0)
             return run->exit_reason;
-        if (errno != EINTR)
-            return -errno;
+        if (answer != -EINTR)
+            return answer;
         drained |= run->exit_reason == KVM_EXIT_INTR && !s->lot->always
             && !(run->flags & KVM_RUN_NEEDS_COMPLETION);
         set_immediate_exit(run, 0);
@@ -266,10 +267,11 @@ static int avmm_spot_run(struct avmm_spot *s)
             return -EINTR;
         if (!drained) {
             set_immediate_exit(run, 1);
-            if (run_once(s) >= 0)
+            answer = run_once(s);
+            if (answer >= 0)
                 return run->exit_reason;
-            if (errno != EINTR)
-                return -errno;
+            if (answer != -EINTR)
+                return answer;
             set_immediate_exit(run, 0);
         }
         while (is_wanted(s)) {

@@ -77,24 +77,59 @@ typedef PART(kvm_xen_exit, u) avmm_xen_union;
 typedef PART(kvm_xen_exit, u.hcall) avmm_xen_hcall;
 typedef PART(kvm_irq_routing_entry, u) avmm_irq_target;
 
+/* ---- the other engine ----
+ *
+ * Another engine than Linux's KVM (avmm/soft) answers the same requests, for descriptors of its
+ * own. Its functions are set once, before it opens the first of them, and stay. */
+
+struct engine {
+    int (*is)(int fd);
+    int (*call)(int fd, unsigned long request, void *argument);
+    int (*close)(int fd);
+    void (*kicked)(void); /* in a signal's handler */
+};
+static struct engine other;
+
+static void avmm_engine_set(uint64_t is, uint64_t call, uint64_t close_, uint64_t kicked)
+{
+    other.call = (int (*)(int, unsigned long, void *))call;
+    other.close = (int (*)(int))close_;
+    other.kicked = (void (*)(void))kicked;
+    other.is = (int (*)(int))is;
+}
+
+static inline int is_others(int fd)
+{
+    return other.is && other.is(fd);
+}
+
 /* ---- ioctls: the answer, or -errno ---- */
 
 static int avmm_ioctl(int fd, unsigned long request, void *argument)
 {
+    if (is_others(fd))
+        return other.call(fd, request, argument);
     int answer = ioctl(fd, request, argument);
     return answer < 0 ? -errno : answer;
 }
 
 static int avmm_ioctl_value(int fd, unsigned long request, unsigned long argument)
 {
-    int answer = ioctl(fd, request, argument);
-    return answer < 0 ? -errno : answer;
+    return avmm_ioctl(fd, request, (void *)argument);
+}
+
+static int avmm_close(int fd)
+{
+    if (is_others(fd))
+        return other.close(fd);
+    return close(fd) < 0 ? -errno : 0;
 }
 
 /* The exit reason, or -errno. */
 static int avmm_run(int fd, struct kvm_run *run)
 {
-    return ioctl(fd, KVM_RUN, 0) < 0 ? -errno : (int)run->exit_reason;
+    int answer = avmm_ioctl(fd, KVM_RUN, NULL);
+    return answer < 0 ? answer : (int)run->exit_reason;
 }
 
 /* The baseline of `avmm bench exits`: nothing but KVM_RUN. Reads are answered with zeros,
@@ -105,7 +140,7 @@ static int avmm_run_raw(int fd, struct kvm_run *run, char *output, int size)
     enum { SERIAL = 0x3f8, SERIAL_LSR = 0x3fd, LSR_IDLE = 0x60, EXIT_STATUS = 0xf8 };
     int length = 0;
     for (;;) {
-        if (ioctl(fd, KVM_RUN, 0) < 0)
+        if (avmm_ioctl(fd, KVM_RUN, NULL) < 0)
             return -1;
         if (run->exit_reason == KVM_EXIT_MMIO) {
             if (!run->mmio.is_write)
@@ -143,8 +178,8 @@ static void avmm_ring_drop(struct kvm_coalesced_mmio_ring *ring)
 
 /* ---- the kick ----
  *
- * A signal makes KVM_RUN return only if it is delivered. So there must be a handler: it does
- * nothing, is written in C (Python's handlers run only in the main thread), and must not restart
+ * A signal makes KVM_RUN return only if it is delivered. So there must be a handler: it tells the
+ * other engine, if there is one, is written in C (Python's handlers run only in the main thread), and must not restart
  * the call. Not a real-time signal: those are queued, and if their user's queue is full, sending
  * one fails. Nothing sends the first choice, and Linux uses it for nothing else. The others are
  * used only if nobody in this process handles them.
@@ -155,6 +190,8 @@ static int kick_signal;
 static void kicked(int signal)
 {
     (void)signal;
+    if (other.kicked)
+        other.kicked();
 }
 
 /* Once per process. Returns the signal's number, or -1 if none is free. */
@@ -213,8 +250,9 @@ static void *raw_kick_thread(void *argument)
     atomic_store(&k->tid, (int)syscall(SYS_gettid));
     for (int round = 1;; round++) {
         atomic_store(&k->entered, round);
-        if (ioctl(k->fd, KVM_RUN, 0) == 0 || errno != EINTR) {
-            atomic_store(&k->error, errno ? errno : EIO);
+        int answer = avmm_ioctl(k->fd, KVM_RUN, NULL);
+        if (answer != -EINTR) {
+            atomic_store(&k->error, answer < 0 ? -answer : EIO);
             atomic_store(&k->returned, round);
             return NULL;
         }

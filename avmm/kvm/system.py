@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from avmm.kvm._kvm import lib
@@ -28,11 +28,19 @@ class System(Handle, ABC):
     }
     """The capabilities that avmm needs, each with the version of Linux that introduced it."""
 
-    def __init__(self, path: str = "/dev/kvm") -> None:
+    engine = "kvm"
+    """The engine that answers: see `avmm.engine`."""
+    watcher = 0
+    """The address of the C function, if the engine has one, that wants to know what the host
+    writes to a VM's memory (`RamTable.watch`, with the VM's descriptor)."""
+
+    def __init__(self, path: str = "/dev/kvm", engine: Callable[[], int] | None = None) -> None:
+        """`engine` opens another engine's descriptor instead of /dev/kvm."""
         try:
-            super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+            fd = engine() if engine else os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise unavailable(path, error.errno or errno.EIO) from None
+        super().__init__(fd)
         try:
             if (version := self._ioctl_value("KVM_GET_API_VERSION")) != lib.KVM_API_VERSION:
                 raise too_old(f"API version 12 (it has {version})", "2.6.22")
@@ -58,3 +66,9 @@ class System(Handle, ABC):
     def max_vcpus(self) -> int:
         """The most vCPUs that one VM may have."""
         return self.check("KVM_CAP_MAX_VCPUS") or self.check("KVM_CAP_NR_VCPUS") or 4
+
+
+def use_engine(is_its: int, call: int, close: int, kicked: int) -> None:
+    """Let another engine answer for its own descriptors. These are the addresses of its C
+    functions (avmm/soft/native/soft.h); they stay in use until the process ends."""
+    lib.avmm_engine_set(is_its, call, close, kicked)

@@ -123,6 +123,7 @@ class GuestMemory:
         self._dirty: Bitmap | None = None
         """Never removed once it exists, because threads may still be marking pages in it."""
         self._is_logged = False
+        self._is_watched = False
         self._forking = threading.Lock()
         """Protects where pages are: their files, the layers, and which pages are private."""
         self._closed = False
@@ -240,8 +241,7 @@ class GuestMemory:
         # For a shared mapping the pages of the file must be freed, not only those of the mapping.
         advice = mmap.MADV_DONTNEED if self.is_private else mmap.MADV_REMOVE
         self._maps[0].madvise(advice, at, length)
-        if self._dirty is not None and self._is_logged:
-            self._dirty.mark(at, length)
+        self.table.wrote(at, length)
 
     def _offset(self, gpa: int, length: int) -> int | None:
         """The offset of these bytes in RAM without its hole. None if some of them are not RAM."""
@@ -272,9 +272,16 @@ class GuestMemory:
 
     def mark(self, gpa: int, length: int) -> None:
         """The host has written these bytes of RAM, if it is RAM. Any thread."""
-        dirty = self._dirty
-        if dirty is not None and self._is_logged and (at := self._offset(gpa, length)) is not None:
-            dirty.mark(at, length)
+        noted = self._is_logged or self._is_watched
+        if noted and (at := self._offset(gpa, length)) is not None:
+            self.table.wrote(at, length)
+
+    def watch(self, watcher: int, watching: int) -> None:
+        """Call the C function at the address `watcher` whenever the host has written to RAM, with
+        `watching`, where, and how many bytes (`RamTable.watch`). 0 stops that. The software engine
+        needs it: it has to know when code has changed that the guest has run."""
+        self.table.watch(watcher, watching)
+        self._is_watched = watcher != 0
 
     def take_dirty(self, into: Bitmap) -> None:
         """Move what was noted since `log` or the last call into `into`."""

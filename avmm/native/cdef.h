@@ -30,6 +30,8 @@ struct avmm_vring {
     ...;
 };
 void avmm_ram_log(struct avmm_ram *ram, uint64_t *dirty);
+void avmm_ram_watch(struct avmm_ram *ram, uint64_t watcher, int watching);
+void avmm_ram_wrote(const struct avmm_ram *ram, uint64_t offset, uint64_t length);
 int avmm_vring_check(const struct avmm_vring *ring);
 int avmm_vring_walk(struct avmm_vring *ring, uint16_t head);
 void avmm_vring_mark(const struct avmm_vring *ring, uint16_t head);

@@ -1,4 +1,4 @@
-"""Writes the types of the compiled modules, `_kvm.pyi` and `_native.pyi`, from their cdef.h.
+"""Writes the types of the compiled modules (`_kvm.pyi` and others) from their cdef.h.
 
     python avmm/native/stubs.py          # after a change of a cdef.h
 
@@ -47,6 +47,7 @@ class StubModule:
 MODULES: Final = (
     StubModule(_PACKAGE / "kvm/_kvm.pyi", {"Constant": "KVM_", "Capability": "KVM_CAP_"}),
     StubModule(_PACKAGE / "native/_native.pyi"),
+    StubModule(_PACKAGE / "soft/_soft.pyi"),
 )
 
 _HEAD: Final = '''\
@@ -118,7 +119,8 @@ def text(module: StubModule) -> str:
     # cffi has no public access to the declarations that it has parsed. Only a compiled module
     # shows them, and only for its own platform.
     declared: Mapping[str, tuple[Any, int]] = vars(vars(builder)["_parser"])["_declarations"]
-    return "".join(line + "\n" for line in _Stub(module, declared).lines())
+    lines = "".join(line + "\n" for line in _Stub(module, declared).lines())
+    return lines if "(TypedDict" in lines else lines.replace(" TypedDict,", "", 1)
 
 
 class _Stub:

@@ -36,6 +36,8 @@ struct avmm_ram_region {
 struct avmm_ram {
     uint32_t count;
     uint64_t *dirty;            /* NULL: no log */
+    void (*watcher)(int watching, const void *host, uint64_t length);   /* NULL: nobody */
+    int watching;
     struct avmm_ram_region regions[AVMM_RAM_REGIONS];
 };
 
@@ -136,18 +138,36 @@ static void avmm_ram_log(struct avmm_ram *ram, uint64_t *dirty)
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
-/* The log in which to note what was written before this call. */
-static uint64_t *dirty_log(const struct avmm_vring *ring)
+/* Tell `watcher` of all that the host writes from now on, or nobody if it is NULL: where in the
+ * host's memory, and how many bytes. It is called in any thread. Call this while nobody writes. */
+static void avmm_ram_watch(struct avmm_ram *ram, uint64_t watcher, int watching)
+{
+    ram->watching = watching;
+    ram->watcher = (void (*)(int, const void *, uint64_t))watcher;
+}
+
+/* Does anybody want to know what was written before this call? */
+static int is_noted(const struct avmm_ram *ram)
 {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    return __atomic_load_n(&ring->ram->dirty, __ATOMIC_SEQ_CST);
+    return ram->watcher || __atomic_load_n(&ram->dirty, __ATOMIC_SEQ_CST);
+}
+
+/* The host has written these bytes of RAM as a whole. Any thread. */
+static void avmm_ram_wrote(const struct avmm_ram *ram, uint64_t offset, uint64_t length)
+{
+    if (!length || !is_noted(ram))
+        return;
+    avmm_dirty_mark(__atomic_load_n(&ram->dirty, __ATOMIC_SEQ_CST), offset, length);
+    if (ram->watcher)
+        ram->watcher(ram->watching, ram_byte(ram, offset), length);
 }
 
 static void used_was_written(const struct avmm_vring *ring)
 {
-    uint64_t offset, length = 6 + 8ull * ring->size, *dirty = dirty_log(ring);
-    if (dirty && ram_at(ring->ram, ring->used, length, &offset))
-        avmm_dirty_mark(dirty, offset, length);
+    uint64_t offset, length = 6 + 8ull * ring->size;
+    if (is_noted(ring->ram) && ram_at(ring->ram, ring->used, length, &offset))
+        avmm_ram_wrote(ring->ram, offset, length);
 }
 
 /* Check the queue's settings (2.7, table of alignments). Returns 0 or an error. Call it before
@@ -229,8 +249,7 @@ static int avmm_vring_walk(struct avmm_vring *ring, uint16_t head)
  * since, only its own data suffer. The chain that was walked last stays as it is. */
 static void avmm_vring_mark(const struct avmm_vring *ring, uint16_t head)
 {
-    uint64_t *dirty = dirty_log(ring);
-    if (!dirty)
+    if (!is_noted(ring->ram))
         return;
     struct avmm_vring walker;   /* the walk fills its 16 KiB of parts: no initial value needed */
     walker.ram = ring->ram;
@@ -241,7 +260,7 @@ static void avmm_vring_mark(const struct avmm_vring *ring, uint16_t head)
         return;
     const struct avmm_part *part = walker.parts + walker.readable;
     for (uint32_t i = 0; i < walker.writable; i++, part++)
-        avmm_dirty_mark(dirty, part->offset, part->length);
+        avmm_ram_wrote(ring->ram, part->offset, part->length);
 }
 
 /* Take the next chain. Returns 1, 0 if there is none, or a negative error. */

@@ -56,6 +56,15 @@ class RamTable:
         words = ffi.cast("uint64_t *", 0 if bitmap is None else ffi.from_buffer(bitmap))
         lib.avmm_ram_log(self.struct, words)
 
+    def watch(self, watcher: int, watching: int) -> None:
+        """Call the C function at the address `watcher` whenever the host has written to RAM, with
+        `watching`, where, and how many bytes. 0 stops that."""
+        lib.avmm_ram_watch(self.struct, watcher, watching)
+
+    def wrote(self, offset: int, length: int) -> None:
+        """The host has written these bytes of RAM as a whole. Any thread."""
+        lib.avmm_ram_wrote(self.struct, offset, length)
+
     def clear(self) -> None:
         """Say that there is no RAM from now on."""
         self.struct.count = 0

@@ -16,9 +16,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, TypeVarTuple
 
-from avmm import arch, guests
+from avmm import arch, engine, guests
 from avmm.arch.contract import AnyArchitecture, BoardOptions, GuestImage
 from avmm.bus.coalesced import CoalescedWrites
 from avmm.config import Clock, MachineConfig
@@ -26,6 +27,7 @@ from avmm.errors import ConfigError, host_errors
 from avmm.kvm import System
 from avmm.kvm.parking import ParkingLot
 from avmm.kvm.ring import WriteRing
+from avmm.lockstep import GuestTime
 from avmm.loop import VcpuGroup, VcpuLoop
 from avmm.memory.layout import RamLayout
 from avmm.memory.ram import GuestMemory
@@ -34,7 +36,7 @@ from avmm.parts import memory as ram
 from avmm.parts import wiring
 from avmm.parts.configured import configured
 from avmm.parts.description import Described
-from avmm.parts.parts import Parts
+from avmm.parts.parts import Parts, engine_of
 from avmm.parts.placing import Unplaced, allocate, attach
 from avmm.parts.saving import load
 from avmm.threads import in_thread, in_thread_shielded
@@ -123,12 +125,17 @@ async def _build(
     with host_errors(_CANNOT):
         # Memory comes first, because the file that it is opened from is closed with it.
         memory = await in_thread(ram.open_memory, stack, kind.ram, config, origin)
-        system = await in_thread(_open_system, stack, kind, config, calls)
     if origin.boots and config.clock != Clock.GUEST.value:
         raise ConfigError(
             f"clock {config.clock!r}: it is for a machine that continues from a saved state"
         )
-    board = kind.board(_board_options(config), config.memory, end)
+    seed = config.deterministic
+    if seed is not None and not origin.boots:
+        raise ConfigError(f"deterministic {seed}: it is for a machine that boots")
+    if config.cpus > kind.most_cpus:
+        raise ConfigError(f"cpus {config.cpus}: expected 1 to {kind.most_cpus}")
+    guest_time = None if seed is None else engine.guest_time()
+    board = kind.board(_board_options(config, guest_time), config.memory, end)
     own = await in_thread(_configured, stack, config, not origin.standby)
     added = allocate([*devices, *own], board.places, kind.virtio)
     places = [*board.places, *added]
@@ -138,7 +145,13 @@ async def _build(
     if origin.boots:
         entry = await in_thread(kind.load_image, memory, _image(config), places)
     with host_errors(_CANNOT):
+        system = await in_thread(_open_system, stack, kind, config, calls, origin, entry, seed)
+        config = replace(config, engine=system.engine)
         vm = await in_thread(wiring.create_vm, stack, kind, system, memory)
+    lockstep = None
+    if guest_time is not None:
+        lockstep = engine.lockstep(vm)
+        guest_time.order = lockstep.order
     attached = attach(stack, kind, config, memory, places)
     with host_errors(_CANNOT):
         await in_thread(wiring.wire, kind, vm, attached, added, config.xen, calls is not None)
@@ -157,6 +170,7 @@ async def _build(
         coalesced=_coalesced(attached, vm, vcpus),
         end=end,
         calls=calls,
+        lockstep=lockstep,
     )
     if entry is not None:
         parts.needs = await in_thread(_set_up, kind, system, vcpus, entry)
@@ -175,15 +189,25 @@ async def _build(
 
 
 def _open_system(
-    stack: ExitStack, kind: AnyArchitecture, config: MachineConfig, calls: CallHandler | None
+    stack: ExitStack,
+    kind: AnyArchitecture,
+    config: MachineConfig,
+    calls: CallHandler | None,
+    origin: Origin,
+    entry: Entry | None,
+    seed: int | None,
 ) -> System:
-    """Open /dev/kvm, and check that it can run what the config asks for."""
+    """Open the engine, and check that it can run what the config asks for."""
     if config.xen and calls is None:
         raise ConfigError("xen: expected a handler for the hypercalls (`calls`)")
-    system: System = kind.open_system()
+    choice, is_kernel = config.engine, entry is not None and entry.is_kernel
+    if choice == engine.AUTO and not origin.boots:
+        choice = engine_of(origin.state)
+    system = engine.opened(kind, choice, is_kernel=is_kernel, seed=seed)
     stack.callback(system.close)
-    if config.cpus > (most := min(system.max_vcpus, kind.most_cpus)):
-        raise ConfigError(f"cpus {config.cpus}: expected 1 to {most} on this host")
+    if config.cpus > (most := system.max_vcpus):
+        where = "the software engine" if system.engine == engine.SOFT else "this host"
+        raise ConfigError(f"cpus {config.cpus}: expected 1 to {most} on {where}")
     return system
 
 
@@ -191,8 +215,13 @@ def _configured(stack: ExitStack, config: MachineConfig, held: bool) -> list[Unp
     return configured(config, stack, held=held)
 
 
-def _board_options(config: MachineConfig) -> BoardOptions:
-    return BoardOptions(config.cpus, config.acpi, config.debug_exit)
+def _board_options(config: MachineConfig, guest_time: GuestTime | None) -> BoardOptions:
+    options = BoardOptions(config.cpus, config.acpi, config.debug_exit)
+    if guest_time is None:
+        return options
+    # Whoever reads the serial port has read all that he wants whenever the guest runs. So if it is
+    # full, nobody reads, and there is no use in waiting by a clock that stands still.
+    return options._replace(wall=guest_time.wall, stall=0.0)
 
 
 def _image(config: MachineConfig) -> GuestImage:
@@ -257,7 +286,7 @@ def _loops(stack: ExitStack, parts: Parts) -> VcpuGroup:
     stack.callback(lot.close)
     loops = []
     for vcpu, spot in zip(parts.vcpus, lot.spots, strict=True):
-        loop = VcpuLoop(vcpu, parts.exits(vcpu), parts.policy, spot)
+        loop = VcpuLoop(vcpu, parts.exits(vcpu), parts.policy, spot, parts.lockstep)
         stack.callback(loop.close)
         loops.append(loop)
-    return VcpuGroup(lot, loops)
+    return VcpuGroup(lot, loops, parts.lockstep)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
+from avmm import engine
 from avmm.bus.space import Placement
 from avmm.config import SETTINGS, HostSettings, MachineConfig, demand_hosts
 from avmm.devices.virtio.block import VirtioBlock
@@ -48,9 +49,12 @@ STATE_VERSION: Final = 2
 """The version of a machine's state (`avmm.parts.parts`). The description contains it, and arrives
 before RAM and the state. So a state that cannot be read here is refused at once.
 """
-_TOLD: Final = tuple(name for name, setting in SETTINGS.items() if setting.side.is_told)
+_TOLD: Final = tuple(
+    name for name, setting in SETTINGS.items() if setting.side.is_told and name != "engine"
+)
 """The settings in a description: those that the guest has seen, and those of the host's side,
-which apply unless the user chooses others.
+which apply unless the user chooses others. The engine has a field of its own, because descriptions
+of earlier versions do not have it.
 """
 _LONGEST_NAME: Final = 64
 _MOST_NAMES: Final = 8
@@ -87,6 +91,8 @@ class _Description(Fields, version=2):
     devices = ListOf(Row(Text(), OneOf("pio", "mmio", "msr"), U64, U64, OrNone(U32)))
     levels = OrMissing(ListOf(U32))
     """The interrupts that are level-triggered, in the order of their devices."""
+    engine = OrMissing(OneOf(*engine.NAMES))
+    """The engine on which the guest runs. Missing: KVM."""
 
 
 def describe(
@@ -98,6 +104,7 @@ def describe(
     levels = _levels(places)
     return _Description.plain(
         **({"levels": levels} if levels else {}),
+        **({} if config.engine in (engine.KVM, engine.AUTO) else {"engine": config.engine}),
         state=STATE_VERSION,
         settings={name: getattr(config, name) for name in _TOLD},
         disks=[
@@ -190,6 +197,7 @@ def read(description: object, settings: HostSettings, *, own_addresses: bool = F
         raise StateError(f"the description has an invalid setting: {error}") from None
     chosen: dict[str, object] = {**told.settings, **settings}
     chosen |= {
+        "engine": told.engine or engine.KVM,
         "disks": _disks(told.disks, settings.get("disks") or ()),
         "net": _nets(told.nets, settings.get("net") or (), own_addresses),
         "vsock": _vsock(told.vsock, settings.get("vsock")),

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from avmm import engine
 from avmm.bus.host import DeviceHost
 from avmm.bus.interrupts import Interrupts
 from avmm.config import Clock
@@ -19,7 +20,7 @@ from avmm.errors import DeviceError, GuestMemoryError, StateError
 from avmm.memory.dirty import DirtyLog
 from avmm.parts import description
 from avmm.parts.description import STATE_VERSION
-from avmm.plain import MAPPING, U32, U64, Bytes, Fields, ListOf, OrMissing, Row, Text
+from avmm.plain import MAPPING, U32, U64, Bytes, Fields, ListOf, OneOf, OrMissing, Row, Text
 from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.exits import Exits
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from avmm.bus.space import Placement
     from avmm.config import MachineConfig
     from avmm.kvm import System, Vcpu, Vm
+    from avmm.lockstep import Lockstep
     from avmm.loop import VcpuGroup
     from avmm.memory.ram import GuestMemory
     from avmm.outcome import Outcome
@@ -55,6 +57,18 @@ class MachineState(Fields, version=STATE_VERSION):
     """Runs of RAM, as (GPA, contents)."""
     lines = OrMissing(ListOf(Row(U32, U64), most=_MOST_LEVELS))
     """[interrupt, a bit for each of its lines that is asserted] of each level-triggered input."""
+    engine = OrMissing(OneOf(*engine.NAMES))
+    """The engine whose state it is. Missing: KVM's."""
+
+
+def engine_of(state: object) -> str:
+    """The engine whose state this is; KVM if `state` is none, which is refused later."""
+    name = state.get("engine") if isinstance(state, Mapping) else None
+    return engine.SOFT if name == engine.SOFT else engine.KVM
+
+
+def _nothing() -> None:
+    pass
 
 
 class Parts:
@@ -79,6 +93,7 @@ class Parts:
         coalesced: CoalescedWrites | None,
         end: Callable[[Outcome], None],
         calls: CallHandler | None,
+        lockstep: Lockstep | None,
     ) -> None:
         self.config = config
         self.arch = arch
@@ -99,6 +114,8 @@ class Parts:
         """What a host must have for each vCPU. Empty until the vCPUs have a state."""
         self._end = end
         self._calls = calls
+        self.lockstep = lockstep
+        """How the guest and the program take turns, if it runs deterministically."""
         self._stack = ExitStack()
 
     def owns(self, stack: ExitStack) -> None:
@@ -124,6 +141,7 @@ class Parts:
             self._calls,
             self.coalesced,
             lambda: self.memory.missing,
+            _nothing if self.lockstep is None else self.lockstep.settle,
         )
 
     def press_power(self) -> bool:
@@ -195,6 +213,8 @@ class Parts:
             "vcpus": [self.arch.save_vcpu(self.system, vcpu) for vcpu in self.vcpus],
             "vm": self.arch.save_vm(self.vm),
         }
+        if self.system.engine != engine.KVM:
+            state["engine"] = self.system.engine
         if with_memory:
             state["memory"] = [[gpa, data] for gpa, data in self.memory.contents()]
         return state
@@ -268,6 +288,8 @@ class Parts:
         if it is not such a state.
         """
         saved = MachineState.read("the machine's state", state)
+        if (saved.engine or engine.KVM) != self.system.engine:
+            raise saved.wrong("engine", f"{self.system.engine!r}, on which this machine runs")
         if saved.memory_size != self.memory.size:
             raise saved.wrong("memory_size", f"{self.memory.size}, as the machine has")
         if len(saved.vcpus) != len(self.vcpus):

@@ -22,6 +22,9 @@ def create_vm(stack: ExitStack, kind: AnyArchitecture, system: System, memory: G
     stack.callback(vm.close)
     for slot, (region, view) in enumerate(memory.addresses()):
         vm.set_memory(slot, region.gpa, view, readonly=region.readonly)
+    if system.watcher:
+        memory.watch(system.watcher, vm.fd)
+        stack.callback(memory.watch, 0, 0)
     return vm
 
 

@@ -44,7 +44,8 @@ class Exits:
     `buses` maps the name of each space of the architecture, as in `Placement.space`, to its bus.
     `reasons` are the exits that the architecture has (`KVM_EXIT_*`). `registers` describes the
     vCPU's registers and instruction for error messages. `missing` says what of RAM the host cannot
-    provide; a guest that is without it faults through no fault of its own.
+    provide; a guest that is without it faults through no fault of its own. `interrupted` serves
+    the exit that only a deterministic run has: the host is to settle.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Exits:
         calls: CallHandler | None = None,
         coalesced: CoalescedWrites | None = None,
         missing: Callable[[], str] = str,
+        interrupted: Callable[[], Served] = lambda: None,
     ) -> None:
         self._vcpu = vcpu
         self._missing = missing
@@ -78,7 +80,7 @@ class Exits:
             **{reason: partial(serve_call, self._page, reason, calls) for reason in KINDS},
             constants.KVM_EXIT_SHUTDOWN: self._serve_shutdown,
             constants.KVM_EXIT_SYSTEM_EVENT: self._serve_system_event,
-            constants.KVM_EXIT_INTR: _nothing,
+            constants.KVM_EXIT_INTR: interrupted,
         }
         self._table = {reason: table[reason] for reason in reasons}
 
@@ -259,8 +261,8 @@ class Exits:
 _REFUSED: Final = (
     "  KVM's emulator does not support this instruction. An ordinary KVM emulates only\n"
     "  instructions that access devices. A KVM that interprets ring 0 (see `avmm doctor`)\n"
-    "  emulates all that a kernel does: there, the guest needs a kernel that was built without\n"
-    "  this instruction."
+    "  emulates all that a kernel does: there, run the guest on the software engine\n"
+    "  (`--engine soft`), or build its kernel without this instruction."
 )
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import trio
+from support.engines import open_system
 from support.guest import machine
 
 import avmm
 from avmm import Device
-from avmm.arch.x86_64.kvm import X86System
 from avmm.bus.coalesced import CoalescedWrites
 from avmm.bus.space import Bus, PostedWrites
 from avmm.bus.wakeup import device_lock
@@ -47,7 +47,7 @@ class Log(Device):
 
 @pytest.fixture(autouse=True)
 def rings() -> None:
-    system = X86System()
+    system = open_system()
     missing = [n for n in ("MMIO", "PIO") if not system.check(f"KVM_CAP_COALESCED_{n}")]
     system.close()
     if missing:

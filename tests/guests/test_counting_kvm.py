@@ -69,14 +69,25 @@ async def saved(
     vm: avmm.Machine, counting: Counting, number: int, disk: Path, ahead: int = 0
 ) -> dict[str, Any]:
     """A state from the midst of it, with the connection open and everything under way; and with
-    so many numbers in the buffers that nobody has read."""
+    so many numbers in the buffers that nobody has read. The disk of that moment is kept for
+    `put_back`, because the guest runs on for a moment afterwards."""
     async with contextlib.AsyncExitStack() as pause:
         async with counting.attached(vm, until=number if ahead else None):
             await counting.reached(number)
             while ahead and not is_on_disk(disk, number + ahead):  # noqa: ASYNC110 - no event
                 await trio.sleep(0.002)
             await pause.enter_async_context(vm.paused(deadline=10))
+        kept(disk).write_bytes(disk.read_bytes())
         return dict(vm.save())
+
+
+def kept(disk: Path) -> Path:
+    return disk.with_suffix(".kept")
+
+
+def put_back(disk: Path) -> None:
+    """The disk as it was when the state was saved. Call it when the machine has ended."""
+    disk.write_bytes(kept(disk).read_bytes())
 
 
 @CONSOLES
@@ -91,6 +102,7 @@ async def test_saved_and_loaded_in_the_midst_of_counting(tmp_path: Path, console
                 await keyboard(vm, console).send_all(counting.command)
             number, ahead = 11 + 173 * turn, turn % 4 * 20
             settings["state"] = await saved(vm, counting, number, disk, ahead)
+        put_back(disk)
         counting = Counting.load(json.loads(json.dumps(counting.save())))
     async with machine(disk, **settings) as vm, counting.attached(vm):
         await counting.finished()
@@ -111,6 +123,7 @@ async def test_saved_and_loaded_at_the_end_of_counting(tmp_path: Path) -> None:
                 await vm.console.send_all(counting.command)
             number = min(182 + 2 * turn, 200)
             state = await saved(vm, counting, number, disk, (200 - number) * (turn % 2))
+        put_back(disk)
     async with machine(disk, state=state) as vm, counting.attached(vm):
         await counting.finished()
         await vm.console.send_all(b"exit 7\r")
@@ -124,7 +137,7 @@ async def test_clones_go_on_each_for_itself(tmp_path: Path) -> None:
     async with machine(disk) as vm:
         await vm.console.send_all(counting.command)
         state = await saved(vm, counting, 300, disk, 50)
-    progress, data = counting.save(), disk.read_bytes()
+    progress, data = counting.save(), kept(disk).read_bytes()
 
     async def go_on(name: str) -> None:
         mine = Counting.load(progress)

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from support.required import not_here
+from support import stock
+from support.stock import GUEST, KRUNFW, NEWER, NEWEST, OTHER_KRUNFW, OTHERS
 
 pytestmark = [
-    pytest.mark.lab(only="stock"),
-    pytest.mark.usefixtures("kvm"),
+    pytest.mark.lab(also="stock"),
+    pytest.mark.usefixtures("kvm", "fitting_engine"),
     pytest.mark.timeout(240),
 ]
 
-GUEST, NEWER = Path("sent/debian"), Path("sent/debian-6.12")
-NEWEST, OTHERS = Path("sent/debian-newest"), Path("sent/kernels")
-KRUNFW = Path("sent/krunfw/libkrunfw.so")
 CMDLINE = "console=ttyS0 quiet panic=-1"
 PROMPT = "avmm:/root# "
+LONG = pytest.mark.lab(also="stock", long=True)
+"""In the lab only if all of it is asked for: here it runs on the software engine."""
 Start = Callable[..., pexpect.spawn]
 
 
@@ -32,9 +32,10 @@ def start() -> Iterator[Start]:
     """A guest with its console: `start(image, *options)`."""
     children: list[pexpect.spawn] = []
 
-    def start(image: str, *options: str, guest: Path = GUEST) -> pexpect.spawn:
-        command = ["-m", "avmm", "run", str(guest / image), "--initrd"]
-        command += [str(guest / "initrd.cpio.gz"), "--memory", "256M", "--cmdline", CMDLINE]
+    def start(image: str | Path, *options: str, guest: str = GUEST) -> pexpect.spawn:
+        files = stock.folder(guest)
+        command = ["-m", "avmm", "run", str(files / image), "--initrd"]
+        command += [str(files / "initrd.cpio.gz"), "--memory", "256M", "--cmdline", CMDLINE]
         child = pexpect.spawn(sys.executable, [*command, *options], timeout=200, encoding="utf-8")
         children.append(child)
         return child
@@ -112,8 +113,6 @@ def test_a_newer_kernel(start: Start, image: str) -> None:
 @pytest.mark.parametrize("image", ["vmlinuz", pytest.param("vmlinux", marks=pytest.mark.slow)])
 def test_the_newest_kernel(start: Start, image: str) -> None:
     """It comes in several packages, its entry lies in its data, and it finds a host bridge."""
-    if not NEWEST.exists():
-        not_here("the newest kernel could not be fetched")
     child = start(image, guest=NEWEST)
     child.expect_exact(PROMPT)
     child.send("uname -r\r")
@@ -127,13 +126,13 @@ def test_the_newest_kernel(start: Start, image: str) -> None:
 @pytest.mark.parametrize(
     ("guest", "acpi"),
     [
-        pytest.param(GUEST, "--no-acpi", marks=pytest.mark.lab(only="stock", long=True)),
+        pytest.param(GUEST, "--no-acpi", marks=LONG),
         pytest.param(NEWER, "--acpi", marks=pytest.mark.slow),
         pytest.param(GUEST, "--acpi", marks=pytest.mark.slow),
         pytest.param(NEWER, "--no-acpi", marks=pytest.mark.slow),
     ],
 )
-def test_a_clean_boot_says_nothing_alarming(start: Start, guest: Path, acpi: str) -> None:
+def test_a_clean_boot_says_nothing_alarming(start: Start, guest: str, acpi: str) -> None:
     child = start("vmlinuz", acpi, "--cmdline", "console=ttyS0 panic=-1", guest=guest)
     child.expect_exact(PROMPT)
     assert alarming(child) == []
@@ -141,20 +140,17 @@ def test_a_clean_boot_says_nothing_alarming(start: Start, guest: Path, acpi: str
     assert ends(child) == 0
 
 
-@pytest.mark.parametrize("mode", ["no-real-mode", ""])
+@pytest.mark.parametrize("mode", [pytest.param("no-real-mode", marks=LONG), ""])
 def test_xen_prints_its_banner(start: Start, mode: str) -> None:
     """It finds its trampoline's place in the BIOS data area, and calls the BIOS in real mode."""
-    if not OTHERS.exists():
-        not_here("no Xen has been sent: it could not be fetched")
-    child = start("../kernels/xen.gz", "--memory", "512M", "--cmdline", f"console=com1 {mode}")
+    options = ["--memory", "512M", "--cmdline", f"console=com1 {mode}", *stock.engine_option()]
+    child = start(stock.folder(OTHERS) / "xen.gz", *options)
     child.expect_exact("(XEN) Xen version 4.17.")
     child.expect_exact("(XEN) Bootloader: avmm")
 
 
 def test_memtest_shows_its_screen_on_the_serial_port(start: Start) -> None:
-    if not OTHERS.exists():
-        not_here("no memtest86+ has been sent: it could not be fetched")
-    child = start("../kernels/memtest86+", "--cmdline", "console=ttyS0,115200")
+    child = start(stock.folder(OTHERS) / "memtest86+", "--cmdline", "console=ttyS0,115200")
     child.expect_exact("Memtest86+ v6.10")
     child.expect_exact("Pass")
 
@@ -163,12 +159,12 @@ def test_memtest_shows_its_screen_on_the_serial_port(start: Start) -> None:
     ("guest", "acpi", "ended"),
     [
         (GUEST, "--acpi", "shutdown"),
-        (NEWER, "--no-acpi", "reset"),
+        pytest.param(NEWER, "--no-acpi", "reset", marks=LONG),
         pytest.param(NEWER, "--acpi", "shutdown", marks=pytest.mark.slow),
         pytest.param(GUEST, "--no-acpi", "reset", marks=pytest.mark.slow),
     ],
 )
-def test_sigterm_shuts_the_guest_down(start: Start, guest: Path, acpi: str, ended: str) -> None:
+def test_sigterm_shuts_the_guest_down(start: Start, guest: str, acpi: str, ended: str) -> None:
     """By ACPI's button, or else by Ctrl-Alt-Del."""
     child = start("vmlinuz", acpi, guest=guest)
     child.expect_exact(PROMPT)
@@ -178,6 +174,7 @@ def test_sigterm_shuts_the_guest_down(start: Start, guest: Path, acpi: str, ende
     assert ends(child) == 0
 
 
+@LONG
 def test_powering_off_without_acpi_ends_the_run(start: Start) -> None:
     child = start("vmlinuz", "--no-acpi")
     child.expect_exact(PROMPT)
@@ -200,13 +197,10 @@ def test_a_shell_on_the_virtio_console_that_acpi_tells_of(start: Start) -> None:
 
 
 def test_the_kernel_of_a_libkrunfw(start: Start) -> None:
-    if not KRUNFW.exists():
-        not_here("no libkrunfw has been sent: it could not be fetched")
     # It has virtio devices only, named on the command line, and cannot switch itself off.
     cmdline = ["--no-acpi", "--cmdline", "quiet panic=-1"]
-    child = start(
-        "../krunfw/libkrunfw.so", *cmdline, "--console", "virtio", "--rng", "--cpus", "2"
-    )
+    options = [*cmdline, "--console", "virtio", "--rng", "--cpus", "2"]
+    child = start(stock.folder(KRUNFW) / "libkrunfw.so", *options)
     child.expect_exact(PROMPT)
     child.send("echo $(nproc) CPUs; od -An -N64 -x /dev/hwrng | wc -l\r")
     child.expect_exact("2 CPUs\r\n4\r\n")
@@ -216,11 +210,10 @@ def test_the_kernel_of_a_libkrunfw(start: Start) -> None:
     assert ends(child) == 0
 
 
+@LONG
 def test_the_kernel_of_another_libkrunfw() -> None:
     """It takes no initrd, but a root disk."""
-    folder = Path("sent/krunfw-other")
-    if not folder.exists():
-        not_here("no other libkrunfw has been sent: it could not be fetched")
+    folder = stock.folder(OTHER_KRUNFW)
     command = ["-m", "avmm", "run", str(folder / "libkrunfw.so"), "--no-acpi", "--memory", "256M"]
     command += ["--console", "virtio", "--disk", f"{folder / 'root.img'},overlay"]
     command += ["--cmdline", "root=/dev/vda rw init=/init quiet panic=-1"]
@@ -249,7 +242,12 @@ def test_what_the_guest_finds_by_acpi(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "text"), [("poweroff", "shutdown"), ("reboot", "reset"), ("reboot -f", "reset")]
+    ("command", "text"),
+    [
+        ("poweroff", "shutdown"),
+        pytest.param("reboot", "reset", marks=LONG),
+        pytest.param("reboot -f", "reset", marks=LONG),
+    ],
 )
 def test_powering_off_and_rebooting_end_the_run_as_such(
     start: Start, command: str, text: str
@@ -261,14 +259,17 @@ def test_powering_off_and_rebooting_end_the_run_as_such(
     assert ends(child) == 0
 
 
+@LONG
 def test_a_kernel_panic_ends_the_run(start: Start) -> None:
     child = start("vmlinuz", "--cmdline", CMDLINE + " rdinit=/nothing")
     child.expect_exact("Kernel panic")
     assert ends(child) == 0
 
 
+@LONG
 def test_a_script_instead_of_a_shell() -> None:
-    command = [sys.executable, "-m", "avmm", "run", "--config", GUEST / "script/guest.toml"]
+    settings = stock.folder(GUEST) / "script/guest.toml"
+    command = [sys.executable, "-m", "avmm", "run", "--config", settings]
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -283,7 +284,7 @@ def test_a_script_instead_of_a_shell() -> None:
 
 
 def test_commands_from_a_pipe(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "avmm", "run", "--config", GUEST / "guest.toml"]
+    command = [sys.executable, "-m", "avmm", "run", "--config", stock.folder(GUEST) / "guest.toml"]
     done = subprocess.run(
         command,
         input="uname -s\nexit 5\n",

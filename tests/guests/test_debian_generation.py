@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import trio
+from support import stock
 
 import avmm
 
 pytestmark = [
-    pytest.mark.lab(only="stock"),
-    pytest.mark.usefixtures("kvm", "nothing_left"),
+    pytest.mark.lab(also="stock"),
+    pytest.mark.usefixtures("kvm", "fitting_engine", "nothing_left"),
     pytest.mark.timeout(400),
 ]
 
-GUEST = Path("sent/debian-6.12")
 CMDLINE = "console=ttyS0 quiet panic=-1"
 PROMPT = "avmm:/root# "
 RESEEDED = "crng reseeded due to virtual machine fork"
@@ -46,7 +46,7 @@ async def count(vm: avmm.Machine) -> int:
 
 async def test_what_is_held_reads_no_number_of_its_original() -> None:
     """A loop of reads is held around the clone. Behind that its files have no line in common."""
-    guest = {"kernel": GUEST / "vmlinuz", "initrd": GUEST / "initrd.cpio.gz"}
+    guest = stock.boot_files(stock.NEWER)
     loop = "while :; do od -An -N8 -x /dev/urandom; done"
     async with avmm.Machine(**guest, cmdline=CMDLINE, memory="256M") as vm:
         await until(vm, PROMPT)
@@ -71,7 +71,7 @@ async def test_what_is_held_reads_no_number_of_its_original() -> None:
 
 async def test_the_time_of_a_restored_guest(tmp_path: Path) -> None:
     """With the hosts' clock it is right, and its monotonic clock has gone on."""
-    guest = {"kernel": GUEST / "vmlinuz", "initrd": GUEST / "initrd.cpio.gz"}
+    guest = stock.boot_files(stock.NEWER)
     clocks = "date +%s; cut -d. -f1 /proc/uptime"
     async with avmm.Machine(**guest, cmdline=CMDLINE, memory="256M") as vm:
         await until(vm, PROMPT)
@@ -92,7 +92,7 @@ async def test_the_time_of_a_restored_guest(tmp_path: Path) -> None:
 async def test_a_clone_and_a_restored_guest_have_their_own_random_numbers(
     tmp_path: Path,
 ) -> None:
-    guest = {"kernel": GUEST / "vmlinuz", "initrd": GUEST / "initrd.cpio.gz"}
+    guest = stock.boot_files(stock.NEWER)
     read = "od -An -N16 -x /dev/urandom"
     async with avmm.Machine(**guest, cmdline=CMDLINE, memory="256M") as vm:
         await until(vm, PROMPT)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from support import stock
 from support.tap_guest import bring_up
 
 import avmm
@@ -16,12 +17,11 @@ from avmm.devices.virtio.vsock import Vsock
 from avmm.net.tap import Tap
 
 pytestmark = [
-    pytest.mark.lab(only="stock"),
-    pytest.mark.usefixtures("kvm", "nothing_left"),
+    pytest.mark.lab(also="stock"),
+    pytest.mark.usefixtures("kvm", "fitting_engine", "nothing_left"),
     pytest.mark.timeout(240),
 ]
 
-GUEST = Path("sent/debian")
 CMDLINE = "console=ttyS0 quiet reboot=t panic=-1"
 PROMPT = b"avmm:/root# "
 DATA = bytes(range(251)) * 4000
@@ -30,8 +30,8 @@ DATA = bytes(range(251)) * 4000
 def machine(*devices: object, **settings: object) -> avmm.Machine:
     places = [avmm.virtio(device) for device in devices]
     return avmm.Machine(
-        kernel=GUEST / "vmlinuz",
-        initrd=GUEST / "initrd.cpio.gz",
+        kernel=stock.folder(stock.GUEST) / "vmlinuz",
+        initrd=stock.folder(stock.GUEST) / "initrd.cpio.gz",
         memory="256M",
         cmdline=CMDLINE,
         devices=places,

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 import trio
+from support import stock
 from support.tap_guest import bring_up
 
 import avmm
 
 pytestmark = [
-    pytest.mark.lab(only="stock"),
-    pytest.mark.usefixtures("kvm", "nothing_left"),
+    pytest.mark.lab(also="stock"),
+    pytest.mark.usefixtures("kvm", "fitting_engine", "nothing_left"),
     pytest.mark.timeout(400),
 ]
 
-GUEST = Path("sent/debian")
 CMDLINE = "console=ttyS0 quiet reboot=t panic=-1"
 PROMPT = "avmm:/root# "
 TAP = "avmm1"
@@ -110,7 +110,7 @@ def listener() -> Iterator[socket.socket]:
 
 async def test_a_busy_guest_moves_and_is_restored(listener: socket.socket, tmp_path: Path) -> None:
     image, saved = tmp_path / "image", tmp_path / "saved"
-    shutil.copy(GUEST / "ext4.img", image)
+    shutil.copy(stock.folder(stock.GUEST) / "ext4.img", image)
     links = {"disks": [str(image)], "net": [f"tap={TAP}"]}
     guest, numbers, ups = Guest(), Numbers(), [0.0]
 
@@ -140,8 +140,8 @@ async def test_a_busy_guest_moves_and_is_restored(listener: socket.socket, tmp_p
         socket_listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         nursery.start_soon(numbers.take, socket_listener)
         machine = avmm.Machine(
-            kernel=GUEST / "vmlinuz",
-            initrd=GUEST / "initrd.cpio.gz",
+            kernel=stock.folder(stock.GUEST) / "vmlinuz",
+            initrd=stock.folder(stock.GUEST) / "initrd.cpio.gz",
             memory="256M",
             cpus=2,
             cmdline=CMDLINE,

@@ -239,8 +239,8 @@ DIFFERENT: Final = {
         "drained |= 0",
     ),
     "parks with an exit in hand": (
-        "            if (run_once(s) >= 0)\n                return run->exit_reason;\n",
-        "            run_once(s);\n",
+        "            if (answer >= 0)\n                return run->exit_reason;\n",
+        "            answer = answer < 0 ? answer : -EINTR;\n",
     ),
 }
 

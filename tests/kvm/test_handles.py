@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from support.assembler import assemble
+from support.engines import open_system
 
 import avmm
 from avmm.arch.x86_64.board import PINS
@@ -226,7 +227,7 @@ def test_capabilities_have_names() -> None:
 
 @pytest.fixture
 def system(kvm: None, nothing_left: None) -> Iterator[X86System]:
-    system = X86System()
+    system = open_system()
     yield system
     system.close()
 
@@ -272,9 +273,12 @@ def test_a_closed_handle_is_closed_once_and_refuses(
 
 
 def test_a_closed_vcpu_has_no_kvm_run(vcpu: X86Vcpu) -> None:
-    assert "kvm-vcpu" in Path("/proc/self/maps").read_text()
+    def mappings() -> int:  # the software engine has one of its own until the VM is closed
+        return Path("/proc/self/maps").read_text().count("-vcpu")
+
+    before = mappings()
     vcpu.close()
-    assert "kvm-vcpu" not in Path("/proc/self/maps").read_text()
+    assert mappings() == before - 1
     assert not vcpu.page.struct
     assert vcpu.run() == -errno.EBADF
 
@@ -352,7 +356,8 @@ class Guest:
 
     def run(self) -> str:
         """Run to the next exit."""
-        reason = self.vcpu.run()
+        while (reason := self.vcpu.run()) == -errno.EINTR:
+            pass  # a kick that another test's vCPU did not live to see
         assert reason >= 0, os.strerror(-reason)
         assert reason == self.page.exit_reason
         return exit_name(reason)

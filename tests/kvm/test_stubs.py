@@ -11,9 +11,14 @@ import pytest
 
 from avmm.kvm import _kvm
 from avmm.native import _native, stubs
+from avmm.soft import _soft
 
 ROOT = Path(stubs.__file__).parents[2]
-COMPILED = {"avmm.kvm._kvm": _kvm, "avmm.native._native": _native}
+COMPILED = {
+    "avmm.kvm._kvm": _kvm,
+    "avmm.native._native": _native,
+    "avmm.soft._soft": _soft,
+}
 
 
 @pytest.fixture(params=stubs.MODULES, ids=lambda module: module.name)

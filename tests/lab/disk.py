@@ -64,6 +64,7 @@ def _add_site_packages(site: Path) -> None:
         "__pycache__",
         "*.pth",
         "__editable__*",
+        "libunicorn.a",  # 40 MB beside the library that is used
     )
     shutil.copytree(source, site, ignore=ignore)
     compileall.compile_dir(

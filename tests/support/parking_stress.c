@@ -42,7 +42,7 @@ static int send_kick(int pid, int tid)
 
 /* As the kernel: finish what is pending, sample immediate_exit once, then run until a signal
  * comes, which is delivered on the way out. */
-static int fake_run(int fd, unsigned long request, int unused)
+static int fake_run(int fd, unsigned long request, void *unused)
 {
     (void)request, (void)unused;
     sigset_t all, old;
@@ -85,13 +85,12 @@ static int fake_run(int fd, unsigned long request, int unused)
         pages[fd].exit_reason = KVM_EXIT_IO;
     int error = errno;
     pthread_sigmask(SIG_SETMASK, &old, NULL);
-    errno = error;
-    return answer;
+    return answer < 0 ? -error : answer;
 }
 
-#define ioctl fake_run
+#define avmm_ioctl fake_run
 #include "parking.h"
-#undef ioctl
+#undef avmm_ioctl
 
 static void *vcpu(void *argument)
 {

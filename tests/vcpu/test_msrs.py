@@ -6,10 +6,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support.engines import open_system
 from support.guest import EXIT, machine
 
 import avmm
-from avmm.arch.x86_64.kvm import X86System, X86Vm
+from avmm.arch.x86_64.kvm import X86Vm
 from avmm.devices.base import ReadAnswer, WriteAnswer
 from avmm.kvm import KvmError
 
@@ -75,7 +76,7 @@ async def test_more_ranges_than_kvm_filters() -> None:
 
 
 def test_nor_are_any_left_out_below() -> None:
-    with closing(X86System()) as system, closing(system.create_vm()) as vm:
+    with closing(open_system()) as system, closing(system.create_vm()) as vm:
         vm.filter_msrs([(FIRST + n, 1) for n in range(16)])
         with pytest.raises(KvmError, match="17 ranges of MSRs"):
             vm.filter_msrs([(FIRST + n, 1) for n in range(17)])

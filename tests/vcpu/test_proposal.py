@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import trio
+from support.engines import open_system
 from support.guest import EXIT, machine
 from support.held_call import ANSWER, HeldCalls, caught
 
 import avmm
 from avmm import Call, Device
-from avmm.arch.x86_64.kvm import X86System, X86Vcpu
+from avmm.arch.x86_64.kvm import X86Vcpu
 from avmm.kvm import constants
 from avmm.machine import machine_of
 from avmm.memory.ram import GuestMemory
@@ -59,7 +60,7 @@ async def pauses(vm: avmm.Machine, echo: Echo, until: Callable[[], object]) -> N
 
 
 def announces(capability: int) -> bool:
-    system = X86System()
+    system = open_system()
     try:
         return system.announces(capability)
     finally:
@@ -259,7 +260,7 @@ async def test_a_hypercall_that_a_pause_catches_is_neither_lost_nor_repeated(
 @pytest.fixture
 def halting() -> Iterator[X86Vcpu]:
     """A vCPU of a VM without interrupt chips, in real mode, before `hlt`."""
-    system = X86System()
+    system = open_system()
     vm = system.create_vm()
     memory = GuestMemory("1M")
     vm.set_memory(0, 0, memory.addresses()[0][1])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.engines import open_system
 from support.guest import EXIT, machine
 from support.held_call import ANSWER, HeldCalls, caught
 
 from avmm import Call, ConfigError
-from avmm.arch.x86_64.kvm import X86System
 from avmm.kvm import constants
 from avmm.vcpu.calls import XEN_MSR
 
@@ -27,7 +27,7 @@ EXPECTED = Call("xen", NUMBER, (1, 0x1122_3344_5566_7788, 3, 4, 5, 6))
 
 @pytest.fixture
 def intercepting(kvm: None) -> None:
-    system = X86System()
+    system = open_system()
     offered = system.check("KVM_CAP_XEN_HVM")
     system.close()
     if not offered & constants.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL:
@@ -59,7 +59,7 @@ async def test_kvms_hypercalls_are_xens_then(tmp_path: Path) -> None:
         calls.append(call)
         return 42
 
-    system = X86System()
+    system = open_system()
     leaves = system.supported_cpuid()
     system.close()
     genu = int.from_bytes(b"Genu", "little")

@@ -6,6 +6,7 @@ Each part is in a file beside this one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from avmm.arch.contract import Architecture, Board, BoardOptions, GuestImage, Probe
@@ -14,6 +15,7 @@ from avmm.arch.x86_64 import (
     cpu,
     generation,
     halt,
+    kernels,
     layout,
     mptable,
     probes,
@@ -71,8 +73,11 @@ class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the archi
 
         return load_image(memory, image, devices)
 
-    def open_system(self) -> X86System:
-        return X86System()
+    def open_system(self, engine: Callable[[], int] | None = None) -> X86System:
+        return X86System(engine=engine)
+
+    def runs_kernels(self, system: X86System) -> bool:
+        return kernels.runs_kernels(system)
 
     def create_vm(self, system: X86System) -> X86Vm:
         return vm.create_vm(system)
@@ -137,8 +142,15 @@ class X86_64(Architecture[X86System, X86Vm, X86Vcpu]):  # noqa: N801 - the archi
             setattr(registers, name, value)
         vcpu.set_regs(registers)
 
-    def probes(self, origin: int, port: int, window: int, register: int) -> list[Probe]:
-        return probes.probes(origin, port, window, register)
+    def unpacked_kernel(self, kernel: Path) -> bytes:
+        from avmm.arch.x86_64.boot.load import unpacked  # noqa: PLC0415 - as in load_image
+
+        return unpacked(kernel)
+
+    def probes(
+        self, system: X86System, origin: int, port: int, window: int, register: int
+    ) -> list[Probe]:
+        return probes.probes(system, origin, port, window, register)
 
 
 ARCHITECTURE: Final = X86_64()

@@ -81,10 +81,12 @@ def board(options: BoardOptions, memory_size: int, end: Callable[[Outcome], None
     def panicked() -> None:
         end(Outcome(Cause.CRASH, CRASHED, "the guest has panicked"))
 
-    serial = Serial()
+    serial = Serial(stall=options.stall)
     keyboard = I8042(reset)
     high = layout.RAM.above_hole(memory_size)
-    cmos = Cmos(low_memory=memory_size - high, high_memory=high, cpus=options.cpus)
+    cmos = Cmos(
+        low_memory=memory_size - high, high_memory=high, cpus=options.cpus, clock=options.wall
+    )
     places: list[Placement] = [
         pio(serial, SERIAL_PORT, 8, irq=SERIAL_IRQ),
         pio(cmos, 0x70, 2),

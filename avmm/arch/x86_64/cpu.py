@@ -55,10 +55,15 @@ def set_up(system: X86System, vcpu: X86Vcpu, cpus: int, entry: Entry | None) -> 
     _put32(lapic.regs, _LVT_LINT1, _DELIVER_NMI)
     vcpu.set_lapic(lapic)
     if entry is not None:
-        sregs, regs = vcpu.sregs(), vcpu.regs()
-        _enter(entry, sregs, regs)
-        vcpu.set_sregs(sregs)
-        vcpu.set_regs(regs)
+        enter(vcpu, entry)
+
+
+def enter(vcpu: X86Vcpu, entry: Entry) -> None:
+    """Let a fresh vCPU start at `entry`."""
+    sregs, regs = vcpu.sregs(), vcpu.regs()
+    _enter(entry, sregs, regs)
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs(regs)
 
 
 def cpuid(system: X86System, index: int, cpus: int) -> Cpuid:
@@ -89,16 +94,16 @@ def cpuid(system: X86System, index: int, cpus: int) -> Cpuid:
     return offered
 
 
-_asked: list[Cpuid] = []
-"""The host's CPUID. It is kept, because it never changes, and asking KVM takes half a millisecond.
-"""
+_asked: Final[dict[str, Cpuid]] = {}
+"""Each engine's CPUID. It is kept, because it never changes, and asking KVM takes half a
+millisecond."""
 
 
 def _host_cpuid(system: X86System) -> Cpuid:
     """A copy of the host's CPUID, which the caller may change."""
-    if not _asked:
-        _asked.append(system.supported_cpuid())
-    return copy_cpuid(_asked[0])
+    if system.engine not in _asked:
+        _asked[system.engine] = system.supported_cpuid()
+    return copy_cpuid(_asked[system.engine])
 
 
 def _enter(entry: Entry, sregs: Sregs, regs: Regs) -> None:

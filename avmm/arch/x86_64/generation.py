@@ -12,11 +12,12 @@ reads after a load may still give old numbers.
 
 from __future__ import annotations
 
-import secrets
 from typing import Final
 
-from avmm.arch.x86_64 import aml, layout
+from avmm import chance
+from avmm.arch.x86_64 import aml, ioapic, layout
 from avmm.arch.x86_64.kvm import X86Vm
+from avmm.kvm import constants
 from avmm.memory.ram import GuestMemory
 
 GSI: Final = 13
@@ -26,11 +27,16 @@ SIZE: Final = 32
 _MARK: Final = b"avmm vmgenid\0\0\0\1"
 _ID_BYTES: Final = 16
 _CHANGED: Final = 0x80
+_PIC_MASK: Final = 8 + 2
+_PIC_BASE: Final = 8 + 5
+"""Offsets in `struct kvm_irqchip`: a PIC's mask, and the vector of its first pin."""
+_FIRST_VECTOR: Final = 32
+"""Those below are the processor's own exceptions."""
 
 
 def first(memory: GuestMemory) -> None:
     """Give a guest that boots its first id. The range must have been claimed."""
-    memory.write(layout.GENERATION, _MARK + secrets.token_bytes(_ID_BYTES))
+    memory.write(layout.GENERATION, _MARK + chance.random_bytes(_ID_BYTES))
 
 
 def renew(memory: GuestMemory, vm: X86Vm) -> None:
@@ -40,9 +46,19 @@ def renew(memory: GuestMemory, vm: X86Vm) -> None:
         return
     if memory.read(layout.GENERATION, len(_MARK)) != _MARK:
         return
-    memory.write(layout.GENERATION + len(_MARK), secrets.token_bytes(_ID_BYTES))
-    vm.irq_line(GSI, True)
-    vm.irq_line(GSI, False)
+    memory.write(layout.GENERATION + len(_MARK), chance.random_bytes(_ID_BYTES))
+    if _is_listened_to(vm):
+        vm.irq_line(GSI, True)
+        vm.irq_line(GSI, False)
+
+
+def _is_listened_to(vm: X86Vm) -> bool:
+    """Has the guest set up the interrupt? A guest that boots has not: its PICs are as they are at
+    reset, unmasked, and would give it the vector of an exception."""
+    if not ioapic.pins(vm)[GSI].is_masked:
+        return True
+    slave = vm.irqchip(constants.KVM_IRQCHIP_PIC_SLAVE)
+    return slave[_PIC_BASE] >= _FIRST_VECTOR and not slave[_PIC_MASK] >> GSI % 8 & 1
 
 
 def devices() -> bytes:

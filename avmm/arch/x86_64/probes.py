@@ -20,9 +20,9 @@ _BUFFER: Final = 0x20_0000
 _PAGE: Final = 0x1000
 
 
-def probes(origin: int, port: int, window: int, register: int) -> list[Probe]:
+def probes(system: X86System, origin: int, port: int, window: int, register: int) -> list[Probe]:
     """See `avmm.arch.contract.Architecture.probes`."""
-    return [*_accesses(origin, port, window, register), *_hypercalls()]
+    return [*_accesses(origin, port, window, register), *_hypercalls(system)]
 
 
 def _accesses(origin: int, port: int, window: int, register: int) -> list[Probe]:
@@ -47,15 +47,11 @@ def _accesses(origin: int, port: int, window: int, register: int) -> list[Probe]
     ]
 
 
-def _hypercalls() -> list[Probe]:
+def _hypercalls(system: X86System) -> list[Probe]:
     """KVM_HC_MAP_GPA_RANGE and one of Xen's hypercalls, made with this host CPU's own
     instruction.
     """
-    system = X86System()
-    try:
-        leaves = system.supported_cpuid()
-    finally:
-        system.close()
+    leaves = system.supported_cpuid()
     by_intel = any(
         leaf.function == 0 and leaf.ebx == _INTEL for leaf in leaves.entries[0 : leaves.nent]
     )

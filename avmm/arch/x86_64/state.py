@@ -211,15 +211,15 @@ def _offered(system: X86System, vcpu: X86Vcpu) -> list[features.Leaf]:
     """The CPUID that a new vCPU shows its guest on this host. KVM may show more than it was told
     to: under kvm_pvm, guests see the hardware's CPUID.
     """
-    if not _shown:
+    if system.engine not in _shown:
         vcpu.set_cpuid(cpu.cpuid(system, vcpu.index, cpus=vcpu.index + 1))
-        _shown.append(vcpu.cpuid())
-    return _shown[0]
+        _shown[system.engine] = vcpu.cpuid()
+    return _shown[system.engine]
 
 
-_shown: Final[list[list[features.Leaf]]] = []
-"""The answer of the first call is kept. It is used only to compare features, which are the same
-for all vCPUs of a host.
+_shown: Final[dict[str, list[features.Leaf]]] = {}
+"""The answer of the first call on each engine is kept. It is used only to compare features,
+which are the same for all vCPUs of a host.
 """
 
 

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import trio
 
+from avmm import chance
 from avmm.ctrl_c import protected
 from avmm.devices.base import Doorbell, Wakeup
 from avmm.devices.hostfd import HostFd
@@ -83,6 +84,8 @@ class GuestQueue:
         self._bell = bell
         self._interrupt = interrupt
         self._yielded = time.perf_counter()
+        # In a deterministic run the guest stands still, so a queue does run empty.
+        self._yields = not chance.is_fixed()
 
     async def next(self) -> Chain:
         """The next chain, as soon as there is one. Cancelling takes none."""
@@ -98,7 +101,7 @@ class GuestQueue:
     async def let_others_run(self) -> None:
         """Execute a checkpoint if the last one was long ago or the task is cancelled."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        if time.perf_counter() - self._yielded > _YIELD_SECONDS:
+        if self._yields and time.perf_counter() - self._yielded > _YIELD_SECONDS:
             await trio.lowlevel.checkpoint()
             self._yielded = time.perf_counter()
 

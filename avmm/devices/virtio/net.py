@@ -14,13 +14,13 @@ A frame that waits here when the machine is saved is lost, as may happen on any 
 
 from __future__ import annotations
 
-import secrets
 import struct
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 import trio
 
+from avmm import chance
 from avmm.ctrl_c import protected
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
@@ -69,7 +69,7 @@ class Net(VirtioDevice):
         self.backend = backend
         # A locally administered address of one station, in the range that QEMU uses.
         self._has_given_mac = mac is not None
-        self.mac = parse_mac(mac) if mac is not None else b"\x52\x54\0" + secrets.token_bytes(3)
+        self.mac = parse_mac(mac) if mac is not None else b"\x52\x54\0" + chance.random_bytes(3)
         """The guest's address, 6 bytes."""
         self.mtu = MTUS.check("mtu", mtu)
         self.dropped = 0

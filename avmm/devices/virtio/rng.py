@@ -3,10 +3,10 @@ bytes."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar, Final
 
+from avmm import chance
 from avmm.ctrl_c import protected
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
@@ -18,7 +18,7 @@ MOST: Final = 4096
 
 async def _kernel(count: int) -> bytes:
     """Random bytes from the host's kernel. Does not wait once the host has booted."""
-    return os.getrandom(count)
+    return chance.random_bytes(count)
 
 
 class Rng(VirtioDevice):

@@ -121,3 +121,15 @@ async def test_a_guest_without_the_device_is_left_alone(tmp_path: Path) -> None:
         async with vm.clone() as twin:
             assert identity(twin) == bytes(16)
             assert not await told(twin)
+
+
+@pytest.mark.parametrize("how", ["clone", "restore", "state"])
+async def test_a_guest_that_has_not_set_up_its_interrupts_is_left_alone(
+    tmp_path: Path, how: str
+) -> None:
+    """The PICs are as at reset: unmasked, and their first vector is 0. It has no IDT, either."""
+    count = f"sti; mov rdx, {SEEN}; 1: inc dword ptr [rdx + {TURNS - SEEN}]; jmp 1b"
+    async with machine(tmp_path, count) as vm, copied(vm, how, tmp_path) as twin:
+        assert identity(twin) != identity(vm)
+        assert not await told(twin)
+        assert twin.state is avmm.Runstate.RUNNING

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pytest
 import trio
+from support.engines import open_system
 from support.guest import EXIT, machine
 
 import avmm
@@ -78,7 +79,7 @@ async def test_registers_survive_to_the_bit(tmp_path: Path) -> None:
 
 def loaded(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The states of a vCPU and of its VM that were given this machine's."""
-    system = X86System()
+    system = open_system()
     kvm = system.create_vm()
     kvm.create_irqchip(0xFFFB_C000, 0xFFFB_D000)
     kvm.create_pit()
@@ -169,7 +170,7 @@ Spoil = Callable[[dict[str, Any]], object]
 
 @pytest.fixture
 def system() -> Iterator[X86System]:
-    system = X86System()
+    system = open_system()
     yield system
     system.close()
 

@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Final
 
 from avmm.arch import contract
 from avmm.arch.x86_64 import acpi as acpi_tables
@@ -42,6 +44,9 @@ from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.memory.ram import GuestMemory
 
 StrPath = str | os.PathLike[str]
+
+_MOST_UNPACKED: Final = 1 << 30
+"""The most bytes of a kernel that is unpacked for others."""
 
 
 def load_image(
@@ -117,15 +122,24 @@ def load(
     return entry
 
 
+def unpacked(kernel: StrPath) -> bytes:
+    """A vmlinux without any compression around it, or the file as it is. Raises `ImageError`."""
+    with open_image(kernel, unpack_limit=_MOST_UNPACKED) as image:
+        if bzimage.is_bzimage(image) and (setup := bzimage.parse(image)).payload_size:
+            with bzimage.unpack(image, setup, _MOST_UNPACKED) as vmlinux:
+                return vmlinux.read(0, vmlinux.size, "its content")
+        return image.read(0, image.size, "its content")
+
+
 def _load_image(
     assembly: Assembly, image: Image, options: FlatOptions | None, protocol: Protocol
 ) -> Entry:
     if options is not None:
         return flat.load(assembly, image, options)
     if (bundle := krunfw.find(image)) is not None:
-        return krunfw.load(assembly, image, bundle, protocol)
+        return _kernel(krunfw.load(assembly, image, bundle, protocol))
     if protocol is not Protocol.AUTO:
-        return _load_linux(assembly, image, protocol)
+        return _kernel(_load_linux(assembly, image, protocol))
     header = multiboot.find(image)
     if header is not None and header.addresses is not None:
         return multiboot.load(assembly, image, header)
@@ -135,17 +149,23 @@ def _load_image(
             assembly.longest_cmdline = zeropage.LINUX_CMDLINE_MAX
         ip = pvh.entry_point(executable)
         if ip is not None:
-            return pvh.load(assembly, executable, ip)
+            entry = pvh.load(assembly, executable, ip)
+            return _kernel(entry) if is_linux(executable) else entry
         if header is not None:
             return multiboot.load(assembly, image, header)
-        return elf.load(assembly, executable)
+        entry = elf.load(assembly, executable)
+        return _kernel(entry) if is_linux(executable) else entry
     if bzimage.is_bzimage(image):
-        return _load_linux(assembly, image, Protocol.LINUX64)
+        return _kernel(_load_linux(assembly, image, Protocol.LINUX64))
     looks = describe(image.head(HEAD))
     raise image.error(
         f"looks like {looks}. Expected an ELF (PVH, multiboot or 64-bit), a multiboot image or a "
         f"bzImage, compressed or not"
     )
+
+
+def _kernel(entry: Entry) -> Entry:
+    return replace(entry, is_kernel=True)
 
 
 def _load_linux(assembly: Assembly, image: Image, protocol: Protocol) -> Entry:

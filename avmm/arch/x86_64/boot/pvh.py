@@ -46,4 +46,5 @@ def load(assembly: Assembly, image: Elf, ip: int) -> Entry:
     """Load the segments and write the start info for the entry point `ip`."""
     assembly.claim_boot_info()
     elf.load_segments(assembly, image)
-    return Entry(Mode.PROTECTED, ip, {"rbx": write_start_info(assembly, assembly.load_modules())})
+    start_info = write_start_info(assembly, assembly.load_modules())
+    return Entry(Mode.PROTECTED, ip, {"rbx": start_info})

@@ -39,7 +39,7 @@ def test_the_vmlinux_is_unpacked_and_entered(
     memory: GuestMemory, write: Write, name: str, sectors: int
 ) -> None:
     entry = load(memory, write(BzImage(packed(name), sectors=sectors)), cmdline="quiet")
-    assert (entry.mode, entry.ip) == (Mode.LONG, 0x200010)
+    assert (entry.mode, entry.ip, entry.is_kernel) == (Mode.LONG, 0x200010, True)
     assert entry.registers["rsi"] == layout.ZERO_PAGE
     assert memory.read(0x200000, 0x3000) == CODE + bytes(0x3000 - len(CODE))
 

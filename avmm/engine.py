@@ -1,0 +1,173 @@
+"""The engines on which guests run, and the choice between them.
+
+An engine is whatever answers KVM's requests (Documentation/virt/kvm/api.rst). There are two:
+
+- **kvm**: Linux's KVM, by /dev/kvm.
+- **soft**: the software engine (`avmm.soft`), which emulates the processor. It runs where there is
+  no KVM. It is slower, and no security boundary as KVM is.
+
+**The contract.** Nothing above `avmm.kvm` asks which engine it runs on, except what is named here.
+Of an engine the rest of avmm needs, with the meaning that KVM's documentation gives it:
+
+- a system, VMs and vCPUs as file descriptors, each closed by `avmm.kvm`;
+- memory slots that can be read-only, and whose written pages can be logged (KVM_GET_DIRTY_LOG);
+- interrupt chips, lines, message-signalled interrupts and irqfds, also with a resample event;
+- doorbells (ioeventfds) and coalesced writes;
+- KVM_RUN, which leaves the guest with an exit in `struct kvm_run`. It returns -EINTR if
+  `immediate_exit` was set, or if the kick's signal came at any time before or in it. No kick is
+  lost;
+- **completion**: KVM_RUN after an exit finishes the instruction first. With `immediate_exit` it
+  does so and returns -EINTR, or returns the instruction's next exit. The drain of
+  `avmm.vcpu.completion` therefore runs unchanged;
+- all state of a vCPU and a VM, out and in, by the requests that `avmm.arch` makes.
+
+**What differs.** A state belongs to the engine on which it was saved, because the engines show
+guests different processors: `Machine`, snapshots and migrations refuse it on the other one by
+name. The software engine must be told when the host writes to memory in which the guest has run
+code (`avmm.memory.ram.GuestMemory.watch`). docs/engines.md lists what guests notice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Final
+
+from avmm.errors import ConfigError, EngineUnavailable
+from avmm.kvm import KvmUnavailable
+from avmm.lockstep import GuestTime, Lockstep
+
+if TYPE_CHECKING:
+    from avmm.arch.contract import AnyArchitecture
+    from avmm.kvm import System, Vm
+
+AUTO: Final = "auto"
+KVM: Final = "kvm"
+SOFT: Final = "soft"
+NAMES: Final = (KVM, SOFT)
+"""The engines. A setting may also be `AUTO`."""
+VARIABLE: Final = "AVMM_ENGINE"
+"""The environment variable that says what `AUTO` means in a process."""
+
+_NO_BOUNDARY: Final = "It is slower than KVM, and no security boundary as KVM is"
+_REFUSES: Final = (
+    "this host's KVM interprets ring 0 and refuses instructions that Linux kernels use"
+)
+
+logger = logging.getLogger(__name__)
+
+
+def opened(
+    kind: AnyArchitecture, choice: str, *, is_kernel: bool = False, seed: int | None = None
+) -> System:
+    """Open the engine `choice`. Blocks: the software engine is loaded when it is first opened.
+
+    `AUTO` takes KVM where it works. It takes the software engine where there is no KVM, and for
+    a Linux kernel (`is_kernel`) on a KVM that cannot run such kernels. What it
+    took is logged once in a process, with the reason: a warning if it is the software engine.
+
+    With a `seed` it takes the software engine, and VMs of this system run deterministically.
+
+    Raises `KvmUnavailable` or `EngineUnavailable`, which say why and what would help, and
+    `ConfigError` if the environment variable `AVMM_ENGINE` has an unknown value.
+    """
+    if seed is not None:
+        return software(kind, seed)
+    if choice == AUTO:
+        choice = _by_environment()
+    if choice == SOFT:
+        return software(kind)
+    system: System
+    if choice == KVM:
+        system = kind.open_system()
+        return system
+    try:
+        system = kind.open_system()
+    except KvmUnavailable as error:
+        return _instead_of(kind, error)
+    if not is_kernel or not (why := _why_not(kind, system)):
+        _say_once(logging.INFO, "KVM runs this guest: /dev/kvm works")
+        return system
+    try:
+        other = software(kind)
+    except EngineUnavailable as error:
+        _say_once(logging.WARNING, "%s; the software engine could, but: %s", why, error)
+        return system
+    system.close()
+    _say_once(
+        logging.WARNING,
+        "the software engine runs this guest, because %s. %s",
+        why,
+        _NO_BOUNDARY,
+    )
+    return other
+
+
+def software(kind: AnyArchitecture, seed: int | None = None) -> System:
+    """Open the software engine. Raises `EngineUnavailable`."""
+    from avmm import soft  # noqa: PLC0415 - only where it is used
+
+    if kind.name not in soft.ARCHITECTURES:
+        raise EngineUnavailable(f"the software engine runs no {kind.name} guests")
+    system: System = kind.open_system(soft.opened)
+    system.engine, system.watcher = SOFT, soft.watcher()
+    if seed is not None:
+        from avmm.soft import order  # noqa: PLC0415 - only where it is used
+
+        order.seed(system.fd, seed)
+    return system
+
+
+def lockstep(vm: Vm) -> Lockstep:
+    """How the guest of `vm` and the program take turns. Its system was opened with a seed."""
+    from avmm.soft.order import NEVER, Order  # noqa: PLC0415 - only where it is used
+
+    return Lockstep(Order(vm.fd), NEVER)
+
+
+def guest_time() -> GuestTime:
+    """A clock for the devices of a deterministic run, until there is a VM."""
+    from avmm.soft.order import EPOCH  # noqa: PLC0415 - only where it is used
+
+    return GuestTime(EPOCH)
+
+
+def _by_environment() -> str:
+    choice = os.environ.get(VARIABLE) or AUTO
+    if choice not in (AUTO, *NAMES):
+        raise ConfigError(f"{VARIABLE}={choice!r}: expected auto, {' or '.join(NAMES)}")
+    return choice
+
+
+def _instead_of(kind: AnyArchitecture, missing: KvmUnavailable) -> System:
+    try:
+        system = software(kind)
+    except EngineUnavailable as error:
+        missing.add_note(f"The software engine needs no KVM, but: {error}")
+        raise missing from None
+    _say_once(
+        logging.WARNING,
+        "the software engine runs this guest, because KVM cannot: %s. %s",
+        missing,
+        _NO_BOUNDARY,
+    )
+    return system
+
+
+_judged: Final[list[str]] = []
+
+
+def _why_not(kind: AnyArchitecture, system: System) -> str:
+    """Why this KVM cannot run kernels; empty if it can. It is tried once in a process."""
+    if not _judged:
+        _judged.append("" if kind.runs_kernels(system) else _REFUSES)
+    return _judged[0]
+
+
+_said: Final[set[str]] = set()
+
+
+def _say_once(level: int, text: str, *values: object) -> None:
+    if (line := text % values) not in _said:
+        _said.add(line)
+        logger.log(level, "%s", line)

@@ -1,0 +1,15 @@
+int soft_load(const char *library, char *why, size_t size);
+int soft_open(void);
+int soft_ioctl(int fd, unsigned long request, void *argument);
+int soft_close(int fd);
+int soft_is(int fd);
+void soft_kicked(void);
+void soft_wrote(int vm, const void *host, uint64_t length);
+uint64_t soft_function(int number);
+int soft_seed(int system, uint64_t seed);
+int64_t soft_now(int vm);
+void soft_settled(int vm, int64_t host_deadline, int *idle);
+void soft_unchanged(int vcpu);
+uint64_t soft_trail(int vm, uint64_t *records);
+int soft_log(int vm, int log);
+void soft_take_away(unsigned cures);

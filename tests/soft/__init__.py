@@ -1,0 +1,1 @@
+"""The software engine, through its own border: KVM's ioctls without KVM."""
