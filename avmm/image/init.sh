@@ -53,6 +53,9 @@ done
 
 command="/bin/sh -l"
 [ -x /etc/script ] && command=/etc/script
-setsid -c $command <"/dev/$console" >"/dev/$console" 2>&1 &
+# When the session's first process ends, the kernel hangs the console up and drops what it has not
+# sent yet. So that process waits for it, after the shell.
+setsid -c /bin/sh -c '"$@"; status=$?; /bin/finish sent; exit $status' sh $command \
+    <"/dev/$console" >"/dev/$console" 2>&1 &
 wait $!  # It runs in the background, because only then do the traps run at once.
 finish $?
