@@ -47,8 +47,7 @@ LAB = [
     "prepare proposing",
     "prepare newer",
     "pytest --lab stock",
-    "pytest --lab proposing tests/vcpu tests/guests/test_torture.py "
-    "tests/cli/test_completion_report.py",
+    "pytest --lab proposing tests/vcpu tests/cli/test_completion_report.py",
     "pytest --lab newer tests/vcpu/test_xen.py tests/cli/test_completion_report.py",
 ]
 

@@ -284,14 +284,16 @@ def test_a_script_instead_of_a_shell() -> None:
 
 
 def test_commands_from_a_pipe(tmp_path: Path) -> None:
+    """The last output is there, although the shell ends right after it."""
     command = [sys.executable, "-m", "avmm", "run", "--config", stock.folder(GUEST) / "guest.toml"]
     done = subprocess.run(
         command,
-        input="uname -s\nexit 5\n",
+        input="uname -s\nseq -s , 200; exit 5\n",
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
     assert done.returncode == 5
+    assert ",198,199,200\n" in done.stdout.replace("\r", "")
     assert "\nLinux\n" in done.stdout.replace("\r", "")

@@ -88,6 +88,7 @@ def test_a_shell_on_the_interrupt_driven_serial_port(vmlinux: Path, tmp_path: Pa
 SHELL_ON_CONSOLE = "exec sh < /dev/console > /dev/console 2>&1"
 
 
+@pytest.mark.usefixtures("fitting_engine")
 def test_a_shell_on_the_virtio_console(vmlinux: Path, tmp_path: Path) -> None:
     initrd = userspace.initrd(tmp_path / "initrd", SHELL_ON_CONSOLE)
     command = [*AVMM[1:], str(vmlinux), "--initrd", str(initrd), "--memory", "32M"]

@@ -19,7 +19,7 @@ from support.required import not_here
 
 import avmm
 
-pytestmark = [pytest.mark.usefixtures("kvm"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.usefixtures("kvm", "fitting_engine"), pytest.mark.timeout(900)]
 
 AVMM = [sys.executable, "-m", "avmm", "run"]
 

@@ -3,6 +3,7 @@ its state: it boots as if nothing had been, and its memory and disks are right."
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -17,6 +18,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
+MANY = int(os.environ.get("AVMM_PAUSES", "1000"))
 SUMS = (
     "d=$(dd if=/dev/zero bs=1M count=20 2>/dev/null | sha256sum | cut -c1-8); echo sum $d; exit 7"
 )
@@ -49,7 +51,7 @@ class Told:
 
 
 @pytest.mark.parametrize("cpus", [1, 2])
-@pytest.mark.parametrize("pauses", [50, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pauses", [20, pytest.param(MANY, marks=pytest.mark.slow)])
 async def test_pauses_at_random_moments(cpus: int, pauses: int) -> None:
     """Of the whole boot, and of the work after it, boot after boot until there were enough."""
     moments, done = random.Random(14), 0
@@ -69,7 +71,7 @@ async def test_pauses_at_random_moments(cpus: int, pauses: int) -> None:
         assert RIGHT in told.text
 
 
-@pytest.mark.parametrize("cpus", [1, 2])
+@pytest.mark.parametrize("cpus", [pytest.param(1, marks=pytest.mark.slow), 2])
 async def test_saved_at_random_moments_and_loaded_into_a_new_machine(
     tmp_path: Path, cpus: int
 ) -> None:

@@ -16,7 +16,7 @@ from avmm import arch, engine, guests
 from avmm.engine import EngineUnavailable
 from avmm.kvm import KvmUnavailable
 
-pytestmark = [pytest.mark.lab(also="stock"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.lab(also="stock", long=True), pytest.mark.timeout(120)]
 
 PROMPT = b"avmm> "
 COMMANDS = (

@@ -25,7 +25,8 @@ def folder(name: str) -> Path:
     it, where it cannot be made."""
     place = f"sent/{name}"
     if "AVMM_LAB" in os.environ:  # the lab's machine has been sent them
-        found: Path | None = Path(place) if Path(place).exists() else None
+        sent = Path(place).absolute()
+        found: Path | None = sent if sent.exists() else None
     else:
         try:
             found = _folders().get(place)
