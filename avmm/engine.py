@@ -71,10 +71,13 @@ def opened(
     Raises `KvmUnavailable` or `EngineUnavailable`, which say why and what would help, and
     `ConfigError` if the environment variable `AVMM_ENGINE` has an unknown value.
     """
+    by_environment = _by_environment()
     if seed is not None:
+        if choice == AUTO and by_environment == KVM:
+            raise ConfigError(f"{VARIABLE}={KVM!r}: a deterministic guest needs engine {SOFT!r}")
         return software(kind, seed)
     if choice == AUTO:
-        choice = _by_environment()
+        choice = by_environment
     if choice == SOFT:
         return software(kind)
     system: System

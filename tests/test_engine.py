@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,8 +32,14 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_kvm(no_kvm_later: Callable[[], None]) -> None:
     """/dev/kvm is not there."""
+    no_kvm_later()
+
+
+@pytest.fixture
+def no_kvm_later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on /dev/kvm is not there."""
     really = os.open
 
     def opened(path: str, *rest: int) -> int:
@@ -41,7 +47,7 @@ def no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         return really(path, *rest)
 
-    monkeypatch.setattr(kvm_system.os, "open", opened)
+    return lambda: monkeypatch.setattr(kvm_system.os, "open", opened)
 
 
 @pytest.fixture
@@ -167,9 +173,12 @@ async def test_a_state_goes_on_where_it_was_and_is_refused_elsewhere_by_name(
         other = await state_on(engine.KVM)
     except avmm.KvmUnavailable as error:
         pytest.skip(str(error))
-    for wrong, choice in ((state, engine.KVM), (other, engine.SOFT)):
+    pairs = ((state, engine.SOFT, engine.KVM), (other, engine.KVM, engine.SOFT))
+    for wrong, theirs, choice in pairs:
         with pytest.RaisesGroup(
-            pytest.RaisesExc(avmm.StateError, match=f"engine is .*, expected '{choice}'"),
+            pytest.RaisesExc(
+                avmm.StateError, match=f"on the engine '{theirs}'; expected '{choice}'"
+            ),
             allow_unwrapped=True,
             flatten_subgroups=True,
         ):
@@ -190,6 +199,19 @@ async def test_a_snapshot_and_a_clone_stay_on_their_engine(tmp_path: Path) -> No
     with pytest.raises(avmm.ConfigError, match="engine: the guest has seen it"):
         async with avmm.restore(file, engine=engine.KVM):  # type: ignore[call-arg]
             pass
+
+
+async def test_a_guest_of_kvm_is_missed_by_name_where_there_is_none(
+    real_kvm: None, no_kvm_later: Callable[[], None], tmp_path: Path
+) -> None:
+    file = tmp_path / "guest.snap"
+    async with avmm.Machine(memory="16M", engine=engine.KVM) as vm:
+        await vm.snapshot(file)
+    no_kvm_later()
+    with pytest.raises(avmm.KvmUnavailable) as caught:
+        async with avmm.restore(file):
+            pass
+    assert "on the engine 'kvm'. It can go on only on that one." in caught.value.__notes__[0]
 
 
 # -- the command -----------------------------------------------------------------------------

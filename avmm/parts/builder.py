@@ -23,8 +23,8 @@ from avmm import arch, engine, guests
 from avmm.arch.contract import AnyArchitecture, BoardOptions, GuestImage
 from avmm.bus.coalesced import CoalescedWrites
 from avmm.config import Clock, MachineConfig
-from avmm.errors import ConfigError, host_errors
-from avmm.kvm import System
+from avmm.errors import ConfigError, EngineUnavailable, host_errors
+from avmm.kvm import KvmUnavailable, System
 from avmm.kvm.parking import ParkingLot
 from avmm.kvm.ring import WriteRing
 from avmm.lockstep import GuestTime
@@ -203,7 +203,14 @@ def _open_system(
     choice, is_kernel = config.engine, entry is not None and entry.is_kernel
     if choice == engine.AUTO and not origin.boots:
         choice = engine_of(origin.state)
-    system = engine.opened(kind, choice, is_kernel=is_kernel, seed=seed)
+    try:
+        system = engine.opened(kind, choice, is_kernel=is_kernel, seed=seed)
+    except (KvmUnavailable, EngineUnavailable) as error:
+        if not origin.boots:
+            error.add_note(
+                f"The guest was on the engine {choice!r}. It can go on only on that one."
+            )
+        raise
     stack.callback(system.close)
     if config.cpus > (most := system.max_vcpus):
         where = "the software engine" if system.engine == engine.SOFT else "this host"

@@ -288,8 +288,12 @@ class Parts:
         if it is not such a state.
         """
         saved = MachineState.read("the machine's state", state)
-        if (saved.engine or engine.KVM) != self.system.engine:
-            raise saved.wrong("engine", f"{self.system.engine!r}, on which this machine runs")
+        theirs = saved.engine or engine.KVM
+        if theirs != self.system.engine:
+            raise saved.refusal(
+                f"it is of a guest on the engine {theirs!r}; expected {self.system.engine!r}, on "
+                "which this machine runs"
+            )
         if saved.memory_size != self.memory.size:
             raise saved.wrong("memory_size", f"{self.memory.size}, as the machine has")
         if len(saved.vcpus) != len(self.vcpus):

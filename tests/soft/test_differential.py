@@ -23,7 +23,7 @@ from tests.soft import streams
 from tests.soft.streams import READ_ONLY
 from tests.soft.twins import CODE, Twin, compared
 
-pytestmark = pytest.mark.lab(also="stock", long=True)
+pytestmark = pytest.mark.lab(also="stock")
 
 IN_LAB = KIND in os.environ
 FEW, MANY = (150, 3000) if IN_LAB else (6000, int(os.environ.get("AVMM_STREAMS", "40000")))
