@@ -66,7 +66,8 @@ def opened(
     a Linux kernel (`is_kernel`) on a KVM that cannot run such kernels. What it
     took is logged once in a process, with the reason: a warning if it is the software engine.
 
-    With a `seed` it takes the software engine, whatever the variable says, and VMs of this system run deterministically.
+    With a `seed` it takes the software engine, whatever the variable says, and VMs of this system
+    run deterministically.
 
     Raises `KvmUnavailable` or `EngineUnavailable`, which say why and what would help, and
     `ConfigError` if the environment variable `AVMM_ENGINE` has an unknown value.
