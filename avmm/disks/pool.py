@@ -76,7 +76,7 @@ class Pool:
 
         Raises `RuntimeError` if there is no thread yet and the system cannot start one."""
         if chance.is_fixed():
-            self._call(done, function, args)
+            done(_error_of(function, args))
             return
         if self._pending >= len(self._threads) < self._most:
             thread = threading.Thread(target=self._work, name=self._name, daemon=True)
@@ -94,14 +94,7 @@ class Pool:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             done, function, args = job
-            error: Exception | None = None
-            try:
-                function(*args)
-            except OSError as raised:
-                # Its traceback says nothing useful, and refers to the buffers.
-                error = raised.with_traceback(None)
-            except Exception as raised:
-                error = raised
+            error = _error_of(function, args)
             # Release guest memory now, not when the next job comes.
             del job, function, args
             with self._counting:
@@ -110,18 +103,6 @@ class Pool:
             # An error may refer to frames that refer to the job. That must not become a circle,
             # because the job holds buffers.
             del done, error
-
-    @staticmethod
-    def _call(done: Done, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        error: Exception | None = None
-        try:
-            function(*args)
-        except OSError as raised:
-            error = raised.with_traceback(None)
-        except Exception as raised:
-            error = raised
-        done(error)
-        del error
 
     def _deliver(self) -> None:
         self._is_told = False  # set before trio looks: a job that ends after that tells it again
@@ -135,3 +116,14 @@ class Pool:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+
+
+def _error_of(function: Callable[..., Any], args: tuple[Any, ...]) -> Exception | None:
+    """Call the function. Return what it raised, for whoever waits for it."""
+    try:
+        function(*args)
+    except OSError as raised:
+        return raised.with_traceback(None)  # it says nothing useful, and refers to the buffers
+    except Exception as raised:
+        return raised
+    return None
