@@ -24,6 +24,7 @@ ffibuilder.set_source(
     depends=[
         str(HERE / "shim.c"),
         str(HERE / "bridge.h"),
+        str(HERE / "newer.h"),
         str(HERE / "parking.h"),
         *map(str, DECLARATIONS),
     ],

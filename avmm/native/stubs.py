@@ -1,6 +1,7 @@
-"""Writes the types of the compiled modules (`_kvm.pyi` and others) from their cdef.h.
+"""Writes the types of the compiled modules (`_kvm.pyi` and others) from the declarations in their
+build.py.
 
-    python avmm/native/stubs.py          # after a change of a cdef.h
+    python avmm/native/stubs.py          # after a change of these
 
 Used by people and by a test, not at run time. It reads the declarations as cffi has parsed them
 for the build, so the types cannot differ from the compiled code. Each C type gets a class of its
@@ -51,7 +52,7 @@ MODULES: Final = (
 )
 
 _HEAD: Final = '''\
-"""Types of `{name}`, written from cdef.h by avmm.native.stubs: not to be edited."""
+"""Types of `{name}`, written from build.py by avmm.native.stubs: not to be edited."""
 
 from collections.abc import Iterator, Sequence
 from typing import Final, Generic, Literal, Self, TypeAlias, TypedDict, TypeVar, overload
@@ -260,9 +261,12 @@ class _Stub:
         yield from _function("sizeof", ["what: CData | CType | _TypeName", "/"], "int")
         yield from _function("typeof", ["name: _TypeName", "/"], "CType")
         yield from _function("offsetof", ["name: _TypeName", "field: str", "/"], "int")
+        yield "    @overload"
         yield from _function(
             "addressof", ["array: Array[_Item, _Decayed]", "at: int", "/"], "_Decayed"
         )
+        yield "    @overload"
+        yield from _function("addressof", ["lib: Lib", "function: str", "/"], "Address")
         to, from_ = "to: Address | Buffer", "from_: Address | Buffer"
         yield from _function("memmove", [to, from_, "size: int", "/"], "None")
         yield from _function("release", ["data: CData", "/"], "None")
