@@ -14,8 +14,8 @@ Of an engine the rest of avmm needs, with the meaning that KVM's documentation g
 - interrupt chips, lines, message-signalled interrupts and irqfds, also with a resample event;
 - doorbells (ioeventfds) and coalesced writes;
 - KVM_RUN, which leaves the guest with an exit in `struct kvm_run`. It returns -EINTR if
-  `immediate_exit` was set, or if the kick's signal came at any time before or in it. No kick is
-  lost;
+  `immediate_exit` is set when it is entered, or if the kick's signal comes while it runs. So no
+  kick is lost, because whoever kicks sets `immediate_exit` first;
 - **completion**: KVM_RUN after an exit finishes the instruction first. With `immediate_exit` it
   does so and returns -EINTR, or returns the instruction's next exit. The drain of
   `avmm.vcpu.completion` therefore runs unchanged;
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from avmm.errors import ConfigError, EngineUnavailable
 from avmm.kvm import KvmUnavailable
@@ -55,6 +55,7 @@ _REFUSES: Final = (
 )
 
 logger = logging.getLogger(__name__)
+_said: Final[set[str]] = set()
 
 
 def opened(
@@ -62,9 +63,8 @@ def opened(
 ) -> System:
     """Open the engine `choice`. Blocks: the software engine is loaded when it is first opened.
 
-    `AUTO` takes KVM where it works. It takes the software engine where there is no KVM, and for
-    a Linux kernel (`is_kernel`) on a KVM that cannot run such kernels. What it
-    took is logged once in a process, with the reason: a warning if it is the software engine.
+    `AUTO` takes what `automatic` does, and logs that once in a process, with the reason: a warning
+    if it is the software engine.
 
     With a `seed` it takes the software engine, whatever the variable says, and VMs of this system
     run deterministically.
@@ -72,37 +72,48 @@ def opened(
     Raises `KvmUnavailable` or `EngineUnavailable`, which say why and what would help, and
     `ConfigError` if the environment variable `AVMM_ENGINE` has an unknown value.
     """
-    by_environment = _by_environment()
+    automatically = by_environment()
     if seed is not None:
         return software(kind, seed)
     if choice == AUTO:
-        choice = by_environment
+        choice = automatically
     if choice == SOFT:
         return software(kind)
-    system: System
     if choice == KVM:
-        system = kind.open_system()
+        system: System = kind.open_system()
         return system
+    taken = automatic(kind, is_kernel=is_kernel)
+    if taken.why not in _said:
+        _said.add(taken.why)
+        logger.log(taken.level, "%s", taken.why)
+    return taken.system
+
+
+class Taken(NamedTuple):
+    """An engine that was taken by itself, and why."""
+
+    system: System
+    why: str
+    level: int = logging.WARNING
+    """How loud the user is to hear of it (`logging`)."""
+
+
+def automatic(kind: AnyArchitecture, *, is_kernel: bool) -> Taken:
+    """Open KVM where it works. Open the software engine where there is no KVM, and for a Linux
+    kernel (`is_kernel`) on a KVM that cannot run such kernels. Blocks, and raises, as `opened`."""
+    system: System
     try:
         system = kind.open_system()
     except KvmUnavailable as error:
         return _instead_of(kind, error)
     if not is_kernel or not (why := _why_not(kind, system)):
-        _say_once(logging.INFO, "KVM runs this guest: /dev/kvm works")
-        return system
+        return Taken(system, "KVM runs this guest: /dev/kvm works", logging.INFO)
     try:
         other = software(kind)
     except EngineUnavailable as error:
-        _say_once(logging.WARNING, "%s; the software engine could, but: %s", why, error)
-        return system
+        return Taken(system, f"{why}; the software engine could, but: {error}")
     system.close()
-    _say_once(
-        logging.WARNING,
-        "the software engine runs this guest, because %s. %s",
-        why,
-        _NO_BOUNDARY,
-    )
-    return other
+    return Taken(other, f"the software engine runs this guest, because {why}. {_NO_BOUNDARY}")
 
 
 def software(kind: AnyArchitecture, seed: int | None = None) -> System:
@@ -129,31 +140,27 @@ def lockstep(vm: Vm) -> Lockstep:
 
 def guest_time() -> GuestTime:
     """A clock for the devices of a deterministic run, until there is a VM."""
-    from avmm.soft.order import EPOCH  # noqa: PLC0415 - only where it is used
+    from avmm.soft.order import epoch  # noqa: PLC0415 - only where it is used
 
-    return GuestTime(EPOCH)
+    return GuestTime(epoch())
 
 
-def _by_environment() -> str:
+def by_environment() -> str:
+    """What `AUTO` means in this process. Raises `ConfigError`."""
     choice = os.environ.get(VARIABLE) or AUTO
     if choice not in (AUTO, *NAMES):
         raise ConfigError(f"{VARIABLE}={choice!r}: expected auto, {' or '.join(NAMES)}")
     return choice
 
 
-def _instead_of(kind: AnyArchitecture, missing: KvmUnavailable) -> System:
+def _instead_of(kind: AnyArchitecture, missing: KvmUnavailable) -> Taken:
     try:
         system = software(kind)
     except EngineUnavailable as error:
         missing.add_note(f"The software engine needs no KVM, but: {error}")
         raise missing from None
-    _say_once(
-        logging.WARNING,
-        "the software engine runs this guest, because KVM cannot: %s. %s",
-        missing,
-        _NO_BOUNDARY,
-    )
-    return system
+    why = f"the software engine runs this guest, because KVM cannot: {missing}. {_NO_BOUNDARY}"
+    return Taken(system, why)
 
 
 _judged: Final[list[str]] = []
@@ -164,12 +171,3 @@ def _why_not(kind: AnyArchitecture, system: System) -> str:
     if not _judged:
         _judged.append("" if kind.runs_kernels(system) else _REFUSES)
     return _judged[0]
-
-
-_said: Final[set[str]] = set()
-
-
-def _say_once(level: int, text: str, *values: object) -> None:
-    if (line := text % values) not in _said:
-        _said.add(line)
-        logger.log(level, "%s", line)

@@ -32,7 +32,7 @@ def opened() -> int:
     if lib.soft_load(path, why, len(why)):
         text = bytes(ffi.buffer(why)).partition(b"\0")[0].decode(errors="replace")
         raise EngineUnavailable(f"the software engine: {text}")
-    use_engine(*(lib.soft_function(number) for number in range(4)))
+    use_engine(*map(_address, ("soft_is", "soft_ioctl", "soft_close", "soft_kicked")))
     fd: int = lib.soft_open()
     if fd < 0:
         raise OSError(-fd, "the software engine cannot be opened")
@@ -41,9 +41,13 @@ def opened() -> int:
 
 def watcher() -> int:
     """The address of the function that wants to know what the host writes to guest memory."""
-    from avmm.soft._soft import lib  # noqa: PLC0415 - only where the engine is used
+    return _address("soft_wrote")
 
-    return lib.soft_function(4)
+
+def _address(function: str) -> int:
+    from avmm.soft._soft import ffi, lib  # noqa: PLC0415 - only where the engine is used
+
+    return int(ffi.cast("uintptr_t", ffi.addressof(lib, function)))
 
 
 def _library() -> Path:

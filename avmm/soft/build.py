@@ -9,18 +9,21 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-SOURCES = sorted([*(HERE / "native").glob("*.c"), *(HERE / "chips").glob("*.c")])
-HEADERS = sorted([*(HERE / "native").glob("*.h"), *(HERE / "chips").glob("*.h")])
+FOLDERS = [HERE / "native", HERE / "chips", HERE.parent / "kvm"]
+SOURCES = sorted(path for folder in FOLDERS[:2] for path in folder.glob("*.c"))
+HEADERS = sorted(path for folder in FOLDERS for path in folder.glob("*.h"))
 ROOT = HERE.parent.parent
 
 ffibuilder = FFI()
-ffibuilder.cdef((HERE / "cdef.h").read_text())
+# cffi's parser knows no preprocessor.
+declared = (HERE / "native" / "soft.h").read_text().splitlines()
+ffibuilder.cdef("\n".join(line for line in declared if not line.startswith("#")))
 ffibuilder.set_source(
     "avmm.soft._soft",
     '#include "soft.h"\n',
     sources=[str(path.relative_to(ROOT)) for path in SOURCES],
-    include_dirs=[str(HERE / "native"), str(HERE / "chips")],
-    depends=[str(path) for path in [*HEADERS, HERE / "cdef.h"]],
+    include_dirs=[str(folder) for folder in FOLDERS],
+    depends=[str(path) for path in HEADERS],
     extra_compile_args=["-O2", "-std=gnu11", "-fvisibility=hidden", "-ftls-model=initial-exec"],
     libraries=["dl", "pthread"],
 )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 NEVER: Final = (1 << 63) - 1
-EPOCH: Final = 1_735_689_600_000_000_000
-"""The guest's wall clock when it starts: 2025-01-01 UTC, in nanoseconds since 1970."""
 
 
 class Order:
@@ -45,6 +43,13 @@ class Order:
     def log(self, descriptor: int) -> None:
         """Write each of these to a descriptor from now on; -1: no longer."""
         self._lib.soft_log(self._vm, descriptor)
+
+
+def epoch() -> int:
+    """The guest's wall clock when it starts, in nanoseconds since 1970."""
+    from avmm.soft._soft import lib  # noqa: PLC0415 - only where the engine is used
+
+    return lib.soft_epoch()
 
 
 def seed(system: int, value: int) -> None:

@@ -6,9 +6,13 @@ pages, executable or not.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import mmap
+import signal
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,20 @@ def load() -> None:
         raise RuntimeError(soft.ffi.string(why).decode())
 
 
+@contextmanager
+def kicked_by(number: signal.Signals) -> Iterator[None]:
+    """The signal's handler is the engine's own, in C."""
+    handler = int(soft.ffi.cast("uintptr_t", soft.ffi.addressof(soft.lib, "soft_kicked")))
+    libc = ctypes.CDLL(None)
+    libc.signal.restype = libc.signal.argtypes = None
+    before = signal.getsignal(number)
+    libc.signal(ctypes.c_int(number), ctypes.c_void_p(handler))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def ioctl(fd: int, request: int, argument: Any = 0) -> int:
     if isinstance(argument, int):
         pointer = soft.ffi.cast("void *", argument)
@@ -49,9 +67,13 @@ def check(answer: int) -> int:
 
 
 class Bare:
-    def __init__(self, code: bytes = b"", size: int = SIZE, cpus: int = 1) -> None:
+    def __init__(
+        self, code: bytes = b"", size: int = SIZE, cpus: int = 1, seed: int | None = None
+    ) -> None:
         load()
         self.system = check(soft.lib.soft_open())
+        if seed is not None:
+            check(soft.lib.soft_seed(self.system, seed))
         self.vm = check(ioctl(self.system, kvm.KVM_CREATE_VM))
         self.ram = mmap.mmap(-1, size)
         self.address = int(ffi.cast("uintptr_t", ffi.from_buffer(self.ram)))
@@ -65,10 +87,14 @@ class Bare:
             self.long_mode(i)
             self.set_regs(i, rip=CODE, rsp=STACK - 0x100 * i)
 
-    def set_memory(self, slot: int, gpa: int, size: int, flags: int = 0, at: int = 0) -> int:
+    def set_memory(
+        self, slot: int, gpa: int, size: int, flags: int = 0, address: int | None = None
+    ) -> int:
+        """Without an address the region is the RAM's beginning."""
         region = ffi.new("struct kvm_userspace_memory_region *")
         region.slot, region.flags, region.guest_phys_addr = slot, flags, gpa
-        region.memory_size, region.userspace_addr = size, self.address + at
+        region.memory_size = size
+        region.userspace_addr = self.address if address is None else address
         return check(ioctl(self.vm, kvm.KVM_SET_USER_MEMORY_REGION, region))
 
     def _tables(self) -> None:

@@ -22,7 +22,7 @@ MASTER, SLAVE, IOAPIC = 0, 1, 2
 
 _IOCTLS = """
 CREATE_IRQCHIP CREATE_PIT2 GET_IRQCHIP SET_IRQCHIP GET_PIT2 SET_PIT2 GET_CLOCK SET_CLOCK
-IRQ_LINE IRQ_LINE_STATUS SIGNAL_MSI SET_GSI_ROUTING IRQFD REINJECT_CONTROL CHECK_EXTENSION
+IRQ_LINE IRQ_LINE_STATUS SIGNAL_MSI SET_GSI_ROUTING IRQFD REINJECT_CONTROL
 GET_LAPIC SET_LAPIC KVMCLOCK_CTRL NMI CREATE_VM CREATE_VCPU
 """
 _CDEF = (
@@ -65,6 +65,8 @@ _SOURCE = """
 #include <errno.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <time.h>
+#include <x86intrin.h>
 struct fake { int64_t ns; uint64_t tsc; int64_t wall; uint64_t kicks; uint8_t *ram; };
 static void fake_clock(void *owner, struct soft_chips_time *now)
 {
@@ -85,9 +87,19 @@ static int fake_write(void *owner, uint64_t gpa, const void *data, size_t size)
     memcpy(f->ram + gpa, data, size);
     return 0;
 }
+static uint64_t host_khz(void)
+{
+    struct timespec pause = { .tv_nsec = 10000000 }, a, b;
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    uint64_t first = __rdtsc();
+    nanosleep(&pause, NULL);
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    uint64_t ticks = __rdtsc() - first;
+    return ticks * 1000000 / ((b.tv_sec - a.tv_sec) * 1000000000LL + b.tv_nsec - a.tv_nsec);
+}
 static struct soft_chips *fake_create(struct fake *f, int real, int threadless)
 {
-    struct soft_chips_host host = { .owner = f, .tsc_khz = real ? 0 : KHZ,
+    struct soft_chips_host host = { .owner = f, .tsc_khz = real ? host_khz() : KHZ,
         .clock = real ? NULL : fake_clock, .wall = real ? NULL : fake_wall, .kick = fake_kick,
         .write_guest = fake_write, .runs_timers = real, .threadless = threadless };
     return soft_chips_create(&host);

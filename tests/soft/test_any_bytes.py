@@ -3,7 +3,6 @@ process goes on. A fault of the library's here ends the process that runs this t
 
 from __future__ import annotations
 
-import ctypes
 import random
 import signal
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from avmm import arch, engine
 from avmm.arch.x86_64.kvm import X86System
 from avmm.engine import EngineUnavailable
 from tests.soft import streams
+from tests.soft.bare import kicked_by
 from tests.soft.twins import CODE, MOST, STEP, Twin, UnexpectedExit
 
 LENGTH, SECONDS = 60, 0.05
@@ -43,15 +43,9 @@ def system() -> Iterator[X86System]:
     except EngineUnavailable as error:
         pytest.skip(str(error))
     assert isinstance(found, X86System)
-    from avmm.soft import _soft  # noqa: PLC0415 - it is there now
-
-    library, libc = ctypes.CDLL(_soft.__file__), ctypes.CDLL(None)
-    libc.signal.restype = libc.signal.argtypes = None
-    before = signal.getsignal(signal.SIGALRM)
-    libc.signal(ctypes.c_int(signal.SIGALRM), ctypes.cast(library.soft_kicked, ctypes.c_void_p))
-    yield found
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    with kicked_by(signal.SIGALRM):
+        yield found
+        signal.setitimer(signal.ITIMER_REAL, 0)
     found.close()
 
 

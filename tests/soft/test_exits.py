@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import mmap
+import os
 import struct
 
 import pytest
@@ -191,13 +193,39 @@ def test_the_dirty_log_has_each_written_page_once() -> None:
 
 def test_a_store_to_read_only_memory_exits() -> None:
     with Bare(bytes.fromhex("8b03 c7031b000000 8b03") + OUT) as guest:
-        guest.set_memory(1, 0x0200_0000, 0x1000, kvm.KVM_MEM_READONLY, at=BUFFER)
+        guest.set_memory(1, 0x0200_0000, 0x1000, kvm.KVM_MEM_READONLY, guest.address + BUFFER)
         guest.ram[BUFFER : BUFFER + 4] = b"\x11\x22\x33\x44"
         guest.set_regs(rbx=0x0200_0000, rip=CODE, rsp=0x9000)
         assert guest.run() == kvm.KVM_EXIT_MMIO
         assert guest.mmio() == (1, 0x0200_0000, 4, 0x1B)
         assert guest.run() == kvm.KVM_EXIT_IO
         assert guest.io()[3] == 0x44332211
+
+
+@pytest.mark.parametrize("seed", [None, 5], ids=["ordinary", "deterministic"])
+def test_memory_that_the_host_has_lost_is_the_hosts_error(seed: int | None) -> None:
+    load_and_halt = bytes.fromhex("488b03") + HLT
+    file = os.memfd_create("memory")
+    os.ftruncate(file, 0x1000)
+    with Bare(load_and_halt, seed=seed) as guest, mmap.mmap(file, 0x1000) as page:
+        address = int(ffi.cast("uintptr_t", ffi.from_buffer(page)))
+        guest.set_memory(1, 0x0200_0000, 0x1000, address=address)
+        os.ftruncate(file, 0)
+        guest.set_regs(rbx=0x0200_0000, rip=CODE, rsp=0x9000)
+        assert run_settled(guest) == -errno.EFAULT
+        assert guest.regs().rip == CODE
+        os.ftruncate(file, 0x1000)
+        os.pwrite(file, b"\x11", 0)
+        assert run_settled(guest) == kvm.KVM_EXIT_HLT
+        assert guest.regs().rax == 0x11
+    os.close(file)
+
+
+def run_settled(guest: Bare) -> int:
+    """In a deterministic run it leaves with KVM_EXIT_INTR for the host to settle."""
+    while (left := guest.run()) == kvm.KVM_EXIT_INTR:
+        pass
+    return left
 
 
 def test_registers_come_back_as_they_were_set() -> None:

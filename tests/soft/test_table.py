@@ -6,7 +6,6 @@ row goes, and the rule of tests/soft/streams.py with its name.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import re
 import signal
@@ -25,7 +24,7 @@ from avmm.arch.x86_64.kvm import X86System
 from avmm.engine import EngineUnavailable
 from avmm.kvm._kvm import ffi, lib
 from tests.soft import streams
-from tests.soft.bare import Bare, ioctl, kvm, soft
+from tests.soft.bare import Bare, ioctl, kicked_by, kvm, soft
 from tests.soft.streams import AF, CF, DATA, HOLE, OF, PF, READ_ONLY, SF, WILD, ZF, Stream
 from tests.soft.twins import CODE, Result, Twin
 
@@ -377,13 +376,7 @@ def test_pit_ticks() -> None:
 
 @row("one-core")
 def test_one_core() -> None:
-    with Bare(assemble("1: jmp 1b"), cpus=2) as guest:
-        library = ctypes.CDLL(soft.__file__)
-        libc = ctypes.CDLL(None)
-        libc.signal.restype = libc.signal.argtypes = None
-        before = signal.getsignal(signal.SIGUSR2)
-        handler = ctypes.cast(library.soft_kicked, ctypes.c_void_p)
-        libc.signal(ctypes.c_int(signal.SIGUSR2), handler)
+    with Bare(assemble("1: jmp 1b"), cpus=2) as guest, kicked_by(signal.SIGUSR2):
         threads = [threading.Thread(target=guest.run, args=(cpu,)) for cpu in range(2)]
         used, begin = time.process_time(), time.monotonic()
         for thread in threads:
@@ -394,7 +387,6 @@ def test_one_core() -> None:
             while thread.is_alive():
                 signal.pthread_kill(thread.ident or 0, signal.SIGUSR2)
                 thread.join(0.01)
-        signal.signal(signal.SIGUSR2, before)
         assert used < 1.3 * passed
 
 

@@ -6,7 +6,6 @@ what it looks for.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import signal
 import struct
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.soft.bare import ALIAS, CODE, NX_ALIAS, Bare, kvm, load, soft
+from tests.soft.bare import ALIAS, CODE, NX_ALIAS, Bare, kicked_by, kvm, load, soft
 
 WHOLE_BLOCKS, PROTECTION, REFUSAL, EARLY_STOP = 1, 2, 4, 8
 KICK = signal.SIGUSR2
@@ -32,14 +31,8 @@ def _all_cures() -> Iterator[None]:
 
 @pytest.fixture
 def kicks() -> Iterator[None]:
-    """The signal's handler is the engine's own, in C."""
-    handler = ctypes.cast(ctypes.CDLL(soft.__file__).soft_kicked, ctypes.c_void_p)
-    libc = ctypes.CDLL(None)
-    libc.signal.restype = libc.signal.argtypes = None
-    before = signal.getsignal(KICK)
-    libc.signal(ctypes.c_int(KICK), handler)
-    yield
-    signal.signal(KICK, before)
+    with kicked_by(KICK):
+        yield
 
 
 def count_under_kicks(times: int) -> tuple[int, int]:

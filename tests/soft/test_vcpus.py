@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import signal
 import struct
 import threading
 
-from tests.soft.bare import ALIAS, CODE, STACK, TABLES, Bare, check, ioctl, kvm, soft
+from tests.soft.bare import ALIAS, CODE, STACK, TABLES, Bare, check, ioctl, kicked_by, kvm
 
 KICK = signal.SIGUSR2
 TIMES = 3000
@@ -17,11 +16,6 @@ TIMES = 3000
 def test_exits_and_kicks_of_several_vcpus() -> None:
     """Each vCPU sums up what it reads from a device of its own; another thread kicks them all."""
     code = b"\xb9" + struct.pack("<I", TIMES) + bytes.fromhex("31c0 0303 ffc9 75fa 66baf803 ef")
-    handler = ctypes.cast(ctypes.CDLL(soft.__file__).soft_kicked, ctypes.c_void_p)
-    before = signal.getsignal(KICK)
-    libc = ctypes.CDLL(None)
-    libc.signal.restype = libc.signal.argtypes = None
-    libc.signal(ctypes.c_int(KICK), handler)
     sums = [0] * 3
     kicked = [0] * 3
     idents: dict[int, int] = {}
@@ -51,20 +45,17 @@ def test_exits_and_kicks_of_several_vcpus() -> None:
                 signal.pthread_kill(ident, KICK)
             done.wait(0.0005)
 
-    try:
-        with Bare(code, cpus=3) as guest:
-            for cpu in range(3):
-                guest.set_regs(cpu, rbx=0xD000_0000 + 0x1000 * cpu, rip=0x10_0000, rsp=0x9000)
-            threads = [threading.Thread(target=serve, args=(guest, cpu)) for cpu in range(3)]
-            kicker = threading.Thread(target=kick)
-            for thread in (*threads, kicker):
-                thread.start()
-            for thread in threads:
-                thread.join()
-            done.set()
-            kicker.join()
-    finally:
-        signal.signal(KICK, before)
+    with Bare(code, cpus=3) as guest, kicked_by(KICK):
+        for cpu in range(3):
+            guest.set_regs(cpu, rbx=0xD000_0000 + 0x1000 * cpu, rip=0x10_0000, rsp=0x9000)
+        threads = [threading.Thread(target=serve, args=(guest, cpu)) for cpu in range(3)]
+        kicker = threading.Thread(target=kick)
+        for thread in (*threads, kicker):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        done.set()
+        kicker.join()
     assert sums == [TIMES * (TIMES + 1) // 2 * (cpu + 1) for cpu in range(3)]
     assert any(kicked)
 

@@ -3,8 +3,6 @@
 #include "inside.h"
 
 #include <stdlib.h>
-#include <x86intrin.h>
-#include <time.h>
 
 enum { M_APIC_BASE = 0x1b, M_DEADLINE = 0x6e0, M_X2APIC = 0x800, M_X2APIC_END = 0x900 };
 
@@ -51,25 +49,12 @@ void chips_unlock(struct soft_chips *c)
 
 /* ---- life ---- */
 
-static uint64_t measure_khz(void)
-{
-    struct timespec pause = { .tv_nsec = 10000000 }, a, b;
-    clock_gettime(CLOCK_MONOTONIC, &a);
-    uint64_t first = __rdtsc();
-    nanosleep(&pause, NULL);
-    clock_gettime(CLOCK_MONOTONIC, &b);
-    uint64_t ticks = __rdtsc() - first;
-    return ticks * 1000000 / ((b.tv_sec - a.tv_sec) * 1000000000LL + b.tv_nsec - a.tv_nsec);
-}
-
 struct soft_chips *soft_chips_create(const struct soft_chips_host *host)
 {
     struct soft_chips *c = calloc(1, sizeof *c);
     if (!c)
         return NULL;
     c->host = *host;
-    if (!c->host.tsc_khz)
-        c->host.tsc_khz = measure_khz();
     pthread_mutex_init(&c->lock, NULL);
     pthread_mutex_init(&c->pages, NULL);
     c->epoll = c->timer = c->stop = -1;
@@ -150,7 +135,7 @@ static int create_pit(struct soft_chips *c, const struct kvm_pit_config *config)
 
 /* ---- ioctls ---- */
 
-static int check(long capability)
+int soft_chips_check_extension(long capability)
 {
     switch (capability) {
     case KVM_CAP_IRQ_ROUTING: return ROUTES;
@@ -204,7 +189,6 @@ static int vm_ioctl(struct soft_chips *c, unsigned long request, void *argument)
     const struct kvm_msi *msi = argument;
     int taken;
     switch (request) {
-    case KVM_CHECK_EXTENSION: return check((long)argument);
     case KVM_CREATE_IRQCHIP: return create_irqchip(c);
     case KVM_CREATE_PIT2: return create_pit(c, argument);
     case KVM_GET_CLOCK: return chips_clock_get(c, argument);
@@ -364,14 +348,6 @@ int soft_chips_mmio(struct soft_chips *c, int cpu, int write, uint64_t gpa, uint
     return mine;
 }
 
-int soft_chips_mmio_is_mine(struct soft_chips *c, int cpu, uint64_t gpa)
-{
-    chips_lock(c);
-    int answer = c->irqchip && (is_lapic_page(c, cpu, gpa) || is_ioapic(c, gpa));
-    chips_unlock(c);
-    return answer;
-}
-
 /* ---- MSRs ---- */
 
 static int get_msr(struct soft_chips *c, int cpu, uint32_t index, uint64_t *value, int host)
@@ -486,14 +462,6 @@ void soft_chips_set_cr8(struct soft_chips *c, int cpu, uint8_t value)
 
 /* ---- what a vCPU has to do ---- */
 
-void soft_chips_unhalt(struct soft_chips *c, uint32_t apic_id)
-{
-    struct message m = { .dest = apic_id, .mode = REMOTE_READ, .level = 1 };
-    chips_lock(c);
-    chips_deliver(c, -1, &m);
-    chips_unlock(c);
-}
-
 uint32_t soft_chips_attention(struct soft_chips *c, int cpu)
 {
     return atomic_load(&c->cpus[cpu].attention);
@@ -569,13 +537,6 @@ void soft_chips_set_sipi_vector(struct soft_chips *c, int cpu, uint8_t vector)
 {
     chips_lock(c);
     c->cpus[cpu].lapic.sipi_vector = vector;
-    chips_unlock(c);
-}
-
-void soft_chips_reset_cpu(struct soft_chips *c, int cpu)
-{
-    chips_lock(c);
-    chips_lapic_reset(c, cpu, 0);
     chips_unlock(c);
 }
 

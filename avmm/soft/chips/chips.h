@@ -71,8 +71,10 @@ int soft_chips_has_irqchip(struct soft_chips *c);
 
 /* CREATE_IRQCHIP, CREATE_PIT2, GET/SET_IRQCHIP, GET/SET_PIT2, GET/SET_CLOCK, IRQ_LINE,
  * IRQ_LINE_STATUS, SIGNAL_MSI (the answer is KVM's: how many took it), SET_GSI_ROUTING, IRQFD,
- * REINJECT_CONTROL, and CHECK_EXTENSION (`argument` is the number) for what the chips offer. */
+ * REINJECT_CONTROL. */
 int soft_chips_vm_ioctl(struct soft_chips *c, unsigned long request, void *argument);
+/* What KVM_CHECK_EXTENSION says of the chips; -ENOTTY if the capability is none of theirs. */
+int soft_chips_check_extension(long capability);
 /* GET/SET_LAPIC, KVMCLOCK_CTRL, NMI. */
 int soft_chips_cpu_ioctl(struct soft_chips *c, int cpu, unsigned long request, void *argument);
 
@@ -85,9 +87,6 @@ int soft_chips_pio(struct soft_chips *c, int cpu, int write, uint16_t port, uint
                    uint64_t *value);
 int soft_chips_mmio(struct soft_chips *c, int cpu, int write, uint64_t gpa, uint32_t size,
                     uint64_t *value);
-/* Could an MMIO access there be answered? For a core that looks pages up. Changes with APIC_BASE.
- */
-int soft_chips_mmio_is_mine(struct soft_chips *c, int cpu, uint64_t gpa);
 
 /* IA32_APIC_BASE (0x1b), IA32_TSC_DEADLINE (0x6e0), x2APIC (0x800-0x8ff), kvmclock (0x11, 0x12,
  * 0x4b564d00, 0x4b564d01). Return 0, -ENOENT if the MSR is not the chips', or -EINVAL (#GP).
@@ -105,10 +104,6 @@ int soft_chips_set_apic_base(struct soft_chips *c, int cpu, uint64_t value);
 /* CR8 is bits 7:4 of the TPR. */
 uint8_t soft_chips_cr8(struct soft_chips *c, int cpu);
 void soft_chips_set_cr8(struct soft_chips *c, int cpu, uint8_t value);
-
-/* The core's own hypercalls: wake the halted vCPU that has this APIC id (KVM_HC_KICK_CPU). It
- * shows as SOFT_CHIPS_UNHALT until it is taken. */
-void soft_chips_unhalt(struct soft_chips *c, uint32_t apic_id);
 
 /* ---- what a vCPU has to do ---- */
 
@@ -138,8 +133,6 @@ uint32_t soft_chips_take_startup(struct soft_chips *c, int cpu, uint32_t mask, u
 /* kvm_vcpu_events.sipi_vector. */
 uint8_t soft_chips_sipi_vector(struct soft_chips *c, int cpu);
 void soft_chips_set_sipi_vector(struct soft_chips *c, int cpu, uint8_t vector);
-/* The CPU's LAPIC as at power-on. */
-void soft_chips_reset_cpu(struct soft_chips *c, int cpu);
 
 /* ---- time ---- */
 

@@ -54,6 +54,11 @@ struct lapic {
     uint8_t sipi_vector;
 };
 
+static inline uint32_t *reg(struct lapic *l, uint32_t offset)
+{
+    return &l->regs[offset / 4];
+}
+
 struct cpu {
     int exists;
     struct lapic lapic;

@@ -12,11 +12,6 @@ enum { ENABLED = 1 << 11, X2APIC = 1 << 10, BSP = 1 << 8, SOFTWARE_ON = 1 << 8,
 #define BASE_RESERVED 0xfff00000000002ffULL     /* 52 bits of address */
 #define ICR_RESERVED 0xfff32000ULL              /* of the lower half, in x2APIC mode */
 
-static uint32_t *reg(struct lapic *l, uint32_t offset)
-{
-    return &l->regs[offset / 4];
-}
-
 static int is_software_on(struct lapic *l)
 {
     return chips_lapic_is_on(l) && *reg(l, R_SPIV) & SOFTWARE_ON;

@@ -8,11 +8,6 @@
 
 #include "inside.h"
 
-static uint32_t *reg(struct lapic *l, uint32_t offset)
-{
-    return &l->regs[offset / 4];
-}
-
 static uint32_t divisor(struct lapic *l)
 {
     uint32_t v = *reg(l, R_DIVIDE);

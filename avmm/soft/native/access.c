@@ -1,16 +1,15 @@
 /* The guest's accesses to what is not memory: served here, or by an exit.
  *
- * An instruction that makes one runs in a block of its own. An exit leaves the guest in the middle of an instruction, and its C stack is lost. So the
- * instruction is begun anew at the next KVM_RUN, and the accesses that it had made already are
- * answered from the list of those. Then it comes to its next access, which exits in turn, or to its
- * end. So each access reaches its device once, in order, and between two exits all state is in
- * registers, memory and this list. Stores that the instruction makes to memory are made again with
- * the same values. */
+ * An instruction that makes one runs in a block of its own. An exit leaves the guest in the middle
+ * of an instruction, and its C stack is lost. So the instruction is begun anew at the next KVM_RUN,
+ * and the accesses that it had made already are answered from the list of those. Then it comes to
+ * its next access, which exits in turn, or to its end. So each access reaches its device once, in
+ * order, and between two exits all state is in registers, memory and this list. Stores that the
+ * instruction makes to memory are made again with the same values. */
 
 #include "engine.h"
 #include "chips_glue.h"
 
-#include <errno.h>
 #include <string.h>
 #include <unistd.h>
 

@@ -2,6 +2,7 @@
 
 #define _GNU_SOURCE
 #include "soft.h"
+#include "newer.h"
 #include "chips_glue.h"
 
 #include <errno.h>
@@ -10,22 +11,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#ifndef KVM_CAP_XSAVE2
-#define KVM_CAP_XSAVE2 208
-#endif
-#ifndef KVM_CAP_EXIT_HYPERCALL
-#define KVM_CAP_EXIT_HYPERCALL 201
-#endif
-#ifndef KVM_GET_XSAVE2
-#define KVM_GET_XSAVE2 _IOR(KVMIO, 0xcf, struct kvm_xsave)
-#endif
-#ifndef KVM_VCPU_TSC_CTRL
-#define KVM_VCPU_TSC_CTRL 0
-#define KVM_VCPU_TSC_OFFSET 0
-#endif
-
-#define EXPORT __attribute__((visibility("default")))
 
 /* ---- the table of descriptors ----
  *
@@ -69,12 +54,12 @@ static int add(enum kind kind, void *object, size_t size)
     return fd;
 }
 
-EXPORT int soft_is(int fd)
+int soft_is(int fd)
 {
     return entry_of(fd) != NULL;
 }
 
-EXPORT int soft_open(void)
+int soft_open(void)
 {
     return soft_library_ready() ? add(SYSTEM, NULL, 0) : -ENODEV;
 }
@@ -88,7 +73,6 @@ static void free_vm(struct vm *vm)
         return;
     soft_glue_free(vm);
     for (int i = 0; i < vm->vcpu_count; i++) {
-        soft_glue_vcpu_free(vm->vcpus[i]);
         munmap(vm->vcpus[i]->run, RUN_SIZE);
         free(vm->vcpus[i]->cpuid);
         free(vm->vcpus[i]);
@@ -111,7 +95,7 @@ static void let_go(struct vm *vm)
         close(vm->doorbells[i].fd);
 }
 
-EXPORT int soft_close(int fd)
+int soft_close(int fd)
 {
     struct entry *e = entry_of(fd);
     if (!e)
@@ -146,24 +130,24 @@ EXPORT int soft_close(int fd)
 
 static int check_extension(unsigned long capability)
 {
+    int answer = soft_glue_check_extension(capability);
+    if (answer != -ENOTTY)
+        return answer;
     switch (capability) {
-    case KVM_CAP_IRQCHIP: case KVM_CAP_USER_MEMORY: case KVM_CAP_SET_TSS_ADDR:
-    case KVM_CAP_EXT_CPUID: case KVM_CAP_MP_STATE: case KVM_CAP_IRQFD: case KVM_CAP_PIT2:
-    case KVM_CAP_IOEVENTFD: case KVM_CAP_SET_IDENTITY_MAP_ADDR: case KVM_CAP_ADJUST_CLOCK:
+    case KVM_CAP_USER_MEMORY: case KVM_CAP_SET_TSS_ADDR: case KVM_CAP_EXT_CPUID:
+    case KVM_CAP_MP_STATE: case KVM_CAP_IOEVENTFD: case KVM_CAP_SET_IDENTITY_MAP_ADDR:
     case KVM_CAP_VCPU_EVENTS: case KVM_CAP_DEBUGREGS: case KVM_CAP_XSAVE: case KVM_CAP_XCRS:
-    case KVM_CAP_GET_TSC_KHZ: case KVM_CAP_TSC_DEADLINE_TIMER: case KVM_CAP_SIGNAL_MSI:
-    case KVM_CAP_READONLY_MEM: case KVM_CAP_IRQFD_RESAMPLE: case KVM_CAP_IOEVENTFD_ANY_LENGTH:
+    case KVM_CAP_GET_TSC_KHZ: case KVM_CAP_READONLY_MEM: case KVM_CAP_IOEVENTFD_ANY_LENGTH:
     case KVM_CAP_CHECK_EXTENSION_VM: case KVM_CAP_IMMEDIATE_EXIT: case KVM_CAP_ENABLE_CAP_VM:
     case KVM_CAP_COALESCED_PIO: case KVM_CAP_X86_MSR_FILTER: case KVM_CAP_X86_USER_SPACE_MSR:
     case KVM_CAP_DESTROY_MEMORY_REGION_WORKS: case KVM_CAP_SYNC_MMU:
     case KVM_CAP_TSC_CONTROL: case KVM_CAP_VCPU_ATTRIBUTES:
         return 1;
-    case KVM_CAP_IRQ_ROUTING: return 4096;
     case KVM_CAP_COALESCED_MMIO: return 2;
     case KVM_CAP_NR_MEMSLOTS: return MOST_SLOTS;
     case KVM_CAP_NR_VCPUS: case KVM_CAP_MAX_VCPUS: case KVM_CAP_MAX_VCPU_ID: return MOST_VCPUS;
     case KVM_CAP_XSAVE2: return sizeof(struct kvm_xsave);
-    case KVM_CAP_EXIT_HYPERCALL: return 1 << 12;
+    case KVM_CAP_EXIT_HYPERCALL: return 1 << KVM_HC_MAP_GPA_RANGE;
     default: return 0;
     }
 }
@@ -332,7 +316,7 @@ static int enable(struct vm *vm, const struct kvm_enable_cap *e)
     switch (e->cap) {
     case KVM_CAP_X86_USER_SPACE_MSR: vm->user_msrs = e->args[0]; return 0;
     case KVM_CAP_EXIT_HYPERCALL:
-        if (e->args[0] & ~(1ULL << 12))
+        if (e->args[0] & ~(1ULL << KVM_HC_MAP_GPA_RANGE))
             return -EINVAL;
         vm->hypercall_exits = e->args[0];
         return 0;
@@ -588,7 +572,7 @@ static int vcpu_ioctl(struct vcpu *v, unsigned long request, void *argument)
     return answer;
 }
 
-EXPORT int soft_ioctl(int fd, unsigned long request, void *argument)
+int soft_ioctl(int fd, unsigned long request, void *argument)
 {
     struct entry *e = entry_of(fd);
     if (!e)
@@ -600,17 +584,11 @@ EXPORT int soft_ioctl(int fd, unsigned long request, void *argument)
     }
 }
 
-EXPORT void soft_wrote(int fd, const void *host, uint64_t length)
+void soft_wrote(int fd, const void *host, uint64_t length)
 {
     struct entry *e = entry_of(fd);
     if (e && e->kind == VM && length)
         soft_memory_wrote(e->object, host, length);
-}
-
-EXPORT uint64_t soft_function(int number)
-{
-    void *functions[] = { soft_is, soft_ioctl, soft_close, soft_kicked, soft_wrote };
-    return (uintptr_t)functions[number];
 }
 
 static struct vm *vm_of(int fd)
@@ -619,7 +597,7 @@ static struct vm *vm_of(int fd)
     return e && e->kind == VM ? e->object : NULL;
 }
 
-EXPORT int soft_seed(int fd, uint64_t seed)
+int soft_seed(int fd, uint64_t seed)
 {
     struct entry *e = entry_of(fd);
     if (!e || e->kind != SYSTEM || e->object)
@@ -632,13 +610,13 @@ EXPORT int soft_seed(int fd, uint64_t seed)
     return 0;
 }
 
-EXPORT int64_t soft_now(int fd)
+int64_t soft_now(int fd)
 {
     struct vm *vm = vm_of(fd);
     return vm ? vm->order.ns : -1;
 }
 
-EXPORT void soft_settled(int fd, int64_t host_deadline, int *idle)
+void soft_settled(int fd, int64_t host_deadline, int *idle)
 {
     struct vm *vm = vm_of(fd);
     *idle = 0;
@@ -650,14 +628,14 @@ EXPORT void soft_settled(int fd, int64_t host_deadline, int *idle)
     soft_turn_give(vm);
 }
 
-EXPORT void soft_unchanged(int fd)
+void soft_unchanged(int fd)
 {
     struct entry *e = entry_of(fd);
     if (e && e->kind == VCPU)
         ((struct vcpu *)e->object)->settles = 1;
 }
 
-EXPORT uint64_t soft_trail(int fd, uint64_t *records)
+uint64_t soft_trail(int fd, uint64_t *records)
 {
     struct vm *vm = vm_of(fd);
     if (!vm)
@@ -669,7 +647,7 @@ EXPORT uint64_t soft_trail(int fd, uint64_t *records)
     return digest;
 }
 
-EXPORT int soft_log(int fd, int log)
+int soft_log(int fd, int log)
 {
     struct vm *vm = vm_of(fd);
     if (!vm || !vm->order.on)

@@ -77,11 +77,6 @@ int soft_glue_vcpu_new(struct vcpu *v)
     return soft_chips_add_cpu(v->vm->chips, v->id);
 }
 
-void soft_glue_vcpu_free(struct vcpu *v)
-{
-    (void)v;
-}
-
 int soft_glue_access(struct vcpu *v, int port, int write, uint64_t at, uint32_t size,
                      uint64_t *value)
 {
@@ -127,12 +122,17 @@ int soft_glue_take(struct vcpu *v)
 
 int soft_glue_take_nmi(struct vcpu *v)
 {
-    return soft_glue_nmis(v) && soft_chips_take_nmi(v->vm->chips, v->id);
+    return soft_glue_has_nmi(v) && soft_chips_take_nmi(v->vm->chips, v->id);
+}
+
+int soft_glue_has_nmi(struct vcpu *v)
+{
+    return (soft_chips_attention(v->vm->chips, v->id) & SOFT_CHIPS_NMI) != 0;
 }
 
 int soft_glue_nmis(struct vcpu *v)
 {
-    return (soft_chips_attention(v->vm->chips, v->id) & SOFT_CHIPS_NMI) != 0;
+    return soft_chips_nmi_pending(v->vm->chips, v->id);
 }
 
 void soft_glue_set_nmis(struct vcpu *v, int count)
@@ -177,11 +177,6 @@ void soft_glue_startup(struct vcpu *v)
     }
 }
 
-void soft_glue_unhalt(struct vm *vm, uint32_t apic_id)
-{
-    soft_chips_unhalt(vm->chips, apic_id);
-}
-
 uint64_t soft_glue_base(struct vcpu *v)
 {
     return v->vm->has_chips ? soft_chips_apic_base(v->vm->chips, v->id) : v->apic_base;
@@ -220,6 +215,11 @@ uint32_t soft_glue_cpuid_features(void)
 void soft_glue_tsc_changed(struct vcpu *v)
 {
     soft_chips_set_tsc(v->vm->chips, v->id, v->tsc_khz, v->tsc_offset);
+}
+
+int soft_glue_check_extension(long capability)
+{
+    return soft_chips_check_extension(capability);
 }
 
 int soft_glue_vm_ioctl(struct vm *vm, unsigned long request, void *argument)

@@ -6,13 +6,8 @@
  * tests/soft/test_differential.py found them. */
 
 #include "engine.h"
-#include "chips_glue.h"
 
 #include <string.h>
-
-#define OVERRIDE __attribute__((visibility("default")))
-#define FROM ((uintptr_t)__builtin_return_address(0))
-#define REG(n) AT(env, ENV_REGS + 8 * (n), uint64_t)
 
 uint64_t helper_le_ldq_mmu_x86_64 LOAD;         /* overrides.c */
 void helper_le_stq_mmu_x86_64 STORE;
@@ -108,20 +103,12 @@ static int computes_all_flags(int condition, int kept_as)
 /* The condition of a SETcc to memory, or -1 if the instruction at RIP is none. */
 static int condition_of_setcc(struct vcpu *v)
 {
-    uint8_t byte = 0, modrm;
-    static const uint8_t prefixes[] = { 0x66, 0x67, 0xf2, 0xf3, 0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65 };
-    for (int i = 0; i < 13; i++) {
-        if (soft_code(v, i, &byte))
-            return -1;
-        int is_rex = AT(v->vm->env, ENV_HFLAGS, uint32_t) & HF_CS64 && byte >> 4 == 4;
-        if (is_rex || memchr(prefixes, byte, sizeof prefixes))
-            continue;
-        if (byte != 0x0f || soft_code(v, i + 1, &byte) || byte >> 4 != 9
-            || soft_code(v, i + 2, &modrm) || modrm >> 6 == 3)
-            return -1;
-        return (byte & 15) >> 1;
-    }
-    return -1;
+    uint8_t escape, opcode, modrm;
+    int at = soft_opcode_offset(v);
+    if (at < 0 || soft_code(v, at, &escape) || escape != 0x0f || soft_code(v, at + 1, &opcode)
+        || opcode >> 4 != 9 || soft_code(v, at + 2, &modrm) || modrm >> 6 == 3)
+        return -1;
+    return (opcode & 15) >> 1;
 }
 
 OVERRIDE void restore_state_to_opc_x86_64(void *env, void *block, uint64_t *data)

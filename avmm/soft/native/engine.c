@@ -220,7 +220,8 @@ bool soft_between_blocks(struct vcpu *v)
             return true;        /* not chained to the block before, which goes on to a whole one */
         }
         if (v->exit_reason || v->stop || atomic_load(&v->kicked) || atomic_load(&vm->preempt)
-            || soft_order_stops(v) || (atomic_load(&vm->waiting) && soft_now_ns() - vm->since > 1000000)) {
+            || soft_order_stops(v)
+            || (atomic_load(&vm->waiting) && soft_now_ns() - vm->since > SLICE_NS)) {
             AT(vm->cpu, CPU_EXIT_REQUEST, uint8_t) = 1;
             return false;
         }
@@ -330,7 +331,6 @@ static void execute(struct vcpu *v)
 
 /* ---- KVM_RUN ---- */
 
-__attribute__((visibility("default")))
 void soft_kicked(void)
 {
     struct vcpu *v = entered;
@@ -343,16 +343,11 @@ void soft_kicked(void)
     atomic_store(&v->vm->attention, 1);
 }
 
-static int wants_out(struct vcpu *v)
-{
-    return atomic_load(&v->kicked);
-}
-
 /* May a halted vCPU go on? The turn must be held. */
 static int has_work(struct vcpu *v)
 {
     void *env = env_of(v);
-    return soft_glue_nmis(v) || v->injected.interrupt.injected || v->injected.exception.injected
+    return soft_glue_has_nmi(v) || v->injected.interrupt.injected || v->injected.exception.injected
            || (AT(env, ENV_EFLAGS, uint64_t) >> 9 & 1 && soft_glue_due(v));
 }
 
@@ -385,7 +380,7 @@ static void record_exit(struct vcpu *v)
                       a ? a->at : 0, a && a->kind & 1 ? a->value : 0);
 }
 
-static int exits(struct vcpu *v)
+static void exits(struct vcpu *v)
 {
     struct kvm_run *run = v->run;
     run->exit_reason = v->exit_reason;
@@ -402,102 +397,88 @@ static int exits(struct vcpu *v)
     if (run->exit_reason != KVM_EXIT_INTR)
         record_exit(v);
     v->exit_reason = 0;
-    return 0;
 }
 
-/* Returns 0 with an exit in kvm_run, -EINTR, or -EFAULT. */
+/* A stay in the guest, and what it has led to. Returns 1 with an exit in kvm_run, 0 if the vCPU goes
+ * on, or -EFAULT. */
+static int stay(struct vcpu *v, int stop)
+{
+    v->stop = stop;                     /* only the instruction in hand */
+    execute(v);
+    if (v->exit_reason == KVM_EXIT_HLT && v->vm->has_chips) {
+        v->mp_state = KVM_MP_STATE_HALTED;
+        v->exit_reason = 0;
+    }
+    if (v->lacks_memory) {
+        v->lacks_memory = v->exit_reason = 0;
+        return -EFAULT;
+    }
+    if (!v->exit_reason)
+        return 0;
+    exits(v);
+    return 1;
+}
+
+/* These return 1 with an exit in kvm_run, -EINTR, or -EFAULT. */
 static int run(struct vcpu *v)
 {
     struct vm *vm = v->vm;
     int at_entry = v->run->immediate_exit, woken = 0;
-    if (v->pending == ACCESS_PENDING)
-        soft_access_answered(v);
     for (int first = 1;; first = 0) {
         uint32_t seen = atomic_load(&v->wake);
-        int stop = at_entry || wants_out(v);
+        int stop = at_entry || atomic_load(&v->kicked), answer = 0;
         if (stop && v->replay == NOT_REPLAYING && v->pending == NOTHING)
-            break;
+            return -EINTR;
         soft_turn_take(vm, woken);
-        woken = 0;
         if (v->pending == HYPERCALL_PENDING)
             soft_hypercall_answered(v);
-        if (stop && v->replay == NOT_REPLAYING) {
-            soft_turn_give(vm);
-            break;
-        }
-        if (v->replay == NOT_REPLAYING && !is_runnable(v, first)) {
-            soft_turn_give(vm);
-            sleep_until_woken(v, seen, NULL);
-            woken = 1;                  /* by an interrupt: somebody may wait for the answer */
-            continue;
-        }
-        v->stop = stop;                 /* only the instruction in hand */
-        execute(v);
-        if (v->exit_reason == KVM_EXIT_HLT && vm->has_chips) {
-            v->mp_state = KVM_MP_STATE_HALTED;
-            v->exit_reason = 0;
-        }
-        if (v->lacks_memory) {
-            v->lacks_memory = v->exit_reason = 0;
-            soft_turn_give(vm);
-            return -EFAULT;
-        }
-        int left = v->exit_reason != 0 ? (exits(v), 1) : 0;
+        int sleeps = v->replay == NOT_REPLAYING && !stop && !is_runnable(v, first);
+        if (stop && v->replay == NOT_REPLAYING)
+            answer = -EINTR;
+        else if (!sleeps)
+            answer = stay(v, stop);
         soft_turn_give(vm);
-        if (left)
-            return 0;
+        if (answer)
+            return answer;
+        if (sleeps)
+            sleep_until_woken(v, seen, NULL);
+        woken = sleeps;                 /* by an interrupt: somebody may wait for the answer */
     }
-    v->run->exit_reason = KVM_EXIT_INTR;
-    return -EINTR;
 }
 
-/* The same in a deterministic run (order.c). Also returns 0 with KVM_EXIT_INTR: the host is to
+/* The same in a deterministic run (order.c). The exit may also be KVM_EXIT_INTR: the host is to
  * settle. */
 static int run_in_order(struct vcpu *v)
 {
     struct vm *vm = v->vm;
     int at_entry = v->run->immediate_exit;
-    if (v->pending == ACCESS_PENDING)
-        soft_access_answered(v);
     for (int first = 1;; first = 0) {
         uint32_t seen = atomic_load(&v->wake);
-        int stop = at_entry || wants_out(v);
+        int stop = at_entry || atomic_load(&v->kicked), answer = 0;
+        enum step step = STEP_RUN;
         soft_turn_take(vm, 1);
         if (first)
             soft_order_enter(v);
         if (v->pending == HYPERCALL_PENDING)
             soft_hypercall_answered(v);
-        if (stop && v->replay == NOT_REPLAYING)
-            break;
-        enum step step = stop ? STEP_RUN : soft_order_step(v);
-        if (step == STEP_WAIT || step == STEP_WAIT_FOR_HOST) {
-            struct timespec glance = { .tv_nsec = 1000000 };
-            soft_turn_give(vm);
-            sleep_until_woken(v, seen, step == STEP_WAIT ? NULL : &glance);
-            continue;
-        }
-        if (step == STEP_RUN) {
-            v->stop = stop;             /* only the instruction in hand */
-            execute(v);
-        } else {
+        if (stop && v->replay == NOT_REPLAYING) {
+            answer = -EINTR;
+        } else if (stop || (step = soft_order_step(v)) == STEP_RUN) {
+            answer = stay(v, stop);
+        } else if (step == STEP_SETTLE) {
             v->exit_reason = KVM_EXIT_INTR;
-        }
-        if (v->exit_reason == KVM_EXIT_HLT && vm->has_chips) {
-            v->mp_state = KVM_MP_STATE_HALTED;
-            v->exit_reason = 0;
-        }
-        if (v->exit_reason) {
             exits(v);
-            soft_order_leave(v);
-            soft_turn_give(vm);
-            return 0;
+            answer = 1;
         }
+        if (answer)
+            soft_order_leave(v);
         soft_turn_give(vm);
+        if (answer)
+            return answer;
+        struct timespec glance = { .tv_nsec = SLICE_NS };
+        if (step != STEP_RUN)
+            sleep_until_woken(v, seen, step == STEP_WAIT ? NULL : &glance);
     }
-    soft_order_leave(v);
-    soft_turn_give(vm);
-    v->run->exit_reason = KVM_EXIT_INTR;
-    return -EINTR;
 }
 
 int soft_vcpu_run(struct vcpu *v)
@@ -509,18 +490,22 @@ int soft_vcpu_run(struct vcpu *v)
         kicked_outside = 0;
         atomic_store(&v->kicked, !(soft_without & WITHOUT_EARLY_STOP));
     }
+    if (v->pending == ACCESS_PENDING)
+        soft_access_answered(v);
     int answer = v->vm->order.on ? run_in_order(v) : run(v);
-    if (answer)
+    if (answer == -EINTR)
+        v->run->exit_reason = KVM_EXIT_INTR;
+    if (answer < 0)
         atomic_store(&v->kicked, 0);
     entered = NULL;
-    return answer;
+    return answer < 0 ? answer : 0;
 }
 
 /* ---- the self-check ---- */
 
 static int resumed;
 
-__attribute__((visibility("default"))) void resume_all_vcpus_x86_64(void *uc)
+OVERRIDE void resume_all_vcpus_x86_64(void *uc)
 {
     if (resumed == -1)
         resumed = AT(uc, UC_NESTED, int);
@@ -528,21 +513,16 @@ __attribute__((visibility("default"))) void resume_all_vcpus_x86_64(void *uc)
         lib.resume_all(uc);
 }
 
-const char *soft_engine_verify(void *uc)
+static const char *differs(struct vm *vm)
 {
-    struct vm vm = { .uc = uc };
-    const char *wrong = open_engine(&vm);
-    if (wrong)
-        return wrong;
+    void *uc = vm->uc, *env = vm->env;
     uint64_t value = 0x1122334455667788, rip = 0x1000;
-    static const int ids[] = { 35, 38, 37, 40 };        /* RAX, RCX, RBX... by the API's numbers */
-    (void)ids;
-    if (lib.uc_reg_write(uc, UC_REG_RIP, &value) || AT(vm.env, ENV_EIP, uint64_t) != value)
+    if (lib.uc_reg_write(uc, UC_REG_RIP, &value) || AT(env, ENV_EIP, uint64_t) != value)
         return "RIP lies elsewhere";
-    AT(vm.env, ENV_MXCSR, uint32_t) = 0x9fc0;   /* FTZ, DAZ */
-    lib.update_mxcsr_status(vm.env);
-    if (AT(vm.env, ENV_SSE_STATUS + STATUS_DAZ, uint8_t) != 1
-        || AT(vm.env, ENV_FP_STATUS + STATUS_FTZ, uint8_t) != 1)
+    AT(env, ENV_MXCSR, uint32_t) = 0x9fc0;      /* FTZ, DAZ */
+    lib.update_mxcsr_status(env);
+    if (AT(env, ENV_SSE_STATUS + STATUS_DAZ, uint8_t) != 1
+        || AT(env, ENV_FP_STATUS + STATUS_FTZ, uint8_t) != 1)
         return "its status of floating point lies elsewhere";
     resumed = -1;
     lib.uc_emu_start(uc, rip, 0, 0, 0);
@@ -552,7 +532,16 @@ const char *soft_engine_verify(void *uc)
         return "its calls are not bound to the engine's definitions";
     if (nested != 1 || AT(uc, UC_NESTED, int) != 0)
         return "its nesting level lies elsewhere";
+    return NULL;
+}
+
+const char *soft_engine_verify(void *uc)
+{
+    struct vm vm = { .uc = uc };
+    const char *wrong = open_engine(&vm);
+    if (!wrong)
+        wrong = differs(&vm);
     free(vm.mapping_ram);
     free(vm.mapping_rom);
-    return NULL;
+    return wrong;
 }

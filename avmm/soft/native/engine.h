@@ -149,6 +149,7 @@ void soft_catch_faults(void);
 extern __thread sigjmp_buf *soft_guard;
 
 /* turn.c */
+enum { SLICE_NS = 1000000 };
 void soft_turn_take(struct vm *vm, int at_once);
 void soft_turn_give(struct vm *vm);
 int soft_turn_is_ours(struct vm *vm);
@@ -190,6 +191,10 @@ void soft_update_hflags(void *env);
 /* overrides.c, corrections.c */
 void update_mxcsr_status_x86_64(void *env);
 int soft_is_dummy_of_ins(struct vcpu *v, uint64_t value, uintptr_t from);
+
+/* code.c */
+int soft_code(struct vcpu *v, int offset, uint8_t *byte);
+int soft_opcode_offset(struct vcpu *v);
 
 /* msr.c, cpuid.c */
 int soft_msr_get(struct vcpu *v, uint32_t index, uint64_t *value, int host);

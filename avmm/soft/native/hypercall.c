@@ -2,28 +2,11 @@
 
 #include "engine.h"
 #include "chips_glue.h"
+#include "newer.h"
 
 #include <errno.h>
-#include <linux/kvm_para.h>
 
-enum { MAP_GPA_RANGE = 12, LENGTH = 3 };
-
-/* The code byte at RIP + `offset`. Nonzero if it is not in memory. */
-int soft_code(struct vcpu *v, int offset, uint8_t *byte)
-{
-    void *env = v->vm->env;
-    uint64_t at = AT(env, ENV_EIP, uint64_t) + offset;
-    uint32_t attrs = 0;
-    if (!(AT(env, ENV_HFLAGS, uint32_t) & HF_CS64))
-        at = (uint32_t)(at + AT(env, ENV_SEGS + SEG_SIZE + SEG_BASE, uint64_t));
-    uint64_t physical = lib.debug_physical(v->vm->cpu, at, &attrs);
-    struct slot *s = physical == ~0ULL ? NULL : soft_slot_at(v->vm, physical);
-    if (!s)
-        return -1;
-    /* The page's address is what is told. */
-    *byte = s->host[(physical & ~(uint64_t)(PAGE - 1)) - s->gpa + at % PAGE];
-    return 0;
-}
+enum { LENGTH = 3 };
 
 static int is_call(struct vcpu *v)
 {
@@ -54,7 +37,7 @@ int soft_hypercall(struct vcpu *v)
         finish(v, -KVM_EPERM);
     } else if (number == KVM_HC_VAPIC_POLL_IRQ) {
         finish(v, 0);
-    } else if (number == MAP_GPA_RANGE && v->vm->hypercall_exits >> MAP_GPA_RANGE & 1) {
+    } else if (number == KVM_HC_MAP_GPA_RANGE && v->vm->hypercall_exits >> KVM_HC_MAP_GPA_RANGE & 1) {
         struct kvm_run *run = v->run;
         run->flags = 0;
         run->hypercall.nr = number;

@@ -9,7 +9,6 @@
 #include <link.h>
 #include <pthread.h>
 #include <stdio.h>
-#include <string.h>
 
 struct library lib;
 
@@ -64,7 +63,6 @@ static int verify(char *why, size_t size)
     return 0;
 }
 
-__attribute__((visibility("default")))
 int soft_load(const char *library, char *why, size_t size)
 {
     int answer = 0;

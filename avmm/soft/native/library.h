@@ -24,9 +24,9 @@ enum {
     ENV_SYSENTER_CS = 4800, ENV_SYSENTER_ESP = 4808,
     ENV_SYSENTER_EIP = 4816, ENV_STAR = 4824, ENV_LSTAR = 4840, ENV_CSTAR = 4848,
     ENV_FMASK = 4856, ENV_KERNELGS = 4864, ENV_TSC_AUX = 4896, ENV_XCR0 = 4904, ENV_PAT = 5280,
-    ENV_ERROR_CODE = 5384, ENV_IS_INT = 5388, ENV_NEXT_EIP = 5392, ENV_DR = 5400,
-    ENV_OLD_EXCEPTION = 5496, ENV_STATE = 5568, ENV_CPUID_VENDOR = 5616, ENV_CPUID_LEVEL = 5604,
-    ENV_CPUID_XLEVEL = 5608, ENV_FEATURES = 5632, ENV_UC = 7000,
+    ENV_ERROR_CODE = 5384, ENV_IS_INT = 5388, ENV_DR = 5400,
+    ENV_OLD_EXCEPTION = 5496, ENV_STATE = 5568, ENV_CPUID_VENDOR = 5616,
+    ENV_FEATURES = 5632, ENV_UC = 7000,
     SEG_SELECTOR = 0, SEG_BASE = 8, SEG_LIMIT = 16, SEG_FLAGS = 20, SEG_SIZE = 24,
     XMM_SIZE = 64, FPREG_SIZE = 16, STATUS_FTZ = 4, STATUS_DAZ = 5,
 };
@@ -36,10 +36,10 @@ enum {
     CPU_INTERRUPT_REQUEST = 28, CPU_MEM_IO_PC = 33144, CPU_HALTED = 33176,
     CPU_EXCEPTION_INDEX = 33184, CPU_TCG_EXIT = 33208, CPU_ENV_PTR = 296, CPU_ENV = 35408,
     UC_CPU = 440, UC_MEMORY_MAPPING = 288, UC_SIZE_RECUR = 1384, UC_STOP_REQUEST = 1389,
-    UC_QUIT_REQUEST = 1390, UC_INVALID_ADDR = 1416, UC_INVALID_ERROR = 1424, UC_NESTED = 14840,
-    REGION_PRIORITY = 92, REGION_PERMS = 136, REGION_SIZE = 160,
+    UC_QUIT_REQUEST = 1390, UC_INVALID_ERROR = 1424, UC_NESTED = 14840,
+    REGION_PERMS = 136, REGION_SIZE = 160,
 };
-enum { EXCP_INTERRUPT = 0x10000, EXCP_HLT = 0x10001, INTERRUPT_HARD = 2, CC_OP_EFLAGS = 1,
+enum { EXCP_INTERRUPT = 0x10000, INTERRUPT_HARD = 2, CC_OP_EFLAGS = 1,
        CC_ALL = 0x8d5, CC_Z = 0x40, MXCSR_DAZ = 0x40 };
 enum { FEATURE_1_EDX = 0, FEATURE_1_ECX = 1, FEATURE_7_EBX = 2, FEATURE_7_ECX = 3,
        FEATURE_7_EDX = 4, FEATURE_81_EDX = 6, FEATURE_81_ECX = 7, FEATURE_XSAVE = 19 };
@@ -48,6 +48,12 @@ enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
        HF_OSFXSR = 1 << 22, HF_SMAP = 1 << 23, HF2_GIF = 1, HF2_NMI = 4 };
 
 #define AT(base, offset, type) (*(type *)((char *)(base) + (offset)))
+#define REG(n) AT(env, ENV_REGS + 8 * (n), uint64_t)
+
+/* Of a definition that replaces the library's: it must be visible to the library, and this is its
+ * return address into the translated block. */
+#define OVERRIDE __attribute__((visibility("default")))
+#define FROM ((uintptr_t)__builtin_return_address(0))
 
 /* What is called in the library. X(result, name, symbol, arguments). */
 #define LIBRARY_CALLS(X) \
@@ -128,7 +134,6 @@ enum { HF_CPL = 3, HF_INHIBIT_IRQ = 1 << 3, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5,
     X(void, tlb_flush_page_modes, "tlb_flush_page_by_mmuidx_x86_64", \
       (void *cpu, uint64_t at, uint16_t modes)) \
     X(uint64_t, rdrand, "helper_rdrand_x86_64", (void *env)) \
-    X(void, in_helper, "helper_inb_x86_64", (void)) \
     X(void, cmpxchg8b, "helper_cmpxchg8b_unlocked_x86_64", (void *env, uint64_t at)) \
     X(void, cmpxchg16b, "helper_cmpxchg16b_unlocked_x86_64", (void *env, uint64_t at)) \
     X(void, phaddw_mmx, "helper_phaddw_mmx_x86_64", TWO) \

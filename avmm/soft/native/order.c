@@ -22,10 +22,9 @@
 
 #include "engine.h"
 #include "chips_glue.h"
+#include "soft.h"
 
 #include <errno.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/time.h>
 #include <unistd.h>
 
@@ -47,6 +46,11 @@ uint64_t soft_order_entropy(struct vm *vm)
 }
 
 /* ---- the clocks ---- */
+
+int64_t soft_epoch(void)
+{
+    return EPOCH_NS;
+}
 
 int64_t soft_order_wall(void *owner)
 {

@@ -11,10 +11,6 @@
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-
-#define OVERRIDE __attribute__((visibility("default")))
-#define FROM ((uintptr_t)__builtin_return_address(0))
 
 /* Is this engine the one that this thread runs? */
 static struct vcpu *mine(void *uc)
@@ -26,7 +22,7 @@ static struct vcpu *mine(void *uc)
 /* For the tests of the cures: each bit takes one away, and its test must fail then. */
 unsigned soft_without;
 
-OVERRIDE void soft_take_away(unsigned cures)
+void soft_take_away(unsigned cures)
 {
     soft_without = cures;
 }
@@ -228,16 +224,9 @@ int soft_is_dummy_of_ins(struct vcpu *v, uint64_t value, uintptr_t from)
             return 0;
     if (from)
         lib.cpu_restore_state(v->vm->cpu, from, false);
-    uint8_t byte = 0;
-    static const uint8_t prefixes[] = { 0x66, 0x67, 0xf2, 0xf3, 0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65 };
-    for (int i = 0; i < 15; i++) {
-        if (soft_code(v, i, &byte))
-            return 0;
-        int is_rex = AT(v->vm->env, ENV_HFLAGS, uint32_t) & HF_CS64 && byte >> 4 == 4;
-        if (!is_rex && !memchr(prefixes, byte, sizeof prefixes))
-            return byte == 0x6c || byte == 0x6d;
-    }
-    return 0;
+    uint8_t opcode = 0;
+    int at = soft_opcode_offset(v);
+    return at >= 0 && !soft_code(v, at, &opcode) && (opcode == 0x6c || opcode == 0x6d);
 }
 
 OVERRIDE int memory_region_dispatch_write_x86_64(void *uc, void *region, uint64_t at,
@@ -409,8 +398,6 @@ OVERRIDE void helper_outl_x86_64(void *env, uint32_t port, uint32_t value)
 }
 
 /* ---- instructions that the library leaves to its user ---- */
-
-#define REG(n) AT(env, ENV_REGS + 8 * (n), uint64_t)
 
 OVERRIDE void helper_cpuid_x86_64(void *env)
 {

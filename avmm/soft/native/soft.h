@@ -35,12 +35,11 @@ void soft_kicked(void);
  * it does not wait. */
 void soft_wrote(int vm, const void *host, uint64_t length);
 
-/* The addresses of soft_is, soft_ioctl, soft_close, soft_kicked and soft_wrote, by number from 0. */
-uint64_t soft_function(int number);
 /* Make the runs of this system's VMs deterministic (order.c). 0 or -errno. */
 int soft_seed(int system, uint64_t seed);
-/* Such a guest's time in nanoseconds. */
+/* Such a guest's time in nanoseconds, and its wall clock when that is 0, in ns since 1970. */
 int64_t soft_now(int vm);
+int64_t soft_epoch(void);
 /* The host has settled, and wants to be asked again at `host_deadline` (INT64_MAX: never). `idle`:
  * does the guest wait for the host alone? */
 void soft_settled(int vm, int64_t host_deadline, int *idle);

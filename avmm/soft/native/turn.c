@@ -5,10 +5,7 @@
 
 #include "engine.h"
 
-#include <errno.h>
 #include <time.h>
-
-enum { SLICE_NS = 1000000 };
 
 int64_t soft_now_ns(void)
 {

@@ -147,6 +147,18 @@ async def test_what_a_busy_vcpu_has_survives(tmp_path: Path) -> None:
     assert 0 <= kvm["clock"] - 10**15 < 60 * 10**9
 
 
+NMI_PENDING, NMI_MASKED, PENDING_IS_VALID = 13, 14, 1
+
+
+def test_two_nmis_that_wait_are_two(system: X86System) -> None:
+    with fresh(system) as vcpu:
+        state = cpu_state.save_vcpu(system, vcpu)
+        events = bytearray(state["events"])
+        events[NMI_PENDING], events[NMI_MASKED], events[16] = 2, 0, PENDING_IS_VALID
+        cpu_state.load_vcpu(system, vcpu, state | {"events": bytes(events)})
+        assert cpu_state.save_vcpu(system, vcpu)["events"][NMI_PENDING] == 2
+
+
 async def test_a_deadline_that_has_just_fired_is_saved_as_now(tmp_path: Path) -> None:
     """It reads 0 then; written as that, it would take the interrupt back."""
     async with machine(tmp_path, "1: pause; jmp 1b") as vm, vm.paused():
