@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from support.commands import AVMM
 from support.required import not_here
 
 import avmm
 from avmm import arch, engine, soft
+from avmm.cli import doctor
 from avmm.errors import EngineUnavailable
 from avmm.kvm import system as kvm_system
 
@@ -249,6 +251,18 @@ def test_doctor_works_without_kvm() -> None:
     done = without_kvm("doctor")
     assert done.returncode == 0
     assert "engine auto    takes the software engine\n" in done.stdout
+
+
+def test_doctor_says_what_auto_takes(
+    real_kvm: None, interpreting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor.examine().auto == {"guest": engine.KVM, "kernel": engine.SOFT}
+    monkeypatch.setenv(engine.VARIABLE, engine.SOFT)
+    report = doctor.examine()
+    assert report.auto == {"guest": engine.SOFT, "kernel": engine.SOFT}
+    assert report.kvm.guest_ran  # it still looks at both
+    told = CliRunner().invoke(doctor.command).output
+    assert "engine auto    takes the software engine, as AVMM_ENGINE says\n" in told
 
 
 def test_kvm_that_is_asked_for_and_missing_is_an_error() -> None:

@@ -54,7 +54,7 @@ class EngineReport:
     guest_ran: bool = False
     ring0_mips: float | None = None
     runs_kernels: bool | None = None
-    """Can it run an operating system's kernel? None: it was not tried."""
+    """Can it run a Linux kernel? None: it was not tried."""
     problem: str = ""
 
 
@@ -69,8 +69,7 @@ class HostReport:
     capabilities: dict[str, int] = field(default_factory=dict)
     """KVM's."""
     auto: dict[str, str] = field(default_factory=dict)
-    """The engine that the setting `auto` takes for a "guest", and for an operating system's
-    "kernel"."""
+    """The engine that the setting `auto` takes for a "guest", and for a Linux "kernel"."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -123,9 +122,10 @@ def examine() -> HostReport:
             "this KVM interprets ring-0 code: 64-bit ring-3 code runs at full speed, but "
             "kernels are slow, and a stock kernel may use instructions that this KVM refuses"
         )
-    guest = engine.KVM if kvm.guest_ran else engine.SOFT
-    kernel = engine.SOFT if soft.guest_ran and not kvm.runs_kernels else guest
-    report.auto = {"guest": guest, "kernel": kernel}
+    report.auto = {
+        "guest": _automatic(kind, is_kernel=False),
+        "kernel": _automatic(kind, is_kernel=True),
+    }
     if soft.guest_ran:
         report.notes.append("the software engine is no security boundary as KVM is")
     return report
@@ -154,6 +154,14 @@ def _examine(
         trio.run(_try_guest, report, choice)
     except (AvmmError, OSError) as error:
         report.problem = f"a guest cannot run here: {error}"
+
+
+def _automatic(kind: AnyArchitecture, *, is_kernel: bool) -> str:
+    if (choice := engine.by_environment()) != engine.AUTO:
+        return choice
+    system = engine.automatic(kind, is_kernel=is_kernel).system
+    system.close()
+    return system.engine
 
 
 async def _try_guest(report: EngineReport, choice: str) -> None:
@@ -229,8 +237,9 @@ def _print(report: HostReport) -> None:
     if report.auto:
         told = {engine.KVM: "KVM", engine.SOFT: "the software engine"}
         guest, kernel = (told[report.auto[what]] for what in ("guest", "kernel"))
-        kernels = "" if kernel == guest else f"; for operating systems' kernels, {kernel}"
-        click.echo(f"engine auto    takes {guest}{kernels}")
+        kernels = "" if kernel == guest else f"; for Linux kernels, {kernel}"
+        because = "" if engine.by_environment() == engine.AUTO else f", as {engine.VARIABLE} says"
+        click.echo(f"engine auto    takes {guest}{kernels}{because}")
     for note in report.notes:
         click.echo(f"note           {note}")
     for problem in report.problems:
