@@ -539,7 +539,7 @@ class Maker:
         self.needs(CONDITIONS[which >> 1])
         form = self.rng.randrange(3)
         if form == 0:
-            rm = self.rm(1)
+            rm = self.rm(1, write=True, only=True)
             self.s.put(bytes([0x0F, 0x90 | which]), 0, rm, byte_regs=self._bytes(1, rm))
         elif form == 1:
             size = self.wide()
