@@ -93,7 +93,7 @@ def test_nothing_that_fails_keeps_anything_else_from_its_turn(
     assert said in done.stderr
     assert (said != "") == ("===" in done.stderr.replace("=== NO /dev/kvm", ""))
     run = (tmp_path / "notes").read_text().splitlines()
-    assert {"pytest ", "pytest -m slow -n 0"} <= set(run)
+    assert {"pytest ", "pytest -m slow and not exhaustive -n 0"} <= set(run)
     assert any(line.startswith("pytest tests/vcpu tests/guests ") for line in run)
     left_out = {f"pytest --lab {kind}" for kind in lacking.split()}
     expected = [line for line in LAB if not line.startswith(tuple(left_out))]
@@ -114,7 +114,7 @@ def ended(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def test_all_of_it_ends_with_the_script(tmp_path: Path) -> None:
-    slow_tests = "-m slow -n 0"
+    slow_tests = "-m slow and not exhaustive -n 0"
     for name in (slow_tests, "--lab stock"):
         os.mkfifo(tmp_path / name)
     script, environment = prepare(tmp_path, USER_ID="1", LACKING="", FAILING="none", STAYS="yes")

@@ -67,7 +67,9 @@ def test_a_guest_moved_at_an_exit_is_as_if_it_had_not_been(
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("cpus", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "cpus", [1, 2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (3, 4))]
+)
 def test_at_every_single_exit(cpus: int) -> None:
     done = torture("--cpus", str(cpus), timeout=2390)
     assert done.returncode == 0, done.stderr[-2000:]
