@@ -14,6 +14,12 @@ task beside it. What happens to an exit:
         (this vCPU waits, no other)                 it has written the answer
         back to KVM_RUN            <-------------   the turn goes back
 
+An exit for a handler that is a coroutine function needs the task in any case. So the thread gives
+the turn to the task at once, without asking for the GIL (kvm/claims.h), and the task calls the
+handler. All other exits need the GIL, for which one thread of the process asks at a time
+(kvm/gate.h): with several guests in one program, the threads would otherwise spend their time on
+going to sleep and waking each other.
+
 **Who may touch what.** A vCPU's `kvm_run`, registers and pending exit belong to whoever has
 the turn (kvm/bridge.h). There is no lock, because nothing is shared. A device's state belongs
 to whoever holds the device's own lock, which is held only while one handler call runs. So a
@@ -63,12 +69,14 @@ from avmm.errors import VcpuError
 from avmm.failures import Failures, raise_together
 from avmm.kvm import KvmError, constants
 from avmm.kvm.bridge import Bridge
+from avmm.kvm.parking import SERVED
 from avmm.sides import anywhere, in_trio, in_vcpu_thread
 from avmm.vcpu.completion import CompletionPolicy, drain, is_output
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
+    from avmm.kvm.claims import Claims
     from avmm.kvm.parking import ParkingLot, Spot
     from avmm.kvm.vcpu import Vcpu
     from avmm.lockstep import Lockstep
@@ -86,7 +94,8 @@ class VcpuState(Enum):
     RUNNING = "is in the guest, or its thread serves an exit"
     DRAINING = "lets the kernel finish what the last exit left pending"
     PARKED = "stands in the lot, drained by Python"
-    SERVED = "waits for its task, which has the turn"
+    SERVED = "waits for its task, which awaits the answer that the thread was given"
+    HANDED = "waits for its task, which serves the exit itself"
     ABANDONED = "waits, and its exit will not be answered"
     FAILED = "has ended in the middle of an exit: its state must not be read"
     ENDED = "has ended in good order, or never had a thread"
@@ -103,6 +112,7 @@ _RUNNING: Final = VcpuState.RUNNING
 _DRAINING: Final = VcpuState.DRAINING
 _PARKED: Final = VcpuState.PARKED
 _SERVED: Final = VcpuState.SERVED
+_HANDED: Final = VcpuState.HANDED
 _ABANDONED: Final = VcpuState.ABANDONED
 _FAILED: Final = VcpuState.FAILED
 _ENDED: Final = VcpuState.ENDED
@@ -115,6 +125,7 @@ TRANSITIONS: Final[Mapping[VcpuState, Mapping[VcpuState, Writer]]] = {
     },
     _RUNNING: {
         _SERVED: Writer.THREAD,
+        _HANDED: Writer.TASK,
         _DRAINING: Writer.THREAD,
         _FAILED: Writer.THREAD,
         _ENDED: Writer.THREAD,  # it was stopped while it was parked in C
@@ -134,8 +145,13 @@ TRANSITIONS: Final[Mapping[VcpuState, Mapping[VcpuState, Writer]]] = {
         _DRAINING: Writer.THREAD,
         _ABANDONED: Writer.TASK,
     },
+    _HANDED: {
+        _RUNNING: Writer.TASK,
+        _ABANDONED: Writer.TASK,
+    },
     _ABANDONED: {
         _SERVED: Writer.TASK,  # it was answered although it was cancelled
+        _HANDED: Writer.TASK,
         _FAILED: Writer.THREAD,
     },
     _FAILED: {},
@@ -166,7 +182,9 @@ class VcpuLoop:
         policy: CompletionPolicy,
         spot: Spot,
         lockstep: Lockstep | None = None,
+        claims: Claims | None = None,
     ) -> None:
+        """`claims` says which exits the thread hands over without serving them; None: no exit."""
         self.index = vcpu.index
         self._vcpu = vcpu
         self._exits = exits
@@ -185,6 +203,8 @@ class VcpuLoop:
         """The task in which `run` runs."""
         self._errors: list[BaseException] = []
         """The error with which the thread has ended: at most one."""
+        if claims is not None:
+            spot.hand_over_to(self._bridge, claims)
 
     def close(self) -> None:
         """Release what it holds. Call it while the vCPU does not run. Idempotent."""
@@ -215,7 +235,7 @@ class VcpuLoop:
     @property
     def is_being_served(self) -> bool:
         """Is its task serving its exit now, while its thread waits?"""
-        return self._state is _SERVED
+        return self._state in (_SERVED, _HANDED)
 
     @in_trio
     def waits_for(self, seconds: float) -> str:
@@ -270,7 +290,11 @@ class VcpuLoop:
         lockstep = self._lockstep
         while True:
             status = run()
-            if status >= 0:
+            if status == SERVED:
+                if self._state is _ABANDONED:
+                    raise _AbandonedError
+                status = page.exit_reason
+            elif status >= 0:
                 pending = serve(status)
                 if pending is not None:
                     self._hand_over(pending)
@@ -372,6 +396,8 @@ class VcpuLoop:
                 continue
             # If it fails, `_wind_up` finds the exit without an answer.
             await interruptible(work)
+            if self._state is _HANDED:
+                self._state = _RUNNING
             mine = self._bridge.answer_and_poll(True)
             if (now := time.perf_counter()) - yielded > _YIELD_SECONDS:
                 await trio.lowlevel.checkpoint()
@@ -399,6 +425,10 @@ class VcpuLoop:
             finally:
                 mine = self._bridge.woken()
             mine = mine or self._bridge.poll(True)
+        if self._bridge.is_handed:
+            self._handed_over = time.monotonic()
+            self._state = _HANDED
+            return self._exits.serve(self._vcpu.page.exit_reason) or _done()
         work, self._work = self._work, None
         return work
 
@@ -417,9 +447,16 @@ class VcpuLoop:
             failures.append(error)
         with trio.CancelScope(shield=True):
             while self._state not in _LEFT:
-                work = await self._next(self._bridge.poll(False))
-                if self._state is _SERVED:
+                work = None
+                try:
+                    if self._state is not _HANDED:  # else it was taken before and has failed
+                        work = await self._next(self._bridge.poll(False))
+                except Exception as error:
+                    failures.append(error)
+                if self._state in (_SERVED, _HANDED):
                     await self._abandon(work, failures)
+                if self._state is _HANDED:
+                    self._state = _RUNNING
                 self._bridge.answer()
         if thread.ident is not None:
             thread.join()
@@ -432,14 +469,14 @@ class VcpuLoop:
         """Begin `work` and cancel it, as trio does with tasks that are started in a cancelled
         nursery. If it is None, it was taken before and has failed. The exit counts as never
         answered, unless `work` finishes although it was cancelled."""
-        self._state = _ABANDONED
+        before, self._state = self._state, _ABANDONED
         if work is None:
             return
         try:
             with trio.CancelScope() as scope:
                 scope.cancel()
                 await work
-                self._state = _SERVED
+                self._state = before
         except BaseException as error:
             self._annotate(error)
             failures.append(error)
@@ -447,6 +484,10 @@ class VcpuLoop:
     def _annotate(self, error: BaseException) -> None:
         if isinstance(error, Exception) and not isinstance(error, VcpuError):
             error.add_note(f"vCPU {self.index} was serving {self._exits.report()}")
+
+
+async def _done() -> None:
+    """What is awaited of an exit that was answered at once."""
 
 
 class VcpuGroup:

@@ -16,9 +16,11 @@ from collections import deque
 from collections.abc import Awaitable, Coroutine, Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Final
 
 from avmm.errors import ConfigError, DeviceError, VcpuError
+from avmm.kvm.claims import Claim
 
 if TYPE_CHECKING:
     from avmm.devices.base import Device, ReadAnswer, WriteAnswer
@@ -281,6 +283,18 @@ class Bus:
             if claimed and there.posted is not None:
                 piece = value >> 8 * (part - address) & MASKS[length]
                 there.posted.post(part - there.shift, length, piece)
+
+    def claims(self) -> list[Claim]:
+        """All devices' claims, for the vCPUs' threads."""
+        return [
+            Claim(
+                each.base,
+                each.end,
+                iscoroutinefunction(each.read),
+                iscoroutinefunction(each.write),
+            )
+            for each in self._ranges
+        ]
 
     def owner(self, address: int, size: int = 1) -> str:
         """The names of the devices that answer these `size` bytes, for messages."""

@@ -482,15 +482,50 @@ class KvmRunInit(TypedDict, total=False):
 
 class AvmmBridge(CData):
     bell: int
+    handed: int
 
 class AvmmBridgePointer(AvmmBridge, Pointer[AvmmBridge]): ...
+class AvmmBridgeArray(Array[AvmmBridge, AvmmBridgePointer]): ...
 
 class AvmmBridgeInit(TypedDict, total=False):
     bell: int
+    handed: int
+
+class AvmmClaim(CData):
+    first: int
+    end: int
+    reads: int
+    writes: int
+
+class AvmmClaimPointer(AvmmClaim, Pointer[AvmmClaim]): ...
+class AvmmClaimArray(Array[AvmmClaim, AvmmClaimPointer]): ...
+
+class AvmmClaimInit(TypedDict, total=False):
+    first: int
+    end: int
+    reads: int
+    writes: int
+
+class AvmmClaims(CData):
+    pio_count: int
+    mmio_count: int
+    pio: AvmmClaimPointer
+    mmio: AvmmClaimPointer
+
+class AvmmClaimsPointer(AvmmClaims, Pointer[AvmmClaims]): ...
+class AvmmClaimsArray(Array[AvmmClaims, AvmmClaimsPointer]): ...
+
+class AvmmClaimsInit(TypedDict, total=False):
+    pio_count: int
+    mmio_count: int
+    pio: AvmmClaimPointer | AvmmClaimArray
+    mmio: AvmmClaimPointer | AvmmClaimArray
 
 class AvmmSpot(CData):
     run: KvmRunPointer
     fd: int
+    bridge: AvmmBridgePointer
+    claims: AvmmClaimsPointer
 
 class AvmmSpotPointer(AvmmSpot, Pointer[AvmmSpot]): ...
 class AvmmSpotArray(Array[AvmmSpot, AvmmSpotPointer]): ...
@@ -498,6 +533,8 @@ class AvmmSpotArray(Array[AvmmSpot, AvmmSpotPointer]): ...
 class AvmmSpotInit(TypedDict, total=False):
     run: KvmRunPointer | KvmRunArray
     fd: int
+    bridge: AvmmBridgePointer | AvmmBridgeArray
+    claims: AvmmClaimsPointer | AvmmClaimsArray
 
 class AvmmLot(CData):
     bell: int
@@ -877,6 +914,8 @@ _TypeName: TypeAlias = Literal[
     "struct kvm_xen_exit",
     "struct kvm_run",
     "struct avmm_bridge",
+    "struct avmm_claim",
+    "struct avmm_claims",
     "struct avmm_spot",
     "struct avmm_lot",
     "struct kvm_regs",
@@ -1262,6 +1301,14 @@ class FFI:
     ) -> AvmmBridgePointer: ...
     @overload
     def new(
+        self, c_type: Literal["struct avmm_claim *"], init: AvmmClaimInit = ..., /
+    ) -> AvmmClaimPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct avmm_claims *"], init: AvmmClaimsInit = ..., /
+    ) -> AvmmClaimsPointer: ...
+    @overload
+    def new(
         self, c_type: Literal["struct avmm_spot *"], init: AvmmSpotInit = ..., /
     ) -> AvmmSpotPointer: ...
     @overload
@@ -1382,6 +1429,18 @@ class FFI:
     def new(
         self, c_type: Literal["struct kvm_run[]"], init: int | Sequence[KvmRunInit], /
     ) -> KvmRunArray: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct avmm_bridge[]"], init: int | Sequence[AvmmBridgeInit], /
+    ) -> AvmmBridgeArray: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct avmm_claim[]"], init: int | Sequence[AvmmClaimInit], /
+    ) -> AvmmClaimArray: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct avmm_claims[]"], init: int | Sequence[AvmmClaimsInit], /
+    ) -> AvmmClaimsArray: ...
     @overload
     def new(
         self, c_type: Literal["struct avmm_spot[]"], init: int | Sequence[AvmmSpotInit], /
@@ -1586,6 +1645,14 @@ class FFI:
     ) -> AvmmBridgePointer: ...
     @overload
     def cast(
+        self, c_type: Literal["struct avmm_claim *"], value: Address | int, /
+    ) -> AvmmClaimPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct avmm_claims *"], value: Address | int, /
+    ) -> AvmmClaimsPointer: ...
+    @overload
+    def cast(
         self, c_type: Literal["struct avmm_spot *"], value: Address | int, /
     ) -> AvmmSpotPointer: ...
     @overload
@@ -1732,6 +1799,26 @@ class FFI:
     def from_buffer(
         self, c_type: Literal["struct kvm_run[]"], data: Buffer, /, require_writable: bool = ...
     ) -> KvmRunArray: ...
+    @overload
+    def from_buffer(
+        self,
+        c_type: Literal["struct avmm_bridge[]"],
+        data: Buffer,
+        /,
+        require_writable: bool = ...,
+    ) -> AvmmBridgeArray: ...
+    @overload
+    def from_buffer(
+        self, c_type: Literal["struct avmm_claim[]"], data: Buffer, /, require_writable: bool = ...
+    ) -> AvmmClaimArray: ...
+    @overload
+    def from_buffer(
+        self,
+        c_type: Literal["struct avmm_claims[]"],
+        data: Buffer,
+        /,
+        require_writable: bool = ...,
+    ) -> AvmmClaimsArray: ...
     @overload
     def from_buffer(
         self, c_type: Literal["struct avmm_spot[]"], data: Buffer, /, require_writable: bool = ...
@@ -1901,6 +1988,7 @@ class Lib:
     KVM_IOEVENTFD_FLAG_DATAMATCH: Final[int]
     KVM_IOEVENTFD_FLAG_PIO: Final[int]
     KVM_IOEVENTFD_FLAG_DEASSIGN: Final[int]
+    AVMM_SERVED: Final[int]
     KVM_GET_SUPPORTED_CPUID: Final[int]
     KVM_GET_MSR_INDEX_LIST: Final[int]
     KVM_SET_TSS_ADDR: Final[int]
@@ -2005,12 +2093,16 @@ class Lib:
         arg3: Int64Pointer | Int64Array,
         /,
     ) -> int: ...
-    def avmm_bridge_call(self, arg0: AvmmBridgePointer, /) -> None: ...
-    def avmm_bridge_poll(self, arg0: AvmmBridgePointer, arg1: int, /) -> int: ...
-    def avmm_bridge_woken(self, arg0: AvmmBridgePointer, /) -> int: ...
-    def avmm_bridge_answer(self, arg0: AvmmBridgePointer, /) -> None: ...
-    def avmm_bridge_answer_and_poll(self, arg0: AvmmBridgePointer, arg1: int, /) -> int: ...
-    def avmm_bridge_leave(self, arg0: AvmmBridgePointer, /) -> None: ...
+    def avmm_bridge_call(
+        self, arg0: AvmmBridgePointer | AvmmBridgeArray, arg1: int, /
+    ) -> None: ...
+    def avmm_bridge_poll(self, arg0: AvmmBridgePointer | AvmmBridgeArray, arg1: int, /) -> int: ...
+    def avmm_bridge_woken(self, arg0: AvmmBridgePointer | AvmmBridgeArray, /) -> int: ...
+    def avmm_bridge_answer(self, arg0: AvmmBridgePointer | AvmmBridgeArray, /) -> None: ...
+    def avmm_bridge_answer_and_poll(
+        self, arg0: AvmmBridgePointer | AvmmBridgeArray, arg1: int, /
+    ) -> int: ...
+    def avmm_bridge_leave(self, arg0: AvmmBridgePointer | AvmmBridgeArray, /) -> None: ...
     def avmm_lot_init(self, arg0: AvmmLotPointer, /) -> None: ...
     def avmm_lot_ask(self, arg0: AvmmLotPointer, /) -> int: ...
     def avmm_lot_release(self, arg0: AvmmLotPointer, /) -> None: ...

@@ -46,6 +46,7 @@ struct avmm_bridge {
     _Atomic int64_t turned;     /* when the turn last changed hands */
     struct poller task, vcpu;
     int bell;
+    int handed;         /* the task is to serve the exit, and not only to await an answer */
 };
 
 static int64_t now_ns(void)
@@ -54,6 +55,8 @@ static int64_t now_ns(void)
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
+
+#include "gate.h"
 
 /* The side whose waits `p` measures has its turn. */
 static void took_turn(struct avmm_bridge *b, struct poller *p)
@@ -90,9 +93,7 @@ static int poll_turn(struct avmm_bridge *b, struct poller *p, uint32_t mine, int
     return 1;
 }
 
-/* vCPU's thread: give the task the turn. A thread that ends calls only this, because it never gets
- * the turn back. */
-static void avmm_bridge_leave(struct avmm_bridge *b)
+static void give_turn(struct avmm_bridge *b)
 {
     atomic_store(&b->turned, now_ns());
     if (!atomic_exchange(&b->wanted, 1))
@@ -106,10 +107,19 @@ static void avmm_bridge_leave(struct avmm_bridge *b)
     }
 }
 
-/* vCPU's thread: give the task the turn and wait for the answer. */
-static void avmm_bridge_call(struct avmm_bridge *b)
+/* vCPU's thread: give the task the turn. A thread that ends calls only this, because it never gets
+ * the turn back. */
+static void avmm_bridge_leave(struct avmm_bridge *b)
 {
-    avmm_bridge_leave(b);
+    gate_open();
+    b->handed = 0;
+    give_turn(b);
+}
+
+static void call_task(struct avmm_bridge *b, int handed)
+{
+    b->handed = handed;
+    give_turn(b);
     if (poll_turn(b, &b->vcpu, TURN_VCPU, 1))
         return;
     atomic_store(&b->vcpu_sleeps, 1);
@@ -117,6 +127,14 @@ static void avmm_bridge_call(struct avmm_bridge *b)
         syscall(SYS_futex, &b->turn, FUTEX_WAIT_PRIVATE, TURN_TASK, NULL, NULL, 0);
     atomic_store(&b->vcpu_sleeps, 0);
     took_turn(b, &b->vcpu);
+}
+
+/* vCPU's thread: give the task the turn and wait for the answer. */
+static void avmm_bridge_call(struct avmm_bridge *b, int handed)
+{
+    gate_open();
+    call_task(b, handed);
+    gate_pass();
 }
 
 /* Task: we no longer wait for the bell, whether it rang or not. Is it our turn? */

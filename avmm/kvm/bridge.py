@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import TYPE_CHECKING
 
 from avmm.forks import closed_in_child
 from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.errors import KvmError
+
+if TYPE_CHECKING:
+    from avmm.kvm import _kvm
 
 
 def eventfd() -> int:
@@ -31,9 +35,21 @@ class Bridge:
         self._struct = ffi.new("struct avmm_bridge *", {"bell": self.bell})
         closed_in_child(self, Bridge.close)
 
-    def call(self) -> None:
-        """Give the task the turn and wait, without the GIL, until it answers."""
-        lib.avmm_bridge_call(self._struct)
+    @property
+    def struct(self) -> _kvm.AvmmBridgePointer:
+        """For `Spot.hand_over_to`."""
+        return self._struct
+
+    @property
+    def is_handed(self) -> bool:
+        """Must the task serve the exit, and not only await what the thread has handed over? Only
+        while it has the turn."""
+        return bool(self._struct.handed)
+
+    def call(self, handed: bool = False) -> None:
+        """Give the task the turn and wait, without the GIL, until it answers. With `handed`, the
+        task is to serve the exit."""
+        lib.avmm_bridge_call(self._struct, handed)
 
     def leave(self) -> None:
         """Give the task the turn for good."""

@@ -22,11 +22,7 @@ ffibuilder.set_source(
     '#include "shim.c"',
     include_dirs=[str(HERE)],
     depends=[
-        str(HERE / "shim.c"),
-        str(HERE / "bridge.h"),
-        str(HERE / "newer.h"),
-        str(HERE / "parking.h"),
-        *map(str, DECLARATIONS),
+        *map(str, [HERE / "shim.c", *HERE.glob("*.h"), *DECLARATIONS]),
     ],
     extra_compile_args=["-O2", "-std=gnu11"],
 )

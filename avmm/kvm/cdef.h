@@ -204,15 +204,25 @@ int avmm_kick_accept(void);
 int avmm_kick(int tid);
 int avmm_kick_raw(int fd, struct kvm_run *run, int rounds, int64_t *times);
 
-struct avmm_bridge { int bell; ...; };
-void avmm_bridge_call(struct avmm_bridge *bridge);
+struct avmm_bridge { int bell; int handed; ...; };
+void avmm_bridge_call(struct avmm_bridge *bridge, int handed);
 int avmm_bridge_poll(struct avmm_bridge *bridge, int may_spin);
 int avmm_bridge_woken(struct avmm_bridge *bridge);
 void avmm_bridge_answer(struct avmm_bridge *bridge);
 int avmm_bridge_answer_and_poll(struct avmm_bridge *bridge, int may_spin);
 void avmm_bridge_leave(struct avmm_bridge *bridge);
 
-struct avmm_spot { struct kvm_run *run; int fd; ...; };
+#define AVMM_SERVED ...
+struct avmm_claim { uint64_t first, end; uint8_t reads, writes; };
+struct avmm_claims { int pio_count, mmio_count; struct avmm_claim *pio, *mmio; };
+
+struct avmm_spot {
+    struct kvm_run *run;
+    int fd;
+    struct avmm_bridge *bridge;
+    struct avmm_claims *claims;
+    ...;
+};
 struct avmm_lot { int bell; int always; int count; struct avmm_spot *spots; ...; };
 void avmm_lot_init(struct avmm_lot *lot);
 int avmm_lot_ask(struct avmm_lot *lot);

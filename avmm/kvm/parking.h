@@ -26,6 +26,9 @@
 
 #include <pthread.h>
 
+#include "claims.h"
+
+#define AVMM_SERVED 0x10000     /* instead of an exit reason: its task has served the exit */
 #define KVM_RUN_NEEDS_COMPLETION (1 << 15)      /* as it was proposed; see completion.py */
 
 /* On these KVM decides by `exit_reason` whether there is an exit to complete. */
@@ -44,6 +47,8 @@ struct avmm_spot {
     struct avmm_lot *lot;
     struct kvm_run *run;
     int fd;
+    struct avmm_bridge *bridge; /* to the task that serves what `claims` says; or NULL */
+    struct avmm_claims *claims;
     int pid, tid;               /* under the lot's mutex; tid 0: it has no thread now */
     int gone;                   /* under the lot's mutex: it never runs again */
     _Atomic uint32_t parked;    /* the round for which it has parked */
@@ -215,7 +220,7 @@ static int is_wanted(struct avmm_spot *s)
 }
 
 /* Stand still until the round ends, if it is one to park in. The vCPU must be drained. */
-static void avmm_spot_park(struct avmm_spot *s)
+static void stand(struct avmm_spot *s)
 {
     struct avmm_lot *lot = s->lot;
     uint32_t round = atomic_load(&lot->round);
@@ -229,6 +234,13 @@ static void avmm_spot_park(struct avmm_spot *s)
         syscall(SYS_futex, &s->stands, FUTEX_WAIT_PRIVATE, 1, NULL, NULL, 0);
 }
 
+static void avmm_spot_park(struct avmm_spot *s)
+{
+    gate_open();
+    stand(s);
+    gate_pass();
+}
+
 /* 0, or -errno. */
 static int run_once(struct avmm_spot *s)
 {
@@ -239,14 +251,22 @@ static int run_once(struct avmm_spot *s)
     return answer;
 }
 
-/* KVM_RUN. Returns the exit reason, or -errno: -EINTR if it was interrupted for another reason
- * than to park, -ECANCELED if it was stopped while it was parked, with nothing pending.
- *
- * Nearly always the vCPU is in the guest when it is asked to park. Then there is no exit to serve,
+/* Serve the exit in `run`, if that needs only the vCPU's task. Returns what the thread has to go back
+ * to Python with, or -EAGAIN if it can enter the guest again. */
+static int serve_without_gil(struct avmm_spot *s)
+{
+    struct kvm_run *run = s->run;
+    if (!s->bridge || !is_tasks(s->claims, run))
+        return run->exit_reason;
+    call_task(s->bridge, 1);
+    return run->immediate_exit || atomic_load(&s->stopping) ? AVMM_SERVED : -EAGAIN;
+}
+
+/* Nearly always the vCPU is in the guest when it is asked to park. Then there is no exit to serve,
  * and it is drained and parks in here, by the rule of completion.py: `drained` is the answer of
  * CompletionPolicy.settles(), and the second KVM_RUN is drain()'s first. If that one exits, the
  * exit is returned, and is served and drained in Python. */
-static int avmm_spot_run(struct avmm_spot *s)
+static int run_or_park(struct avmm_spot *s)
 {
     struct kvm_run *run = s->run;
     for (;;) {
@@ -256,8 +276,12 @@ static int avmm_spot_run(struct avmm_spot *s)
         if (!COMPLETES_BY_REASON || run->exit_reason == KVM_EXIT_INTR)
             run->exit_reason = KVM_EXIT_UNKNOWN;
         int answer = run_once(s);
-        if (answer >= 0)
-            return run->exit_reason;
+        if (answer >= 0) {
+            answer = serve_without_gil(s);
+            if (answer == -EAGAIN)
+                continue;
+            return answer;
+        }
         if (answer != -EINTR)
             return answer;
         drained |= run->exit_reason == KVM_EXIT_INTR && !s->lot->always
@@ -275,7 +299,7 @@ static int avmm_spot_run(struct avmm_spot *s)
             set_immediate_exit(run, 0);
         }
         while (is_wanted(s)) {
-            avmm_spot_park(s);
+            stand(s);
             /* Whoever asked while the vCPU stood here has set the flag again, for another round or
              * a second time. */
             set_immediate_exit(run, 0);
@@ -283,4 +307,15 @@ static int avmm_spot_run(struct avmm_spot *s)
         if (atomic_load(&s->stopping))
             return -ECANCELED;
     }
+}
+
+/* KVM_RUN. Returns the exit reason, or -errno: -EINTR if it was interrupted for another reason
+ * than to park, -ECANCELED if it was stopped while it was parked, with nothing pending. AVMM_SERVED:
+ * its task has served an exit meanwhile, and somebody wants something of the vCPU. */
+static int avmm_spot_run(struct avmm_spot *s)
+{
+    gate_open();
+    int answer = run_or_park(s);
+    gate_pass();
+    return answer;
 }

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from avmm.forks import closed_in_child
 from avmm.kvm._kvm import ffi, lib
-from avmm.kvm.bridge import eventfd
+from avmm.kvm.bridge import Bridge, eventfd
+from avmm.kvm.claims import Claims
 from avmm.kvm.errors import KvmError
 from avmm.kvm.kick import accept_kicks, install_kick
 from avmm.kvm.vcpu import Vcpu
 
 if TYPE_CHECKING:
     from avmm.kvm import _kvm
+
+
+SERVED: Final = lib.AVMM_SERVED
+"""Instead of an exit reason: the vCPU's task has served the exit."""
 
 
 class Spot:
@@ -34,7 +39,15 @@ class Spot:
         interrupted, and the thread has to find out why.
 
         If the vCPU is asked to park while it has nothing in hand, it parks inside this call. If it
-        is stopped there, the result is -ECANCELED."""
+        is stopped there, the result is -ECANCELED. After `hand_over_to`, it may be `SERVED`."""
+        self._claims: Claims | None = None
+
+    def hand_over_to(self, bridge: Bridge, claims: Claims) -> None:
+        """From now on, `run` hands the exits of which `claims` says so to the bridge's task, which
+        serves them. It returns `SERVED` if somebody wants something of the vCPU after that."""
+        self._claims = claims
+        self._struct.claims = claims.struct
+        self._struct.bridge = bridge.struct
 
     @property
     def is_parked(self) -> bool:

@@ -86,7 +86,11 @@ static int avmm_close(int fd)
 /* The exit reason, or -errno. */
 static int avmm_run(int fd, struct kvm_run *run)
 {
+    int had_passed = passed != 0;
+    gate_open();
     int answer = avmm_ioctl(fd, KVM_RUN, NULL);
+    if (had_passed)
+        gate_pass();
     return answer < 0 ? answer : (int)run->exit_reason;
 }
 
@@ -164,8 +168,10 @@ static int avmm_kick_install(void)
         sigemptyset(&new.sa_mask);
         if (sigaction(number, NULL, &old) || old.sa_handler != SIG_DFL)
             continue;
-        if (!sigaction(number, &new, NULL))
+        if (!sigaction(number, &new, NULL)) {
+            pthread_atfork(NULL, NULL, gate_reset);
             return kick_signal = number;
+        }
     }
     return -1;
 }

@@ -25,6 +25,7 @@ from avmm.bus.coalesced import CoalescedWrites
 from avmm.config import Clock, MachineConfig
 from avmm.errors import ConfigError, EngineUnavailable, host_errors
 from avmm.kvm import KvmUnavailable, System
+from avmm.kvm.claims import Claims
 from avmm.kvm.parking import ParkingLot
 from avmm.kvm.ring import WriteRing
 from avmm.lockstep import GuestTime
@@ -292,8 +293,18 @@ def _loops(stack: ExitStack, parts: Parts) -> VcpuGroup:
     lot = ParkingLot(parts.vcpus, always=parts.policy.mode is CompletionMode.ALWAYS)
     stack.callback(lot.close)
     loops = []
+    claims = _claims(parts)
     for vcpu, spot in zip(parts.vcpus, lot.spots, strict=True):
-        loop = VcpuLoop(vcpu, parts.exits(vcpu), parts.policy, spot, parts.lockstep)
+        loop = VcpuLoop(vcpu, parts.exits(vcpu), parts.policy, spot, parts.lockstep, claims)
         stack.callback(loop.close)
         loops.append(loop)
     return VcpuGroup(lot, loops, parts.lockstep)
+
+
+def _claims(parts: Parts) -> Claims | None:
+    """None if each exit has to be served in the vCPU's thread: where coalesced writes come first,
+    and in a deterministic run.
+    """
+    if parts.coalesced is not None or parts.lockstep is not None:
+        return None
+    return Claims({name: bus.claims() for name, bus in parts.buses.items()})

@@ -152,9 +152,8 @@ def by_the_rule(script: Sequence[Answer], immediate: bool, policy: str) -> list[
 
 def compiled(folder: Path, header: str, *flags: str) -> Any:
     (folder / "parking.h").write_text(header)
-    (folder / "bridge.h").write_text((HEADERS / "bridge.h").read_text())
     library = folder / "parking_drain.so"
-    options = ["-O1", "-std=gnu11", "-shared", "-fPIC", f"-I{folder}", *flags]
+    options = ["-O1", "-std=gnu11", "-shared", "-fPIC", f"-I{folder}", f"-I{HEADERS}", *flags]
     source = SUPPORT / "parking_drain.c"
     subprocess.run(["cc", *options, "-o", library, source], check=True)
     return ctypes.CDLL(str(library))

@@ -55,6 +55,8 @@ _IS_OUTPUT: Final = """\
 _AWAIT: Final = """\
             # If it fails, `_wind_up` finds the exit without an answer.
             await interruptible(work)
+            if self._state is _HANDED:
+                self._state = _RUNNING
 """
 _ANSWER: Final = """\
             mine = self._bridge.answer_and_poll(True)
@@ -279,8 +281,8 @@ BUGS: Final = (
         (
             (
                 "loop",
-                "        self._state = _ABANDONED\n        if work is None:\n",
-                "        if work is None:\n",
+                "        before, self._state = self._state, _ABANDONED\n",
+                "        before = self._state\n",
             ),
         ),
         "failing world",

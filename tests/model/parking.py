@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
-from avmm.kvm.bridge import eventfd
+from avmm.kvm import constants
+from avmm.kvm.bridge import Bridge, eventfd
+from avmm.kvm.parking import SERVED
 from model.vcpu import ModelVcpu
 
 WATCHDOG: Final = 20.0
@@ -33,6 +35,7 @@ class ModelSpot:
         self._lot = lot
         self._parked = 0
         self.stopping = False
+        self._bridge: Bridge | None = None
         model.wanted = lambda: lot.asked or self.stopping
 
     @property
@@ -46,12 +49,22 @@ class ModelSpot:
     def enter(self) -> None:
         pass
 
+    def hand_over_to(self, bridge: Bridge, claims: object) -> None:
+        """MMIO exits are handed to the task."""
+        self._bridge = bridge
+
     def run(self) -> int:
-        self.runs = True
-        try:
-            return self.model.run()
-        finally:
-            self.runs = False
+        while True:
+            self.runs = True
+            try:
+                answer = self.model.run()
+            finally:
+                self.runs = False
+            if self._bridge is None or answer != constants.KVM_EXIT_MMIO:
+                return answer
+            self._bridge.call(handed=True)
+            if self.model.page.immediate_exit or self.stopping:
+                return SERVED
 
     def park(self) -> None:
         self.model.rest()

@@ -25,6 +25,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from avmm.errors import AvmmError, PauseTimeout
 from avmm.kvm.bridge import Bridge
+from avmm.kvm.claims import Claims
 from model.devices import Board, Failed, Recorder, Wait, buses, calls, plug, recorders
 from model.parking import ModelLot, ModelSpot
 from model.production import Production
@@ -113,6 +114,10 @@ class Gate:
             self._condition.notify_all()
 
 
+CLAIMS: Final = Claims({})
+"""The model's spots know by themselves what to hand over."""
+
+
 class WatchedBridge(Bridge):
     """The real bridge; its gate knows who has the turn."""
 
@@ -121,9 +126,9 @@ class WatchedBridge(Bridge):
         self._gate = gate
         self.closed = False
 
-    def call(self) -> None:
+    def call(self, handed: bool = False) -> None:
         self._gate.called()
-        super().call()
+        super().call(handed)
 
     def leave(self) -> None:
         self._gate.called(ended=True)
@@ -289,7 +294,7 @@ class World:
         real = loop_module.Bridge
         loop_module.Bridge = bridge
         try:
-            loop = self._loop(model, exits, decide, spot)
+            loop = self._loop(model, exits, decide, spot, None, CLAIMS)
         finally:
             loop_module.Bridge = real
         cpu = Cpu(model, board, devices, gate, loop, made[0], oracle(program, index), program)

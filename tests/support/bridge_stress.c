@@ -36,7 +36,7 @@ static void *vcpu(void *unused)
     noise = 1;
     for (int i = 0; i < trips; i++) {
         take(0);
-        avmm_bridge_call(&bridge);
+        avmm_bridge_call(&bridge, 0);
     }
     avmm_bridge_leave(&bridge);
     return NULL;
