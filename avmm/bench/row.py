@@ -42,6 +42,18 @@ class RateRow(BenchRow):
 
 
 @dataclass(frozen=True)
+class ManyRow:
+    """One case: exits per second of all guests together, of the baseline's, and the ratio of the
+    two.
+    """
+
+    case: str
+    per_second: float
+    raw_per_second: float
+    ratio: float
+
+
+@dataclass(frozen=True)
 class SpeedRow:
     """One case: MiB per second of avmm and of its baseline, and the ratio of the two. The last two
     are None if QEMU is not installed.

@@ -15,12 +15,13 @@ import trio
 from avmm.bench import boot as bench_boot
 from avmm.bench import engine as bench_engine
 from avmm.bench import exits as bench_exits
+from avmm.bench import many as bench_many
 from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
 from avmm.bench import snapshot as bench_snapshot
 from avmm.bench import stall as bench_stall
 from avmm.bench import virtio as bench_virtio
-from avmm.bench.row import BenchRow, SizeRow, SpeedRow, StallRow
+from avmm.bench.row import BenchRow, ManyRow, SizeRow, SpeedRow, StallRow
 from avmm.errors import ConfigError
 from avmm.options import parse_size
 
@@ -53,6 +54,34 @@ def exits(as_json: bool, count: int, rounds: int) -> None:
         bench_exits.steps(rounds),
         as_json,
     )
+
+
+@command.command()
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a list of JSON objects with case, per_second, raw_per_second and ratio.",
+)
+@ROUNDS
+@click.option("--count", type=click.IntRange(10), default=20_000, show_default=True, help="Exits.")
+@click.option("--guests", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--idle", type=click.IntRange(0), default=100, show_default=True, help="Guests.")
+def many(as_json: bool, rounds: int, count: int, guests: int, idle: int) -> None:
+    """How fast several guests in one program exit, as a ratio to programs of their own.
+
+    Also, how fast one exits beside idle ones, as a ratio to its speed alone.
+    """
+    with _progress(bench_many.steps(rounds)) as progress:
+        rows = trio.run(bench_many.measure, count, guests, idle, rounds, progress)
+    if as_json:
+        _print_json(rows)
+        return
+    click.echo(f"{'case':42} {'exits/s':>9} {'raw':>9} {'× raw':>7}")
+    for row in rows:
+        click.echo(
+            f"{row.case:42} {row.per_second:9.0f} {row.raw_per_second:9.0f} {row.ratio:7.2f}"
+        )
 
 
 @command.command()
@@ -268,7 +297,7 @@ def _progress(steps: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.update(1)
 
 
-def _print_json(rows: Sequence[BenchRow | SizeRow | SpeedRow | StallRow]) -> None:
+def _print_json(rows: Sequence[BenchRow | ManyRow | SizeRow | SpeedRow | StallRow]) -> None:
     click.echo(json.dumps([asdict(row) for row in rows], indent=2))
 
 

@@ -388,6 +388,25 @@ def test_doctor_shows_what_an_uncompleted_exit_costs_and_that_the_drain_is_right
     assert across.endswith("right, 2 exits")
 
 
+def test_bench_many_gives_a_ratio_for_each_case() -> None:
+    options = ("--count", "50", "--rounds", "1", "--guests", "2", "--idle", "1")
+    rows = measured("bench", "many", *options)
+    cases = [row["case"] for row in rows]
+    assert cases == [
+        "2 guests, pio ring0 at once",
+        "2 guests, pio ring0 in a task",
+        "2 guests, mmio ring3 at once",
+        "2 guests, mmio ring3 in a task",
+        "beside 1 idle ones, pio ring0 at once",
+        "beside 1 idle ones, pio ring0 in a task",
+    ]
+    for row in rows:
+        assert row["per_second"] > 0
+        assert row["raw_per_second"] > 0
+    printed = avmm("bench", "many", *options).stdout
+    assert printed.splitlines()[0].split() == ["case", "exits/s", "raw", "×", "raw"]
+
+
 def test_bench_pause_gives_a_ratio_for_each_number_of_vcpus() -> None:
     rows = measured("bench", "pause", "--count", "10", "--rounds", "1")
     assert [row["case"] for row in rows] == ["1 vCPU", "2 vCPUs", "4 vCPUs", "16 vCPUs"]
