@@ -44,6 +44,27 @@ static inline uint32_t in32(uint16_t port)
         return value;
 }
 
+struct cpuid {
+        uint32_t eax, ebx, ecx, edx;
+};
+
+static inline struct cpuid cpuid(uint32_t leaf)
+{
+        struct cpuid is;
+
+        asm volatile("cpuid"
+                     : "=a"(is.eax), "=b"(is.ebx), "=c"(is.ecx), "=d"(is.edx)
+                     : "a"(leaf), "c"(0));
+        return is;
+}
+
+static inline void wrmsr(uint32_t number, uint64_t value)
+{
+        asm volatile("wrmsr"
+                     : : "c"(number), "a"((uint32_t)value), "d"((uint32_t)(value >> 32))
+                     : "memory");
+}
+
 /*
  * Ring 0 and ring 3 may see different counters (a host that interprets ring 0 offsets only that
  * one), so only differences of readings taken in one ring mean anything.

@@ -3,6 +3,7 @@
 #include "cpu.h"
 #include "input.h"
 #include "irq.h"
+#include "kvmclock.h"
 #include "layout.h"
 #include "trap.h"
 
@@ -10,6 +11,7 @@
 #define PIT_CHANNEL_0   0x40
 #define PIT_COMMAND     0x43
 #define RATE_GENERATOR  0x34            /* channel 0, low byte then high, mode 2 */
+#define ONCE            0x30            /* the same in mode 0: a last tick, at the latest in 55 ms */
 #define PIT_HZ          1193182
 
 #define PATIENCE        (1ull << 31)    /* TSC cycles: many ticks at any rate a CPU has */
@@ -17,6 +19,8 @@
 
 volatile uint64_t clock_ticks;
 static volatile uint64_t first_tsc, last_tsc;
+static uint64_t boot_tsc;
+static uint64_t tsc_khz;                /* 0: nobody has told it */
 
 static void on_tick(void)
 {
@@ -26,15 +30,36 @@ static void on_tick(void)
         irq_acknowledge(IRQ_PIT);
 }
 
+static void program(uint8_t mode, uint16_t count)
+{
+        out8(PIT_COMMAND, mode);
+        out8(PIT_CHANNEL_0, count & 0xff);
+        out8(PIT_CHANNEL_0, count >> 8);
+}
+
 void clock_init(void)
 {
-        const uint16_t divisor = PIT_HZ / CLOCK_HZ;
-
+        boot_tsc = tsc();
+        tsc_khz = kvm_tsc_khz();
         on_interrupt(VECTOR_IRQ + IRQ_PIT, on_tick);
-        out8(PIT_COMMAND, RATE_GENERATOR);
-        out8(PIT_CHANNEL_0, divisor & 0xff);
-        out8(PIT_CHANNEL_0, divisor >> 8);
+        clock_start();
         irq_enable(IRQ_PIT);
+}
+
+void clock_start(void)
+{
+        program(RATE_GENERATOR, PIT_HZ / CLOCK_HZ);
+}
+
+void clock_stop(void)
+{
+        if (tsc_khz)
+                program(ONCE, 0);
+}
+
+uint64_t clock_uptime(void)
+{
+        return tsc_khz ? (tsc() - boot_tsc) / (tsc_khz * 1000 / CLOCK_HZ) : clock_ticks;
 }
 
 bool clock_runs(void)
@@ -63,6 +88,8 @@ uint64_t clock_microseconds(uint64_t cycles)
 {
         uint64_t per_tick;
 
+        if (tsc_khz)
+                return cycles * 1000 / tsc_khz;
         while (clock_ticks <= TICKS_TO_TRUST)
                 if (!clock_runs())
                         return 0;

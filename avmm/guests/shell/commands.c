@@ -12,7 +12,7 @@ static bool help_command(char *arguments, int width);
 const struct command commands[] = {
         { "help", "", "this list", help_command, false },
         { "echo", "TEXT", "print it", echo_command, false },
-        { "uptime", "", "time since boot, by the timer interrupt", uptime_command, false },
+        { "uptime", "", "time since boot, and whether the timer ticks", uptime_command, false },
         { "cpus", "", "start all processors, interrupt each", cpus_command, false },
         { "mem", "", "memory map", mem_command, false },
         { "sum", "[ADDR LEN]", "checksum of memory, of all if not told", sum_command, false },

@@ -47,9 +47,12 @@ void guest_main(uint64_t start_info)
         input_init();
 
         greet();
+        clock_stop();
         while (read_line("avmm> ", line)) {
+                clock_start();
                 run_command(line);
                 after_command();
+                clock_stop();
         }
         finish(0);
 }

@@ -17,16 +17,17 @@ bool echo_command(char *arguments, int width)
 
 bool uptime_command(char *arguments, int width)
 {
-        uint64_t seconds;
+        uint64_t ticks, seconds;
 
         (void)width;
         if (next_word(&arguments))
                 return false;
         if (!clock_runs())
                 print("the timer is not ticking: no interrupt comes from the PIT\n");
-        seconds = clock_ticks / CLOCK_HZ;
+        ticks = clock_uptime();
+        seconds = ticks / CLOCK_HZ;
         print("up %lu:%02lu:%02lu.%02lu\n", seconds / 3600, seconds / 60 % 60, seconds % 60,
-              clock_ticks % CLOCK_HZ);
+              ticks % CLOCK_HZ);
         return true;
 }
 
