@@ -9,6 +9,7 @@ from avmm import plain
 from avmm.arrivals import receive, restore
 from avmm.boot import FlatOptions, Mode
 from avmm.bus.space import Placement, mmio, msr, pio
+from avmm.clones import Fork
 from avmm.config import HostSettings, MachineConfig, Settings
 from avmm.devices.base import Device, Doorbell, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
@@ -99,6 +100,7 @@ __all__ = [
     "DiskOptions",
     "Doorbell",
     "FlatOptions",
+    "Fork",
     "Frame",
     "GuestMemory",
     "GuestMemoryError",

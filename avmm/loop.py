@@ -76,7 +76,7 @@ from avmm.vcpu.completion import CompletionPolicy, drain, is_output
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
-    from avmm.kvm.claims import Claims
+    from avmm.kvm.claims import DeviceClaims
     from avmm.kvm.parking import ParkingLot, Spot
     from avmm.kvm.vcpu import Vcpu
     from avmm.lockstep import Lockstep
@@ -182,7 +182,7 @@ class VcpuLoop:
         policy: CompletionPolicy,
         spot: Spot,
         lockstep: Lockstep | None = None,
-        claims: Claims | None = None,
+        claims: DeviceClaims | None = None,
     ) -> None:
         """`claims` says which exits the thread hands over without serving them; None: no exit."""
         self.index = vcpu.index

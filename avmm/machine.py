@@ -17,10 +17,10 @@ from collections.abc import (
 )
 from contextlib import (
     AbstractAsyncContextManager,
-    AsyncExitStack,
     ExitStack,
     asynccontextmanager,
 )
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from os import PathLike
@@ -31,6 +31,7 @@ import trio
 
 from avmm import chance, halts, lockstep
 from avmm.bus.space import Placement
+from avmm.clones import Fork, clones, together
 from avmm.config import HostSettings, MachineConfig, Settings
 from avmm.ctrl_c import context, protected
 from avmm.devices.base import InterruptLine
@@ -46,14 +47,12 @@ from avmm.errors import AvmmError, ConfigError
 from avmm.memory.ram import GuestMemory
 from avmm.migration import Stand
 from avmm.outcome import Cause, Outcome
-from avmm.parts import Origin, Parts, build, description, dismantle
-from avmm.parts.description import Described
+from avmm.parts import Origin, Parts, build, dismantle
 from avmm.parts.placing import Unplaced
-from avmm.parts.saving import saved
 from avmm.running import Inside, running
 from avmm.runstate import Life, Runstate, refusal
 from avmm.sides import anywhere, in_trio
-from avmm.threads import in_thread, in_thread_shielded
+from avmm.threads import in_thread
 from avmm.vcpu.calls import CallHandler
 
 if TYPE_CHECKING:
@@ -422,7 +421,29 @@ class Machine:
         guest has ended, even if that happens on the way to the standstill, and what `paused` and
         `Machine` raise.
         """
-        return _clone(self, devices, calls, settings, keep_output, deadline)
+        return _clone(self, Fork(devices, calls, settings), keep_output, deadline)
+
+    def fork_many(
+        self,
+        count: int,
+        each: Callable[[int], Fork] = lambda index: Fork(),
+        *,
+        keep_output: bool = False,
+        deadline: float | None = None,
+        **settings: Unpack[HostSettings],
+    ) -> AbstractAsyncContextManager[list[Machine]]:
+        """`async with vm.fork_many(50) as twins:` makes `count` clones at once. This machine
+        stands still only once, for as long as for one `clone`, and the clones are built side by
+        side in threads. When the block is left, all of them are left at the same time.
+
+        `each(index)`, with `index` from 0 on, says what a clone has for itself: devices, `calls`
+        and settings. `settings` are those of all clones; see `clone`.
+
+        If a clone fails, the block and the other clones are cancelled. Entering it raises what
+        `clone` raises, and several errors in a group. After an error or a cancellation no clone
+        is left.
+        """
+        return _fork_many(self, count, each, settings, keep_output, deadline)
 
     def message_interrupt(self, address: int, data: int) -> InterruptLine:
         """A message-signalled interrupt for the guest. `pulse()` sends it at once, from any
@@ -505,53 +526,43 @@ def _ports(parts: Parts) -> dict[str, Port]:
 
 @context
 async def _clone(
-    machine: Machine,
-    devices: Sequence[Placement | Unplaced],
-    calls: CallHandler | None,
-    settings: HostSettings,
-    keep_output: bool,
-    deadline: float | None,
+    machine: Machine, fork: Fork, keep_output: bool, deadline: float | None
 ) -> AsyncIterator[Machine]:
-    life = Life()
-    async with AsyncExitStack() as stack:
-        described, state, memory = await _copied(machine, settings, deadline, stack)
-        origin = Origin(state, lambda layout: memory, described)
-        parts = await build(described.config, devices, life.end, calls, origin)
-        stack.pop_all()  # the memory is the parts' now
-    if not keep_output:
-        for stream in (parts.serial.stream, *_ports(parts).values()):
-            stream.discard_output()
-    async with machine_of(parts, life) as twin:
+    (twin,) = await _twins(machine, "clone", [fork], keep_output, deadline)
+    async with twin:
         yield twin
 
 
-async def _copied(
-    machine: Machine, settings: HostSettings, deadline: float | None, stack: AsyncExitStack
-) -> tuple[Described, dict[str, Any], GuestMemory]:
-    """The description of `machine`, its state, and a fork of its RAM, which `stack` closes."""
-    parts, inside, life = machine._use("clone"), machine._inside, machine._life
-    with inside.operation("clone", life):
-        told = await in_thread(parts.describe)
-        described = description.read(told, settings, own_addresses=True)
-        async with inside.coordinator.paused(deadline):
-            life.demand_meanwhile("clone")
-            state = await saved(parts)
-            memory = await _forked(parts.memory)
-            stack.push_async_callback(in_thread_shielded, memory.close)
-            life.demand_meanwhile("clone")  # it may have been stopped meanwhile
-        return described, state, memory
+@context
+async def _fork_many(
+    machine: Machine,
+    count: int,
+    each: Callable[[int], Fork],
+    settings: HostSettings,
+    keep_output: bool,
+    deadline: float | None,
+) -> AsyncIterator[list[Machine]]:
+    if count < 1:
+        raise ConfigError(f"fork_many: {count!r} clones; expected at least 1")
+    forks = []
+    for index in range(count):
+        fork = each(index)
+        if not isinstance(fork, Fork):
+            raise ConfigError(f"fork_many: each({index}) returned {fork!r}; expected an avmm.Fork")
+        forks.append(replace(fork, settings={**settings, **fork.settings}))
+    twins = await _twins(machine, "fork_many", forks, keep_output, deadline)
+    async with together(twins):
+        yield twins
 
 
-async def _forked(memory: GuestMemory) -> GuestMemory:
-    """A fork of RAM. Call it while nothing writes to RAM."""
-
-    def fork() -> GuestMemory:
-        try:
-            return memory.fork()
-        except OSError as error:
-            why = f"the host has no room for its RAM: {error.strerror or error!r}"
-        except ValueError:  # RAM's views are released
-            why = "it has ended"
-        raise AvmmError(f"the machine cannot be cloned: {why}")
-
-    return await in_thread(fork)
+async def _twins(
+    machine: Machine, name: str, forks: Sequence[Fork], keep_output: bool, deadline: float | None
+) -> list[Machine]:
+    """The clones, which the caller must enter."""
+    machine._use(name)
+    built = await clones(machine._inside, machine._life, name, forks, deadline)
+    if not keep_output:
+        for parts, _ in built:
+            for stream in (parts.serial.stream, *_ports(parts).values()):
+                stream.discard_output()
+    return [machine_of(parts, life) for parts, life in built]

@@ -153,6 +153,7 @@ OPERATIONS: Final[Mapping[str, tuple[Set[Runstate], str]]] = {
     "save": (_RUNS, "one that runs"),
     "snapshot": (_RUNS, "one that runs"),
     "clone": (_RUNS, "one that runs"),
+    "fork_many": (_RUNS, "one that runs"),
     "migrate": (_RUNS, "one that runs"),
     "settle": ({_S.UNSETTLED}, "one whose hand-over got no answer"),
     "wait": (_INSIDE | {_S.LEFT}, "one that was entered"),
@@ -167,6 +168,7 @@ from the beginning."""
 MEANWHILE: Final[Mapping[str, Set[Runstate]]] = {
     "snapshot": {_S.RUNNING, _S.MIGRATING},  # `DirtyLog` refuses whichever of them comes second
     "clone": _RUNS,
+    "fork_many": _RUNS,
     "migrate": {_S.MIGRATING},
 }
 """For each operation that takes some time: the states in which it may go on once it has begun."""

@@ -173,3 +173,91 @@ async def test_several_clones_at_a_time() -> None:
                 for _ in range(4):
                     nursery.start_soon(look)
             assert await checksum(vm) == wanted
+
+
+async def peeked(vm: avmm.Machine) -> int:
+    return int(await ask(vm, b"peek.q 0x800000"), 16)
+
+
+async def test_many_of_one_standstill() -> None:
+    """Each continues from the same moment, and none sees what another one writes."""
+    async with avmm.Machine(memory="16M") as vm:
+        await greeted(vm)
+        await ask(vm, b"poke.q 0x800000 77")
+        async with vm.fork_many(6) as twins:
+            assert len(twins) == 6
+            for number, twin in enumerate(twins):
+                assert await peeked(twin) == 77
+                await ask(twin, b"poke.q 0x800000 %d" % number)
+            for number, twin in enumerate(twins):
+                assert await peeked(twin) == number
+            assert await peeked(vm) == 77
+        assert [(await twin.wait()).cause for twin in twins] == [avmm.Cause.STOPPED] * len(twins)
+        async with vm.fork_many(1) as (twin,):
+            assert await peeked(twin) == 77
+
+
+async def test_each_of_many_has_what_it_was_given(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(64 * 512))
+    own = [tmp_path / f"own{number}" for number in range(3)]
+    for path in own:
+        path.write_bytes(bytes(64 * 512))
+    async with avmm.Machine(memory="8M", disks=[str(image)]) as vm:
+        await greeted(vm)
+        given: list[int] = []
+
+        def each(index: int) -> avmm.Fork:
+            given.append(index)
+            return avmm.Fork(settings={"disks": [str(own[index])]})
+
+        async with vm.fork_many(3, each, unclaimed="ignore") as twins:
+            for number, twin in enumerate(twins):
+                await ask(twin, b"count %d disk" % (number + 1))
+        assert given == [0, 1, 2]
+    written = [path.read_bytes().rstrip(b"\0") for path in own]
+    assert [len(data) // 512 for data in written] == [0, 1, 2]
+    assert not image.read_bytes().strip(b"\0")
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_when_one_of_many_cannot_be_made_none_is_left(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(64 * 512))
+    async with avmm.Machine(memory="8M", disks=[f"{image},overlay"]) as vm:
+        await greeted(vm)
+
+        def each(index: int) -> avmm.Fork:
+            disk = f"{tmp_path}/gone" if index == 2 else f"{image}"
+            return avmm.Fork(settings={"disks": [f"{disk},overlay"]})
+
+        with pytest.raises(ConfigError, match="gone"):
+            async with vm.fork_many(4, each):
+                pytest.fail("one of them has no disk")
+        for count, wrong in ((0, avmm.Fork()), (2, {"disks": []})):
+            with pytest.raises(ConfigError, match=r"^fork_many: .*; expected "):
+                async with vm.fork_many(count, lambda index, wrong=wrong: wrong):  # type: ignore
+                    pytest.fail("nothing sensible was asked for")
+        assert "not empty" not in await ask(vm, b"count 3 disk")
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_many_are_left_with_their_block_whatever_ends_it() -> None:
+    async with avmm.Machine(memory="64M") as vm:
+        await greeted(vm)
+        with pytest.raises(KeyError, match="mine"):
+            async with vm.fork_many(3) as twins:
+                raise KeyError("mine")
+        assert [(await twin.wait()).cause for twin in twins] == [avmm.Cause.STOPPED] * len(twins)
+        with trio.CancelScope() as scope:
+            async with vm.fork_many(3) as twins:
+                scope.cancel()
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert [(await twin.wait()).cause for twin in twins] == [avmm.Cause.STOPPED] * len(twins)
+        with trio.move_on_after(0):
+            async with vm.fork_many(3):
+                pytest.fail("it was cancelled before")
+
+        async with vm.fork_many(2) as twins:
+            assert await checksum(twins[1])

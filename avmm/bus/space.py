@@ -20,7 +20,7 @@ from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Final
 
 from avmm.errors import ConfigError, DeviceError, VcpuError
-from avmm.kvm.claims import Claim
+from avmm.kvm.claims import DeviceClaim
 
 if TYPE_CHECKING:
     from avmm.devices.base import Device, ReadAnswer, WriteAnswer
@@ -284,10 +284,10 @@ class Bus:
                 piece = value >> 8 * (part - address) & MASKS[length]
                 there.posted.post(part - there.shift, length, piece)
 
-    def claims(self) -> list[Claim]:
+    def claims(self) -> list[DeviceClaim]:
         """All devices' claims, for the vCPUs' threads."""
         return [
-            Claim(
+            DeviceClaim(
                 each.base,
                 each.end,
                 iscoroutinefunction(each.read),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from avmm.kvm import _kvm
 
 
-class Claim(NamedTuple):
+class DeviceClaim(NamedTuple):
     """The addresses of a device, and whether its handlers are coroutine functions."""
 
     first: int
@@ -20,11 +20,11 @@ class Claim(NamedTuple):
     writes: bool
 
 
-class Claims:
+class DeviceClaims:
     """The claims of one machine, by the names of its spaces. Only "pio" and "mmio" have any; each
     sequence is sorted, and its claims do not overlap."""
 
-    def __init__(self, spaces: Mapping[str, Sequence[Claim]]) -> None:
+    def __init__(self, spaces: Mapping[str, Sequence[DeviceClaim]]) -> None:
         self._pio, self._mmio = (self._array(spaces.get(name, ())) for name in ("pio", "mmio"))
         self.struct = ffi.new(
             "struct avmm_claims *",
@@ -36,7 +36,7 @@ class Claims:
             },
         )
 
-    def _array(self, claims: Sequence[Claim]) -> _kvm.AvmmClaimArray:
+    def _array(self, claims: Sequence[DeviceClaim]) -> _kvm.AvmmClaimArray:
         places: list[_kvm.AvmmClaimInit] = [
             {
                 "first": claim.first,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from avmm.forks import closed_in_child
 from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.bridge import Bridge, eventfd
-from avmm.kvm.claims import Claims
+from avmm.kvm.claims import DeviceClaims
 from avmm.kvm.errors import KvmError
 from avmm.kvm.kick import accept_kicks, install_kick
 from avmm.kvm.vcpu import Vcpu
@@ -40,9 +40,9 @@ class Spot:
 
         If the vCPU is asked to park while it has nothing in hand, it parks inside this call. If it
         is stopped there, the result is -ECANCELED. After `hand_over_to`, it may be `SERVED`."""
-        self._claims: Claims | None = None
+        self._claims: DeviceClaims | None = None
 
-    def hand_over_to(self, bridge: Bridge, claims: Claims) -> None:
+    def hand_over_to(self, bridge: Bridge, claims: DeviceClaims) -> None:
         """From now on, `run` hands the exits of which `claims` says so to the bridge's task, which
         serves them. It returns `SERVED` if somebody wants something of the vCPU after that."""
         self._claims = claims

@@ -25,7 +25,7 @@ from avmm.bus.coalesced import CoalescedWrites
 from avmm.config import Clock, MachineConfig
 from avmm.errors import ConfigError, EngineUnavailable, host_errors
 from avmm.kvm import KvmUnavailable, System
-from avmm.kvm.claims import Claims
+from avmm.kvm.claims import DeviceClaims
 from avmm.kvm.parking import ParkingLot
 from avmm.kvm.ring import WriteRing
 from avmm.lockstep import GuestTime
@@ -301,10 +301,10 @@ def _loops(stack: ExitStack, parts: Parts) -> VcpuGroup:
     return VcpuGroup(lot, loops, parts.lockstep)
 
 
-def _claims(parts: Parts) -> Claims | None:
+def _claims(parts: Parts) -> DeviceClaims | None:
     """None if each exit has to be served in the vCPU's thread: where coalesced writes come first,
     and in a deterministic run.
     """
     if parts.coalesced is not None or parts.lockstep is not None:
         return None
-    return Claims({name: bus.claims() for name, bus in parts.buses.items()})
+    return DeviceClaims({name: bus.claims() for name, bus in parts.buses.items()})

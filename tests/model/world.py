@@ -25,7 +25,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from avmm.errors import AvmmError, PauseTimeout
 from avmm.kvm.bridge import Bridge
-from avmm.kvm.claims import Claims
+from avmm.kvm.claims import DeviceClaims
 from model.devices import Board, Failed, Recorder, Wait, buses, calls, plug, recorders
 from model.parking import ModelLot, ModelSpot
 from model.production import Production
@@ -114,7 +114,7 @@ class Gate:
             self._condition.notify_all()
 
 
-CLAIMS: Final = Claims({})
+CLAIMS: Final = DeviceClaims({})
 """The model's spots know by themselves what to hand over."""
 
 
