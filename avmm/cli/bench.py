@@ -15,6 +15,7 @@ import trio
 from avmm.bench import boot as bench_boot
 from avmm.bench import engine as bench_engine
 from avmm.bench import exits as bench_exits
+from avmm.bench import fork as bench_fork
 from avmm.bench import many as bench_many
 from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
@@ -244,6 +245,19 @@ def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
     _run(
         lambda progress: trio.run(bench_snapshot.measure, size, rounds, clones, progress),
         bench_snapshot.steps(rounds, clones),
+        as_json,
+    )
+
+
+@command.command()
+@JSON
+@ROUNDS
+@click.option("--clones", type=click.IntRange(1), default=50, show_default=True)
+def fork(as_json: bool, rounds: int, clones: int) -> None:
+    """Clones, one and many at once, as a ratio to the bare requests to KVM."""
+    _run(
+        lambda progress: trio.run(bench_fork.measure, clones, rounds, progress),
+        bench_fork.steps(rounds),
         as_json,
     )
 

@@ -407,6 +407,14 @@ def test_bench_many_gives_a_ratio_for_each_case() -> None:
     assert printed.splitlines()[0].split() == ["case", "exits/s", "raw", "×", "raw"]
 
 
+def test_bench_fork_gives_a_ratio_for_one_and_for_many() -> None:
+    rows = measured("bench", "fork", "--clones", "3", "--rounds", "1")
+    assert [row["case"] for row in rows] == ["clone", "fork_many(3)"]
+    for row in rows:
+        assert row["us"] > 0
+        assert row["ratio"] == pytest.approx(row["us"] / row["raw_us"])
+
+
 def test_bench_pause_gives_a_ratio_for_each_number_of_vcpus() -> None:
     rows = measured("bench", "pause", "--count", "10", "--rounds", "1")
     assert [row["case"] for row in rows] == ["1 vCPU", "2 vCPUs", "4 vCPUs", "16 vCPUs"]
