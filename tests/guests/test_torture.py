@@ -116,7 +116,9 @@ def test_migrated_again_and_again(cpus: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("cpus", "times"), [(1, 100), (2, 1000)])
+@pytest.mark.parametrize(
+    ("cpus", "times"), [(1, 100), (2, 100), pytest.param(2, 1000, marks=pytest.mark.exhaustive)]
+)
 def test_migrated_many_times(cpus: int, times: int) -> None:
     done = moves(cpus, times, timeout=890)
     assert done.returncode == 0, done.stderr[-2000:]

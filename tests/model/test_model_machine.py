@@ -202,8 +202,16 @@ def test_nor_where_devices_fail() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("kind", "examples"), [(Machine, 5_000), (FailingMachine, 1_000)])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("kind", "examples"),
+    [
+        (Machine, 1_000),
+        (FailingMachine, 500),
+        pytest.param(Machine, 5_000, marks=pytest.mark.exhaustive),
+        pytest.param(FailingMachine, 2_000, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_the_state_machine_finds_nothing_in_many_examples(
     kind: type[Machine], examples: int
 ) -> None:

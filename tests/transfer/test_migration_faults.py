@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 SECTORS = 4000
-MANY = int(os.environ.get("AVMM_FAULTS", "500"))
+MANY = int(os.environ.get("AVMM_FAULTS", "200"))
 """How many random bytes the slow test takes; half a second each."""
 PATIENCE = 0.5
 """How long a side waits, in seconds, where it is to find out that nothing comes any more."""
