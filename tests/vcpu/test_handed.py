@@ -1,20 +1,15 @@
-"""Exits that a vCPU's thread hands to its task without serving them (kvm/claims.h), and the gate
-in front of the GIL (kvm/gate.h)."""
+"""Exits that a vCPU's thread hands to its task without serving them, and the gate in front of the
+GIL. tests/kvm/test_gate.py has what is C's alone."""
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
 import threading
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import trio
-from hypothesis import given
-from hypothesis import strategies as st
 from support.guest import EXIT, machine
-from support.parking import HEADERS
 
 import avmm
 from avmm.bus.space import Bus, pio
@@ -187,54 +182,6 @@ async def test_a_handler_that_blocks_keeps_no_other_guest_from_its_exits(tmp_pat
     ):
         assert (await counting.wait()).status == 3
         assert (await blocking.wait()).status == 3
-
-
-CLAIMS_C = """
-#include <stddef.h>
-#include <stdint.h>
-#include "claims.h"
-int found(struct avmm_claim *of, int count, uint64_t address, uint32_t size)
-{
-    const struct avmm_claim *claim = claim_of(of, count, address, size);
-    return claim ? (int)(claim - of) : -1;
-}
-"""
-
-
-class CClaim(ctypes.Structure):
-    _fields_ = (
-        ("first", ctypes.c_uint64),
-        ("end", ctypes.c_uint64),
-        ("reads", ctypes.c_uint8),
-        ("writes", ctypes.c_uint8),
-    )
-
-
-@pytest.fixture(scope="module")
-def claims_c(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("claims")
-    (folder / "claims.c").write_text(CLAIMS_C)
-    command = ["cc", "-shared", "-fPIC", f"-I{HEADERS}", "-o", folder / "claims.so"]
-    subprocess.run([*command, folder / "claims.c"], check=True)
-    return ctypes.CDLL(str(folder / "claims.so"))
-
-
-@given(
-    edges=st.lists(st.integers(0, 60), unique=True, max_size=12).map(sorted),
-    address=st.integers(0, 64),
-    size=st.integers(1, 8),
-)
-def test_the_claim_of_an_access_is_the_one_that_holds_all_of_it(
-    claims_c: Any, edges: list[int], address: int, size: int
-) -> None:
-    pairs = list(zip(edges[::2], edges[1::2], strict=False))
-    of = (CClaim * len(pairs))(*((first, end, 1, 1) for first, end in pairs))
-    expected = next(
-        (n for n, (first, end) in enumerate(pairs) if first <= address and address + size <= end),
-        -1,
-    )
-    where = ctypes.c_uint64(address)
-    assert claims_c.found(of, len(pairs), where, ctypes.c_uint32(size)) == expected
 
 
 def test_a_bus_tells_which_handlers_are_coroutine_functions() -> None:
