@@ -191,6 +191,8 @@ struct kvm_run {
 
 void avmm_engine_set(uint64_t is, uint64_t call, uint64_t close_, uint64_t kicked);
 int avmm_close(int fd);
+int64_t avmm_map(int fd, size_t size);
+void avmm_unmap(struct kvm_run *run, size_t size);
 int avmm_ioctl(int fd, unsigned long request, void *argument);
 int avmm_ioctl_value(int fd, unsigned long request, unsigned long argument);
 int avmm_run(int fd, struct kvm_run *run);

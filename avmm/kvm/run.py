@@ -15,7 +15,7 @@ import mmap
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.errors import KvmError
@@ -66,16 +66,25 @@ _MMIO, _MMIO_AT = _layout(
 )
 
 
+def _closed() -> Any:
+    raise ValueError("the vCPU is closed")
+
+
 class RunPage:
     """One vCPU's `struct kvm_run` and what lies behind it. Belongs to the thread that runs the
     vCPU, except `immediate_exit`."""
 
-    def __init__(self, mapping: mmap.mmap) -> None:
-        """The page owns `mapping` from now on."""
-        self._mapping = mapping
-        self._buffer = ffi.from_buffer(mapping, require_writable=True)
-        self.struct = ffi.cast("struct kvm_run *", self._buffer)
+    def __init__(self, fd: int, size: int) -> None:
+        """Map `size` bytes of a vCPU's descriptor, or of nothing if it is -1. Raises `KvmError`.
+
+        Not by `mmap.mmap`, which keeps a second descriptor for as long as the mapping exists.
+        """
+        if (address := lib.avmm_map(fd, size)) < 0:
+            raise KvmError("mmap of kvm_run", -address)
+        self.struct = ffi.cast("struct kvm_run *", address)
         """For use in the other modules of `avmm.kvm`."""
+        self._size = size
+        mapping = self._mapping = ffi.buffer(self.struct, size)
         self._mmio_data = ffi.cast("uint64_t *", self.struct.mmio.data)
         self.io: Callable[[], PortAccess] = partial(_IO.unpack_from, mapping, _IO_AT)
         """The port access that the vCPU has exited with."""
@@ -220,18 +229,21 @@ class RunPage:
     def write_ring(self, page: int) -> _kvm.KvmCoalescedMmioRingPointer:
         """The VM's ring of coalesced writes. It is visible in each vCPU's mapping, at the page (of
         the host's size) whose number is the value of KVM_CAP_COALESCED_MMIO."""
-        if not 0 < page < len(self._mapping) // mmap.PAGESIZE:
+        if not 0 < page < self._size // mmap.PAGESIZE:
             raise KvmError("KVM_CAP_COALESCED_MMIO", errno.ENOSYS, f"no ring at page {page}")
-        return ffi.cast("struct kvm_coalesced_mmio_ring *", self._buffer + page * mmap.PAGESIZE)
+        start = ffi.cast("char *", self.struct)
+        return ffi.cast("struct kvm_coalesced_mmio_ring *", start + page * mmap.PAGESIZE)
 
     def close(self) -> None:
         """Unmap it; idempotent."""
-        if self._mapping.closed:
+        struct, self.struct = self.struct, ffi.cast("struct kvm_run *", 0)
+        if struct == ffi.NULL:
             return
-        self.struct = ffi.cast("struct kvm_run *", 0)
+        # Whoever uses it after that gets an exception.
         self._mmio_data = ffi.cast("uint64_t *", 0)
-        ffi.release(self._buffer)
-        self._mapping.close()
+        self._mapping = ffi.buffer(ffi.new("uint8_t[]", 1))
+        self.io, self.mmio = _closed, _closed
+        lib.avmm_unmap(struct, self._size)
 
 
 _READERS: Final[dict[int, Callable[[RunPage], Exit]]] = {

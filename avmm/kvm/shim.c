@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -81,6 +82,19 @@ static int avmm_close(int fd)
     if (is_others(fd))
         return other.close(fd);
     return close(fd) < 0 ? -errno : 0;
+}
+
+/* Map a vCPU's kvm_run, or new memory if `fd` is -1. Returns where it is, or -errno. */
+static int64_t avmm_map(int fd, size_t size)
+{
+    int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+    void *address = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, 0);
+    return address == MAP_FAILED ? -errno : (int64_t)(uintptr_t)address;
+}
+
+static void avmm_unmap(struct kvm_run *run, size_t size)
+{
+    munmap(run, size);
 }
 
 /* The exit reason, or -errno. */

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -26,11 +25,11 @@ class Vcpu(Handle, ABC):
         super().__init__(fd)
         self.index = index
         try:
-            self.page = RunPage(mmap.mmap(fd, run_size))
+            self.page = RunPage(fd, run_size)
             """The `struct kvm_run` shared with the kernel."""
-        except OSError as error:
+        except KvmError:
             self.close()
-            raise KvmError("mmap of kvm_run", error.errno or errno.ENOMEM) from None
+            raise
         self.run: Callable[[], int] = partial(lib.avmm_run, fd, self.page.struct)
         """KVM_RUN without the GIL. Returns the exit reason, or -errno: -EINTR after a kick, or if
         it was entered with `immediate_exit`."""

@@ -63,7 +63,7 @@ class Scripted:
     """(the reason that the kernel wrote last, the one that it found) at each KVM_RUN."""
 
     def __post_init__(self) -> None:
-        self.page = RunPage(mmap.mmap(-1, 2 * mmap.PAGESIZE))
+        self.page = RunPage(-1, 2 * mmap.PAGESIZE)
         self.page.struct.exit_reason = self._wrote = INTR
         self.page.immediate_exit = int(self.immediate)
         self._answers = iter(self.script)
