@@ -92,6 +92,7 @@ class Control:
             "pauses": self.holds.counts,
             "cpus": vm.config.cpus,
             "memory": vm.config.memory,
+            "engine": vm.engine,
             "pid": os.getpid(),
             "migration": moving,
             "unsettled": (self.unsettled or _NOBODY_KNOWS) if vm.is_unsettled else None,
@@ -142,6 +143,7 @@ class NoGuestYet(Control):
             "pauses": {},
             "cpus": 0,
             "memory": 0,
+            "engine": "",
             "pid": os.getpid(),
             "migration": None,
             "unsettled": None,
@@ -167,6 +169,8 @@ class Status(TypedDict):
     cpus: int
     memory: int
     """In bytes."""
+    engine: str
+    """kvm, or soft if the software engine runs the guest. Empty if it has not come yet."""
     pid: int
     """The id of the process that the guest runs in."""
     migration: dict[str, Any] | None
