@@ -390,7 +390,11 @@ class VcpuLoop:
     async def _serve(self) -> None:
         yielded = time.perf_counter()
         mine = self._bridge.poll(True)
-        while (work := await self._next(mine)) is not None:
+        while True:
+            if not mine:
+                await self._turn()
+            if (work := self._taken()) is None:
+                return
             if self._lockstep is not None:
                 mine = await self._serve_in_lockstep(self._lockstep, work)
                 continue
@@ -416,15 +420,20 @@ class VcpuLoop:
         return self._bridge.poll(False)
 
     @in_trio
-    async def _next(self, mine: bool) -> Awaitable[None] | None:
-        """Wait for the next awaitable from the thread. None if the thread has ended. `mine` says
-        that the task has the turn."""
+    async def _turn(self) -> None:
+        """Wait for the turn."""
+        mine = False
         while not mine:
             try:
                 await trio.lowlevel.wait_readable(self._bridge.bell)
             finally:
                 mine = self._bridge.woken()
             mine = mine or self._bridge.poll(True)
+
+    @in_trio
+    def _taken(self) -> Awaitable[None] | None:
+        """What the thread has given the turn for. None if it has ended. Raises what a handler
+        raises that is called here."""
         if self._bridge.is_handed:
             self._handed_over = time.monotonic()
             self._state = _HANDED
@@ -448,11 +457,13 @@ class VcpuLoop:
         with trio.CancelScope(shield=True):
             while self._state not in _LEFT:
                 work = None
-                try:
-                    if self._state is not _HANDED:  # else it was taken before and has failed
-                        work = await self._next(self._bridge.poll(False))
-                except Exception as error:
-                    failures.append(error)
+                if self._state is not _HANDED:  # else it was taken before and has failed
+                    if not self._bridge.poll(False):
+                        await self._turn()
+                    try:
+                        work = self._taken()
+                    except Exception as error:
+                        failures.append(error)
                 if self._state in (_SERVED, _HANDED):
                     await self._abandon(work, failures)
                 if self._state is _HANDED:

@@ -66,6 +66,10 @@ _MMIO, _MMIO_AT = _layout(
 )
 
 
+def _unmap(size: int, struct: _kvm.KvmRunPointer) -> None:
+    lib.avmm_unmap(struct, size)
+
+
 def _closed() -> Any:
     raise ValueError("the vCPU is closed")
 
@@ -81,7 +85,8 @@ class RunPage:
         """
         if (address := lib.avmm_map(fd, size)) < 0:
             raise KvmError("mmap of kvm_run", -address)
-        self.struct = ffi.cast("struct kvm_run *", address)
+        unmap = partial(_unmap, size)
+        self.struct = ffi.gc(ffi.cast("struct kvm_run *", address), unmap, size)
         """For use in the other modules of `avmm.kvm`."""
         self._size = size
         mapping = self._mapping = ffi.buffer(self.struct, size)
@@ -243,7 +248,7 @@ class RunPage:
         self._mmio_data = ffi.cast("uint64_t *", 0)
         self._mapping = ffi.buffer(ffi.new("uint8_t[]", 1))
         self.io, self.mmio = _closed, _closed
-        lib.avmm_unmap(struct, self._size)
+        ffi.release(struct)
 
 
 _READERS: Final[dict[int, Callable[[RunPage], Exit]]] = {

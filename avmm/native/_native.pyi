@@ -1,6 +1,6 @@
 """Types of `avmm.native._native`, written from build.py by avmm.native.stubs: not to be edited."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Generic, Literal, Self, TypeAlias, TypedDict, TypeVar, overload
 
 from typing_extensions import Buffer
@@ -328,6 +328,9 @@ class FFI:
     def addressof(self, lib: Lib, function: str, /) -> Address: ...
     def memmove(self, to: Address | Buffer, from_: Address | Buffer, size: int, /) -> None: ...
     def release(self, data: CData, /) -> None: ...
+    def gc(
+        self, data: _Decayed, destructor: Callable[[_Decayed], None], size: int, /
+    ) -> _Decayed: ...
 
 class Lib:
     AVMM_RAM_REGIONS: Final[int]

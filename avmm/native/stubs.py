@@ -54,7 +54,7 @@ MODULES: Final = (
 _HEAD: Final = '''\
 """Types of `{name}`, written from build.py by avmm.native.stubs: not to be edited."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Generic, Literal, Self, TypeAlias, TypedDict, TypeVar, overload
 
 from typing_extensions import Buffer
@@ -270,6 +270,8 @@ class _Stub:
         to, from_ = "to: Address | Buffer", "from_: Address | Buffer"
         yield from _function("memmove", [to, from_, "size: int", "/"], "None")
         yield from _function("release", ["data: CData", "/"], "None")
+        destructor = "destructor: Callable[[_Decayed], None]"
+        yield from _function("gc", ["data: _Decayed", destructor, "size: int", "/"], "_Decayed")
 
     def _lib(self) -> Iterator[str]:
         yield "class Lib:"

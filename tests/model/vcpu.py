@@ -115,7 +115,7 @@ class Page(RunPage):
     `immediate_exit`, which is `request` here."""
 
     def __init__(self, vcpu: ModelVcpu) -> None:
-        super().__init__(mmap.mmap(-1, 2 * mmap.PAGESIZE))
+        super().__init__(-1, 2 * mmap.PAGESIZE)
         self._vcpu = vcpu
         self.request = 0
         self.unknown = 0
