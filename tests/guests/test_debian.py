@@ -72,8 +72,8 @@ BZIMAGE, PVH, LINUX64 = ["vmlinuz"], ["vmlinux"], ["vmlinux", "--protocol", "lin
     ("image", "cpus", "acpi"),
     [
         (BZIMAGE, "2", "--acpi"),
-        (PVH, "1", "--no-acpi"),
-        (LINUX64, "1", "--acpi"),
+        pytest.param(PVH, "1", "--no-acpi", marks=LONG),
+        pytest.param(LINUX64, "1", "--acpi", marks=LONG),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -149,6 +149,7 @@ def test_xen_prints_its_banner(start: Start, mode: str) -> None:
     child.expect_exact("(XEN) Bootloader: avmm")
 
 
+@LONG
 def test_memtest_shows_its_screen_on_the_serial_port(start: Start) -> None:
     child = start(stock.folder(OTHERS) / "memtest86+", "--cmdline", "console=ttyS0,115200")
     child.expect_exact("Memtest86+ v6.10")
@@ -158,7 +159,7 @@ def test_memtest_shows_its_screen_on_the_serial_port(start: Start) -> None:
 @pytest.mark.parametrize(
     ("guest", "acpi", "ended"),
     [
-        (GUEST, "--acpi", "shutdown"),
+        pytest.param(GUEST, "--acpi", "shutdown", marks=LONG),
         pytest.param(NEWER, "--no-acpi", "reset", marks=LONG),
         pytest.param(NEWER, "--acpi", "shutdown", marks=pytest.mark.slow),
         pytest.param(GUEST, "--no-acpi", "reset", marks=pytest.mark.slow),
@@ -196,6 +197,7 @@ def test_a_shell_on_the_virtio_console_that_acpi_tells_of(start: Start) -> None:
     assert ends(child) == 7
 
 
+@LONG
 def test_the_kernel_of_a_libkrunfw(start: Start) -> None:
     # It has virtio devices only, named on the command line, and cannot switch itself off.
     cmdline = ["--no-acpi", "--cmdline", "quiet panic=-1"]
@@ -244,7 +246,7 @@ def test_what_the_guest_finds_by_acpi(start: Start) -> None:
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        ("poweroff", "shutdown"),
+        pytest.param("poweroff", "shutdown", marks=LONG),
         pytest.param("reboot", "reset", marks=LONG),
         pytest.param("reboot -f", "reset", marks=LONG),
     ],
@@ -283,6 +285,7 @@ def test_a_script_instead_of_a_shell() -> None:
     assert PROMPT not in done.stdout
 
 
+@LONG
 def test_commands_from_a_pipe(tmp_path: Path) -> None:
     """The last output is there, although the shell ends right after it."""
     command = [sys.executable, "-m", "avmm", "run", "--config", stock.folder(GUEST) / "guest.toml"]

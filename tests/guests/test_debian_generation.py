@@ -44,6 +44,7 @@ async def count(vm: avmm.Machine) -> int:
     return int((await command(vm, "wc -l </tmp/numbers")).split()[0])
 
 
+@pytest.mark.lab(also="stock", long=True)
 async def test_what_is_held_reads_no_number_of_its_original() -> None:
     """A loop of reads is held around the clone. Behind that its files have no line in common."""
     guest = stock.boot_files(stock.NEWER)

@@ -89,6 +89,7 @@ async def test_sockets() -> None:
         await said(vm)
 
 
+@pytest.mark.lab(also="stock", long=True)
 async def test_sockets_after_a_load() -> None:
     async with machine(Vsock(5)) as vm:
         await said(vm)
