@@ -60,11 +60,12 @@ def _bare(count: int) -> float:
         stack.callback(system.close)
         begin = time.perf_counter()
         for _ in range(count):
-            _one(stack, kind, system)
+            bare_vm(stack, kind, system)
         return (time.perf_counter() - begin) / count
 
 
-def _one(stack: ExitStack, kind: AnyArchitecture, system: System) -> None:
+def bare_vm(stack: ExitStack, kind: AnyArchitecture, system: System) -> None:
+    """Make one, which `stack` closes. Blocks."""
     ram = mmap.mmap(-1, MEMORY)
     view = memoryview(ram)
     stack.callback(view.release)

@@ -54,6 +54,19 @@ class ManyRow:
 
 
 @dataclass(frozen=True)
+class FigureRow:
+    """One case: a figure of avmm's in `unit`, that of its baseline, and the ratio of the two. The
+    last two are None if there is no baseline.
+    """
+
+    case: str
+    unit: str
+    ours: float
+    baseline: float | None
+    ratio: float | None
+
+
+@dataclass(frozen=True)
 class SpeedRow:
     """One case: MiB per second of avmm and of its baseline, and the ratio of the two. The last two
     are None if QEMU is not installed.

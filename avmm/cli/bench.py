@@ -13,6 +13,7 @@ import click
 import trio
 
 from avmm.bench import boot as bench_boot
+from avmm.bench import density as bench_density
 from avmm.bench import engine as bench_engine
 from avmm.bench import exits as bench_exits
 from avmm.bench import fork as bench_fork
@@ -21,8 +22,9 @@ from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
 from avmm.bench import snapshot as bench_snapshot
 from avmm.bench import stall as bench_stall
+from avmm.bench import start as bench_start
 from avmm.bench import virtio as bench_virtio
-from avmm.bench.row import BenchRow, ManyRow, SizeRow, SpeedRow, StallRow
+from avmm.bench.row import BenchRow, FigureRow, ManyRow, SizeRow, SpeedRow, StallRow
 from avmm.errors import ConfigError
 from avmm.options import parse_size
 
@@ -252,6 +254,40 @@ def snapshot(as_json: bool, rounds: int, memory: str, clones: int) -> None:
 @command.command()
 @JSON
 @ROUNDS
+def start(as_json: bool, rounds: int) -> None:
+    """The time from `avmm run` to its prompt, as a ratio to Python's import of trio."""
+    _run(
+        lambda progress: bench_start.measure(rounds, progress),
+        bench_start.steps(rounds),
+        as_json,
+    )
+
+
+@command.command()
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a list of JSON objects with case, unit, ours, baseline and ratio.",
+)
+@click.option("--guests", type=click.IntRange(1), default=100, show_default=True)
+def density(as_json: bool, guests: int) -> None:
+    """What an idle guest costs in CPU time, memory and descriptors (next to a bare VM's)."""
+    with _progress(bench_density.steps(guests)) as progress:
+        rows = trio.run(bench_density.measure, guests, progress)
+    if as_json:
+        _print_json(rows)
+        return
+    click.echo(f"{'case':24} {'ours':>8} {'bare':>8} {'× bare':>7}")
+    for row in rows:
+        bare = "-" if row.baseline is None else f"{row.baseline:.1f}"
+        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+        click.echo(f"{row.case:24} {row.ours:8.1f} {bare:>8} {ratio:>7} {row.unit}".rstrip())
+
+
+@command.command()
+@JSON
+@ROUNDS
 @click.option("--clones", type=click.IntRange(1), default=50, show_default=True)
 def fork(as_json: bool, rounds: int, clones: int) -> None:
     """Clones, one and many at once, as a ratio to the bare requests to KVM."""
@@ -311,7 +347,9 @@ def _progress(steps: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.update(1)
 
 
-def _print_json(rows: Sequence[BenchRow | ManyRow | SizeRow | SpeedRow | StallRow]) -> None:
+def _print_json(
+    rows: Sequence[BenchRow | FigureRow | ManyRow | SizeRow | SpeedRow | StallRow],
+) -> None:
     click.echo(json.dumps([asdict(row) for row in rows], indent=2))
 
 

@@ -407,6 +407,21 @@ def test_bench_many_gives_a_ratio_for_each_case() -> None:
     assert printed.splitlines()[0].split() == ["case", "exits/s", "raw", "×", "raw"]
 
 
+def test_bench_start_gives_a_ratio() -> None:
+    (row,) = measured("bench", "start", "--rounds", "1")
+    assert row["case"] == "avmm run, to its prompt"
+    assert row["ratio"] == pytest.approx(row["us"] / row["raw_us"])
+    assert row["ratio"] > 1
+
+
+def test_bench_density_compares_with_bare_vms() -> None:
+    busy, memory, descriptors = measured("bench", "density", "--guests", "3")
+    assert busy["unit"] == "% of a core"
+    assert busy["baseline"] is None
+    assert memory["ours"] > 0
+    assert descriptors["ratio"] == pytest.approx(descriptors["ours"] / descriptors["baseline"])
+
+
 def test_bench_fork_gives_a_ratio_for_one_and_for_many() -> None:
     rows = measured("bench", "fork", "--clones", "3", "--rounds", "1")
     assert [row["case"] for row in rows] == ["clone", "fork_many(3)"]
