@@ -8,11 +8,11 @@ because most of what building takes is waiting for the kernel's grace periods.
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -29,6 +29,11 @@ from avmm.running import Inside
 from avmm.runstate import Life
 from avmm.threads import in_thread, in_thread_shielded
 from avmm.vcpu.calls import CallHandler
+
+_AT_ONCE: Final = 32
+"""How many clones are built at the same time. So there are threads left for other machines, which
+may stand still meanwhile (`avmm.threads.MOST`).
+"""
 
 
 @dataclass(frozen=True)
@@ -55,25 +60,59 @@ async def clones(
     built: dict[int, tuple[Parts, Life]] = {}
     async with AsyncExitStack() as stack:
         described, state, memories = await _copied(inside, life, name, forks, deadline, stack)
-        scope = trio.CancelScope()
-        failures = Failures(scope.cancel)
+        room = trio.CapacityLimiter(_AT_ONCE)
 
         async def one(index: int, fork: Fork, described: Described, memory: GuestMemory) -> None:
-            own = Life()
-            # A device may keep what it was given of the state.
-            its = state if len(forks) == 1 else await in_thread(copy.deepcopy, state)
-            origin = Origin(its, lambda layout: memory, described)
-            parts = await build(described.config, fork.devices, own.end, fork.calls, origin)
-            built[index] = parts, own
-            stack.push_async_callback(dismantle, parts)
+            async with room:
+                own = Life()
+                # A device may keep what it was given of the state.
+                its = state if len(forks) == 1 else await in_thread(copy.deepcopy, state)
+                origin = Origin(its, lambda layout: memory, described)
+                parts = await build(described.config, fork.devices, own.end, fork.calls, origin)
+                built[index] = parts, own
+                stack.push_async_callback(dismantle, parts)
 
-        with scope:
-            async with trio.open_nursery() as nursery:
-                for index, each in enumerate(zip(forks, described, memories, strict=True)):
-                    nursery.start_soon(failures.guard, partial(one, index, *each))
-        raise_together(failures.errors, "several clones cannot be made")
+        each = list(zip(range(len(forks)), forks, described, memories, strict=True))
+        if len(each) == 1:
+            await one(*each[0])
+        else:
+            await _all([partial(one, *arguments) for arguments in each])
         stack.pop_all()  # memory and parts are the caller's now
     return [built[index] for index in range(len(forks))]
+
+
+async def _all(jobs: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Do all of them at the same time. If one fails, the others are cancelled. Raises what they
+    raise, as `raise_together` does.
+    """
+    cancelled: list[BaseException] = []
+    scope = trio.CancelScope()
+    failures = Failures(scope.cancel)
+    try:
+        with scope:
+            try:
+                async with trio.open_nursery() as nursery:
+                    for job in jobs:
+                        nursery.start_soon(failures.guard, job)
+            except BaseException as error:
+                _keep(error, cancelled, failures.errors)
+            if cancelled and not failures.errors:
+                raise cancelled[0]
+        raise_together(failures.errors, "several clones cannot be made")
+    finally:
+        for kept in (cancelled, failures.errors):
+            kept.clear()
+
+
+def _keep(error: BaseException, cancelled: list[BaseException], own: list[BaseException]) -> None:
+    """Keep what comes out of a nursery of guarded tasks: cancellations, and Ctrl-C, which trio
+    raises there, without the nursery's group.
+    """
+    cancellation, rest = parted(error)
+    if cancellation is not None:
+        cancelled.append(cancellation)
+    if rest is not None:
+        own.extend(rest.exceptions if isinstance(rest, BaseExceptionGroup) else [rest])
 
 
 async def _copied(
@@ -144,21 +183,24 @@ async def together(machines: Sequence[AbstractAsyncContextManager[object]]) -> A
             if inside == len(machines):
                 entered.set()
             await leave.wait()
+        if not leave.is_set():  # it has ended by itself, and would end its own block, too
+            scope.cancel()
 
     try:
         with scope:
-            async with trio.open_nursery() as nursery:
-                for machine in machines:
-                    nursery.start_soon(failures.guard, partial(live, machine))
-                try:
-                    await entered.wait()
-                    yield
-                except BaseException as error:
-                    for kept, part in zip((cancelled, own), parted(error), strict=True):
-                        kept.extend([] if part is None else [part])
-                leave.set()
-                if own:
-                    scope.cancel()
+            try:
+                async with trio.open_nursery() as nursery:
+                    for machine in machines:
+                        nursery.start_soon(failures.guard, partial(live, machine))
+                    try:
+                        await entered.wait()
+                        yield
+                    except BaseException as error:  # a group in it is the block's own
+                        for kept, part in zip((cancelled, own), parted(error), strict=True):
+                            kept.extend([] if part is None else [part])
+                    leave.set()
+            except BaseException as error:
+                _keep(error, cancelled, own)
             if cancelled and not own and not failures.errors:
                 raise cancelled[0]
         raise_together([*own, *failures.errors], "clones and their block have failed")

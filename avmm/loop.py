@@ -193,7 +193,7 @@ class VcpuLoop:
         self._lockstep = lockstep
         self._state = VcpuState.NEW
         self._handed_over = 0.0
-        """When it last became SERVED, in seconds of the monotonic clock."""
+        """When it last became SERVED or HANDED, in seconds of the monotonic clock."""
         self._bridge = Bridge()
         self._work: Awaitable[None] | None = None
         """The awaitable that the thread has handed over and the task has not taken yet."""
@@ -462,7 +462,8 @@ class VcpuLoop:
                         await self._turn()
                     try:
                         work = self._taken()
-                    except Exception as error:
+                    except BaseException as error:
+                        self._annotate(error)
                         failures.append(error)
                 if self._state in (_SERVED, _HANDED):
                     await self._abandon(work, failures)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import trio
 
 import avmm
+from avmm import clones
 from avmm.errors import ConfigError
 from avmm.memory.pages import PAGE, Bitmap, own_pages
+from avmm.parts import dismantle
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kvm")]
 
@@ -261,3 +265,101 @@ async def test_many_are_left_with_their_block_whatever_ends_it() -> None:
 
         async with vm.fork_many(2) as twins:
             assert await checksum(twins[1])
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_no_error_of_many_is_lost_to_a_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with avmm.Machine(memory="8M") as vm:
+        await greeted(vm)
+        with (
+            pytest.raises(ValueError, match="the block's"),
+            trio.CancelScope() as scope,
+        ):
+            async with vm.fork_many(2):
+                scope.cancel()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    raise ValueError("the block's")
+
+        real = clones.build
+        turns = iter(range(2))
+        waits = trio.Event()
+
+        async def build(*arguments: Any) -> Any:
+            if next(turns) == 0:
+                parts = await real(*arguments)
+                try:
+                    waits.set()
+                    await trio.sleep_forever()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await dismantle(parts)
+                    scope.cancel()
+            await waits.wait()
+            raise ValueError("a clone's")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(clones, "build", build)
+            with (
+                pytest.raises(ValueError, match="a clone's"),
+                trio.CancelScope() as scope,
+            ):
+                async with vm.fork_many(2):
+                    pytest.fail("one was not built")
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("when", ["building", "inside", "leaving"])
+def test_ctrl_c_among_many_is_no_group(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed_in(module: ModuleType, name: str) -> None:
+        real = getattr(module, name)
+
+        async def call(*arguments: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            return await real(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    async def main() -> None:
+        async with avmm.Machine(memory="8M") as vm:
+            await greeted(vm)
+            if when == "building":
+                pressed_in(clones, "build")
+            async with vm.fork_many(2):
+                if when == "inside":
+                    signal.raise_signal(signal.SIGINT)
+                if when == "leaving":
+                    pressed_in(avmm.machine, "dismantle")
+            monkeypatch.undo()
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(main)
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_one_of_many_that_is_ended_by_its_own_device_ends_the_block() -> None:
+    class Ending(avmm.Device):
+        def save(self) -> Mapping[str, Any]:
+            return {}
+
+        def load(self, state: Mapping[str, Any]) -> None:
+            pass
+
+        async def quiesce(self) -> None:
+            pass
+
+    devices = [Ending() for _ in range(3)]
+
+    def place(device: Ending) -> avmm.Placement:
+        return avmm.pio(device, 0x5000, 1)
+
+    async with avmm.Machine(memory="8M", devices=[place(devices[0])]) as vm:
+        await greeted(vm)
+        reached = False
+        async with vm.fork_many(2, lambda n: avmm.Fork(devices=[place(devices[1 + n])])):
+            devices[2].host.nursery.cancel_scope.cancel()
+            with trio.fail_after(20):
+                await trio.sleep_forever()
+            reached = True
+        assert not reached

@@ -133,7 +133,7 @@ def _state(told: Status) -> str:
     if told["cpus"]:  # 0 if there is no guest yet
         parts.append(f"{told['cpus']} vCPU{'s' * (told['cpus'] > 1)}")
         parts.append(f"{size(told['memory'])} of RAM")
-    if told["engine"] == "soft":
+    if told.get("engine") == "soft":
         parts.append("on the software engine")
     parts.append(f"process {told['pid']}")
     if holders := _holders(told["pauses"]):

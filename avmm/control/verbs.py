@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeAlias, TypedDict
+from typing import Any, ClassVar, Final, NotRequired, TypeAlias, TypedDict
 
 import trio
 
@@ -169,8 +169,9 @@ class Status(TypedDict):
     cpus: int
     memory: int
     """In bytes."""
-    engine: str
-    """kvm, or soft if the software engine runs the guest. Empty if it has not come yet."""
+    engine: NotRequired[str]
+    """kvm, or soft if the software engine runs the guest. Empty if it has not come yet. Missing if
+    the guest's avmm is older than this key."""
     pid: int
     """The id of the process that the guest runs in."""
     migration: dict[str, Any] | None

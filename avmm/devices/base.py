@@ -5,7 +5,9 @@ of KVM, ioctls or threads. All it gets is its `Host`: guest memory, an interrupt
 lock and wake-ups.
 
 **Who touches a device when.** `read` and `write` are called in the thread of the vCPU whose access
-it is, one call at a time: the caller holds `host.lock`. A call returns either the answer, and the
+it is, or if they are coroutine functions, mostly in trio; one call at a time: the caller holds
+`host.lock`. So a plain handler that blocks also stops trio, if another handler of the device is a
+coroutine function. A call returns either the answer, and the
 guest goes on at once, or an awaitable, which is then awaited in the machine's nursery, *without*
 the lock, while that vCPU, and no other, waits. So:
 

@@ -42,8 +42,8 @@ class Bridge:
 
     @property
     def is_handed(self) -> bool:
-        """Must the task serve the exit, and not only await what the thread has handed over? Only
-        while it has the turn."""
+        """Must the task serve the exit, and not only await what the thread has handed over? Call
+        it only while the task has the turn."""
         return bool(self._struct.handed)
 
     def call(self, handed: bool = False) -> None:

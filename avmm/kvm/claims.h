@@ -1,4 +1,4 @@
-/* Which accesses are answered by a task in any case.
+/* Which accesses only a task can answer.
  *
  * A device whose handler is a coroutine function can only answer in its machine's task. So a vCPU's
  * thread hands such an exit over without asking for the GIL, and the task calls the handler. The
@@ -8,7 +8,7 @@
 
 struct avmm_claim {
     uint64_t first, end;
-    uint8_t reads, writes;      /* by a task in any case? */
+    uint8_t reads, writes;      /* only by a task? */
 };
 
 struct avmm_claims {
@@ -32,7 +32,7 @@ static const struct avmm_claim *claim_of(
     return &of[low];
 }
 
-/* Is the exit in `run` one for a task in any case? */
+/* Can only a task answer the exit in `run`? */
 static int is_tasks(const struct avmm_claims *claims, const struct kvm_run *run)
 {
     const struct avmm_claim *claim;

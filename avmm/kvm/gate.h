@@ -9,12 +9,12 @@
  *
  * The gate is advice and no lock. After GATE_NS it counts as open again, and whoever has waited
  * that long goes on to the GIL, where the interpreter's own order decides. So a handler that
- * blocks, or a thread that does not come back, delays the others only once, nothing can hang here,
- * and no vCPU starves.
+ * blocks, or a thread that does not come back, delays the others by no more than that, nothing can
+ * hang here, and no vCPU starves.
  */
 
 #define GATE_NS 60000           /* a dozen exits */
-#define GATE_SPINS 200           /* so often it looks before it yields the core */
+#define GATE_SPINS 200           /* how many times it looks before it yields the core */
 
 static _Atomic int64_t gate;    /* until when somebody has passed it; 0: nobody has */
 static _Thread_local int64_t passed;    /* what this thread has written there; 0: nothing */

@@ -311,7 +311,7 @@ static int run_or_park(struct avmm_spot *s)
 
 /* KVM_RUN. Returns the exit reason, or -errno: -EINTR if it was interrupted for another reason
  * than to park, -ECANCELED if it was stopped while it was parked, with nothing pending. AVMM_SERVED:
- * its task has served an exit meanwhile, and somebody wants something of the vCPU. */
+ * its task has served the exit, and the vCPU has been asked to park or to end. */
 static int avmm_spot_run(struct avmm_spot *s)
 {
     gate_open();

@@ -43,7 +43,7 @@ class Spot:
         self._claims: DeviceClaims | None = None
 
     def hand_over_to(self, bridge: Bridge, claims: DeviceClaims) -> None:
-        """From now on, `run` hands the exits of which `claims` says so to the bridge's task, which
+        """From now on, `run` hands the exits that `claims` names to the bridge's task, which
         serves them. It returns `SERVED` if somebody wants something of the vCPU after that."""
         self._claims = claims
         self._struct.claims = claims.struct

@@ -15,7 +15,7 @@ import mmap
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 from avmm.kvm._kvm import ffi, lib
 from avmm.kvm.errors import KvmError
@@ -70,7 +70,7 @@ def _unmap(size: int, struct: _kvm.KvmRunPointer) -> None:
     lib.avmm_unmap(struct, size)
 
 
-def _closed() -> Any:
+def _closed() -> NoReturn:
     raise ValueError("the vCPU is closed")
 
 
@@ -89,6 +89,7 @@ class RunPage:
         self.struct = ffi.gc(ffi.cast("struct kvm_run *", address), unmap, size)
         """For use in the other modules of `avmm.kvm`."""
         self._size = size
+        self._is_closed = False
         mapping = self._mapping = ffi.buffer(self.struct, size)
         self._mmio_data = ffi.cast("uint64_t *", self.struct.mmio.data)
         self.io: Callable[[], PortAccess] = partial(_IO.unpack_from, mapping, _IO_AT)
@@ -234,21 +235,22 @@ class RunPage:
     def write_ring(self, page: int) -> _kvm.KvmCoalescedMmioRingPointer:
         """The VM's ring of coalesced writes. It is visible in each vCPU's mapping, at the page (of
         the host's size) whose number is the value of KVM_CAP_COALESCED_MMIO."""
-        if not 0 < page < self._size // mmap.PAGESIZE:
+        if self._is_closed or not 0 < page < self._size // mmap.PAGESIZE:
             raise KvmError("KVM_CAP_COALESCED_MMIO", errno.ENOSYS, f"no ring at page {page}")
         start = ffi.cast("char *", self.struct)
         return ffi.cast("struct kvm_coalesced_mmio_ring *", start + page * mmap.PAGESIZE)
 
     def close(self) -> None:
         """Unmap it; idempotent."""
-        struct, self.struct = self.struct, ffi.cast("struct kvm_run *", 0)
-        if struct == ffi.NULL:
+        if self._is_closed:
             return
-        # Whoever uses it after that gets an exception.
-        self._mmio_data = ffi.cast("uint64_t *", 0)
-        self._mapping = ffi.buffer(ffi.new("uint8_t[]", 1))
+        self._is_closed = True
+        # Whoever uses it after that finds an empty one.
+        mapped, self.struct = self.struct, ffi.new("struct kvm_run *")
+        self._mmio_data = ffi.cast("uint64_t *", self.struct.mmio.data)
+        self._mapping = ffi.buffer(self.struct, ffi.sizeof("struct kvm_run"))
         self.io, self.mmio = _closed, _closed
-        ffi.release(struct)
+        ffi.release(mapped)
 
 
 _READERS: Final[dict[int, Callable[[RunPage], Exit]]] = {

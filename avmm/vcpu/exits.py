@@ -1,6 +1,7 @@
 """What each kind of exit asks for, and where the answer goes.
 
-`Exits.serve` is called in the vCPU's thread after `KVM_RUN` has returned with an exit. If it
+`Exits.serve` is called after `KVM_RUN` has returned with an exit: in the vCPU's thread, or in its
+task if the thread has handed the exit over (`avmm.loop`). If it
 returns None, it has written the answer into `kvm_run`. Otherwise it returns an awaitable, which
 has written the answer when it is done. The answer takes effect at the next `KVM_RUN`; for what
 that means for saved state see `avmm.loop`.

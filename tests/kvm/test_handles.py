@@ -279,7 +279,10 @@ def test_a_closed_vcpu_has_no_kvm_run(vcpu: X86Vcpu) -> None:
     before = mappings()
     vcpu.close()
     assert mappings() == before - 1
-    assert not vcpu.page.struct
+    assert vcpu.page.exit_reason == vcpu.page.flags == 0
+    vcpu.page.immediate_exit = 1  # not in anybody's memory
+    with pytest.raises(ValueError, match="the vCPU is closed"):
+        vcpu.page.io()
     assert vcpu.run() == -errno.EBADF
 
 

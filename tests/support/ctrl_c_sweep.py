@@ -39,6 +39,8 @@ async def stays(folder: Path) -> None:
         await booted(vm)
         async with vm.paused():
             pass
+        async with vm.fork_many(2):
+            pass
         async with vm.clone():
             pass
         await vm.snapshot(folder / "snapshot")
