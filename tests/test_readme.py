@@ -14,7 +14,7 @@ import pytest
 from avmm.cli import cli
 
 README = Path(__file__).parents[1] / "README.md"
-_INLINE = re.compile(r"`(avmm [^`]+)`", re.DOTALL)
+_INLINE = re.compile(r"`(avmm\s[^`]+)`", re.DOTALL)
 _BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 
 
