@@ -15,6 +15,7 @@ from support.engines import open_system
 from support.guest import EXIT, machine
 
 import avmm
+from avmm import engine
 from avmm.arch.x86_64 import cpu, layout
 from avmm.arch.x86_64 import state as cpu_state
 from avmm.arch.x86_64.features import demand
@@ -156,7 +157,10 @@ def test_two_nmis_that_wait_are_two(system: X86System) -> None:
         events = bytearray(state["events"])
         events[NMI_PENDING], events[NMI_MASKED], events[16] = 2, 0, PENDING_IS_VALID
         cpu_state.load_vcpu(system, vcpu, state | {"events": bytes(events)})
-        assert cpu_state.save_vcpu(system, vcpu)["events"][NMI_PENDING] == 2
+        told = cpu_state.save_vcpu(system, vcpu)["events"][NMI_PENDING]
+    if told == 1 and system.engine == engine.KVM:
+        pytest.skip("this host's KVM tells only whether an NMI waits (before Linux 6.4)")
+    assert told == 2
 
 
 async def test_a_deadline_that_has_just_fired_is_saved_as_now(tmp_path: Path) -> None:
