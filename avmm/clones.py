@@ -8,7 +8,7 @@ because most of what building takes is waiting for the kernel's grace periods.
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ import trio
 from avmm.bus.space import Placement
 from avmm.config import HostSettings
 from avmm.errors import AvmmError
-from avmm.failures import Failures, parted, raise_together
+from avmm.failures import gathered
 from avmm.memory.ram import GuestMemory
 from avmm.parts import Origin, Parts, build, description, dismantle
 from avmm.parts.description import Described
@@ -72,47 +72,11 @@ async def clones(
                 built[index] = parts, own
                 stack.push_async_callback(dismantle, parts)
 
-        each = list(zip(range(len(forks)), forks, described, memories, strict=True))
-        if len(each) == 1:
-            await one(*each[0])
-        else:
-            await _all([partial(one, *arguments) for arguments in each])
+        async with gathered("several clones cannot be made") as builds:
+            for index, each in enumerate(zip(forks, described, memories, strict=True)):
+                builds.start(partial(one, index, *each))
         stack.pop_all()  # memory and parts are the caller's now
     return [built[index] for index in range(len(forks))]
-
-
-async def _all(jobs: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    """Do all of them at the same time. If one fails, the others are cancelled. Raises what they
-    raise, as `raise_together` does.
-    """
-    cancelled: list[BaseException] = []
-    scope = trio.CancelScope()
-    failures = Failures(scope.cancel)
-    try:
-        with scope:
-            try:
-                async with trio.open_nursery() as nursery:
-                    for job in jobs:
-                        nursery.start_soon(failures.guard, job)
-            except BaseException as error:
-                _keep(error, cancelled, failures.errors)
-            if cancelled and not failures.errors:
-                raise cancelled[0]
-        raise_together(failures.errors, "several clones cannot be made")
-    finally:
-        for kept in (cancelled, failures.errors):
-            kept.clear()
-
-
-def _keep(error: BaseException, cancelled: list[BaseException], own: list[BaseException]) -> None:
-    """Keep what comes out of a nursery of guarded tasks: cancellations, and Ctrl-C, which trio
-    raises there, without the nursery's group.
-    """
-    cancellation, rest = parted(error)
-    if cancellation is not None:
-        cancelled.append(cancellation)
-    if rest is not None:
-        own.extend(rest.exceptions if isinstance(rest, BaseExceptionGroup) else [rest])
 
 
 async def _copied(
@@ -169,12 +133,7 @@ async def together(machines: Sequence[AbstractAsyncContextManager[object]]) -> A
     If one fails, the block and the others are cancelled. Raises what they and the block raise, as
     `raise_together` does.
     """
-    own: list[BaseException] = []
-    cancelled: list[BaseException] = []
-    scope = trio.CancelScope()
-    failures = Failures(scope.cancel)
-    inside, leave = 0, trio.Event()
-    entered = trio.Event()
+    inside, entered, leave = 0, trio.Event(), trio.Event()
 
     async def live(machine: AbstractAsyncContextManager[object]) -> None:
         nonlocal inside
@@ -184,26 +143,13 @@ async def together(machines: Sequence[AbstractAsyncContextManager[object]]) -> A
                 entered.set()
             await leave.wait()
         if not leave.is_set():  # it has ended by itself, and would end its own block, too
-            scope.cancel()
+            lives.cancel()
 
-    try:
-        with scope:
-            try:
-                async with trio.open_nursery() as nursery:
-                    for machine in machines:
-                        nursery.start_soon(failures.guard, partial(live, machine))
-                    try:
-                        await entered.wait()
-                        yield
-                    except BaseException as error:  # a group in it is the block's own
-                        for kept, part in zip((cancelled, own), parted(error), strict=True):
-                            kept.extend([] if part is None else [part])
-                    leave.set()
-            except BaseException as error:
-                _keep(error, cancelled, own)
-            if cancelled and not own and not failures.errors:
-                raise cancelled[0]
-        raise_together([*own, *failures.errors], "clones and their block have failed")
-    finally:
-        for kept in (own, cancelled, failures.errors):
-            kept.clear()
+    async with gathered("clones and their block have failed") as lives:
+        for machine in machines:
+            lives.start(partial(live, machine))
+        await entered.wait()
+        try:
+            yield
+        finally:
+            leave.set()

@@ -13,7 +13,8 @@ mapped until Python collects cycles. So such variables are deleted before the er
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -78,3 +79,58 @@ class Failures:
                     raise cancelled from None
             finally:
                 del cancelled, own
+
+
+class Gathering:
+    """The tasks of a `gathered` block."""
+
+    def __init__(self, nursery: trio.Nursery, failures: Failures, scope: trio.CancelScope) -> None:
+        self._nursery = nursery
+        self._failures = failures
+        self._scope = scope
+
+    def start(self, function: Callable[[], Awaitable[object]]) -> None:
+        """Start a task that awaits `function()`."""
+        self._nursery.start_soon(self._failures.guard, function)
+
+    def cancel(self) -> None:
+        """Cancel the block and its tasks. If none of them raises an error then, the block ends
+        without one."""
+        self._scope.cancel()
+
+
+@asynccontextmanager
+async def gathered(message: str) -> AsyncIterator[Gathering]:
+    """A block with tasks. It is left when all of them have ended.
+
+    At the first error, be it a task's or the block's, all else is cancelled. The errors are raised
+    by `raise_together`, with `message`, also if somebody else has cancelled the block meanwhile.
+    """
+    own: list[BaseException] = []
+    cancelled: list[BaseException] = []
+    scope = trio.CancelScope()
+    failures = Failures(scope.cancel)
+    try:
+        with scope:
+            try:
+                async with trio.open_nursery() as nursery:
+                    try:
+                        yield Gathering(nursery, failures, scope)
+                    except BaseException as error:  # a group among it is the block's own
+                        for kept, part in zip((cancelled, own), parted(error), strict=True):
+                            kept.extend([] if part is None else [part])
+                        scope.cancel()
+            except BaseException as error:
+                # All tasks are guarded: it is a cancellation, or Ctrl-C in the nursery's group.
+                cancellation, interrupt = parted(error)
+                cancelled.extend([] if cancellation is None else [cancellation])
+                if isinstance(interrupt, BaseExceptionGroup):
+                    own.extend(interrupt.exceptions)
+                elif interrupt is not None:
+                    own.append(interrupt)
+            if cancelled and not own and not failures.errors:
+                raise cancelled[0]
+        raise_together([*own, *failures.errors], message)
+    finally:
+        for kept in (own, cancelled, failures.errors):
+            kept.clear()

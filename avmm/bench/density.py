@@ -19,7 +19,6 @@ import trio
 from avmm import arch
 from avmm.bench import fork, shell
 from avmm.bench.row import FigureRow
-from avmm.machine import Machine
 from avmm.threads import in_thread, in_thread_shielded
 
 _SETTLE: Final = 1.0
@@ -30,13 +29,12 @@ _LOOK: Final = 5.0
 
 async def measure(count: int, progress: Callable[[], None]) -> list[FigureRow]:
     """The cases, for `count` guests. The bare VMs are made in a thread."""
+    async with AsyncExitStack() as first:
+        await shell.idle(first)  # what is loaded or cached once is not a guest's
     async with AsyncExitStack() as guests:
-        async with Machine(memory=fork.MEMORY):
-            pass  # what is loaded or cached once is not a guest's
         before = _use()
         for _ in range(count):
-            vm = await guests.enter_async_context(Machine(memory=fork.MEMORY))
-            await shell.read_until(vm.console, shell.PROMPT)
+            await shell.idle(guests)
             progress()
         await trio.sleep(_SETTLE)
         memory, descriptors = (now - was for now, was in zip(_use(), before, strict=True))

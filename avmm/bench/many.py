@@ -16,12 +16,10 @@ from typing import Final
 
 import trio
 
-from avmm import guests
+from avmm.bench import shell
 from avmm.bench.exits import WAYS, config, served
 from avmm.bench.row import ManyRow
-from avmm.config import MachineConfig
 from avmm.errors import AvmmError
-from avmm.machine import Machine
 
 KINDS: Final = ("pio ring0", "mmio ring3")
 
@@ -47,8 +45,7 @@ async def measure(
             progress()
             async with AsyncExitStack() as stack:
                 for _ in range(idle):
-                    await stack.enter_async_context(Machine(_idle()))
-                await trio.sleep(0.5)
+                    await shell.idle(stack)
                 pairs.append((await _in_one(KINDS[0], way, count, 1), alone))
             progress()
         rows.append(_row(f"beside {idle} idle ones, {KINDS[0]} {way}", pairs))
@@ -58,10 +55,6 @@ async def measure(
 def steps(rounds: int) -> int:
     """How often `measure` calls `progress`."""
     return (len(KINDS) + 1) * 2 * 2 * rounds
-
-
-def _idle() -> MachineConfig:
-    return MachineConfig(kernel=guests.path("shell"), memory=16 << 20)
 
 
 def _row(case: str, pairs: list[tuple[float, float]]) -> ManyRow:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import AsyncExitStack
 from typing import Final
 
 import trio
 
 from avmm.errors import AvmmError
+from avmm.machine import Machine
 
 PROMPT: Final = b"avmm> "
 _BURN_MOST: Final = 4000
@@ -26,6 +28,12 @@ async def read_until(console: trio.abc.ReceiveStream, mark: bytes) -> bytes:
             raise AvmmError(f"the guest has ended; expected {mark!r} after {said[-200:]!r}")
         said += more
     return said
+
+
+async def idle(stack: AsyncExitStack) -> None:
+    """Start a guest that waits at its prompt until `stack` is closed."""
+    vm = await stack.enter_async_context(Machine(memory=16 << 20))
+    await read_until(vm.console, PROMPT)
 
 
 async def ask(console: trio.abc.Stream, line: bytes) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import trio
@@ -28,14 +29,16 @@ from avmm.bench.row import BenchRow, FigureRow, ManyRow, SizeRow, SpeedRow, Stal
 from avmm.errors import ConfigError
 from avmm.options import parse_size
 
+_Command = TypeVar("_Command", bound=Callable[..., object])
 Measure = Callable[[Callable[[], None]], Sequence[BenchRow | SizeRow | SpeedRow]]
 
-JSON = click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print a list of JSON objects with case, us, raw_us and ratio.",
-)
+
+def _json(keys: str) -> Callable[[_Command], _Command]:
+    help_ = f"Print a list of JSON objects with {keys}."
+    return click.option("--json", "as_json", is_flag=True, help=help_)
+
+
+JSON = _json("case, us, raw_us and ratio")
 ROUNDS = click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 
 MEMORY = click.option("--memory", default="512M", show_default=True, metavar="SIZE")
@@ -60,12 +63,7 @@ def exits(as_json: bool, count: int, rounds: int) -> None:
 
 
 @command.command()
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print a list of JSON objects with case, per_second, raw_per_second and ratio.",
-)
+@_json("case, per_second, raw_per_second and ratio")
 @ROUNDS
 @click.option("--count", type=click.IntRange(10), default=20_000, show_default=True, help="Exits.")
 @click.option("--guests", type=click.IntRange(1), default=4, show_default=True)
@@ -139,12 +137,7 @@ def boot(
 @click.option("--stock-memory", default="256M", show_default=True, metavar="SIZE")
 @click.option("--count", type=click.IntRange(10), default=10_000, show_default=True, help="Exits.")
 @click.option("--pauses", type=click.IntRange(10), default=200, show_default=True)
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print a list of JSON objects with case, baseline, us, raw_us, ratio, wanted and why.",
-)
+@_json("case, baseline, us, raw_us, ratio, wanted and why")
 @ROUNDS
 def engine(
     kernel: Path | None,
@@ -264,12 +257,7 @@ def start(as_json: bool, rounds: int) -> None:
 
 
 @command.command()
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print a list of JSON objects with case, unit, ours, baseline and ratio.",
-)
+@_json("case, unit, ours, baseline and ratio")
 @click.option("--guests", type=click.IntRange(1), default=100, show_default=True)
 def density(as_json: bool, guests: int) -> None:
     """What an idle guest costs in CPU time, memory and descriptors (next to a bare VM's)."""
@@ -305,12 +293,7 @@ def fork(as_json: bool, rounds: int, clones: int) -> None:
     help="A compressed kernel to boot, such as Debian's. Without this option, the bundled "
     "guest, compressed.",
 )
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print a list of JSON objects with case, ms, most_ms, blocked_ms and idle_ms.",
-)
+@_json("case, ms, most_ms, blocked_ms and idle_ms")
 @ROUNDS
 @MEMORY
 def stall(kernel: Path | None, as_json: bool, rounds: int, memory: str) -> None:
