@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -238,9 +239,13 @@ async def test_when_one_of_many_cannot_be_made_none_is_left(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match="gone"):
             async with vm.fork_many(4, each):
                 pytest.fail("one of them has no disk")
+
+        def given(whatever: Any, index: int) -> Any:
+            return whatever
+
         for count, wrong in ((0, avmm.Fork()), (2, {"disks": []})):
             with pytest.raises(ConfigError, match=r"^fork_many: .*; expected "):
-                async with vm.fork_many(count, lambda index, wrong=wrong: wrong):  # type: ignore
+                async with vm.fork_many(count, partial(given, wrong)):
                     pytest.fail("nothing sensible was asked for")
         assert "not empty" not in await ask(vm, b"count 3 disk")
 
@@ -310,12 +315,35 @@ async def test_no_error_of_many_is_lost_to_a_cancellation(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("nothing_left")
+async def test_a_clone_that_was_built_is_dismantled_if_another_one_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with avmm.Machine(memory="8M") as vm:
+        await greeted(vm)
+        real, turns, one_is_built = clones.build, iter(range(2)), trio.Event()
+
+        async def build(*arguments: Any) -> Any:
+            if next(turns) == 0:
+                parts = await real(*arguments)
+                one_is_built.set()
+                return parts
+            await one_is_built.wait()
+            raise ValueError("a clone's")
+
+        monkeypatch.setattr(clones, "build", build)
+        with pytest.raises(ValueError, match="a clone's"):
+            async with vm.fork_many(2):
+                pytest.fail("one was not built")
+
+
+@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("when", ["building", "inside", "leaving"])
 def test_ctrl_c_among_many_is_no_group(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def pressed_in(module: ModuleType, name: str) -> None:
         real = getattr(module, name)
 
         async def call(*arguments: Any) -> Any:
+            monkeypatch.undo()  # once: trio raises a second one by itself, at the very end
             signal.raise_signal(signal.SIGINT)
             return await real(*arguments)
 
@@ -331,7 +359,6 @@ def test_ctrl_c_among_many_is_no_group(when: str, monkeypatch: pytest.MonkeyPatc
                     signal.raise_signal(signal.SIGINT)
                 if when == "leaving":
                     pressed_in(avmm.machine, "dismantle")
-            monkeypatch.undo()
 
     with pytest.raises(KeyboardInterrupt):
         trio.run(main)

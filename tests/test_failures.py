@@ -14,7 +14,7 @@ import trio.testing
 from support.guest import machine
 
 import avmm
-from avmm.failures import parted, raise_together
+from avmm.failures import gathered, parted, raise_together
 
 pytestmark = [pytest.mark.usefixtures("kvm", "nothing_left")]
 
@@ -319,3 +319,28 @@ def test_an_error_keeps_its_context() -> None:
     raise_together([], "nothing")
     with pytest.raises(ExceptionGroup, match="both"):
         raise_together([error, before], "both")
+
+
+async def test_a_gathered_block_that_fails_ends_its_tasks() -> None:
+    with trio.fail_after(5), pytest.raises(KeyError, match="mine"):
+        async with gathered("several") as tasks:
+            tasks.start(trio.sleep_forever)
+            raise KeyError("mine")
+
+
+async def test_gathered_errors_come_as_they_are_and_several_in_one_group() -> None:
+    both = trio.Event()
+
+    async def fail() -> None:
+        try:
+            await both.wait()
+        finally:
+            raise KeyError("a task's")
+
+    with trio.fail_after(5), pytest.raises(ExceptionGroup, match="several") as caught:
+        async with gathered("several") as tasks:
+            tasks.start(fail)
+            tasks.start(fail)
+            await trio.lowlevel.checkpoint()
+            both.set()
+    assert [type(error) for error in caught.value.exceptions] == [KeyError, KeyError]
