@@ -322,10 +322,11 @@ def test_an_error_keeps_its_context() -> None:
 
 
 async def test_a_gathered_block_that_fails_ends_its_tasks() -> None:
-    with trio.fail_after(5), pytest.raises(KeyError, match="mine"):
+    with trio.move_on_after(5) as limit, pytest.raises(KeyError, match="mine"):
         async with gathered("several") as tasks:
             tasks.start(trio.sleep_forever)
             raise KeyError("mine")
+    assert not limit.cancel_called
 
 
 async def test_gathered_errors_come_as_they_are_and_several_in_one_group() -> None:
