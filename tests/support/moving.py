@@ -97,9 +97,10 @@ async def snapshot(number: int, disk: str, folder: str) -> None:
                 await counting.reached(number)
                 await pause.enter_async_context(vm.paused(deadline=20))
             await vm.snapshot(file)
-        notes.write_text(json.dumps(counting.save()))
-        # Whatever it does from now on is of no account, but for its disk.
-        vm.stop()
+            notes.write_text(json.dumps(counting.save()))
+            # It must not go on after its snapshot: they have the same disk, where the next process
+            # finds each sector empty that it has not written itself.
+            vm.stop()
 
 
 def main() -> None:
