@@ -18,8 +18,9 @@ from typing import Any, Final
 from avmm.errors import ConfigError
 
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE: Final = re.compile(r"\s*(\d{1,20})\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE | re.ASCII)
-_MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", re.IGNORECASE | re.ASCII)
+# Compiled when they are first used: many programs that import avmm never do.
+_SIZE: Final = r"(?ai)\s*(\d{1,20})\s*([KMGT]?)(?:I?B)?\s*"
+_MAC: Final = r"(?ai)(?:[0-9a-f]{2}:){5}[0-9a-f]{2}"
 _BACKENDS: Final = ("tap", "unix", "listen")
 _TOO_LITTLE: Final = 64 << 10
 """Bytes of memory. A user who asks for less has forgotten the unit."""
@@ -99,7 +100,7 @@ def parse_size(size: int | str, what: str = "") -> int:
     """
     if isinstance(size, int) and not isinstance(size, bool):
         return size
-    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    match = re.fullmatch(_SIZE, size) if isinstance(size, str) else None
     if match is None:
         raise ConfigError(
             f"{what} {size!r} is not a size: expected a number with K, M, G or T, "
@@ -137,7 +138,7 @@ def check_path(what: str, value: object) -> Path:
 
 def parse_mac(text: object) -> bytes:
     """The 6 bytes of a unicast address like "52:54:00:12:34:56". Raises `ConfigError`."""
-    if not isinstance(text, str) or not _MAC.fullmatch(text):
+    if not isinstance(text, str) or not re.fullmatch(_MAC, text):
         raise ConfigError(f"mac {text!r}: expected six bytes like 52:54:00:12:34:56")
     mac = bytes.fromhex(text.replace(":", ""))
     if mac[0] & 1 or not any(mac):

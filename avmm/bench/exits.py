@@ -20,7 +20,7 @@ from avmm import arch, guests
 from avmm.bench.row import BenchRow
 from avmm.bus.space import Placement, mmio, pio
 from avmm.config import MachineConfig
-from avmm.devices.base import Device
+from avmm.devices.base import Device, Host
 from avmm.engine import AUTO
 from avmm.errors import AvmmError
 from avmm.machine import Machine
@@ -51,7 +51,24 @@ class Awaiting(Device):
         await trio.lowlevel.checkpoint()
 
 
+class InC(Device):
+    """Leaves the register to C."""
+
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        host.storage(0, 1)
+
+
+class Published(Device):
+    """Publishes the page in which the register is."""
+
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        host.page(0)
+
+
 WAYS: Final[dict[str, Callable[[], Device]]] = {
+    "in C": InC,
     "at once": AtOnce,
     "in a task": InTask,
     "awaiting": Awaiting,
@@ -79,17 +96,31 @@ async def measure(count: int, rounds: int, progress: Callable[[], None]) -> list
                 rows.append(
                     BenchRow(f"{kind} ring{ring} {way}", median(times), median(raw), ratio)
                 )
-    return rows
+    return rows + [await published(ring, count, rounds, progress) for ring in (0, 3)]
+
+
+async def published(ring: int, count: int, rounds: int, progress: Callable[[], None]) -> BenchRow:
+    """Reads of a published page, which make no exit, next to reads that make one."""
+    raw, ours = [], []
+    for _ in range(rounds):
+        raw.append(await measure_raw(config("mmio", ring, count, op="read")))
+        progress()
+        ours.append(await served(config("mmio", ring, count, op="read"), "mmio", Published()))
+        progress()
+    ratio = median(us / base for us, base in zip(ours, raw, strict=True))
+    return BenchRow(f"mmio ring{ring} published", median(ours), median(raw), ratio)
 
 
 def steps(rounds: int) -> int:
     """How often `measure` calls `progress`."""
-    return 4 * rounds * (1 + len(WAYS))
+    return rounds * (4 * (1 + len(WAYS)) + 2 * 2)
 
 
-def config(kind: str, ring: int, count: int, engine: str = AUTO) -> MachineConfig:
+def config(
+    kind: str, ring: int, count: int, engine: str = AUTO, op: str = "write"
+) -> MachineConfig:
     """A guest that makes `count` exits of one kind."""
-    words = f"kind={kind} op=write width=1 port={PORT:#x} addr={ADDRESS:#x} ring={ring}"
+    words = f"kind={kind} op={op} width=1 port={PORT:#x} addr={ADDRESS:#x} ring={ring}"
     cmdline = f"{words} count={count} warmup={count // 10}"
     return MachineConfig(
         kernel=guests.path("exits"), cmdline=cmdline, memory=16 << 20, engine=engine

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
+from typing import NamedTuple
 
 
 class Mode(Enum):
@@ -18,8 +19,7 @@ class Mode(Enum):
     """64-bit long mode, flat segments, the first 4 GiB mapped one to one, interrupts off."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """The boot processor's first state.
 
     `registers` holds general registers by their 64-bit names (`"rbx"`). All others are 0.
@@ -27,13 +27,12 @@ class Entry:
 
     mode: Mode
     ip: int
-    registers: Mapping[str, int] = field(default_factory=dict)
+    registers: Mapping[str, int] = MappingProxyType({})
     is_kernel: bool = False
     """Does an operating system start, which uses all that its processor offers?"""
 
 
-@dataclass(frozen=True, slots=True)
-class FlatOptions:
+class FlatOptions(NamedTuple):
     """How to run a flat binary: the mode in which it is entered, and the address at which it is
     loaded and entered.
     """

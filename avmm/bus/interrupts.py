@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from avmm.errors import ConfigError, StateError
 from avmm.forks import close_descriptor, closed_in_child
@@ -25,24 +26,23 @@ from avmm.kvm import eventfd
 from avmm.kvm.vm import Vm
 
 
-@dataclass(frozen=True, slots=True)
-class Pins:
+class Pins(NamedTuple):
     """The input pins of a board's interrupt controller: GSIs from 0 on."""
 
-    count: int
-    reserved: Mapping[int, str] = field(default_factory=dict)
+    size: int
+    reserved: Mapping[int, str] = MappingProxyType({})
     """Pins that no device may drive, each with its owner."""
 
     def demand(self, gsi: int, owner: str) -> None:
         """Raise `ConfigError`, which names `owner`, if a device cannot have this pin."""
-        if 0 <= gsi < self.count and gsi not in self.reserved:
+        if 0 <= gsi < self.size and gsi not in self.reserved:
             return
         why = f"belongs to {self.reserved[gsi]}" if gsi in self.reserved else "does not exist"
         raise ConfigError(f"{owner}: interrupt {gsi} {why}; expected {self._spans()}")
 
     def _spans(self) -> str:
         """The free pins in words: "1, 3 to 12 or 14 to 23"."""
-        free = [gsi for gsi in range(self.count) if gsi not in self.reserved]
+        free = [gsi for gsi in range(self.size) if gsi not in self.reserved]
         spans: list[list[int]] = []
         for gsi in free:
             if spans and spans[-1][-1] == gsi - 1:

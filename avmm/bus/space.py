@@ -13,16 +13,18 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Sequence, Sized
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from avmm.errors import ConfigError, DeviceError, VcpuError
-from avmm.kvm.claims import DeviceClaim
+from avmm.kvm.claims import DeviceClaim, Way
 
 if TYPE_CHECKING:
+    from avmm.bus.registers import DeviceRegisters
     from avmm.devices.base import Device, ReadAnswer, WriteAnswer
     from avmm.memory.layout import Region
 
@@ -111,12 +113,19 @@ def msr(device: Device, first: int, count: int = 1) -> Placement:
 class PostedWrites:
     """The coalesced writes that a device must get before anything else.
 
-    It stands in front of the device in all of its regions. `read` and `write` are called with the
-    device's lock held. A deque's ends are safe to use from different threads.
+    It stands in front of the device, and of its registers, in all of its regions. `read` and
+    `write` are called with the device's lock held. A deque's ends are safe to use from different
+    threads.
     """
 
-    def __init__(self, device: Device, lock: AbstractContextManager[Any]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        lock: AbstractContextManager[Any],
+        registers: DeviceRegisters | None = None,
+    ) -> None:
         self._device = device
+        self._front = registers or device
         self._lock = lock
         self._writes: deque[tuple[int, int, int]] = deque()
 
@@ -148,12 +157,12 @@ class PostedWrites:
     def read(self, offset: int, size: int) -> ReadAnswer:
         """The device's `read`, after the writes that came before it."""
         self._deliver()
-        return self._device.read(offset, size)
+        return self._front.read(offset, size)
 
     def write(self, offset: int, size: int, value: int) -> WriteAnswer:
         """The device's `write`, after the writes that came before it."""
         self._deliver()
-        return self._device.write(offset, size, value)
+        return self._front.write(offset, size, value)
 
     def _deliver(self) -> None:
         while self._writes:
@@ -161,7 +170,7 @@ class PostedWrites:
             # queue empty goes on.
             offset, size, value = self._writes[0]
             try:
-                answer = self._device.write(offset, size, value)
+                answer = self._front.write(offset, size, value)
             finally:
                 self._writes.popleft()
             if answer is not None:
@@ -176,7 +185,18 @@ class PostedWrites:
 class _Range:
     """One device's claim, with everything that the hot path needs."""
 
-    __slots__ = ("base", "device", "end", "lock", "posted", "read", "shift", "width", "write")
+    __slots__ = (
+        "base",
+        "device",
+        "end",
+        "lock",
+        "posted",
+        "read",
+        "registers",
+        "shift",
+        "width",
+        "write",
+    )
 
     def __init__(
         self,
@@ -184,6 +204,7 @@ class _Range:
         lock: AbstractContextManager[Any],
         unit: int,
         posted: PostedWrites | None,
+        registers: DeviceRegisters | None,
     ) -> None:
         self.device = place.device
         self.base = place.base * unit
@@ -191,8 +212,10 @@ class _Range:
         self.shift = self.base - place.offset
         self.lock = lock
         self.posted = posted
-        self.read = place.device.read if posted is None else posted.read
-        self.write = place.device.write if posted is None else posted.write
+        self.registers = registers
+        front = posted or registers or place.device
+        self.read = front.read
+        self.write = front.write
         self.width = place.device.max_width
 
 
@@ -227,9 +250,10 @@ class Bus:
         place: Placement,
         lock: AbstractContextManager[Any],
         posted: PostedWrites | None = None,
+        registers: DeviceRegisters | None = None,
     ) -> None:
-        """Let the device answer there. If a region of it is coalesced, `posted` stands in front of
-        it.
+        """Let the device answer there. If it has registers, `registers` stands in front of it, and
+        if a region of it is coalesced, `posted` in front of both.
 
         Raises `ConfigError` if another device already answers there.
         """
@@ -237,7 +261,7 @@ class Bus:
         where = f"{place.device.name} at {self.name} {place.base:#x}-{end - 1:#x}"
         if place.base < 0 or place.size < 1 or end > self._limit:
             raise ConfigError(f"{where}: expected a range within 0-{self._limit - 1:#x}")
-        claim = _Range(place, lock, self._unit, posted)
+        claim = _Range(place, lock, self._unit, posted, registers)
         if claim.width not in (1, 2, 4, 8):
             raise ConfigError(f"{where}: max_width {claim.width!r}, expected 1, 2, 4 or 8")
         for other in self._ranges:
@@ -285,16 +309,9 @@ class Bus:
                 there.posted.post(part - there.shift, length, piece)
 
     def claims(self) -> list[DeviceClaim]:
-        """All devices' claims, for the vCPUs' threads."""
-        return [
-            DeviceClaim(
-                each.base,
-                each.end,
-                iscoroutinefunction(each.read),
-                iscoroutinefunction(each.write),
-            )
-            for each in self._ranges
-        ]
+        """Who answers where, for the vCPUs' threads: each device's claim, cut where its registers
+        begin and end."""
+        return [claim for each in self._ranges for claim in _claims(each)]
 
     def owner(self, address: int, size: int = 1) -> str:
         """The names of the devices that answer these `size` bytes, for messages."""
@@ -391,6 +408,24 @@ class Bus:
             logger.log(self._unclaimed, "no device at %s %#x", self.name, address // self._unit)
             if len(self._reported) == _REPORTED_AT_MOST:
                 logger.log(self._unclaimed, "no more such %s addresses are reported", self.name)
+
+
+def _claims(there: _Range) -> Iterator[DeviceClaim]:
+    reads = Way(iscoroutinefunction(there.device.read))
+    writes = Way(iscoroutinefunction(there.device.write))
+    edges = {there.base, there.end}
+    if there.registers is not None:
+        inside = (there.shift + edge for edge in there.registers.edges())
+        edges |= {edge for edge in inside if there.base < edge < there.end}
+    for first, end in pairwise(sorted(edges)):
+        claim = DeviceClaim(first, end, there.width, reads, writes)
+        if there.registers is not None:
+            ours = there.registers.ways(first - there.shift)
+            claim = claim._replace(
+                reads=ours[0]._replace(tasks=reads.tasks),
+                writes=ours[1]._replace(tasks=writes.tasks),
+            )
+        yield claim
 
 
 def _other_answer(there: _Range, address: int, size: int, answer: object) -> ReadAnswer:

@@ -6,6 +6,12 @@ What the registers do is `avmm.devices.uart`, what the host sees is `avmm.device
 stream in the few lines that move bytes. A side that finds nothing to do sets a flag under that
 lock and waits for a wake-up. So a byte costs a wake-up only if somebody is waiting for it.
 
+**The hot path.** What a driver does again and again while it sends or polls is to read LSR and IIR
+and to write THR. While such an access changes nothing else, it is not made here: the registers are
+left to C (`avmm.devices.base.Host`). The bytes that C has collected are the chip's as soon as
+anybody looks. `_chip` takes them in before, and says afterwards what C may do from then on. While
+somebody waits for output, C takes none, so that the byte for which he waits is written here.
+
 **Waiting.** If a guest writes although the chip has no room, its vCPU waits in an awaitable until
 somebody reads or the port is stalled. Every access by the guest checks the stall clock.
 `Serial.run` checks it for guests that sleep, and logs what is lost.
@@ -13,21 +19,25 @@ somebody reads or the port is stalled. Every access by the guest checks the stal
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Final
 
 import trio
 
 from avmm.ctrl_c import protected
-from avmm.devices.base import Device, Host, Wakeup, WriteAnswer
+from avmm.devices.base import CollectedWrites, Device, Host, Register, Wakeup, WriteAnswer
 from avmm.devices.console import ConsoleStream
-from avmm.devices.uart import Uart
+from avmm.devices.uart import IIR_FCR, LSR, RBR_THR, Uart
 from avmm.errors import ConfigError
 
 logger = logging.getLogger("avmm.serial")
+
+_COLLECTED: Final = 4096
+"""The most bytes of output that C collects before the chip takes them in."""
 
 
 class Serial(Device):
@@ -65,8 +75,15 @@ class Serial(Device):
         self._reader_waits = False
         self._sender_waits = False
         self._stall_reported = False
+        self._shown_lsr: int | None = None
+        self._shown_iir: int | None = None
+        self._collects = 0
+        """Until how many bytes are there C collects more of them."""
         # vCPUs whose byte waits for room. Only trio makes room, so no thread ever wakes them.
         self._writers = trio.lowlevel.ParkingLot()
+        self._lsr: Register
+        self._iir: Register
+        self._thr: CollectedWrites
         self._output: Wakeup
         self._room: Wakeup
         self._full: Wakeup
@@ -84,30 +101,69 @@ class Serial(Device):
         self._uart.on_full = self._full.set
         if host.interrupt is not None:
             self._uart.drive = host.interrupt.set
+        self._lsr = host.constant(LSR, 1, None, saved=False)
+        self._iir = host.constant(IIR_FCR, 1, None, saved=False)
+        self._thr = host.collected(RBR_THR, 1, _COLLECTED, saved=False)
+        self._thr.limit = 0
+        self._leave()
 
     def read(self, offset: int, size: int) -> int:
+        self._enter()
         value = self._uart.read(offset)
         if self._sender_waits:
             self._wake_sender()
+        self._leave()
         return value
 
     def write(self, offset: int, size: int, value: int) -> WriteAnswer:
-        if not self._uart.write(offset, value):
-            return self._send_later(value)
-        if self._reader_waits:
-            self._wake_reader()
-        if self._sender_waits:
-            self._wake_sender()
-        return None
+        self._enter()
+        taken = self._uart.write(offset, value)
+        if taken:
+            if self._reader_waits:
+                self._wake_reader()
+            if self._sender_waits:
+                self._wake_sender()
+        self._leave()
+        return None if taken else self._send_later(value)
+
+    @contextlib.contextmanager
+    def _chip(self) -> Iterator[Uart]:
+        """The chip, for a few lines that touch it."""
+        with self.host.lock:
+            self._enter()
+            try:
+                yield self._uart
+            finally:
+                self._leave()
+
+    # Called with the lock held, before and after the chip is touched.
+
+    def _enter(self) -> None:
+        if self._collects:
+            self._thr.limit = 0
+            if len(self._thr):
+                self._uart.output += self._thr.take()
+            self._collects = 0
+
+    def _leave(self) -> None:
+        uart = self._uart
+        if (lsr := uart.plain_lsr) != self._shown_lsr:
+            self._shown_lsr = lsr
+            self._lsr.answer(lsr)
+        if (iir := uart.plain_iir) != self._shown_iir:
+            self._shown_iir = iir
+            self._iir.answer(iir)
+        if not self._reader_waits and (room := uart.plain_room):
+            self._collects = self._thr.limit = room
 
     async def _send_later(self, value: int) -> None:
         """The rest of a THR write that found no room; takes at most `stall` seconds."""
         while True:
-            with self.host.lock:
-                if self._uart.transmit(value):
+            with self._chip() as uart:
+                if uart.transmit(value):
                     self._wake_reader()
                     return
-                wait = self._uart.stall_in()
+                wait = uart.stall_in()
             with trio.move_on_after(max(0, wait)):
                 await self._writers.park()
 
@@ -128,13 +184,13 @@ class Serial(Device):
                 self._report_stall()
 
     async def quiesce(self) -> None:
-        with self.host.lock:
-            self._uart.hold()
+        with self._chip() as uart:
+            uart.hold()
 
     async def resume(self) -> None:
-        with self.host.lock:
-            if self._uart.held:
-                self._uart.release()
+        with self._chip() as uart:
+            if uart.held:
+                uart.release()
             self._wake_sender()
 
     async def release(self) -> None:
@@ -147,14 +203,14 @@ class Serial(Device):
             self._output.set()
 
     def save(self) -> Mapping[str, Any]:
-        with self.host.lock:
-            return self._uart.save()
+        with self._chip() as uart:
+            return uart.save()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        with self.host.lock:
-            self._uart.load(state, self.name)
+        with self._chip() as uart:
+            uart.load(state, self.name)
             # A stall in the saved state was reported by the machine in which it happened.
-            self._stall_reported = self._uart.stalled
+            self._stall_reported = uart.stalled
             self._wake_reader()
             self._wake_sender()
         self._writers.unpark_all()
@@ -182,9 +238,9 @@ class Serial(Device):
     # Called in trio, by `run` and the stream.
 
     def _stall_in(self) -> float:
-        with self.host.lock:
-            self._uart.check_stall()
-            return self._uart.stall_in()
+        with self._chip() as uart:
+            uart.check_stall()
+            return uart.stall_in()
 
     def _report_stall(self) -> None:
         if not self._stall_reported:
@@ -198,8 +254,7 @@ class Serial(Device):
 
     def _take(self, most: int | None) -> bytes | None:
         """Output for the reader, b"" at its end, or None if the reader has to wait."""
-        uart = self._uart
-        with self.host.lock:
+        with self._chip() as uart:
             if self._closed:
                 raise trio.ClosedResourceError("this end of the console was closed")
             if self._released:
@@ -219,22 +274,22 @@ class Serial(Device):
         return data if data or finished else None
 
     def _has_output(self) -> bool:
-        with self.host.lock:
-            return bool(self._uart.output) and not self._released
+        with self._chip() as uart:
+            return bool(uart.output) and not self._released
 
     def _feed(self, data: memoryview) -> int:
         """Take input from the sender, and return how many bytes were accepted. Raises if none will
         ever be accepted."""
-        with self.host.lock:
+        with self._chip() as uart:
             self._check_sendable()
-            count = self._uart.feed(data)
+            count = uart.feed(data)
             self._sender_waits = count < len(data)
             return count
 
     def _has_room(self) -> bool:
-        with self.host.lock:
+        with self._chip() as uart:
             self._check_sendable()
-            self._sender_waits = not self._uart.room
+            self._sender_waits = not uart.room
             return not self._sender_waits
 
     def _check_sendable(self) -> None:
@@ -244,10 +299,10 @@ class Serial(Device):
             raise trio.BrokenResourceError("the guest has ended")
 
     def _close(self) -> None:
-        with self.host.lock:
+        with self._chip() as uart:
             if not self._closed:
                 self._closed = True
-                self._uart.discard()
+                uart.discard()
                 self._output.set()
                 self._room.set()
         self._writers.unpark_all()

@@ -167,6 +167,28 @@ class Uart:
         self._direct = True
         """True if a write to THR only has to append to `output`: the hot path."""
 
+    # What needs no `read` and no `write` now: a machine may answer such accesses by itself.
+
+    @property
+    def plain_lsr(self) -> int | None:
+        """What reading LSR gives, if that changes nothing now. None if it may."""
+        return self.lsr if self.full_since is None and not self.lsr & LSR_OE else None
+
+    @property
+    def plain_iir(self) -> int | None:
+        """What reading IIR gives, if that changes nothing now. None if it does."""
+        cause = self._cause()
+        if cause == IIR_THRI:
+            return None
+        return cause | IIR_FIFOS if self.fcr & FCR_ENABLE else cause
+
+    @property
+    def plain_room(self) -> int:
+        """How many bytes the guest may write to THR that only have to be appended to `output`."""
+        if not self._direct or self.ier & IER_THRI or self.lcr & LCR_DLAB:
+            return 0
+        return max(0, self.output_size - 1 - len(self.output))
+
     # The guest's side.
 
     def read(self, offset: int) -> int:

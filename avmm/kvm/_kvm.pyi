@@ -493,11 +493,47 @@ class AvmmBridgeInit(TypedDict, total=False):
     bell: int
     handed: int
 
+class AvmmRegister(CData):
+    bytes: Uint8Pointer
+    size: int
+    whole: int
+    answers: int
+    width: int
+    limit: int
+    count: int
+
+class AvmmRegisterPointer(AvmmRegister, Pointer[AvmmRegister]): ...
+class AvmmRegisterArray(Array[AvmmRegister, AvmmRegisterPointer]): ...
+
+class AvmmRegisterInit(TypedDict, total=False):
+    bytes: Uint8Pointer | Uint8Array
+    size: int
+    whole: int
+    answers: int
+    width: int
+    limit: int
+    count: int
+
+class AvmmWay(CData):
+    tasks: int
+    how: int
+    of: AvmmRegisterPointer
+    at: int
+
+class AvmmWayPointer(AvmmWay, Pointer[AvmmWay]): ...
+
+class AvmmWayInit(TypedDict, total=False):
+    tasks: int
+    how: int
+    of: AvmmRegisterPointer | AvmmRegisterArray
+    at: int
+
 class AvmmClaim(CData):
     first: int
     end: int
-    reads: int
-    writes: int
+    width: int
+    reads: AvmmWay
+    writes: AvmmWay
 
 class AvmmClaimPointer(AvmmClaim, Pointer[AvmmClaim]): ...
 class AvmmClaimArray(Array[AvmmClaim, AvmmClaimPointer]): ...
@@ -505,8 +541,9 @@ class AvmmClaimArray(Array[AvmmClaim, AvmmClaimPointer]): ...
 class AvmmClaimInit(TypedDict, total=False):
     first: int
     end: int
-    reads: int
-    writes: int
+    width: int
+    reads: AvmmWayInit
+    writes: AvmmWayInit
 
 class AvmmClaims(CData):
     pio_count: int
@@ -917,6 +954,8 @@ _TypeName: TypeAlias = Literal[
     "struct kvm_xen_exit",
     "struct kvm_run",
     "struct avmm_bridge",
+    "struct avmm_register",
+    "struct avmm_way",
     "struct avmm_claim",
     "struct avmm_claims",
     "struct avmm_spot",
@@ -1304,6 +1343,14 @@ class FFI:
     ) -> AvmmBridgePointer: ...
     @overload
     def new(
+        self, c_type: Literal["struct avmm_register *"], init: AvmmRegisterInit = ..., /
+    ) -> AvmmRegisterPointer: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct avmm_way *"], init: AvmmWayInit = ..., /
+    ) -> AvmmWayPointer: ...
+    @overload
+    def new(
         self, c_type: Literal["struct avmm_claim *"], init: AvmmClaimInit = ..., /
     ) -> AvmmClaimPointer: ...
     @overload
@@ -1436,6 +1483,10 @@ class FFI:
     def new(
         self, c_type: Literal["struct avmm_bridge[]"], init: int | Sequence[AvmmBridgeInit], /
     ) -> AvmmBridgeArray: ...
+    @overload
+    def new(
+        self, c_type: Literal["struct avmm_register[]"], init: int | Sequence[AvmmRegisterInit], /
+    ) -> AvmmRegisterArray: ...
     @overload
     def new(
         self, c_type: Literal["struct avmm_claim[]"], init: int | Sequence[AvmmClaimInit], /
@@ -1652,6 +1703,14 @@ class FFI:
     ) -> AvmmBridgePointer: ...
     @overload
     def cast(
+        self, c_type: Literal["struct avmm_register *"], value: Address | int, /
+    ) -> AvmmRegisterPointer: ...
+    @overload
+    def cast(
+        self, c_type: Literal["struct avmm_way *"], value: Address | int, /
+    ) -> AvmmWayPointer: ...
+    @overload
+    def cast(
         self, c_type: Literal["struct avmm_claim *"], value: Address | int, /
     ) -> AvmmClaimPointer: ...
     @overload
@@ -1816,6 +1875,14 @@ class FFI:
         /,
         require_writable: bool = ...,
     ) -> AvmmBridgeArray: ...
+    @overload
+    def from_buffer(
+        self,
+        c_type: Literal["struct avmm_register[]"],
+        data: Buffer,
+        /,
+        require_writable: bool = ...,
+    ) -> AvmmRegisterArray: ...
     @overload
     def from_buffer(
         self, c_type: Literal["struct avmm_claim[]"], data: Buffer, /, require_writable: bool = ...
@@ -2005,6 +2072,11 @@ class Lib:
     KVM_IOEVENTFD_FLAG_PIO: Final[int]
     KVM_IOEVENTFD_FLAG_DEASSIGN: Final[int]
     AVMM_SERVED: Final[int]
+    AVMM_TO_DEVICE: Final[int]
+    AVMM_STORES: Final[int]
+    AVMM_IGNORES: Final[int]
+    AVMM_CLEARS: Final[int]
+    AVMM_COLLECTS: Final[int]
     KVM_GET_SUPPORTED_CPUID: Final[int]
     KVM_GET_MSR_INDEX_LIST: Final[int]
     KVM_SET_TSS_ADDR: Final[int]
@@ -2121,6 +2193,52 @@ class Lib:
         self, arg0: AvmmBridgePointer | AvmmBridgeArray, arg1: int, /
     ) -> int: ...
     def avmm_bridge_leave(self, arg0: AvmmBridgePointer | AvmmBridgeArray, /) -> None: ...
+    def avmm_register_init(self, arg0: AvmmRegisterPointer | AvmmRegisterArray, /) -> None: ...
+    def avmm_register_read(
+        self,
+        arg0: AvmmRegisterPointer | AvmmRegisterArray,
+        arg1: int,
+        arg2: int,
+        arg3: Uint64Pointer | Uint64Array,
+        /,
+    ) -> int: ...
+    def avmm_register_write(
+        self,
+        arg0: AvmmRegisterPointer | AvmmRegisterArray,
+        arg1: int,
+        arg2: int,
+        arg3: int,
+        arg4: int,
+        /,
+    ) -> int: ...
+    def avmm_register_change(
+        self, arg0: AvmmRegisterPointer | AvmmRegisterArray, arg1: int, arg2: int, arg3: int, /
+    ) -> int: ...
+    def avmm_register_answer(
+        self, arg0: AvmmRegisterPointer | AvmmRegisterArray, arg1: int, arg2: int, arg3: int, /
+    ) -> None: ...
+    def avmm_register_copy(
+        self,
+        arg0: AvmmRegisterPointer | AvmmRegisterArray,
+        arg1: Uint8Pointer | Uint8Array,
+        arg2: int,
+        arg3: int,
+        arg4: int,
+        /,
+    ) -> None: ...
+    def avmm_register_push(
+        self, arg0: AvmmRegisterPointer | AvmmRegisterArray, arg1: int, /
+    ) -> int: ...
+    def avmm_register_limit(
+        self, arg0: AvmmRegisterPointer | AvmmRegisterArray, arg1: int, /
+    ) -> None: ...
+    def avmm_register_take(
+        self,
+        arg0: AvmmRegisterPointer | AvmmRegisterArray,
+        arg1: Uint8Pointer | Uint8Array,
+        arg2: int,
+        /,
+    ) -> int: ...
     def avmm_lot_init(self, arg0: AvmmLotPointer, /) -> None: ...
     def avmm_lot_ask(self, arg0: AvmmLotPointer, /) -> int: ...
     def avmm_lot_release(self, arg0: AvmmLotPointer, /) -> None: ...

@@ -215,7 +215,31 @@ int avmm_bridge_answer_and_poll(struct avmm_bridge *bridge, int may_spin);
 void avmm_bridge_leave(struct avmm_bridge *bridge);
 
 #define AVMM_SERVED ...
-struct avmm_claim { uint64_t first, end; uint8_t reads, writes; };
+#define AVMM_TO_DEVICE ...
+#define AVMM_STORES ...
+#define AVMM_IGNORES ...
+#define AVMM_CLEARS ...
+#define AVMM_COLLECTS ...
+struct avmm_register {
+    uint8_t *bytes;
+    uint32_t size, whole, answers, width, limit, count;
+    ...;
+};
+void avmm_register_init(struct avmm_register *r);
+int avmm_register_read(struct avmm_register *r, uint32_t at, uint32_t size, uint64_t *value);
+int avmm_register_write(
+    struct avmm_register *r, int how, uint32_t at, uint32_t size, uint64_t value);
+uint64_t avmm_register_change(
+    struct avmm_register *r, uint32_t size, uint64_t kept, uint64_t set);
+void avmm_register_answer(struct avmm_register *r, int answers, uint32_t size, uint64_t value);
+void avmm_register_copy(
+    struct avmm_register *r, uint8_t *bytes, uint32_t at, uint32_t size, int store);
+int avmm_register_push(struct avmm_register *r, uint64_t value);
+void avmm_register_limit(struct avmm_register *r, uint32_t limit);
+uint32_t avmm_register_take(struct avmm_register *r, uint8_t *bytes, uint32_t most);
+
+struct avmm_way { uint8_t tasks, how; struct avmm_register *of; uint32_t at; };
+struct avmm_claim { uint64_t first, end; uint32_t width; struct avmm_way reads, writes; };
 struct avmm_claims { int pio_count, mmio_count; struct avmm_claim *pio, *mmio; };
 
 struct avmm_spot {

@@ -6,18 +6,33 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from avmm.kvm._kvm import ffi
+from avmm.kvm.registers import Register, Writes
 
 if TYPE_CHECKING:
     from avmm.kvm import _kvm
 
 
+class Way(NamedTuple):
+    """Reads or writes of a piece of a device."""
+
+    tasks: bool
+    """Is the handler a coroutine function?"""
+    register: Register | None = None
+    """The register that serves them, or as many of them as it can."""
+    at: int = 0
+    """Where in the register the piece begins."""
+    how: int = Writes.TO_DEVICE
+
+
 class DeviceClaim(NamedTuple):
-    """The addresses of a device, and whether its handlers are coroutine functions."""
+    """Some addresses of a device, and who answers there."""
 
     first: int
     end: int
-    reads: bool
-    writes: bool
+    width: int
+    """The widest access that the device decodes."""
+    reads: Way
+    writes: Way
 
 
 class DeviceClaims:
@@ -25,7 +40,8 @@ class DeviceClaims:
     sequence is sorted, and its claims do not overlap."""
 
     def __init__(self, spaces: Mapping[str, Sequence[DeviceClaim]]) -> None:
-        self._pio, self._mmio = (self._array(spaces.get(name, ())) for name in ("pio", "mmio"))
+        self._claims = [spaces.get(name, ()) for name in ("pio", "mmio")]  # own the registers
+        self._pio, self._mmio = map(self._array, self._claims)
         self.struct = ffi.new(
             "struct avmm_claims *",
             {
@@ -41,9 +57,17 @@ class DeviceClaims:
             {
                 "first": claim.first,
                 "end": claim.end,
-                "reads": claim.reads,
-                "writes": claim.writes,
+                "width": claim.width,
+                "reads": _way(claim.reads),
+                "writes": _way(claim.writes),
             }
             for claim in claims
         ]
         return ffi.new("struct avmm_claim[]", places)
+
+
+def _way(way: Way) -> _kvm.AvmmWayInit:
+    init: _kvm.AvmmWayInit = {"tasks": way.tasks, "how": way.how, "at": way.at}
+    if way.register is not None:
+        init["of"] = way.register.struct
+    return init

@@ -28,7 +28,7 @@
 
 #include "claims.h"
 
-#define AVMM_SERVED 0x10000     /* instead of an exit reason: its task has served the exit */
+#define AVMM_SERVED 0x10000     /* instead of an exit reason: the exit is served, by C or by its task */
 #define KVM_RUN_NEEDS_COMPLETION (1 << 15)      /* as it was proposed; see completion.py */
 
 /* On these KVM decides by `exit_reason` whether there is an exit to complete. */
@@ -47,7 +47,8 @@ struct avmm_spot {
     struct avmm_lot *lot;
     struct kvm_run *run;
     int fd;
-    struct avmm_bridge *bridge; /* to the task that serves what `claims` says; or NULL */
+    struct avmm_bridge *bridge; /* to the task that serves what only a task can; NULL: Python serves
+                                 * all exits */
     struct avmm_claims *claims;
     int pid, tid;               /* under the lot's mutex; tid 0: it has no thread now */
     int gone;                   /* under the lot's mutex: it never runs again */
@@ -251,14 +252,19 @@ static int run_once(struct avmm_spot *s)
     return answer;
 }
 
-/* Serve the exit in `run`, if that needs only the vCPU's task. Returns what the thread has to go back
- * to Python with, or -EAGAIN if it can enter the guest again. */
+/* Serve the exit in `run`, if that needs no GIL: in C, or by the vCPU's task. Returns what the
+ * thread has to go back to Python with, or -EAGAIN if it can enter the guest again. */
 static int serve_without_gil(struct avmm_spot *s)
 {
     struct kvm_run *run = s->run;
-    if (!s->bridge || !is_tasks(s->claims, run))
+    const struct avmm_claim *claim = s->bridge ? claim_of_exit(s->claims, run) : NULL;
+    if (!claim)
         return run->exit_reason;
-    call_task(s->bridge, 1);
+    if (!serve_register(claim, run)) {
+        if (!is_tasks(claim, run))
+            return run->exit_reason;
+        call_task(s->bridge, 1);
+    }
     return run->immediate_exit || atomic_load(&s->stopping) ? AVMM_SERVED : -EAGAIN;
 }
 
@@ -311,7 +317,7 @@ static int run_or_park(struct avmm_spot *s)
 
 /* KVM_RUN. Returns the exit reason, or -errno: -EINTR if it was interrupted for another reason
  * than to park, -ECANCELED if it was stopped while it was parked, with nothing pending. AVMM_SERVED:
- * its task has served the exit, and the vCPU has been asked to park or to end. */
+ * the exit is served, and the vCPU has been asked to park or to end. */
 static int avmm_spot_run(struct avmm_spot *s)
 {
     gate_open();

@@ -155,7 +155,9 @@ async def _build(
         guest_time.order = lockstep.order
     attached = attach(stack, kind, config, memory, places)
     with host_errors(_CANNOT):
-        await in_thread(wiring.wire, kind, vm, attached, added, config.xen, calls is not None)
+        await in_thread(
+            wiring.wire, kind, vm, memory, attached, added, config.xen, calls is not None
+        )
         vcpus = await in_thread(_create_vcpus, stack, vm, config.cpus)
     parts = Parts(
         config=config,

@@ -57,6 +57,8 @@ class MachineState(Fields, version=STATE_VERSION):
     """Runs of RAM, as (GPA, contents)."""
     lines = OrMissing(ListOf(Row(U32, U64), most=_MOST_LEVELS))
     """[interrupt, a bit for each of its lines that is asserted] of each level-triggered input."""
+    registers = OrMissing(ListOf(Row(U32, ListOf(Bytes()))))
+    """[a device's number, what each of its registers holds that are saved with the machine]."""
     engine = OrMissing(OneOf(*engine.NAMES))
     """The engine whose state it is. Missing: KVM's."""
 
@@ -224,8 +226,7 @@ class Parts:
         the devices' numbers. `save` of all other devices is called. Call this in trio's thread.
         """
         states = saved or {}
-        levels = self.interrupts.levels
-        return ({"lines": levels} if levels else {}) | {
+        state: dict[str, Any] = {
             "devices": [
                 [
                     device.name,
@@ -234,6 +235,14 @@ class Parts:
                 for number, device in enumerate(self.devices)
             ]
         }
+        if levels := self.interrupts.levels:
+            state["lines"] = levels
+        saved_registers = (
+            (number, host.registers.save()) for number, host in enumerate(self.hosts)
+        )
+        if registers := [[number, held] for number, held in saved_registers if held]:
+            state["registers"] = registers
+        return state
 
     def load(self, state: object) -> None:
         """Restore what `save` returned. RAM that is not in the state stays as it is.
@@ -263,6 +272,14 @@ class Parts:
             self.interrupts.set_levels([(gsi, bits) for gsi, bits in saved.lines or ()])
         except StateError as error:
             raise saved.refusal(str(error)) from None
+        registers = {number: held for number, held in saved.registers or ()}
+        if registers.keys() - range(len(self.hosts)):
+            raise saved.wrong("registers", f"those of {len(self.hosts)} devices")
+        for number, host in enumerate(self.hosts):
+            try:
+                host.registers.load(registers.get(number, ()))
+            except StateError as error:
+                raise saved.refusal(str(error)) from None
         self.needs = [
             self.arch.needs_of(self.system, vcpu, vcpu_state)
             for vcpu, vcpu_state in zip(self.vcpus, saved.vcpus, strict=True)

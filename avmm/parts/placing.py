@@ -20,6 +20,7 @@ from avmm.arch.contract import AnyArchitecture, VirtioRoom
 from avmm.bus.doorbell import EventDoorbell, Watch
 from avmm.bus.host import DeviceHost
 from avmm.bus.interrupts import Interrupts
+from avmm.bus.registers import DeviceRegisters, Page
 from avmm.bus.space import Bus, Placement, PostedWrites
 from avmm.config import UNCLAIMED, MachineConfig
 from avmm.devices.base import Device
@@ -103,6 +104,11 @@ class Attached:
     has_ring: bool = False
     """Does KVM collect writes for at least one of them?"""
 
+    @property
+    def pages(self) -> list[Page]:
+        """The pages that devices publish."""
+        return [page for host in self.hosts for page in host.registers.pages]
+
 
 def attach(
     stack: ExitStack,
@@ -141,7 +147,8 @@ def attach(
             raise ConfigError(
                 f"{place.device.name}: expected its interrupt only with its first region"
             )
-        buses[place.space].add(place, host.lock, host.posted)
+        registers = host.registers if host.registers else None
+        buses[place.space].add(place, host.lock, host.posted, registers)
     return attached
 
 
@@ -193,8 +200,9 @@ def _new_host(
     if first.irq is not None:
         line = attached.interrupts.line(first.irq, device.name, level=first.level)
     host = DeviceHost(memory, line, partial(_doorbell, stack, attached, places))
+    host.registers = DeviceRegisters(device, host.lock, places)
     if any(place.coalesced for place in places):
-        host.posted = PostedWrites(device, host.lock)
+        host.posted = PostedWrites(device, host.lock, host.registers)
     attached.devices.append(device)
     attached.hosts.append(host)
     device.attach(host)

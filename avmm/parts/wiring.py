@@ -31,14 +31,17 @@ def create_vm(stack: ExitStack, kind: AnyArchitecture, system: System, memory: G
 def wire(
     kind: AnyArchitecture,
     vm: Vm,
+    memory: GuestMemory,
     attached: Attached,
     devices: Sequence[Placement],
     xen: bool,
     has_calls: bool,
 ) -> None:
-    """Tell KVM about the devices: their interrupts and doorbells, the writes that it should
+    """Tell KVM about the devices: their pages, interrupts and doorbells, the writes that it should
     collect, and the exits that it makes only on request.
     """
+    for slot, page in enumerate(attached.pages, len(memory.regions)):
+        vm.set_memory(slot, page.gpa, page.register.view(), readonly=True)
     attached.interrupts.connect(vm)
     for bell in attached.doorbells:
         bell.connect(vm)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+from support.front import FrontHost
 
 from avmm.devices.base import Device
 
@@ -64,16 +65,12 @@ class FakeWakeup:
             self._event = None
 
 
-class FakeHost:
+class FakeHost(FrontHost):
     """`lock` is a real, non-reentrant one: a device that takes it twice hangs its test."""
 
-    memory: Any = None
-    has_tasks = False
-
-    def __init__(self, *, irq: bool = True) -> None:
+    def __init__(self, device: Device, *, irq: bool = True) -> None:
         self.line = FakeLine()
-        self.interrupt = self.line if irq else None
-        self.lock = threading.Lock()
+        super().__init__(device, None, self.line if irq else None)
         self.wakeups: list[FakeWakeup] = []
 
     @property
@@ -86,18 +83,19 @@ class FakeHost:
 
 
 class Cpu:
-    """Makes accesses as a vCPU does: under the lock, within the device's width and region."""
+    """Makes accesses as a vCPU does: under the lock, within the device's width and region, to its
+    registers first."""
 
     def __init__(self, device: Device, *, irq: bool = True) -> None:
         self.device = device
-        self.host = FakeHost(irq=irq)
+        self.host = FakeHost(device, irq=irq)
         self.line = self.host.line
         device.attach(self.host)
 
     def inp(self, offset: int, size: int = 1) -> int:
         assert size <= self.device.max_width
         with self.host.lock:
-            value = self.device.read(offset, size)
+            value = self.host.registers.read(offset, size)
         assert isinstance(value, int)
         return value & (1 << 8 * size) - 1
 
@@ -109,7 +107,7 @@ class Cpu:
         assert size <= self.device.max_width
         assert value < 1 << 8 * size
         with self.host.lock:
-            return self.device.write(offset, size, value)
+            return self.host.registers.write(offset, size, value)
 
     def puts(self, data: bytes) -> None:
         for byte in data:

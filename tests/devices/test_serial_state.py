@@ -8,6 +8,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from support.front import FrontHost
 from trio.testing import wait_all_tasks_blocked
 
 from avmm.devices.serial import Serial
@@ -232,10 +233,7 @@ def test_without_fifo_there_is_room_for_one_byte_only(cpu):
         cpu(Serial()).device.load({**state, "rx": b"ab"})
 
 
-class Host:
-    lock = threading.Lock()
-    interrupt = None
-
+class Host(FrontHost):
     def wakeup(self):
         return threading.Event()  # has `set`
 
@@ -246,7 +244,7 @@ junk = st.sampled_from([None, "text", 1.5, [], {}, -1, 1 << 70, bytes(1000)])
 @given(st.data())
 def test_hostile_states_are_refused_or_work(data):
     port = Serial(output_size=8, input_size=8)
-    port.attach(Host())
+    port.attach(Host(port, None, None))
     state = dict(port.save())
     for name in data.draw(st.sets(st.sampled_from(sorted(state)))):
         small = st.integers(0, 255) | st.binary(max_size=24) | st.booleans()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.parking import HEADERS
+from support.compiled import compiled
 
 CLAIMS_C = """
 #include <stddef.h>
@@ -42,30 +41,29 @@ int reset(void) { gate_reset(); return 1; }
 """
 
 
+class CWay(ctypes.Structure):
+    _fields_ = (
+        ("tasks", ctypes.c_uint8),
+        ("how", ctypes.c_uint8),
+        ("of", ctypes.c_void_p),
+        ("at", ctypes.c_uint32),
+    )
+
+
 class CClaim(ctypes.Structure):
     _fields_ = (
         ("first", ctypes.c_uint64),
         ("end", ctypes.c_uint64),
-        ("reads", ctypes.c_uint8),
-        ("writes", ctypes.c_uint8),
+        ("width", ctypes.c_uint32),
+        ("reads", CWay),
+        ("writes", CWay),
     )
-
-
-def compiled(folder: Path, source: str, header: str, old: str = "", new: str = "") -> Any:
-    """A library of this source, with a piece of a header of avmm's replaced."""
-    text = (HEADERS / header).read_text()
-    assert not old or text.count(old) == 1, "the source has changed"
-    (folder / header).write_text(text.replace(old, new) if old else text)
-    (folder / "source.c").write_text(source)
-    command = ["cc", "-shared", "-fPIC", "-pthread", f"-I{folder}", "-o", folder / "library.so"]
-    subprocess.run([*command, folder / "source.c"], check=True)
-    return ctypes.CDLL(str(folder / "library.so"))
 
 
 def wrong_claim(library: Any, edges: list[int], address: int, size: int) -> bool:
     """Does it find another claim than the one that holds all of the access?"""
     pairs = list(zip(edges[::2], edges[1::2], strict=False))
-    of = (CClaim * len(pairs))(*((first, end, 1, 1) for first, end in pairs))
+    of = (CClaim * len(pairs))(*((first, end, 8) for first, end in pairs))
     expected = next(
         (n for n, (first, end) in enumerate(pairs) if first <= address and address + size <= end),
         -1,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import struct
-import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import trio.testing
 from avmm.devices.virtio.device import VirtioDevice
 from avmm.devices.virtio.mmio import VirtioMmio
 from avmm.memory.ram import GuestMemory
+from support.front import FrontHost
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 VERSION_1, EVENT_IDX, INDIRECT_DESC = 1 << 32, 1 << 29, 1 << 28
@@ -64,14 +64,10 @@ class Bell:
         self._rung = False
 
 
-class FakeHost:
-    has_tasks = False
-
-    def __init__(self, memory: GuestMemory) -> None:
-        self.memory = memory
-        self.interrupt = Line()
-        self.lock = threading.Lock()
-        self.nursery: Any = None
+class FakeHost(FrontHost):
+    def __init__(self, device: VirtioMmio, memory: GuestMemory) -> None:
+        self.line = Line()
+        super().__init__(device, memory, self.line)
         self.bells: dict[int, Bell] = {}
 
     def wakeup(self) -> Bell:
@@ -90,8 +86,8 @@ class Bench:
         self.memory = memory or GuestMemory("1M")
         self.model = model
         self.device = VirtioMmio(model, **kwargs)
-        self.host = FakeHost(self.memory)
-        self.line = self.host.interrupt
+        self.host = FakeHost(self.device, self.memory)
+        self.line = self.host.line
         self.device.attach(self.host)
 
     @contextlib.asynccontextmanager
@@ -103,13 +99,13 @@ class Bench:
 
     def read(self, offset: int, size: int = 4) -> int:
         with self.host.lock:
-            value = self.device.read(offset, size)
+            value = self.host.registers.read(offset, size)
         assert isinstance(value, int)
         return value & (1 << 8 * size) - 1
 
     def write(self, offset: int, value: int, size: int = 4) -> Any:
         with self.host.lock:
-            return self.device.write(offset, size, value)
+            return self.host.registers.write(offset, size, value)
 
     async def write_and_wait(self, offset: int, value: int, size: int = 4) -> None:
         answer = self.write(offset, value, size)

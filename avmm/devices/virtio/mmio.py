@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import trio
 
 from avmm.ctrl_c import protected
-from avmm.devices.base import Device, Doorbell, Host, ReadAnswer, Wakeup, WriteAnswer
+from avmm.devices.base import (
+    Device,
+    Doorbell,
+    Host,
+    ReadAnswer,
+    Register,
+    Wakeup,
+    WriteAnswer,
+)
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.queue import QueueError, Virtqueue
@@ -157,16 +165,17 @@ class VirtioMmio(Device):
         self._resetting = False
         self._reported: set[object] = set()
         self._wake: Wakeup
-        self._clear()
+        self._status_register: Register
+        self._interrupts: Register
 
     def _clear(self) -> None:
         """2.4.1: reset everything to its value after power-on, except what the device offers."""
-        self._status = 0
+        self._set_status(0)
         self._device_features_sel = 0
         self._driver_features_sel = 0
         self._driver_features = 0
         self._queue_sel = 0
-        self._interrupt_status = 0
+        self._interrupts.value = 0
         self._generation = 0
         for queue in self._queues:
             queue.reset()
@@ -190,7 +199,14 @@ class VirtioMmio(Device):
             host.doorbell(QUEUE_NOTIFY, 4, index, by_exit=not self._use_doorbells)
             for index in range(len(self._queues))
         ]
+        # C serves what drivers access while they work. `State` has what is in them.
+        self._status_register = host.constant(STATUS, 4, saved=False)
+        self._interrupts = host.clearable(INTERRUPT_STATUS, 4, clear_at=INTERRUPT_ACK, saved=False)
+        self._clear()
         self.model.attach(self)
+
+    def _set_status(self, status: int) -> None:
+        self._status = self._status_register.value = status
 
     # -- the driver's side: registers, in a vCPU's thread --------------------------------------
 
@@ -204,10 +220,6 @@ class VirtioMmio(Device):
         return self._read(offset)
 
     def _read(self, offset: int) -> int:
-        if offset == INTERRUPT_STATUS:
-            return self._interrupt_status
-        if offset == STATUS:
-            return self._status
         if offset == MAGIC_VALUE:
             return MAGIC
         if offset == VERSION:
@@ -242,9 +254,6 @@ class VirtioMmio(Device):
         if offset == QUEUE_NOTIFY:
             if value < len(self._bells):
                 self._bells[value].ring()
-            return None
-        if offset == INTERRUPT_ACK:
-            self._interrupt_status &= ~value
             return None
         if offset == STATUS:
             return self._write_status(value)
@@ -341,7 +350,7 @@ class VirtioMmio(Device):
         if new & DRIVER_OK and not (self._status | new) & FEATURES_OK:
             self._report("order", "DRIVER_OK without FEATURES_OK")
             new &= ~DRIVER_OK
-        self._status |= new
+        self._set_status(self._status | new)
         if new & DRIVER_OK:
             self._wake.set()
         return None
@@ -411,14 +420,13 @@ class VirtioMmio(Device):
         """2.1.2: report that the device needs a reset, and do nothing more until the driver resets
         it."""
         with self.host.lock:
-            self._status |= NEEDS_RESET
-            self._interrupt_status |= CONFIG_CHANGE
+            self._set_status(self._status | NEEDS_RESET)
+            self._interrupts.set_bits(CONFIG_CHANGE)
         self._report(why, "%s: the device needs a reset", why)
         self._pulse()
 
     def _used_buffer(self) -> None:
-        with self.host.lock:
-            self._interrupt_status |= USED_BUFFER
+        self._interrupts.set_bits(USED_BUFFER)
         self._pulse()
 
     def config_changed(self) -> None:
@@ -427,7 +435,7 @@ class VirtioMmio(Device):
             self._generation = self._generation + 1 & _WORD
             tell = self._is_live and not self._resetting
             if tell:
-                self._interrupt_status |= CONFIG_CHANGE
+                self._interrupts.set_bits(CONFIG_CHANGE)
         if tell and not self._held:
             self._pulse()
 
@@ -451,7 +459,7 @@ class VirtioMmio(Device):
     async def resume(self) -> None:
         if self._held:
             self._held = False
-            if self._interrupt_status:
+            if self._interrupts.value:
                 self._pulse()
             self._wake.set()
 
@@ -476,7 +484,7 @@ class VirtioMmio(Device):
                 driver_features_sel=self._driver_features_sel,
                 driver_features=self._driver_features,
                 queue_sel=self._queue_sel,
-                interrupt_status=self._interrupt_status,
+                interrupt_status=self._interrupts.value,
                 generation=self._generation,
                 queues=[queue.save() for queue in self._queues],
                 model=model,
@@ -502,14 +510,15 @@ class VirtioMmio(Device):
             raise DeviceError(f"{self.name} is at work: it can be loaded when quiesced")
         self.model.load(saved.model)
         with self.host.lock:  # nothing is refused from here on
-            self._status, self._driver_features = status, features
+            self._set_status(status)
+            self._driver_features = features
             self._device_features_sel = saved.device_features_sel
             self._driver_features_sel = saved.driver_features_sel
             self._queue_sel = saved.queue_sel
-            self._interrupt_status = saved.interrupt_status
+            self._interrupts.value = saved.interrupt_status
             self._generation = saved.generation
             self._queues = queues
-        if self._interrupt_status:
+        if self._interrupts.value:
             self._pulse()
         self._wake.set()
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import Final
 
 from avmm.arch import contract
@@ -165,7 +164,7 @@ def _load_image(
 
 
 def _kernel(entry: Entry) -> Entry:
-    return replace(entry, is_kernel=True)
+    return entry._replace(is_kernel=True)
 
 
 def _load_linux(assembly: Assembly, image: Image, protocol: Protocol) -> Entry:

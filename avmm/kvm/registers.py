@@ -1,0 +1,161 @@
+"""Python's side of the registers that C serves (registers.h)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from avmm.kvm._kvm import ffi, lib
+
+if TYPE_CHECKING:
+    pass
+
+_ALL: Final = (1 << 64) - 1
+
+
+class Writes:
+    """What happens to a guest's write: numbers, as C has them."""
+
+    TO_DEVICE: Final = lib.AVMM_TO_DEVICE
+    STORES: Final = lib.AVMM_STORES
+    IGNORES: Final = lib.AVMM_IGNORES
+    CLEARS: Final = lib.AVMM_CLEARS
+    COLLECTS: Final = lib.AVMM_COLLECTS
+
+
+class Register:
+    """Some bytes that C serves. Any thread may use it, and each call is made as a whole.
+
+    `value` and its bits are for registers of up to 8 bytes.
+    """
+
+    def __init__(self, size: int, *, align: int = 1, whole: bool = False) -> None:
+        """`size` zero bytes, at a multiple of `align` in the host's memory. With `whole`, accesses
+        to a part of it are left to the device."""
+        self.size = size
+        self._memory = ffi.new("uint8_t[]", size + align - 1)
+        start = int(ffi.cast("uintptr_t", self._memory))
+        self._bytes = self._memory + (-start % align)
+        self.struct = ffi.new(
+            "struct avmm_register *",
+            {"bytes": self._bytes, "size": size, "whole": whole, "answers": 1},
+        )
+        """For `DeviceClaims`."""
+        lib.avmm_register_init(self.struct)
+        self._value = ffi.new("uint64_t *")
+
+    @property
+    def value(self) -> int:
+        """What a read of all of it gives, as a little-endian number."""
+        return lib.avmm_register_change(self.struct, self.size, _ALL, 0)
+
+    @value.setter
+    def value(self, value: int) -> None:
+        lib.avmm_register_change(self.struct, self.size, 0, value)
+
+    def set_bits(self, bits: int) -> None:
+        """Set these bits, and leave the others as they are."""
+        lib.avmm_register_change(self.struct, self.size, _ALL, bits)
+
+    def clear_bits(self, bits: int) -> None:
+        """Clear these bits, and leave the others as they are."""
+        lib.avmm_register_change(self.struct, self.size, ~bits & _ALL, 0)
+
+    def answer(self, value: int | None) -> None:
+        """Give the guest's reads this number from now on; with None, leave them to the device."""
+        lib.avmm_register_answer(self.struct, value is not None, self.size, value or 0)
+
+    def get(self, at: int = 0, size: int | None = None) -> bytes:
+        """A copy of `size` bytes (all from there on) at `at`. Raises `ValueError` if there are
+        not that many."""
+        size = self.size - at if size is None else size
+        self._check(at, size)
+        data = ffi.new("uint8_t[]", size)
+        lib.avmm_register_copy(self.struct, data, at, size, 0)
+        return bytes(ffi.buffer(data))
+
+    def put(self, data: bytes | bytearray | memoryview, at: int = 0) -> None:
+        """Copy `data` there. Raises `ValueError` if it does not fit."""
+        self._check(at, len(data))
+        lib.avmm_register_copy(self.struct, ffi.from_buffer("uint8_t[]", data), at, len(data), 1)
+
+    def _check(self, at: int, size: int) -> None:
+        if at < 0 or size < 0 or at + size > self.size:
+            raise ValueError(f"{size} bytes at {at:#x}: the register has {self.size} bytes")
+
+    # -- the guest's accesses, where a vCPU's thread did not serve them in C ---------------------
+
+    def read(self, at: int, size: int) -> int | None:
+        """What the guest reads there; None if the device has to answer. One vCPU at a time."""
+        if not lib.avmm_register_read(self.struct, at, size, self._value):
+            return None
+        return self._value[0]
+
+    def write(self, how: int, at: int, size: int, value: int) -> bool:
+        """Take the guest's write; False if the device has to."""
+        return bool(lib.avmm_register_write(self.struct, how, at, size, value))
+
+    # -- its state -------------------------------------------------------------------------------
+
+    def save(self) -> bytes:
+        """What it holds, for `load`."""
+        return self.get()
+
+    def load(self, data: bytes) -> None:
+        """Hold what another register of this kind held. Raises `ValueError` if it cannot be that
+        of such a register."""
+        if len(data) != self.size:
+            raise ValueError(f"{len(data)} bytes; expected {self.size}")
+        self.put(data)
+
+    def view(self) -> memoryview:
+        """Its memory, without a copy, for a memory slot."""
+        return memoryview(ffi.buffer(self._bytes, self.size))
+
+
+class WriteRing(Register):
+    """Collects whole writes of `width` bytes, up to `capacity` of them."""
+
+    def __init__(self, width: int, capacity: int) -> None:
+        super().__init__(width * capacity)
+        self.width = width
+        self.capacity = capacity
+        self.struct.answers = 0
+        self.struct.width = width
+        self.struct.limit = capacity
+
+    @property
+    def count(self) -> int:
+        """How many writes are there now."""
+        return self.struct.count
+
+    def limit(self, count: int) -> None:
+        """From now on leave writes to the device while `count` of them, or more, are there."""
+        lib.avmm_register_limit(self.struct, min(max(0, count), self.capacity))
+
+    def push(self, value: int) -> bool:
+        """Collect one more, whatever the limit is; False if there is no room."""
+        return bool(lib.avmm_register_push(self.struct, value))
+
+    def take(self, most: int | None = None) -> bytes:
+        """Take up to `most` writes out, the oldest first: `width` bytes of each, little endian."""
+        most = self.capacity if most is None else min(max(0, most), self.capacity)
+        data = ffi.new("uint8_t[]", most * self.width)
+        count = lib.avmm_register_take(self.struct, data, most)
+        return bytes(ffi.buffer(data, count * self.width))
+
+    def save(self) -> bytes:
+        taken = self.take()
+        self._refill(taken)
+        return taken
+
+    def load(self, data: bytes) -> None:
+        if len(data) % self.width or len(data) > self.size:
+            raise ValueError(
+                f"{len(data)} bytes; expected at most {self.capacity} times {self.width}"
+            )
+        self.take()
+        self._refill(data)
+
+    def _refill(self, data: bytes) -> None:
+        for at in range(0, len(data), self.width):
+            self.push(int.from_bytes(data[at : at + self.width], "little"))
