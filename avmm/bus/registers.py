@@ -82,9 +82,10 @@ class CollectedWrites:
         try:
             while True:
                 with self._lock:
-                    # From here on a write comes to Python (`arrived`), so none is missed.
-                    self._waits = True
-                    self._ring.limit(0)
+                    if not self._ring.count:
+                        # From here on a write comes to Python (`arrived`), so none is missed.
+                        self._waits = True
+                        self._ring.limit(0)
                     there = self._ring.count > 0
                 if there:
                     await trio.lowlevel.checkpoint()

@@ -83,17 +83,18 @@ class Register(Protocol):
     accesses come before or after it."""
 
     value: int
-    """What is in it, as a little-endian number. For registers of up to 8 bytes."""
+    """What is in it, as a little-endian number. This, the two methods that change its bits, and
+    `answer` raise `ValueError` for a register of more than 8 bytes."""
 
     def set_bits(self, bits: int) -> None:
-        """Set these bits, and leave the others as they are. For registers of up to 8 bytes."""
+        """Set these bits, and leave the others as they are."""
 
     def clear_bits(self, bits: int) -> None:
-        """Clear these bits, and leave the others as they are. For registers of up to 8 bytes."""
+        """Clear these bits, and leave the others as they are."""
 
     def answer(self, value: int | None) -> None:
         """Give the guest's reads this number from now on. With None, `Device.read` answers them
-        until the next number. For registers of up to 8 bytes."""
+        until the next number."""
 
     def get(self, at: int = 0, size: int | None = None) -> bytes:
         """A copy of the `size` bytes that begin at byte `at`; without `size`, of all from there

@@ -25,7 +25,8 @@ class Writes:
 class Register:
     """Some bytes that C serves. Any thread may use it, and each call is made as a whole.
 
-    `value` and its bits are for registers of up to 8 bytes.
+    `value`, its bits and `answer` are for registers of up to 8 bytes, and raise `ValueError` for
+    others.
     """
 
     def __init__(self, size: int, *, align: int = 1, whole: bool = False) -> None:
@@ -46,23 +47,32 @@ class Register:
     @property
     def value(self) -> int:
         """What a read of all of it gives, as a little-endian number."""
-        return lib.avmm_register_change(self.struct, self.size, _ALL, 0)
+        return self._change(_ALL, 0)
 
     @value.setter
     def value(self, value: int) -> None:
-        lib.avmm_register_change(self.struct, self.size, 0, value)
+        self._change(0, value)
 
     def set_bits(self, bits: int) -> None:
         """Set these bits, and leave the others as they are."""
-        lib.avmm_register_change(self.struct, self.size, _ALL, bits)
+        self._change(_ALL, bits)
 
     def clear_bits(self, bits: int) -> None:
         """Clear these bits, and leave the others as they are."""
-        lib.avmm_register_change(self.struct, self.size, ~bits & _ALL, 0)
+        self._change(~bits & _ALL, 0)
+
+    def _change(self, kept: int, put: int) -> int:
+        self._demand_number()
+        return lib.avmm_register_change(self.struct, self.size, kept, put)
 
     def answer(self, value: int | None) -> None:
         """Give the guest's reads this number from now on; with None, leave them to the device."""
+        self._demand_number()
         lib.avmm_register_answer(self.struct, value is not None, self.size, value or 0)
+
+    def _demand_number(self) -> None:
+        if self.size > 8:
+            raise ValueError(f"the register has {self.size} bytes; a number has at most 8")
 
     def get(self, at: int = 0, size: int | None = None) -> bytes:
         """A copy of `size` bytes (all from there on) at `at`. Raises `ValueError` if there are

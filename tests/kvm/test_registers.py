@@ -283,6 +283,19 @@ def test_a_part_of_its_bytes() -> None:
         register.put(b"ab", 15)
 
 
+def test_more_than_eight_bytes_are_no_number() -> None:
+    register = Register(9)
+    for use in (
+        lambda: register.value,
+        lambda: register.set_bits(1),
+        lambda: register.clear_bits(1),
+        lambda: register.answer(1),
+    ):
+        with pytest.raises(ValueError, match="9 bytes; a number has at most 8"):
+            use()
+    assert register.get() == bytes(9)
+
+
 def test_what_it_holds_is_saved() -> None:
     ring = WriteRing(2, 4)
     for value in (1, 2, 3):

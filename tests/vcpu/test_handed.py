@@ -13,6 +13,7 @@ from support.guest import EXIT, machine
 
 import avmm
 from avmm.bus.space import Bus, pio
+from avmm.kvm.claims import Way
 from avmm.loop import VcpuState
 
 pytestmark = [pytest.mark.lab(also="stock"), pytest.mark.usefixtures("kvm", "nothing_left")]
@@ -189,6 +190,6 @@ def test_a_bus_tells_which_handlers_are_coroutine_functions() -> None:
     bus.add(pio(Mixed(), PORT, 4), threading.Lock())
     bus.add(pio(avmm.Device(), 0x10, 2), threading.Lock())
     assert [tuple(claim) for claim in bus.claims()] == [
-        (0x10, 0x12, False, False),
-        (PORT, PORT + 4, False, True),
+        (0x10, 0x12, 8, Way(False), Way(False)),
+        (PORT, PORT + 4, 4, Way(False), Way(True)),
     ]

@@ -1,0 +1,146 @@
+"""What C serves of a serial port is what the port itself would do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.front import FrontHost
+
+from avmm.devices.serial import Serial
+from avmm.devices.uart import IER, IIR_FCR, LSR, RBR_THR, Uart
+
+
+class Wakeup:
+    def __init__(self) -> None:
+        self.sets = 0
+
+    def set(self) -> None:
+        self.sets += 1
+
+
+class Line:
+    def __init__(self) -> None:
+        self.log: list[bool] = []
+
+    def set(self, asserted: bool) -> None:
+        self.log.append(asserted)
+
+
+class Host(FrontHost):
+    def __init__(self, device: Serial) -> None:
+        self.line = Line()
+        self.wakeups: list[Wakeup] = []
+        super().__init__(device, None, self.line)
+
+    def wakeup(self) -> Any:
+        self.wakeups.append(Wakeup())
+        return self.wakeups[-1]
+
+
+class Port:
+    """A serial port, with its registers in front of it or without them."""
+
+    def __init__(self, front: bool, output_size: int) -> None:
+        self.now = 0.0
+        self.size = output_size
+        self.front = front
+        self.calls: list[int] = []
+        self.restart()
+
+    def restart(self) -> None:
+        self.serial = Serial(
+            output_size=self.size, input_size=8, stall=1.0, clock=lambda: self.now
+        )
+        self.host = Host(self.serial)
+        self.serial.attach(self.host)
+        read, write = self.serial.read, self.serial.write
+        if self.front:
+            self.serial.read = lambda *a: self.calls.append(a[0]) or read(*a)  # type: ignore
+            self.serial.write = lambda *a: self.calls.append(a[0]) or write(*a)  # type: ignore
+
+    def inp(self, offset: int) -> int:
+        with self.host.lock:
+            answer = (self.host.registers if self.front else self.serial).read(offset, 1)
+        assert isinstance(answer, int)
+        return answer
+
+    def out(self, offset: int, value: int) -> bool:
+        with self.host.lock:
+            later = (self.host.registers if self.front else self.serial).write(offset, 1, value)
+        if later is not None:
+            later.close()  # type: ignore[attr-defined]
+        return later is None
+
+    def take(self, most: int | None) -> bytes | None:
+        return self.serial._take(most)
+
+    def feed(self, data: bytes) -> int:
+        return self.serial._feed(memoryview(data))
+
+    def later(self, seconds: float) -> float:
+        self.now += seconds
+        return self.serial._stall_in()
+
+    def moved(self) -> dict[str, Any]:
+        state = dict(self.serial.save())
+        self.restart()
+        self.serial.load(state)
+        return state
+
+    def told(self) -> tuple[list[bool], list[int]]:
+        return self.host.line.log, [wakeup.sets for wakeup in self.host.wakeups]
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("inp"), st.integers(0, 7)),
+        st.tuples(st.just("inp"), st.sampled_from((LSR, IIR_FCR))),
+        st.tuples(st.just("out"), st.just(IER), st.integers(0, 15)),
+        st.tuples(st.just("out"), st.integers(0, 7), st.integers(0, 255)),
+        st.tuples(st.just("out"), st.just(RBR_THR), st.integers(0, 255)),
+        st.tuples(st.just("take"), st.none() | st.integers(1, 5)),
+        st.tuples(st.just("feed"), st.binary(min_size=1, max_size=6)),
+        st.tuples(st.just("later"), st.floats(0, 1.5)),
+        st.just(("moved",)),
+    ),
+    max_size=60,
+)
+
+
+@given(size=st.integers(1, 40), steps=steps)
+def test_it_makes_no_difference(size: int, steps: list[tuple[Any, ...]]) -> None:
+    port, plain = Port(True, size), Port(False, size)
+    for name, *arguments in steps:
+        expected = getattr(plain, name)(*arguments)
+        assert getattr(port, name)(*arguments) == expected, (name, arguments)
+        assert port.told() == plain.told(), (name, arguments)
+    assert port.serial.save() == plain.serial.save()
+
+
+def test_a_driver_that_polls_never_calls_the_port() -> None:
+    port = Port(True, 100)
+    for byte in b"as it should be":
+        assert port.inp(LSR) == 0x60
+        assert port.out(RBR_THR, byte)
+        assert port.inp(IIR_FCR) == 1
+    assert not port.calls
+    assert port.take(None) == b"as it should be"
+    assert port.take(None) is None
+    port.out(RBR_THR, 0x41)  # somebody waits for it
+    port.out(RBR_THR, 0x42)
+    assert port.calls == [RBR_THR]
+    assert port.take(None) == b"AB"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("plain_lsr", 0x60), ("plain_iir", 1), ("plain_room", 4)],
+)
+def test_a_bug_is_found(monkeypatch: pytest.MonkeyPatch, name: str, value: int) -> None:
+    """If the chip says that an access changes nothing though it does."""
+    monkeypatch.setattr(Uart, name, property(lambda uart: value))
+    with pytest.raises((AssertionError, BaseExceptionGroup)):
+        test_it_makes_no_difference()
