@@ -99,8 +99,7 @@ class Serial(Device):
         super().attach(host)
         self._output, self._room, self._full = host.wakeup(), host.wakeup(), host.wakeup()
         self._uart.on_full = self._full.set
-        if host.interrupt is not None:
-            self._uart.drive = host.interrupt.set
+        self._uart.drive = self._drive
         self._lsr = host.constant(LSR, 1, None, saved=False)
         self._iir = host.constant(IIR_FCR, 1, None, saved=False)
         self._thr = host.collected(RBR_THR, 1, _COLLECTED, saved=False)
@@ -146,6 +145,12 @@ class Serial(Device):
             self._collects = 0
 
     def _leave(self) -> None:
+        self._show()
+        if not self._reader_waits and (room := self._uart.plain_room):
+            self._collects = self._thr.limit = room
+
+    def _show(self) -> None:
+        """Say what C may answer."""
         uart = self._uart
         if (lsr := uart.plain_lsr) != self._shown_lsr:
             self._shown_lsr = lsr
@@ -153,8 +158,13 @@ class Serial(Device):
         if (iir := uart.plain_iir) != self._shown_iir:
             self._shown_iir = iir
             self._iir.answer(iir)
-        if not self._reader_waits and (room := uart.plain_room):
-            self._collects = self._thr.limit = room
+
+    def _drive(self, level: bool) -> None:
+        """A guest that is interrupted looks at once for the reason, without waiting for the
+        lock."""
+        self._show()
+        if self.host.interrupt is not None:
+            self.host.interrupt.set(level)
 
     async def _send_later(self, value: int) -> None:
         """The rest of a THR write that found no room; takes at most `stall` seconds."""

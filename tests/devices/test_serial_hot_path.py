@@ -22,16 +22,22 @@ class Wakeup:
 
 
 class Line:
-    def __init__(self) -> None:
+    """An interrupted guest looks at once for the reason: C must not tell it what was before."""
+
+    def __init__(self, serial: Serial) -> None:
         self.log: list[bool] = []
+        self.serial = serial
 
     def set(self, asserted: bool) -> None:
         self.log.append(asserted)
+        uart = self.serial._uart
+        assert self.serial._iir.read(0, 1) in (None, uart.plain_iir)  # type: ignore[attr-defined]
+        assert self.serial._lsr.read(0, 1) in (None, uart.plain_lsr)  # type: ignore[attr-defined]
 
 
 class Host(FrontHost):
     def __init__(self, device: Serial) -> None:
-        self.line = Line()
+        self.line = Line(device)
         self.wakeups: list[Wakeup] = []
         super().__init__(device, None, self.line)
 
@@ -118,6 +124,12 @@ def test_it_makes_no_difference(size: int, steps: list[tuple[Any, ...]]) -> None
         assert getattr(port, name)(*arguments) == expected, (name, arguments)
         assert port.told() == plain.told(), (name, arguments)
     assert port.serial.save() == plain.serial.save()
+
+
+def test_an_interrupted_guest_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Serial, "_drive", lambda serial, level: serial.host.interrupt.set(level))
+    with pytest.raises((AssertionError, BaseExceptionGroup)):
+        test_it_makes_no_difference()
 
 
 def test_a_driver_that_polls_never_calls_the_port() -> None:

@@ -26,11 +26,14 @@ import trio
 import avmm
 import avmm.loop
 from avmm import guests
+from avmm.devices.base import Host
 from support.where import tell_at
 
 MSR = 0x4D56_0000
 PORTS, WINDOW = 0x200, 0xD000_0000
 CALLS = 0x300
+COLLECTED = 2
+"""What a log has for a write that was collected, instead of 0 for a read and 1 for a write."""
 UNTIL = float(os.environ.get("AVMM_TORTURE_UNTIL", "inf"))
 """A process that is not done by then (CLOCK_MONOTONIC) tells where it hangs, and ends."""
 
@@ -40,7 +43,14 @@ class Recorder(avmm.Device):
 
     Access number `stop` asks for a pause while it is being served; every third one is answered
     by an awaitable, so that pauses find vCPUs that wait for a task, too.
+
+    Some of its registers are served in C, without the GIL: plain bytes, and in memory bits that a
+    write clears. What they give the guest is in its sum. Its writes to another one are collected;
+    they are logged before the next access that is.
     """
+
+    registers = ""
+    """Which it has: those of "ports" or of "memory"."""
 
     def __init__(self, name: str, shared: Accesses) -> None:
         self._name = name
@@ -50,6 +60,16 @@ class Recorder(avmm.Device):
     @property
     def name(self) -> str:
         return self._name
+
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        if self.registers == "ports":
+            host.storage(0x04, 4)
+            self._collected = host.collected(0x00, 1, 2)
+        elif self.registers == "memory":
+            host.storage(0x480, 32)
+            self._collected = host.collected(0x408, 8, 2)
+            self._bits = host.clearable(0x404, 4)
 
     def read(self, offset: int, size: int) -> int | Awaitable[int]:
         value = self._next(0, offset, size, 0)
@@ -64,7 +84,17 @@ class Recorder(avmm.Device):
         await later
         return value
 
+    def finish(self) -> None:
+        self._log_collected()
+
+    def _log_collected(self) -> None:
+        if self.registers:
+            self.log += ([COLLECTED, 0, 0, byte] for byte in self._collected.take())
+
     def _next(self, way: int, offset: int, size: int, value: int) -> int:
+        self._log_collected()
+        if self.registers == "memory":
+            self._bits.set_bits(len(self.log) * 0x9E37_79B9 & 0xFFFF_FFFF)
         if way == 0:
             value = (len(self.log) * 0x9E37_79B9_7F4A_7C15 + offset + 1) & ((1 << 8 * size) - 1)
         self.log.append([way, offset, size, value])
@@ -80,6 +110,8 @@ class Recorder(avmm.Device):
 class ReadByTask(Recorder):
     """Its reads are handed to the vCPU's task without the GIL (avmm/kvm/claims.h)."""
 
+    registers = "ports"
+
     async def read(self, offset: int, size: int) -> int:
         answer = super().read(offset, size)
         return answer if isinstance(answer, int) else await answer
@@ -87,6 +119,8 @@ class ReadByTask(Recorder):
 
 class WrittenByTask(Recorder):
     """The same for its writes."""
+
+    registers = "memory"
 
     async def write(self, offset: int, size: int, value: int) -> None:
         if (later := super().write(offset, size, value)) is not None:
@@ -309,7 +343,7 @@ def main() -> None:
     said, logs = in_new_process(lambda: trio.run(run, options))
     if not logs:
         sys.exit(f"the uninterrupted guest {said}")
-    total = sum(map(len, logs))
+    total = sum(entry[0] != COLLECTED for log in logs for entry in log)
     moved = 0
     first = options.first if options.last is None else total - options.last
     for stop in range(first, total, options.every):
