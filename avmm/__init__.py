@@ -11,7 +11,15 @@ from avmm.boot import FlatOptions, Mode
 from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.clones import Fork
 from avmm.config import HostSettings, MachineConfig, Settings
-from avmm.devices.base import Device, Doorbell, Host, InterruptLine, Wakeup
+from avmm.devices.base import (
+    CollectedWrites,
+    Device,
+    Doorbell,
+    Host,
+    InterruptLine,
+    Register,
+    Wakeup,
+)
 from avmm.devices.console import ConsoleStream
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.balloon import Balloon
@@ -89,6 +97,7 @@ __all__ = [
     "CallHandler",
     "Cause",
     "Chain",
+    "CollectedWrites",
     "ConfigError",
     "Console",
     "ConsoleStream",
@@ -129,6 +138,7 @@ __all__ = [
     "Port",
     "ProtocolError",
     "RawDisk",
+    "Register",
     "Report",
     "Rng",
     "Runstate",

@@ -16,7 +16,7 @@ import trio
 
 from avmm.errors import ConfigError, StateError
 from avmm.kvm.claims import Way
-from avmm.kvm.registers import Register, WriteRing, Writes
+from avmm.kvm.registers import CollectingRegister, ServedRegister, Writes
 from avmm.memory.pages import PAGE
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Window(NamedTuple):
 
     first: int
     end: int
-    register: Register
+    register: ServedRegister
     how: int = Writes.TO_DEVICE
 
     def holds(self, offset: int, size: int) -> bool:
@@ -45,13 +45,15 @@ class Page(NamedTuple):
     """A page of guest-physical addresses that a read-only memory slot backs."""
 
     gpa: int
-    register: Register
+    register: ServedRegister
 
 
-class CollectedWrites:
+class ServedWrites:
     """See `avmm.devices.base.CollectedWrites`."""
 
-    def __init__(self, ring: WriteRing, lock: AbstractContextManager[Any], wakeup: Wakeup) -> None:
+    def __init__(
+        self, ring: CollectingRegister, lock: AbstractContextManager[Any], wakeup: Wakeup
+    ) -> None:
         self._ring = ring
         self._lock = lock
         self._wakeup = wakeup
@@ -122,18 +124,18 @@ class DeviceRegisters:
         self._places = places
         self._reads: list[Window] = []
         self._writes: list[Window] = []
-        self._collected: dict[int, CollectedWrites] = {}
+        self._collected: dict[int, ServedWrites] = {}
         """By the first offset of their windows."""
-        self._saved: list[Register] = []
+        self._saved: list[ServedRegister] = []
 
     def __bool__(self) -> bool:
         return bool(self._reads or self._writes)
 
     # -- declaring ------------------------------------------------------------------------------
 
-    def storage(self, offset: int, size: int, *, saved: bool) -> Register:
+    def storage(self, offset: int, size: int, *, saved: bool) -> ServedRegister:
         """See `avmm.devices.base.Host.storage`."""
-        register = Register(self._size(offset, size, _MOST_BYTES))
+        register = ServedRegister(self._size(offset, size, _MOST_BYTES))
         self._add(self._reads, Window(offset, offset + size, register))
         self._add(self._writes, Window(offset, offset + size, register, Writes.STORES))
         self._declared(register, saved)
@@ -141,9 +143,9 @@ class DeviceRegisters:
 
     def constant(
         self, offset: int, size: int, value: int | None, *, ignores_writes: bool, saved: bool
-    ) -> Register:
+    ) -> ServedRegister:
         """See `avmm.devices.base.Host.constant`."""
-        register = Register(self._size(offset, size, 8), whole=True)
+        register = ServedRegister(self._size(offset, size, 8), whole=True)
         register.answer(value)
         self._add(self._reads, Window(offset, offset + size, register))
         if ignores_writes:
@@ -151,9 +153,11 @@ class DeviceRegisters:
         self._declared(register, saved)
         return register
 
-    def clearable(self, offset: int, size: int, clear_at: int | None, *, saved: bool) -> Register:
+    def clearable(
+        self, offset: int, size: int, clear_at: int | None, *, saved: bool
+    ) -> ServedRegister:
         """See `avmm.devices.base.Host.clearable`."""
-        register = Register(self._size(offset, size, 8), whole=True)
+        register = ServedRegister(self._size(offset, size, 8), whole=True)
         at = offset if clear_at is None else clear_at
         self._add(self._reads, Window(offset, offset + size, register))
         self._add(self._writes, Window(at, at + size, register, Writes.CLEARS))
@@ -162,7 +166,7 @@ class DeviceRegisters:
 
     def collected(
         self, offset: int, width: int, capacity: int, wakeup: Wakeup, *, saved: bool
-    ) -> CollectedWrites:
+    ) -> ServedWrites:
         """See `avmm.devices.base.Host.collected`."""
         if width not in _WIDTHS:
             raise ConfigError(f"{self._name(offset)}: width {width!r}, expected 1, 2, 4 or 8")
@@ -171,15 +175,15 @@ class DeviceRegisters:
                 f"{self._name(offset)}: capacity {capacity!r}, expected 1 to "
                 f"{_MOST_BYTES // width} writes"
             )
-        ring = WriteRing(self._size(offset, width, 8), capacity)
+        ring = CollectingRegister(self._size(offset, width, 8), capacity)
         self._add(self._writes, Window(offset, offset + width, ring, Writes.COLLECTS))
-        self._collected[offset] = collected = CollectedWrites(ring, self._lock, wakeup)
+        self._collected[offset] = collected = ServedWrites(ring, self._lock, wakeup)
         self._declared(ring, saved)
         return collected
 
-    def page(self, offset: int, *, saved: bool) -> Register:
+    def page(self, offset: int, *, saved: bool) -> ServedRegister:
         """See `avmm.devices.base.Host.page`."""
-        register = Register(PAGE, align=PAGE)
+        register = ServedRegister(PAGE, align=PAGE)
         self._add(self._reads, Window(offset, offset + PAGE, register))
         for place in self._places:
             gpa = place.base + offset - place.offset
@@ -198,7 +202,7 @@ class DeviceRegisters:
         self._declared(register, saved)
         return register
 
-    def _declared(self, register: Register, saved: bool) -> None:
+    def _declared(self, register: ServedRegister, saved: bool) -> None:
         if saved:
             self._saved.append(register)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from avmm.kvm._kvm import ffi
-from avmm.kvm.registers import Register, Writes
+from avmm.kvm.registers import ServedRegister, Writes
 
 if TYPE_CHECKING:
     from avmm.kvm import _kvm
@@ -17,7 +17,7 @@ class Way(NamedTuple):
 
     tasks: bool
     """Is the handler a coroutine function?"""
-    register: Register | None = None
+    register: ServedRegister | None = None
     """The register that serves them, or as many of them as it can."""
     at: int = 0
     """Where in the register the piece begins."""

@@ -22,7 +22,7 @@ class Writes:
     COLLECTS: Final = lib.AVMM_COLLECTS
 
 
-class Register:
+class ServedRegister:
     """Some bytes that C serves. Any thread may use it, and each call is made as a whole.
 
     `value`, its bits and `answer` are for registers of up to 8 bytes, and raise `ValueError` for
@@ -122,7 +122,7 @@ class Register:
         return memoryview(ffi.buffer(self._bytes, self.size))
 
 
-class WriteRing(Register):
+class CollectingRegister(ServedRegister):
     """Collects whole writes of `width` bytes, up to `capacity` of them."""
 
     def __init__(self, width: int, capacity: int) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.compiled import compiled
 
-from avmm.kvm.registers import Register, WriteRing, Writes
+from avmm.kvm.registers import CollectingRegister, ServedRegister, Writes
 
 SIZE = 8
 CAPACITY = 3
@@ -249,7 +249,7 @@ def test_a_bug_is_found(tmp_path: Path, old: str, new: str) -> None:
 
 
 def test_two_sides_that_change_bits_at_once_lose_none() -> None:
-    register = Register(8)
+    register = ServedRegister(8)
     rounds, failed = 20_000, []
 
     def clear() -> None:
@@ -272,7 +272,7 @@ def test_two_sides_that_change_bits_at_once_lose_none() -> None:
 
 
 def test_a_part_of_its_bytes() -> None:
-    register = Register(16)
+    register = ServedRegister(16)
     register.put(b"abc", 3)
     assert register.get(2, 5) == b"\0abc\0"
     assert register.get(13) == b"\0\0\0"
@@ -284,7 +284,7 @@ def test_a_part_of_its_bytes() -> None:
 
 
 def test_more_than_eight_bytes_are_no_number() -> None:
-    register = Register(9)
+    register = ServedRegister(9)
     for use in (
         lambda: register.value,
         lambda: register.set_bits(1),
@@ -297,12 +297,12 @@ def test_more_than_eight_bytes_are_no_number() -> None:
 
 
 def test_what_it_holds_is_saved() -> None:
-    ring = WriteRing(2, 4)
+    ring = CollectingRegister(2, 4)
     for value in (1, 2, 3):
         assert ring.push(value)
     state = ring.save()
     assert ring.take(1) == b"\1\0"
-    other = WriteRing(2, 4)
+    other = CollectingRegister(2, 4)
     other.push(9)
     other.load(state)
     assert other.take() == b"\1\0\2\0\3\0"
@@ -310,4 +310,4 @@ def test_what_it_holds_is_saved() -> None:
         with pytest.raises(ValueError, match="4 times 2"):
             other.load(wrong)
     with pytest.raises(ValueError, match="expected 8"):
-        Register(8).load(b"")
+        ServedRegister(8).load(b"")
