@@ -21,10 +21,12 @@ from avmm.bench import fork as bench_fork
 from avmm.bench import many as bench_many
 from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
+from avmm.bench import plot as bench_plot
 from avmm.bench import snapshot as bench_snapshot
 from avmm.bench import stall as bench_stall
 from avmm.bench import start as bench_start
 from avmm.bench import virtio as bench_virtio
+from avmm.bench import whole as bench_whole
 from avmm.bench.row import BenchRow, FigureRow, ManyRow, SizeRow, SpeedRow, StallRow
 from avmm.errors import ConfigError
 from avmm.options import parse_size
@@ -286,6 +288,92 @@ def fork(as_json: bool, rounds: int, clones: int) -> None:
     )
 
 
+@command.command(name="all")
+@_json("bench, case, unit, ours, baseline, ratio, least, most and is_noisy")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    help="Draw the ratios, with matplotlib.",
+)
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print a Markdown table.")
+@ROUNDS
+@click.option("--exits", type=click.IntRange(10), default=10_000, show_default=True)
+@click.option("--idle", type=click.IntRange(1), default=100, show_default=True, help="Guests.")
+@click.option("--clones", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--pauses", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--requests", type=click.IntRange(10), default=5_000, show_default=True)
+@MEMORY
+def whole(
+    as_json: bool,
+    plot: Path | None,
+    as_markdown: bool,
+    rounds: int,
+    exits: int,
+    idle: int,
+    clones: int,
+    pauses: int,
+    requests: int,
+    memory: str,
+) -> None:
+    """Everything but boot, engine and stall, some rounds of it, with the spread of each ratio.
+
+    A case whose rounds differ by more than a quarter is too noisy to tell. What is compared with
+    QEMU has no ratio if QEMU is not installed.
+    """
+    if as_json and as_markdown:
+        raise ConfigError("--json and --markdown: expected one of them")
+    sizes = bench_whole.Sizes(
+        exits=exits,
+        idle=idle,
+        clones=clones,
+        pauses=pauses,
+        requests=requests,
+        memory=parse_size(memory, "--memory"),
+    )
+    if plot is not None:
+        bench_plot.demand(plot)
+    with _progress(bench_whole.steps(rounds, sizes)) as progress:
+        rows = bench_whole.measure(rounds, sizes, progress)
+    if plot is not None:
+        bench_plot.draw(plot, rows)
+    if as_json:
+        _print_json(rows)
+        return
+    if as_markdown:
+        click.echo("| | case | avmm | baseline | ratio | spread |\n|---|---|---|---|---|---|")
+    else:
+        head = f"{'bench':9} {'case':42} {'ours':>10} {'baseline':>10}"
+        click.echo(f"{head} {'ratio':>6}  {'spread':13} unit")
+    for row in rows:
+        _print_whole(row, as_markdown)
+
+
+def _print_whole(row: bench_whole.WholeRow, as_markdown: bool) -> None:
+    ours = _number(row.ours)
+    baseline = "-" if row.baseline is None else _number(row.baseline)
+    ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+    spread = "-" if row.least is None else f"{row.least:.2f} to {row.most:.2f}"
+    noisy = "too noisy to tell" if row.is_noisy else ""
+    if as_markdown:
+        cells = [
+            row.bench,
+            row.case,
+            f"{ours} {row.unit}",
+            baseline if row.baseline is None else f"{baseline} {row.unit}",
+            noisy or ratio,
+            spread,
+        ]
+        click.echo(f"| {' | '.join(cells)} |")
+        return
+    line = f"{row.bench:9} {row.case:42} {ours:>10} {baseline:>10} {ratio:>6}  {spread:13}"
+    click.echo(f"{line} {row.unit}{', ' if noisy else ''}{noisy}")
+
+
+def _number(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.1f}"
+
+
 @command.command()
 @click.option(
     "--kernel",
@@ -331,7 +419,9 @@ def _progress(steps: int) -> Iterator[Callable[[], None]]:
 
 
 def _print_json(
-    rows: Sequence[BenchRow | FigureRow | ManyRow | SizeRow | SpeedRow | StallRow],
+    rows: Sequence[
+        BenchRow | FigureRow | ManyRow | SizeRow | SpeedRow | StallRow | bench_whole.WholeRow
+    ],
 ) -> None:
     click.echo(json.dumps([asdict(row) for row in rows], indent=2))
 

@@ -28,22 +28,22 @@ PROMPT = "avmm> "
 
 
 def avmm(
-    *arguments: str, given: str = "", env: Mapping[str, str] | None = None
+    *arguments: str, given: str = "", env: Mapping[str, str] | None = None, timeout: float = 55
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*AVMM, *arguments],
         input=given,
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=timeout,
         check=False,
         env=os.environ | (env or {}),
     )
 
 
-def measured(*arguments: str, env: Mapping[str, str] | None = None) -> Any:
+def measured(*arguments: str, env: Mapping[str, str] | None = None, timeout: float = 55) -> Any:
     """What a command that must succeed prints as JSON."""
-    done = avmm(*arguments, "--json", env=env)
+    done = avmm(*arguments, "--json", env=env, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
@@ -405,6 +405,32 @@ def test_bench_many_gives_a_ratio_for_each_case() -> None:
         assert row["raw_per_second"] > 0
     printed = avmm("bench", "many", *options).stdout
     assert printed.splitlines()[0].split() == ["case", "exits/s", "raw", "×", "raw"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_bench_all_has_each_case_with_its_spread(tmp_path: Path) -> None:
+    options = ("--rounds", "2", "--exits", "50", "--idle", "2", "--clones", "2", "--pauses", "5")
+    more = ("--requests", "20", "--memory", "16M", "--plot", str(tmp_path / "all.png"))
+    rows = measured("bench", "all", *options, *more, timeout=280)
+    assert {row["bench"] for row in rows} == {
+        "exits", "many", "pause", "fork", "density", "start", "virtio", "snapshot", "migration",
+    }  # fmt: skip
+    for row in rows:
+        if row["ratio"] is not None:
+            assert row["least"] <= row["ratio"] <= row["most"]
+    assert (tmp_path / "all.png").stat().st_size > 10_000
+
+
+def test_bench_all_says_what_it_cannot_do(tmp_path: Path) -> None:
+    done = avmm("bench", "all", "--json", "--markdown")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "avmm: --json and --markdown: expected one of them\n",
+    )
+    done = avmm("bench", "all", "--plot", str(tmp_path / "all.svg"))
+    assert done.returncode == 2
+    assert "expected a name that ends in .png" in done.stderr
 
 
 def test_bench_start_gives_a_ratio() -> None:
