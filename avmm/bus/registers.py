@@ -97,6 +97,12 @@ class ServedWrites:
             with self._lock:
                 self._awake()
 
+    def loaded(self) -> None:
+        """Whoever waits is to look what a load has brought. Any thread."""
+        with self._lock:
+            self._awake()
+        self._wakeup.set()
+
     def arrived(self, value: int) -> bool:
         """A write that C has left to Python. Returns False if the device has to take it. Call it
         with the device's lock held."""
@@ -127,9 +133,14 @@ class DeviceRegisters:
         self._collected: dict[int, ServedWrites] = {}
         """By the first offset of their windows."""
         self._saved: list[ServedRegister] = []
+        self._is_complete = False
 
     def __bool__(self) -> bool:
         return bool(self._reads or self._writes)
+
+    def complete(self) -> None:
+        """The device has been attached: it declares no more registers."""
+        self._is_complete = True
 
     # -- declaring ------------------------------------------------------------------------------
 
@@ -145,8 +156,11 @@ class DeviceRegisters:
         self, offset: int, size: int, value: int | None, *, ignores_writes: bool, saved: bool
     ) -> ServedRegister:
         """See `avmm.devices.base.Host.constant`."""
-        register = ServedRegister(self._size(offset, size, 8), whole=True)
-        register.answer(value)
+        register = ServedRegister(self._number(offset, size), whole=True)
+        try:
+            register.answer(value)
+        except ValueError as error:
+            raise ConfigError(f"{self._name(offset)}: {error}") from None
         self._add(self._reads, Window(offset, offset + size, register))
         if ignores_writes:
             self._add(self._writes, Window(offset, offset + size, register, Writes.IGNORES))
@@ -157,7 +171,7 @@ class DeviceRegisters:
         self, offset: int, size: int, clear_at: int | None, *, saved: bool
     ) -> ServedRegister:
         """See `avmm.devices.base.Host.clearable`."""
-        register = ServedRegister(self._size(offset, size, 8), whole=True)
+        register = ServedRegister(self._number(offset, size), whole=True)
         at = offset if clear_at is None else clear_at
         self._add(self._reads, Window(offset, offset + size, register))
         self._add(self._writes, Window(at, at + size, register, Writes.CLEARS))
@@ -168,14 +182,12 @@ class DeviceRegisters:
         self, offset: int, width: int, capacity: int, wakeup: Wakeup, *, saved: bool
     ) -> ServedWrites:
         """See `avmm.devices.base.Host.collected`."""
-        if width not in _WIDTHS:
-            raise ConfigError(f"{self._name(offset)}: width {width!r}, expected 1, 2, 4 or 8")
-        if not 1 <= capacity <= _MOST_BYTES // width:
+        most = _MOST_BYTES // self._number(offset, width)
+        if type(capacity) is not int or not 1 <= capacity <= most:
             raise ConfigError(
-                f"{self._name(offset)}: capacity {capacity!r}, expected 1 to "
-                f"{_MOST_BYTES // width} writes"
+                f"{self._name(offset)}: capacity {capacity!r}, expected 1 to {most} writes"
             )
-        ring = CollectingRegister(self._size(offset, width, 8), capacity)
+        ring = CollectingRegister(width, capacity)
         self._add(self._writes, Window(offset, offset + width, ring, Writes.COLLECTS))
         self._collected[offset] = collected = ServedWrites(ring, self._lock, wakeup)
         self._declared(ring, saved)
@@ -214,7 +226,22 @@ class DeviceRegisters:
             raise ConfigError(f"{self._name(offset)}: {size!r} bytes, expected 1 to {most}")
         return size
 
+    def _number(self, offset: int, size: int) -> int:
+        """The size of a register that is accessed only as a whole."""
+        most = self.device.max_width
+        if type(size) is not int or size not in _WIDTHS or size > most:
+            expected = ", ".join(str(width) for width in _WIDTHS if width <= most)
+            raise ConfigError(
+                f"{self._name(offset)}: {size!r} bytes, expected one of {expected}, as the device "
+                f"decodes accesses of up to {most}"
+            )
+        return size
+
     def _add(self, windows: list[Window], window: Window) -> None:
+        if self._is_complete:
+            raise ConfigError(
+                f"{self._name(window.first)}: expected it to be declared in attach()"
+            )
         for other in windows:
             if window.first < other.end and other.first < window.end:
                 ways = "reads" if windows is self._reads else "writes"
@@ -292,6 +319,8 @@ class DeviceRegisters:
                 register.load(data)
             except ValueError as error:
                 raise StateError(f"{self.device.name}: register {number} has {error}") from None
+        for collected in self._collected.values():
+            collected.loaded()
 
 
 def _window(windows: Sequence[Window], offset: int, size: int) -> Window | None:

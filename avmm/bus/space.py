@@ -125,7 +125,7 @@ class PostedWrites:
         registers: DeviceRegisters | None = None,
     ) -> None:
         self._device = device
-        self._front = registers or device
+        self._front = device if registers is None else registers
         self._lock = lock
         self._writes: deque[tuple[int, int, int]] = deque()
 

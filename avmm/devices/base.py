@@ -84,7 +84,8 @@ class Register(Protocol):
 
     value: int
     """What is in it, as a little-endian number. This, the two methods that change its bits, and
-    `answer` raise `ValueError` for a register of more than 8 bytes."""
+    `answer` raise `ValueError` for a register of more than 8 bytes, and for a number that does not
+    fit."""
 
     def set_bits(self, bits: int) -> None:
         """Set these bits, and leave the others as they are."""
@@ -108,8 +109,9 @@ class CollectedWrites(Protocol):
     """The guest's writes to one register, in order; see `Host.collected`."""
 
     limit: int
-    """How many are collected before `Device.write` gets the next. It is the capacity at first, and
-    cannot be more. With 0, `Device.write` gets all of them."""
+    """How many are collected before `Device.write` gets the next. It is the capacity at first,
+    also after a load, and cannot be more. With 0, `Device.write` gets all of them. Set it in trio
+    or with the device's lock held."""
 
     def __len__(self) -> int:
         """How many there are now. Any thread."""
@@ -279,8 +281,9 @@ class Device:
     @property
     def saves_in_thread(self) -> bool:
         """Do `save` and `load` take long, because they read or write files? If so, they are called
-        in a worker thread, and must not touch anything that belongs to trio. Otherwise they are
-        called in trio's thread."""
+        in a worker thread, and must not touch anything that belongs to trio. Its registers are
+        saved later, so it must leave them alone while it is quiesced. Otherwise `save` and `load`
+        are called in trio's thread."""
         return False
 
     def save(self) -> Mapping[str, Any]:

@@ -2237,8 +2237,16 @@ class Lib:
         arg0: AvmmRegisterPointer | AvmmRegisterArray,
         arg1: Uint8Pointer | Uint8Array,
         arg2: int,
+        arg3: int,
         /,
     ) -> int: ...
+    def avmm_register_fill(
+        self,
+        arg0: AvmmRegisterPointer | AvmmRegisterArray,
+        arg1: Uint8Pointer | Uint8Array,
+        arg2: int,
+        /,
+    ) -> None: ...
     def avmm_lot_init(self, arg0: AvmmLotPointer, /) -> None: ...
     def avmm_lot_ask(self, arg0: AvmmLotPointer, /) -> int: ...
     def avmm_lot_release(self, arg0: AvmmLotPointer, /) -> None: ...

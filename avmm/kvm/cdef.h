@@ -236,7 +236,9 @@ void avmm_register_copy(
     struct avmm_register *r, uint8_t *bytes, uint32_t at, uint32_t size, int store);
 int avmm_register_push(struct avmm_register *r, uint64_t value);
 void avmm_register_limit(struct avmm_register *r, uint32_t limit);
-uint32_t avmm_register_take(struct avmm_register *r, uint8_t *bytes, uint32_t most);
+uint32_t avmm_register_take(
+    struct avmm_register *r, uint8_t *bytes, uint32_t most, int keep);
+void avmm_register_fill(struct avmm_register *r, const uint8_t *bytes, uint32_t count);
 
 struct avmm_way { uint8_t tasks, how; struct avmm_register *of; uint32_t at; };
 struct avmm_claim { uint64_t first, end; uint32_t width; struct avmm_way reads, writes; };

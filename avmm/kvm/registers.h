@@ -142,11 +142,14 @@ static void avmm_register_limit(struct avmm_register *r, uint32_t limit)
     pthread_mutex_unlock(&r->mutex);
 }
 
-/* Move up to `most` collected writes to `bytes`, the oldest first. Returns how many. */
-static uint32_t avmm_register_take(struct avmm_register *r, uint8_t *bytes, uint32_t most)
+/* Copy up to `most` collected writes to `bytes`, the oldest first, and forget them unless `keep`.
+ * Returns how many. */
+static uint32_t avmm_register_take(
+    struct avmm_register *r, uint8_t *bytes, uint32_t most, int keep)
 {
     uint32_t capacity = r->size / r->width, taken = 0;
     pthread_mutex_lock(&r->mutex);
+    uint32_t first = r->first, count = r->count;
     while (taken < most && r->count) {
         uint32_t piece = capacity - r->first;   /* the ring ends there */
         piece = piece < r->count ? piece : r->count;
@@ -156,6 +159,20 @@ static uint32_t avmm_register_take(struct avmm_register *r, uint8_t *bytes, uint
         r->count -= piece;
         taken += piece;
     }
+    if (keep) {
+        r->first = first;
+        r->count = count;
+    }
     pthread_mutex_unlock(&r->mutex);
     return taken;
+}
+
+/* Hold these `count` writes and no others; there must be room for them. */
+static void avmm_register_fill(struct avmm_register *r, const uint8_t *bytes, uint32_t count)
+{
+    pthread_mutex_lock(&r->mutex);
+    memcpy(r->bytes, bytes, (size_t)count * r->width);
+    r->first = 0;
+    r->count = count;
+    pthread_mutex_unlock(&r->mutex);
 }

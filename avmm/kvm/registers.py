@@ -25,8 +25,8 @@ class Writes:
 class ServedRegister:
     """Some bytes that C serves. Any thread may use it, and each call is made as a whole.
 
-    `value`, its bits and `answer` are for registers of up to 8 bytes, and raise `ValueError` for
-    others.
+    `value`, its bits and `answer` are for registers of up to 8 bytes. They raise `ValueError` for
+    others, and for numbers that do not fit.
     """
 
     def __init__(self, size: int, *, align: int = 1, whole: bool = False) -> None:
@@ -51,15 +51,15 @@ class ServedRegister:
 
     @value.setter
     def value(self, value: int) -> None:
-        self._change(0, value)
+        self._change(0, self._fitting(value))
 
     def set_bits(self, bits: int) -> None:
         """Set these bits, and leave the others as they are."""
-        self._change(_ALL, bits)
+        self._change(_ALL, self._fitting(bits))
 
     def clear_bits(self, bits: int) -> None:
         """Clear these bits, and leave the others as they are."""
-        self._change(~bits & _ALL, 0)
+        self._change(~self._fitting(bits) & _ALL, 0)
 
     def _change(self, kept: int, put: int) -> int:
         self._demand_number()
@@ -67,8 +67,14 @@ class ServedRegister:
 
     def answer(self, value: int | None) -> None:
         """Give the guest's reads this number from now on; with None, leave them to the device."""
+        number = self._fitting(0 if value is None else value)
+        lib.avmm_register_answer(self.struct, value is not None, self.size, number)
+
+    def _fitting(self, number: int) -> int:
         self._demand_number()
-        lib.avmm_register_answer(self.struct, value is not None, self.size, value or 0)
+        if not 0 <= number < 1 << 8 * self.size:
+            raise ValueError(f"{number:#x} does not fit a register of {self.size} bytes")
+        return number
 
     def _demand_number(self) -> None:
         if self.size > 8:
@@ -107,15 +113,19 @@ class ServedRegister:
     # -- its state -------------------------------------------------------------------------------
 
     def save(self) -> bytes:
-        """What it holds, for `load`."""
-        return self.get()
+        """What it holds, for `load`. Nothing, if its reads are left to the device."""
+        return self.get() if self.struct.answers else b""
 
     def load(self, data: bytes) -> None:
         """Hold what another register of this kind held. Raises `ValueError` if it cannot be that
         of such a register."""
+        if not data and self.struct.whole:
+            self.answer(None)
+            return
         if len(data) != self.size:
             raise ValueError(f"{len(data)} bytes; expected {self.size}")
         self.put(data)
+        self.struct.answers = 1
 
     def view(self) -> memoryview:
         """Its memory, without a copy, for a memory slot."""
@@ -148,24 +158,20 @@ class CollectingRegister(ServedRegister):
 
     def take(self, most: int | None = None) -> bytes:
         """Take up to `most` writes out, the oldest first: `width` bytes of each, little endian."""
-        most = self.capacity if most is None else min(max(0, most), self.capacity)
+        return self._copied(self.count if most is None else min(max(0, most), self.count), keep=0)
+
+    def _copied(self, most: int, keep: int) -> bytes:
         data = ffi.new("uint8_t[]", most * self.width)
-        count = lib.avmm_register_take(self.struct, data, most)
+        count = lib.avmm_register_take(self.struct, data, most, keep)
         return bytes(ffi.buffer(data, count * self.width))
 
     def save(self) -> bytes:
-        taken = self.take()
-        self._refill(taken)
-        return taken
+        return self._copied(self.count, keep=1)
 
     def load(self, data: bytes) -> None:
         if len(data) % self.width or len(data) > self.size:
             raise ValueError(
                 f"{len(data)} bytes; expected at most {self.capacity} times {self.width}"
             )
-        self.take()
-        self._refill(data)
-
-    def _refill(self, data: bytes) -> None:
-        for at in range(0, len(data), self.width):
-            self.push(int.from_bytes(data[at : at + self.width], "little"))
+        bytes_ = ffi.from_buffer("uint8_t[]", data)
+        lib.avmm_register_fill(self.struct, bytes_, len(data) // self.width)

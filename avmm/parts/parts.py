@@ -273,8 +273,9 @@ class Parts:
         except StateError as error:
             raise saved.refusal(str(error)) from None
         registers = {number: held for number, held in saved.registers or ()}
-        if registers.keys() - range(len(self.hosts)):
-            raise saved.wrong("registers", f"those of {len(self.hosts)} devices")
+        rows = len(saved.registers or ())
+        if registers.keys() - range(len(self.hosts)) or len(registers) != rows:
+            raise saved.wrong("registers", f"those of {len(self.hosts)} devices, each once")
         for number, host in enumerate(self.hosts):
             try:
                 host.registers.load(registers.get(number, ()))

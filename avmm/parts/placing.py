@@ -206,6 +206,7 @@ def _new_host(
     attached.devices.append(device)
     attached.hosts.append(host)
     device.attach(host)
+    host.registers.complete()
     return host
 
 

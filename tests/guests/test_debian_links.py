@@ -101,7 +101,10 @@ async def test_sockets_after_a_load() -> None:
             async with vm.paused(deadline=20):
                 state = vm.save()
     async with machine(Vsock(6), state=state) as vm:
-        assert b"read: Connection reset by peer" in await said(vm, b"over")
+        # The second, if the guest had not come to its read when it was saved.
+        lost = (b"read: Connection reset by peer", b"read: Transport endpoint is not connected")
+        over = await said(vm, b"over")
+        assert any(words in over for words in lost), over
         await said(vm)
         async with vm.vsock.listen(5000) as listener:
             await vm.console.send_all(b"echo again | vsock send 5000\r")

@@ -43,7 +43,11 @@ uint64_t change(uint32_t size, uint64_t kept, uint64_t set)
 void answer(int answers, uint64_t value) { avmm_register_answer(&r, answers, 8, value); }
 int push(uint64_t value) { return avmm_register_push(&r, value); }
 void limit(uint32_t limit) { avmm_register_limit(&r, limit); }
-uint32_t take(uint8_t *to, uint32_t most) { return avmm_register_take(&r, to, most); }
+uint32_t take(uint8_t *to, uint32_t most, int keep)
+{
+    return avmm_register_take(&r, to, most, keep);
+}
+void fill(const uint8_t *from, uint32_t count) { avmm_register_fill(&r, from, count); }
 """
 
 Step = tuple[Any, ...]
@@ -119,10 +123,18 @@ class Ring:
         self.library.limit(limit)
         return True
 
-    def take(self, most: int) -> bool:
+    def fill(self, values: list[int]) -> bool:
+        self.held = [value & (1 << 8 * self.width) - 1 for value in values]
+        data = b"".join(value.to_bytes(self.width, "little") for value in self.held)
+        self.library.fill(data, len(self.held))
+        return True
+
+    def take(self, most: int, keep: bool = False) -> bool:
         room = (ctypes.c_uint8 * 64)()  # more than it may use, for bugs
-        count = self.library.take(room, most)
-        expected, self.held = self.held[:most], self.held[most:]
+        count = self.library.take(room, most, int(keep))
+        expected = self.held[:most]
+        if not keep:
+            self.held = self.held[most:]
         data = bytes(room)[: count * self.width]
         return data == b"".join(each.to_bytes(self.width, "little") for each in expected)
 
@@ -155,7 +167,8 @@ ring_steps = st.lists(
         st.tuples(st.just("write"), st.sampled_from((1, 2, 4, 8)), numbers),
         st.tuples(st.just("push"), numbers),
         st.tuples(st.just("limit"), st.integers(0, CAPACITY)),
-        st.tuples(st.just("take"), st.integers(0, CAPACITY + 1)),
+        st.tuples(st.just("take"), st.integers(0, CAPACITY + 1), st.booleans()),
+        st.tuples(st.just("fill"), st.lists(numbers, max_size=CAPACITY)),
         st.just(("read",)),
     ),
     max_size=40,
@@ -205,7 +218,11 @@ RING: list[Step] = [
     ("take", 3),
     ("limit", 3),
     ("write", 2, 0x9999),
+    ("take", 4, True),
     ("take", 4),
+    ("take", 4),
+    ("push", 0xAAAA),
+    ("fill", [0xBBBB, 0xCCCC]),
     ("take", 4),
     ("read",),
 ]
@@ -240,6 +257,10 @@ def test_the_scripts_pass(library: Any) -> None:
         ("r->count -= piece;", "r->count = 0;"),
         ("        piece = piece < most - taken ? piece : most - taken;\n", ""),
         ("    r->limit = limit;\n", ""),
+        ("if (keep) {", "if (!keep) {"),
+        ("        r->count = count;\n    }", "    }"),
+        ("    r->first = 0;\n    r->count = count;", "    r->count = count;"),
+        ("    r->first = 0;\n    r->count = count;", "    r->first = 0;"),
     ],
 )
 def test_a_bug_is_found(tmp_path: Path, old: str, new: str) -> None:
@@ -294,6 +315,31 @@ def test_more_than_eight_bytes_are_no_number() -> None:
         with pytest.raises(ValueError, match="9 bytes; a number has at most 8"):
             use()
     assert register.get() == bytes(9)
+
+
+def test_a_number_that_does_not_fit_is_refused() -> None:
+    register = ServedRegister(2)
+
+    def put(number: int) -> None:
+        register.value = number
+
+    for use in (put, register.set_bits, register.clear_bits, register.answer):
+        for number in (-1, 0x1_0000, 1 << 70):
+            with pytest.raises(ValueError, match="does not fit a register of 2 bytes"):
+                use(number)
+    assert register.value == 0
+
+
+def test_who_answers_is_saved() -> None:
+    register, other = ServedRegister(2, whole=True), ServedRegister(2, whole=True)
+    register.answer(None)
+    other.load(register.save())
+    assert other.read(0, 2) is None
+    register.answer(7)
+    other.load(register.save())
+    assert other.read(0, 2) == 7
+    with pytest.raises(ValueError, match="0 bytes; expected 2"):
+        ServedRegister(2).load(b"")
 
 
 def test_what_it_holds_is_saved() -> None:

@@ -106,16 +106,17 @@ LEFT = f"""
 TAIL = f"{EXIT.format(3)}; 8: {EXIT.format(9)}"
 
 
-@pytest.mark.parametrize("coalesced", [False, True])
+@pytest.mark.parametrize("whose", ["nobody's", "another's", "its own"])
 async def test_each_kind_does_what_it_says(
-    tmp_path: Path, in_python: list[int], coalesced: bool
+    tmp_path: Path, in_python: list[int], whose: str
 ) -> None:
-    """Also where another device has coalesced writes, and all accesses come to Python."""
-    device = Registers()
+    """Also where a device has coalesced writes, and all accesses come to Python."""
+    device, coalesced = Registers(), whose != "nobody's"
     places = [
         avmm.mmio(device, ADDRESS, 4096),
         avmm.pio(device, PORT, 64),
-        avmm.pio(Other(), 0x400, 4, coalesced=coalesced),
+        avmm.pio(Other(), 0x400, 4, coalesced=whose == "another's"),
+        avmm.pio(device, 0x500, 4, offset=0x80, coalesced=whose == "its own"),
     ]
     async with machine(tmp_path, PROGRAM + LEFT + TAIL, devices=places) as vm:
         device.status.value = 0xF
@@ -370,6 +371,8 @@ async def refused(tmp_path: Path, place: avmm.Placement, *more: avmm.Placement) 
 
 
 class Declaring(avmm.Device):
+    max_width = 4
+
     def __init__(self, declare: Callable[[Host], object]) -> None:
         self._declare = declare
 
@@ -390,10 +393,12 @@ def twice(host: Host) -> None:
         (lambda host: host.storage(-1, 4), "at offset -0x1: it has 4 bytes; expected one within"),
         (lambda host: host.storage(0, 0), "0 bytes, expected 1 to"),
         (lambda host: host.storage(0, "8"), "'8' bytes, expected 1 to"),
-        (lambda host: host.constant(0, 9), "9 bytes, expected 1 to 8"),
-        (lambda host: host.clearable(0, 16), "16 bytes, expected 1 to 8"),
-        (lambda host: host.collected(0, 3, 4), "width 3, expected 1, 2, 4 or 8"),
+        (lambda host: host.constant(0, 8), "8 bytes, expected one of 1, 2, 4, as the device"),
+        (lambda host: host.constant(0, 1, 256), "0x100 does not fit a register of 1 bytes"),
+        (lambda host: host.clearable(0, 16), "16 bytes, expected one of 1, 2, 4, as the device"),
+        (lambda host: host.collected(0, 3, 4), "3 bytes, expected one of 1, 2, 4, as the device"),
         (lambda host: host.collected(0, 4, 0), "capacity 0, expected 1 to"),
+        (lambda host: host.collected(0, 4, 2.5), "capacity 2.5, expected 1 to"),
         (lambda host: host.page(0), "0x0: it has 4096 bytes; expected one within"),
         (twice, "at offset 0x4 overlaps the one at 0x0, which serves reads there as well"),
     ],
@@ -416,6 +421,35 @@ async def test_a_page_needs_a_page_of_memory(tmp_path: Path) -> None:
     )
 
 
+async def test_what_is_declared_later_is_refused(tmp_path: Path) -> None:
+    device = Registers()
+    async with machine(tmp_path, "1: pause; jmp 1b", devices=[avmm.pio(device, PORT, 64)]) as vm:
+        with pytest.raises(avmm.ConfigError, match=r"expected it to be declared in attach\(\)"):
+            device.host.storage(0x30, 4)
+        vm.stop()
+
+
+async def test_who_waits_sees_what_a_load_brings(tmp_path: Path) -> None:
+    """A machine that receives a state may have been waited on before."""
+    source = f"mov dx, {PORT + RING}; mov eax, 7; out dx, eax; 1: pause; jmp 1b"
+    device, other = Registers(), Registers()
+    async with machine(tmp_path, source, devices=[avmm.pio(device, PORT, 64)]) as vm:
+        while not len(device.ring):
+            await trio.lowlevel.checkpoint()
+        async with vm.paused(deadline=20):
+            state: Any = vm.save()
+        vm.stop()
+    async with machine(tmp_path, source, devices=[avmm.pio(other, PORT, 64)]) as vm:
+        async with vm.paused(deadline=20):
+            other.ring.take()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(other.ring.wait)
+                await trio.testing.wait_all_tasks_blocked()
+                other.host.registers.load(state["registers"][0][1])  # type: ignore[attr-defined]
+            assert other.ring.take() == struct.pack("<I", 7)
+        vm.stop()
+
+
 async def test_a_device_that_answers_msrs_has_none(tmp_path: Path) -> None:
     device = Declaring(lambda host: host.storage(0, 8))
     text = await refused(tmp_path, avmm.pio(device, PORT, 64), avmm.msr(device, 0x4D56_0000))
@@ -434,6 +468,7 @@ async def test_a_state_of_other_registers_is_refused(tmp_path: Path) -> None:
         ([[number, [held[0][1:], *held[1:]]]], "Registers: register 0 has 15 bytes; expected 16"),
         ([[number, [*held[:-1], b"abc"]]], "expected at most 4 times 4"),
         ([[99, held]], "expected those of"),
+        ([[number, held], [number, held]], "expected those of"),
         ([], "the state has 0 registers"),
     ):
         with pytest.raises(avmm.StateError, match=words):

@@ -170,7 +170,6 @@ class VirtioMmio(Device):
 
     def _clear(self) -> None:
         """2.4.1: reset everything to its value after power-on, except what the device offers."""
-        self._set_status(0)
         self._device_features_sel = 0
         self._driver_features_sel = 0
         self._driver_features = 0
@@ -179,6 +178,7 @@ class VirtioMmio(Device):
         self._generation = 0
         for queue in self._queues:
             queue.reset()
+        self._set_status(0)  # last: a driver that reads this takes the reset for done
 
     @property
     def name(self) -> str:
