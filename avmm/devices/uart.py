@@ -176,10 +176,11 @@ class Uart:
 
     @property
     def plain_iir(self) -> int | None:
-        """What reading IIR gives, if that changes nothing now. None if it does."""
-        cause = self._cause()
-        if cause == IIR_THRI:
+        """What reading IIR gives, if that changes nothing now. None if it may: while the THRE
+        interrupt is enabled, its cause comes and goes with each byte."""
+        if self.ier & IER_THRI:
             return None
+        cause = self._cause()
         return cause | IIR_FIFOS if self.fcr & FCR_ENABLE else cause
 
     @property
