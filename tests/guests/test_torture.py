@@ -98,7 +98,7 @@ def test_it_fails_with_a_single_reentry() -> None:
 
 
 def moves(cpus: int, moves: int, *options: str, timeout: int) -> subprocess.CompletedProcess[str]:
-    loops = 2 + moves // 8  # with some room, as its moves must not outlast the guest
+    loops = 2 + moves // 3  # with some room, as its moves must not outlast the guest
     return torture(
         *("--cpus", str(cpus), "--loops", str(loops), "--moves", str(moves), "--step", "13"),
         *options,
