@@ -32,6 +32,13 @@ def parted(error: BaseException) -> tuple[BaseException | None, BaseException | 
     return None, error
 
 
+def keep(error: BaseException, cancelled: list[BaseException], own: list[BaseException]) -> None:
+    """Add the cancellation in `error` to `cancelled`, and the rest of it to `own`."""
+    cancellation, rest = parted(error)
+    cancelled.extend([] if cancellation is None else [cancellation])
+    own.extend([] if rest is None else [rest])
+
+
 def raise_together(errors: list[BaseException], message: str) -> None:
     """Raise `errors`: a single one as it is, several in a group with this message. Do nothing if
     the list is empty. The list is emptied.
@@ -117,17 +124,13 @@ async def gathered(message: str) -> AsyncIterator[Gathering]:
                     try:
                         yield Gathering(nursery, failures, scope)
                     except BaseException as error:  # a group among it is the block's own
-                        for kept, part in zip((cancelled, own), parted(error), strict=True):
-                            kept.extend([] if part is None else [part])
+                        keep(error, cancelled, own)
                         scope.cancel()
             except BaseException as error:
                 # All tasks are guarded: it is a cancellation, or Ctrl-C in the nursery's group.
-                cancellation, interrupt = parted(error)
-                cancelled.extend([] if cancellation is None else [cancellation])
-                if isinstance(interrupt, BaseExceptionGroup):
-                    own.extend(interrupt.exceptions)
-                elif interrupt is not None:
-                    own.append(interrupt)
+                inner = error.exceptions if isinstance(error, BaseExceptionGroup) else [error]
+                for one in inner:
+                    keep(one, cancelled, own)
             if cancelled and not own and not failures.errors:
                 raise cancelled[0]
         raise_together([*own, *failures.errors], message)

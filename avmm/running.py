@@ -20,7 +20,7 @@ import trio
 from avmm.ctrl_c import interruptible, undisturbed
 from avmm.devices.base import Device
 from avmm.errors import AvmmError, DeviceError
-from avmm.failures import Failures, parted, raise_together
+from avmm.failures import Failures, keep, parted, raise_together
 from avmm.migration import Coordinator
 from avmm.parts import Parts
 from avmm.runstate import OPERATIONS, Life, Runstate, refusal
@@ -101,8 +101,7 @@ async def running(parts: Parts, life: Life) -> AsyncIterator[Inside]:
                         _begin(inside, life, failures)
                         yield inside
                     except BaseException as error:
-                        for kept, part in zip((cancelled, own), parted(error), strict=True):
-                            kept.extend([] if part is None else [part])
+                        keep(error, cancelled, own)
                     inside.cancel_operations()
                     nursery.cancel_scope.cancel()
                     raise left

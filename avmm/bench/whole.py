@@ -48,13 +48,13 @@ class WholeRow:
 class Sizes(NamedTuple):
     """How much is measured at a time."""
 
-    exits: int = 10_000
-    guests: int = 4
-    idle: int = 100
-    clones: int = 50
-    pauses: int = 200
-    requests: int = 5_000
-    memory: int = 512 << 20
+    exits: int
+    guests: int
+    idle: int
+    clones: int
+    pauses: int
+    requests: int
+    memory: int
 
 
 class _Part(NamedTuple):

@@ -332,5 +332,5 @@ def _window(windows: Sequence[Window], offset: int, size: int) -> Window | None:
 
 def _way(window: Window | None, offset: int) -> Way:
     if window is None:
-        return Way(False)
-    return Way(False, window.register, offset - window.first, window.how)
+        return Way()
+    return Way(register=window.register, at=offset - window.first, how=window.how)

@@ -411,21 +411,19 @@ class Bus:
 
 
 def _claims(there: _Range) -> Iterator[DeviceClaim]:
-    reads = Way(iscoroutinefunction(there.device.read))
-    writes = Way(iscoroutinefunction(there.device.write))
+    by_tasks = [iscoroutinefunction(way) for way in (there.device.read, there.device.write)]
     edges = {there.base, there.end}
     if there.registers is not None:
         inside = (there.shift + edge for edge in there.registers.edges())
         edges |= {edge for edge in inside if there.base < edge < there.end}
     for first, end in pairwise(sorted(edges)):
-        claim = DeviceClaim(first, end, there.width, reads, writes)
+        ways = (Way(), Way())
         if there.registers is not None:
-            ours = there.registers.ways(first - there.shift)
-            claim = claim._replace(
-                reads=ours[0]._replace(tasks=reads.tasks),
-                writes=ours[1]._replace(tasks=writes.tasks),
-            )
-        yield claim
+            ways = there.registers.ways(first - there.shift)
+        reads, writes = (
+            way._replace(tasks=tasks) for way, tasks in zip(ways, by_tasks, strict=True)
+        )
+        yield DeviceClaim(first, end, there.width, reads, writes)
 
 
 def _other_answer(there: _Range, address: int, size: int, answer: object) -> ReadAnswer:

@@ -21,13 +21,14 @@ from avmm.bench import fork as bench_fork
 from avmm.bench import many as bench_many
 from avmm.bench import migration as bench_migration
 from avmm.bench import pause as bench_pause
-from avmm.bench import plot as bench_plot
 from avmm.bench import snapshot as bench_snapshot
 from avmm.bench import stall as bench_stall
 from avmm.bench import start as bench_start
 from avmm.bench import virtio as bench_virtio
 from avmm.bench import whole as bench_whole
 from avmm.bench.row import BenchRow, FigureRow, ManyRow, SizeRow, SpeedRow, StallRow
+from avmm.cli import picture
+from avmm.cli.plot import draw
 from avmm.errors import ConfigError
 from avmm.options import parse_size
 
@@ -299,6 +300,7 @@ def fork(as_json: bool, rounds: int, clones: int) -> None:
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print a Markdown table.")
 @ROUNDS
 @click.option("--exits", type=click.IntRange(10), default=10_000, show_default=True)
+@click.option("--guests", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--idle", type=click.IntRange(1), default=100, show_default=True, help="Guests.")
 @click.option("--clones", type=click.IntRange(1), default=50, show_default=True)
 @click.option("--pauses", type=click.IntRange(1), default=200, show_default=True)
@@ -310,6 +312,7 @@ def whole(
     as_markdown: bool,
     rounds: int,
     exits: int,
+    guests: int,
     idle: int,
     clones: int,
     pauses: int,
@@ -325,6 +328,7 @@ def whole(
         raise ConfigError("--json and --markdown: expected one of them")
     sizes = bench_whole.Sizes(
         exits=exits,
+        guests=guests,
         idle=idle,
         clones=clones,
         pauses=pauses,
@@ -332,11 +336,11 @@ def whole(
         memory=parse_size(memory, "--memory"),
     )
     if plot is not None:
-        bench_plot.demand(plot)
+        picture.demand(plot, "--plot")
     with _progress(bench_whole.steps(rounds, sizes)) as progress:
         rows = bench_whole.measure(rounds, sizes, progress)
     if plot is not None:
-        bench_plot.draw(plot, rows)
+        draw(plot, rows)
     if as_json:
         _print_json(rows)
         return

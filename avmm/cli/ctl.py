@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 import click
 import trio
 
-from avmm.cli import tls
+from avmm.cli import picture, tls
 from avmm.cli.options import PATH
 from avmm.control import client, verbs
 from avmm.control.client import Client
@@ -243,7 +243,7 @@ def migrate(
     came, the command ends with status 3, and the guest stands still here until you `settle` it.
     """
     from avmm.cli.progress import seconds, shown, size  # noqa: PLC0415 - tqdm
-    from avmm.cli.timeline import Timeline, demand  # noqa: PLC0415
+    from avmm.cli.timeline import Timeline  # noqa: PLC0415
 
     to = Target.parse(target, fd=False)
     proof = tls.chosen(to, tls_cert, tls_key, tls_ca, tls_peer)
@@ -251,7 +251,7 @@ def migrate(
         proof.context(server=False)  # whoever opens these files reports what is wrong with them
     rate = None if bandwidth is None else parse_size(bandwidth, "--bandwidth")
     if report is not None:
-        demand(report)
+        picture.demand(report, "--report")
     timeline = Timeline(target)
 
     def draw(moved: Moved | None, why: str = "") -> None:

@@ -1,19 +1,18 @@
 """A migration as a picture: pages in each round, what the guest wrote meanwhile, the downtime.
 
-It is drawn with matplotlib (`pip install 'avmm[report]'`) from the events of the control socket.
+It is drawn from the events of the control socket (`avmm.cli.picture`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Final
 
+from avmm.cli import picture
 from avmm.cli.progress import seconds, size
-from avmm.errors import AvmmError, ConfigError
 
 _MIB: Final = 1 << 20
 _LONGEST_WHY: Final = 70
@@ -24,25 +23,6 @@ _LABELLED: Final = 0.05
 """A round that took less than this share of the whole gets no number at its bar, except the last
 round.
 """
-
-
-def demand(path: Path) -> None:
-    """Raise `ConfigError` if no picture can be written at `path`. Call this before anything else
-    begins.
-    """
-    if find_spec("matplotlib") is None:
-        raise ConfigError(
-            "--report needs matplotlib, which is not installed: pip install 'avmm[report]'"
-        )
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"report {path}: expected a name that ends in .png")
-    try:
-        with path.open("ab") as file:
-            is_new = not file.tell()
-        if is_new:
-            path.unlink()  # perhaps there will be nothing to draw
-    except OSError as error:
-        raise ConfigError(f"report {path}: {error.strerror}") from None
 
 
 @dataclass
@@ -91,12 +71,7 @@ class Timeline:
         """
         if not self._rounds:
             return
-        import matplotlib as mpl  # noqa: PLC0415 - slow to import, and optional
-
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt  # noqa: PLC0415
-
-        figure, (pages, rates) = plt.subplots(
+        figure, (pages, rates) = picture.pyplot().subplots(
             2, sharex=True, figsize=(9, 6), layout="constrained", height_ratios=(3, 2)
         )
         # The guest stood still from the last round on.
@@ -114,12 +89,7 @@ class Timeline:
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(self._title(result, why), fontsize=11)
-        try:
-            figure.savefig(path, dpi=130)
-        except OSError as error:
-            raise AvmmError(f"report {path}: {error.strerror}") from None
-        finally:
-            plt.close(figure)
+        picture.save(figure, path, "--report")
 
     def _title(self, result: Mapping[str, Any] | None, why: str) -> str:
         if result is None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Way(NamedTuple):
     """Reads or writes of a piece of a device."""
 
-    tasks: bool
+    tasks: bool = False
     """Is the handler a coroutine function?"""
     register: ServedRegister | None = None
     """The register that serves them, or as many of them as it can."""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from avmm.bench import plot
 from avmm.bench.row import BenchRow, FigureRow, ManyRow, SizeRow, SpeedRow
 from avmm.bench.whole import Row, WholeRow, summary
+from avmm.cli import picture
+from avmm.cli.plot import draw
 from avmm.errors import ConfigError
 
 
@@ -51,9 +52,9 @@ def test_each_kind_of_row_is_understood(row: Row, unit: str) -> None:
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "all.png"
-    plot.demand(path)
+    picture.demand(path, "--plot")
     assert not path.exists()
-    plot.draw(path, [summary("exits", rounds(0.5, 2.0)), summary("start", rounds(0.0))])
+    draw(path, [summary("exits", rounds(0.5, 2.0)), summary("start", rounds(0.0))])
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -64,4 +65,4 @@ def test_a_picture_that_cannot_be_written_is_refused_before(
     tmp_path: Path, name: str, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        plot.demand(tmp_path / name)
+        picture.demand(tmp_path / name, "--plot")
