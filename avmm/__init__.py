@@ -11,16 +11,9 @@ from avmm.boot import FlatOptions, Mode
 from avmm.bus.space import Placement, mmio, msr, pio
 from avmm.clones import Fork
 from avmm.config import HostSettings, MachineConfig, Settings
-from avmm.devices.base import (
-    CollectedWrites,
-    Device,
-    Doorbell,
-    Host,
-    InterruptLine,
-    Register,
-    Wakeup,
-)
+from avmm.devices.base import Device, Doorbell, Host, InterruptLine, Wakeup
 from avmm.devices.console import ConsoleStream
+from avmm.devices.registers import CollectedWrites, Register, Registers
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.block import VirtioBlock
@@ -139,6 +132,7 @@ __all__ = [
     "ProtocolError",
     "RawDisk",
     "Register",
+    "Registers",
     "Report",
     "Rng",
     "Runstate",

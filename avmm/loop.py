@@ -14,6 +14,9 @@ task beside it. What happens to an exit:
         (this vCPU waits, no other)                 it has written the answer
         back to KVM_RUN            <-------------   the turn goes back
 
+An exit for a register that needs no handler (`avmm.devices.registers`) never comes here: the
+thread answers it in C (kvm/registers.h), without asking for the GIL.
+
 An exit for a handler that is a coroutine function needs the task in any case. So the thread gives
 the turn to the task at once, without asking for the GIL (kvm/claims.h), and the task calls the
 handler. All other exits need the GIL, for which one thread of the process asks at a time

@@ -56,7 +56,7 @@ class InC(Device):
 
     def attach(self, host: Host) -> None:
         super().attach(host)
-        host.storage(0, 1)
+        host.registers.storage(0, 1)
 
 
 class Published(Device):
@@ -64,7 +64,7 @@ class Published(Device):
 
     def attach(self, host: Host) -> None:
         super().attach(host)
-        host.page(0)
+        host.registers.page(0)
 
 
 WAYS: Final[dict[str, Callable[[], Device]]] = {

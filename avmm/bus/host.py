@@ -14,7 +14,7 @@ from avmm.errors import AvmmError
 if TYPE_CHECKING:
     from avmm.bus.registers import DeviceRegisters
     from avmm.bus.space import PostedWrites
-    from avmm.devices.base import CollectedWrites, Doorbell, InterruptLine, Register
+    from avmm.devices.base import Doorbell, InterruptLine
     from avmm.memory.ram import GuestMemory
 
 
@@ -57,37 +57,3 @@ class DeviceHost:
     def doorbell(self, offset: int, size: int, value: int, *, by_exit: bool = False) -> Doorbell:
         """See `avmm.devices.base.Host.doorbell`."""
         return self._doorbell(offset, size, value, by_exit)
-
-    def storage(self, offset: int, size: int, *, saved: bool = True) -> Register:
-        """See `avmm.devices.base.Host.storage`."""
-        return self.registers.storage(offset, size, saved=saved)
-
-    def constant(
-        self,
-        offset: int,
-        size: int,
-        value: int | None = 0,
-        *,
-        ignores_writes: bool = False,
-        saved: bool = True,
-    ) -> Register:
-        """See `avmm.devices.base.Host.constant`."""
-        return self.registers.constant(
-            offset, size, value, ignores_writes=ignores_writes, saved=saved
-        )
-
-    def clearable(
-        self, offset: int, size: int, *, clear_at: int | None = None, saved: bool = True
-    ) -> Register:
-        """See `avmm.devices.base.Host.clearable`."""
-        return self.registers.clearable(offset, size, clear_at, saved=saved)
-
-    def collected(
-        self, offset: int, size: int, capacity: int, *, saved: bool = True
-    ) -> CollectedWrites:
-        """See `avmm.devices.base.Host.collected`."""
-        return self.registers.collected(offset, size, capacity, self.wakeup(), saved=saved)
-
-    def page(self, offset: int, *, saved: bool = True) -> Register:
-        """See `avmm.devices.base.Host.page`."""
-        return self.registers.page(offset, saved=saved)

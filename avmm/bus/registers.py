@@ -1,6 +1,6 @@
 """The registers that a device leaves to C: where they are, and what they do.
 
-A device declares them by its host (`avmm.devices.base.Host`). Mostly the vCPUs' threads serve them
+A device declares them by its host (`avmm.devices.registers`). Mostly the vCPUs' threads serve them
 without the GIL (avmm/kvm/claims.h). `DeviceRegisters` stands in front of the device for all other
 accesses: those of a machine with coalesced writes or of a deterministic one, and those that a
 register leaves to its device. Both ways end in the same C.
@@ -8,7 +8,7 @@ register leaves to its device. Both ways end in the same C.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -49,7 +49,7 @@ class Page(NamedTuple):
 
 
 class ServedWrites:
-    """See `avmm.devices.base.CollectedWrites`."""
+    """See `avmm.devices.registers.CollectedWrites`."""
 
     def __init__(
         self, ring: CollectingRegister, lock: AbstractContextManager[Any], wakeup: Wakeup
@@ -121,12 +121,18 @@ class DeviceRegisters:
     """The registers of one device, and the device behind them."""
 
     def __init__(
-        self, device: Device, lock: AbstractContextManager[Any], places: Sequence[Placement]
+        self,
+        device: Device,
+        lock: AbstractContextManager[Any],
+        wakeup: Callable[[], Wakeup],
+        places: Sequence[Placement],
     ) -> None:
+        """`lock` is the device's, and `wakeup` makes a wake-up for it."""
         self.device = device
         self.pages: list[Page] = []
         """What has to be told to KVM."""
         self._lock = lock
+        self._wakeup = wakeup
         self._places = places
         self._reads: list[Window] = []
         self._writes: list[Window] = []
@@ -144,8 +150,8 @@ class DeviceRegisters:
 
     # -- declaring ------------------------------------------------------------------------------
 
-    def storage(self, offset: int, size: int, *, saved: bool) -> ServedRegister:
-        """See `avmm.devices.base.Host.storage`."""
+    def storage(self, offset: int, size: int, *, saved: bool = True) -> ServedRegister:
+        """See `avmm.devices.registers.Registers.storage`."""
         register = ServedRegister(self._size(offset, size, _MOST_BYTES))
         self._add(self._reads, Window(offset, offset + size, register))
         self._add(self._writes, Window(offset, offset + size, register, Writes.STORES))
@@ -153,9 +159,15 @@ class DeviceRegisters:
         return register
 
     def constant(
-        self, offset: int, size: int, value: int | None, *, ignores_writes: bool, saved: bool
+        self,
+        offset: int,
+        size: int,
+        value: int | None = 0,
+        *,
+        ignores_writes: bool = False,
+        saved: bool = True,
     ) -> ServedRegister:
-        """See `avmm.devices.base.Host.constant`."""
+        """See `avmm.devices.registers.Registers.constant`."""
         register = ServedRegister(self._number(offset, size), whole=True)
         try:
             register.answer(value)
@@ -168,9 +180,9 @@ class DeviceRegisters:
         return register
 
     def clearable(
-        self, offset: int, size: int, clear_at: int | None, *, saved: bool
+        self, offset: int, size: int, *, clear_at: int | None = None, saved: bool = True
     ) -> ServedRegister:
-        """See `avmm.devices.base.Host.clearable`."""
+        """See `avmm.devices.registers.Registers.clearable`."""
         register = ServedRegister(self._number(offset, size), whole=True)
         at = offset if clear_at is None else clear_at
         self._add(self._reads, Window(offset, offset + size, register))
@@ -179,22 +191,22 @@ class DeviceRegisters:
         return register
 
     def collected(
-        self, offset: int, width: int, capacity: int, wakeup: Wakeup, *, saved: bool
+        self, offset: int, size: int, capacity: int, *, saved: bool = True
     ) -> ServedWrites:
-        """See `avmm.devices.base.Host.collected`."""
-        most = _MOST_BYTES // self._number(offset, width)
+        """See `avmm.devices.registers.Registers.collected`."""
+        most = _MOST_BYTES // self._number(offset, size)
         if type(capacity) is not int or not 1 <= capacity <= most:
             raise ConfigError(
                 f"{self._name(offset)}: capacity {capacity!r}, expected 1 to {most} writes"
             )
-        ring = CollectingRegister(width, capacity)
-        self._add(self._writes, Window(offset, offset + width, ring, Writes.COLLECTS))
-        self._collected[offset] = collected = ServedWrites(ring, self._lock, wakeup)
+        ring = CollectingRegister(size, capacity)
+        self._add(self._writes, Window(offset, offset + size, ring, Writes.COLLECTS))
+        self._collected[offset] = collected = ServedWrites(ring, self._lock, self._wakeup())
         self._declared(ring, saved)
         return collected
 
-    def page(self, offset: int, *, saved: bool) -> ServedRegister:
-        """See `avmm.devices.base.Host.page`."""
+    def page(self, offset: int, *, saved: bool = True) -> ServedRegister:
+        """See `avmm.devices.registers.Registers.page`."""
         register = ServedRegister(PAGE, align=PAGE)
         self._add(self._reads, Window(offset, offset + PAGE, register))
         for place in self._places:

@@ -8,7 +8,7 @@ lock and waits for a wake-up. So a byte costs a wake-up only if somebody is wait
 
 **The hot path.** What a driver does again and again while it sends or polls is to read LSR and IIR
 and to write THR. While such an access changes nothing else, it is not made here: the registers are
-left to C (`avmm.devices.base.Host`). The bytes that C has collected are the chip's as soon as
+left to C (`avmm.devices.registers`). The bytes that C has collected are the chip's as soon as
 anybody looks. `_chip` takes them in before, and says afterwards what C may do from then on. While
 somebody waits for output, C takes none, so that the byte for which he waits is written here.
 
@@ -29,8 +29,9 @@ from typing import Any, ClassVar, Final
 import trio
 
 from avmm.ctrl_c import protected
-from avmm.devices.base import CollectedWrites, Device, Host, Register, Wakeup, WriteAnswer
+from avmm.devices.base import Device, Host, Wakeup, WriteAnswer
 from avmm.devices.console import ConsoleStream
+from avmm.devices.registers import CollectedWrites, Register
 from avmm.devices.uart import IIR_FCR, LSR, RBR_THR, Uart
 from avmm.errors import ConfigError
 
@@ -100,9 +101,9 @@ class Serial(Device):
         self._output, self._room, self._full = host.wakeup(), host.wakeup(), host.wakeup()
         self._uart.on_full = self._full.set
         self._uart.drive = self._drive
-        self._lsr = host.constant(LSR, 1, None, saved=False)
-        self._iir = host.constant(IIR_FCR, 1, None, saved=False)
-        self._thr = host.collected(RBR_THR, 1, _COLLECTED, saved=False)
+        self._lsr = host.registers.constant(LSR, 1, None, saved=False)
+        self._iir = host.registers.constant(IIR_FCR, 1, None, saved=False)
+        self._thr = host.registers.collected(RBR_THR, 1, _COLLECTED, saved=False)
         self._thr.limit = 0
         self._leave()
 

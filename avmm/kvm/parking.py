@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SERVED: Final = lib.AVMM_SERVED
-"""Instead of an exit reason: the vCPU's task has served the exit."""
+"""Instead of an exit reason: the exit is served, by C or by the vCPU's task."""
 
 
 class Spot:
@@ -43,8 +43,8 @@ class Spot:
         self._claims: DeviceClaims | None = None
 
     def hand_over_to(self, bridge: Bridge, claims: DeviceClaims) -> None:
-        """From now on, `run` hands the exits that `claims` names to the bridge's task, which
-        serves them. It returns `SERVED` if somebody wants something of the vCPU after that."""
+        """From now on, `run` serves the exits that `claims` names without coming back: in C, or
+        by the bridge's task. It returns `SERVED` if somebody wants something of the vCPU then."""
         self._claims = claims
         self._struct.claims = claims.struct
         self._struct.bridge = bridge.struct

@@ -200,7 +200,7 @@ def _new_host(
     if first.irq is not None:
         line = attached.interrupts.line(first.irq, device.name, level=first.level)
     host = DeviceHost(memory, line, partial(_doorbell, stack, attached, places))
-    host.registers = DeviceRegisters(device, host.lock, places)
+    host.registers = DeviceRegisters(device, host.lock, host.wakeup, places)
     if any(place.coalesced for place in places):
         host.posted = PostedWrites(device, host.lock, host.registers)
     attached.devices.append(device)

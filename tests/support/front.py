@@ -16,7 +16,8 @@ class FrontHost(DeviceHost):
 
     def __init__(self, device: Device, memory: Any, interrupt: Any) -> None:
         super().__init__(memory, interrupt, self.doorbell)
-        self.registers = DeviceRegisters(device, self.lock, [mmio(device, 0, 1 << 16)])
+        places = [mmio(device, 0, 1 << 16)]
+        self.registers = DeviceRegisters(device, self.lock, self.wakeup, places)
 
     def doorbell(self, offset: int, size: int, value: int, *, by_exit: bool = False) -> Any:
         raise AssertionError("no device tested here needs a doorbell")

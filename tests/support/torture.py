@@ -64,12 +64,12 @@ class Recorder(avmm.Device):
     def attach(self, host: Host) -> None:
         super().attach(host)
         if self.registers == "ports":
-            host.storage(0x04, 4)
-            self._collected = host.collected(0x00, 1, 2)
+            host.registers.storage(0x04, 4)
+            self._collected = host.registers.collected(0x00, 1, 2)
         elif self.registers == "memory":
-            host.storage(0x480, 32)
-            self._collected = host.collected(0x408, 8, 2)
-            self._bits = host.clearable(0x404, 4)
+            host.registers.storage(0x480, 32)
+            self._collected = host.registers.collected(0x408, 8, 2)
+            self._bits = host.registers.clearable(0x404, 4)
 
     def read(self, offset: int, size: int) -> int | Awaitable[int]:
         value = self._next(0, offset, size, 0)

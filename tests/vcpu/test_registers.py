@@ -15,7 +15,8 @@ from support.guest import EXIT, machine
 
 import avmm
 from avmm.bus.registers import DeviceRegisters
-from avmm.devices.base import CollectedWrites, Host, Register
+from avmm.devices.base import Host
+from avmm.devices.registers import CollectedWrites, Register
 
 pytestmark = [pytest.mark.lab(also="stock"), pytest.mark.usefixtures("kvm", "nothing_left")]
 
@@ -39,11 +40,11 @@ class Registers(avmm.Device):
 
     def attach(self, host: Host) -> None:
         super().attach(host)
-        self.storage = host.storage(STORAGE, 16)
-        self.version = host.constant(VERSION, 4, 0x0102_0304)
-        host.constant(IGNORING, 4, 0x55, ignores_writes=True)
-        self.status = host.clearable(STATUS, 4, clear_at=ACK)
-        self.ring = host.collected(RING, 4, self.capacity)
+        self.storage = host.registers.storage(STORAGE, 16)
+        self.version = host.registers.constant(VERSION, 4, 0x0102_0304)
+        host.registers.constant(IGNORING, 4, 0x55, ignores_writes=True)
+        self.status = host.registers.clearable(STATUS, 4, clear_at=ACK)
+        self.ring = host.registers.collected(RING, 4, self.capacity)
 
     def read(self, offset: int, size: int) -> int:
         self.log.append(("read", offset, size, 0))
@@ -313,7 +314,7 @@ class Publisher(avmm.Device):
 
     def attach(self, host: Host) -> None:
         super().attach(host)
-        self.page = host.page(0x1000)
+        self.page = host.registers.page(0x1000)
 
     def read(self, offset: int, size: int) -> int:
         self.log.append(("read", offset, size, 0))
@@ -373,33 +374,51 @@ async def refused(tmp_path: Path, place: avmm.Placement, *more: avmm.Placement) 
 class Declaring(avmm.Device):
     max_width = 4
 
-    def __init__(self, declare: Callable[[Host], object]) -> None:
+    def __init__(self, declare: Callable[[avmm.Registers], object]) -> None:
         self._declare = declare
 
     def attach(self, host: Host) -> None:
         super().attach(host)
-        self._declare(host)
+        self._declare(host.registers)
 
 
-def twice(host: Host) -> None:
-    host.storage(0, 8)
-    host.constant(4, 4)
+def twice(its: avmm.Registers) -> None:
+    its.storage(0, 8)
+    its.constant(4, 4)
 
 
 @pytest.mark.parametrize(
     ("declare", "words"),
     [
-        (lambda host: host.storage(62, 4), "at offset 0x3e: it has 4 bytes; expected one within"),
-        (lambda host: host.storage(-1, 4), "at offset -0x1: it has 4 bytes; expected one within"),
-        (lambda host: host.storage(0, 0), "0 bytes, expected 1 to"),
-        (lambda host: host.storage(0, "8"), "'8' bytes, expected 1 to"),
-        (lambda host: host.constant(0, 8), "8 bytes, expected one of 1, 2, 4, as the device"),
-        (lambda host: host.constant(0, 1, 256), "0x100 does not fit a register of 1 bytes"),
-        (lambda host: host.clearable(0, 16), "16 bytes, expected one of 1, 2, 4, as the device"),
-        (lambda host: host.collected(0, 3, 4), "3 bytes, expected one of 1, 2, 4, as the device"),
-        (lambda host: host.collected(0, 4, 0), "capacity 0, expected 1 to"),
-        (lambda host: host.collected(0, 4, 2.5), "capacity 2.5, expected 1 to"),
-        (lambda host: host.page(0), "0x0: it has 4096 bytes; expected one within"),
+        (
+            lambda its: its.storage(62, 4),
+            "at offset 0x3e: it has 4 bytes; expected one within",
+        ),
+        (
+            lambda its: its.storage(-1, 4),
+            "at offset -0x1: it has 4 bytes; expected one within",
+        ),
+        (lambda its: its.storage(0, 0), "0 bytes, expected 1 to"),
+        (lambda its: its.storage(0, "8"), "'8' bytes, expected 1 to"),
+        (
+            lambda its: its.constant(0, 8),
+            "8 bytes, expected one of 1, 2, 4, as the device",
+        ),
+        (
+            lambda its: its.constant(0, 1, 256),
+            "0x100 does not fit a register of 1 bytes",
+        ),
+        (
+            lambda its: its.clearable(0, 16),
+            "16 bytes, expected one of 1, 2, 4, as the device",
+        ),
+        (
+            lambda its: its.collected(0, 3, 4),
+            "3 bytes, expected one of 1, 2, 4, as the device",
+        ),
+        (lambda its: its.collected(0, 4, 0), "capacity 0, expected 1 to"),
+        (lambda its: its.collected(0, 4, 2.5), "capacity 2.5, expected 1 to"),
+        (lambda its: its.page(0), "0x0: it has 4096 bytes; expected one within"),
         (twice, "at offset 0x4 overlaps the one at 0x0, which serves reads there as well"),
     ],
 )
@@ -412,7 +431,7 @@ async def test_a_register_that_does_not_fit_is_refused(
 
 
 async def test_a_page_needs_a_page_of_memory(tmp_path: Path) -> None:
-    device = Declaring(lambda host: host.page(0))
+    device = Declaring(lambda its: its.page(0))
     assert "expected a multiple of 0x1000" in await refused(
         tmp_path, avmm.mmio(device, ADDRESS + 0x800, 0x2000)
     )
@@ -425,7 +444,7 @@ async def test_what_is_declared_later_is_refused(tmp_path: Path) -> None:
     device = Registers()
     async with machine(tmp_path, "1: pause; jmp 1b", devices=[avmm.pio(device, PORT, 64)]) as vm:
         with pytest.raises(avmm.ConfigError, match=r"expected it to be declared in attach\(\)"):
-            device.host.storage(0x30, 4)
+            device.host.registers.storage(0x30, 4)
         vm.stop()
 
 
@@ -451,7 +470,7 @@ async def test_who_waits_sees_what_a_load_brings(tmp_path: Path) -> None:
 
 
 async def test_a_device_that_answers_msrs_has_none(tmp_path: Path) -> None:
-    device = Declaring(lambda host: host.storage(0, 8))
+    device = Declaring(lambda its: its.storage(0, 8))
     text = await refused(tmp_path, avmm.pio(device, PORT, 64), avmm.msr(device, 0x4D56_0000))
     assert "expected a device that answers no MSRs" in text
 

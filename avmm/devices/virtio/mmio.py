@@ -27,15 +27,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import trio
 
 from avmm.ctrl_c import protected
-from avmm.devices.base import (
-    Device,
-    Doorbell,
-    Host,
-    ReadAnswer,
-    Register,
-    Wakeup,
-    WriteAnswer,
-)
+from avmm.devices.base import Device, Doorbell, Host, ReadAnswer, Wakeup, WriteAnswer
+from avmm.devices.registers import Register
 from avmm.devices.state import DeviceState
 from avmm.devices.virtio.device import GuestQueue, VirtioDevice
 from avmm.devices.virtio.queue import QueueError, Virtqueue
@@ -200,8 +193,10 @@ class VirtioMmio(Device):
             for index in range(len(self._queues))
         ]
         # C serves what drivers access while they work. `State` has what is in them.
-        self._status_register = host.constant(STATUS, 4, saved=False)
-        self._interrupts = host.clearable(INTERRUPT_STATUS, 4, clear_at=INTERRUPT_ACK, saved=False)
+        self._status_register = host.registers.constant(STATUS, 4, saved=False)
+        self._interrupts = host.registers.clearable(
+            INTERRUPT_STATUS, 4, clear_at=INTERRUPT_ACK, saved=False
+        )
         self._clear()
         self.model.attach(self)
 
