@@ -138,6 +138,21 @@ async def test_each_kind_does_what_it_says(
     assert len(in_python) == len(expected) + (14 if coalesced else 0)
 
 
+async def test_a_place_that_shows_only_a_part_of_a_register(
+    tmp_path: Path, in_python: list[int]
+) -> None:
+    device = Registers()
+    source = f"""
+        mov rbx, {ADDRESS}; mov dword ptr [rbx + 8], 0x42; mov dx, 0x600; in al, dx
+        mov byte ptr [rbx + 9], al; mov dx, 0x604; mov al, 0x17; out dx, al; {EXIT.format(3)}
+    """
+    places = [avmm.mmio(device, ADDRESS, 4096), avmm.pio(device, 0x600, 8, offset=8)]
+    async with machine(tmp_path, source, devices=places) as vm:
+        assert (await vm.wait()).status == 3
+    assert device.storage.get(8) == b"\x42\x42\0\0\x17\0\0\0"
+    assert not in_python
+
+
 async def test_in_a_deterministic_run(tmp_path: Path) -> None:
     device = Registers()
     places = [avmm.mmio(device, ADDRESS, 4096), avmm.pio(device, PORT, 64)]
