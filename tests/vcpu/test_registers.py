@@ -143,10 +143,10 @@ async def test_a_place_that_shows_only_a_part_of_a_register(
 ) -> None:
     device = Registers()
     source = f"""
-        mov rbx, {ADDRESS}; mov dword ptr [rbx + 8], 0x42; mov dx, 0x600; in al, dx
-        mov byte ptr [rbx + 9], al; mov dx, 0x604; mov al, 0x17; out dx, al; {EXIT.format(3)}
+        mov rbx, {ADDRESS}; mov dword ptr [rbx + 8], 0x42; mov dx, 0x700; in al, dx
+        mov byte ptr [rbx + 9], al; mov dx, 0x704; mov al, 0x17; out dx, al; {EXIT.format(3)}
     """
-    places = [avmm.mmio(device, ADDRESS, 4096), avmm.pio(device, 0x600, 8, offset=8)]
+    places = [avmm.mmio(device, ADDRESS, 4096), avmm.pio(device, 0x700, 8, offset=8)]
     async with machine(tmp_path, source, devices=places) as vm:
         assert (await vm.wait()).status == 3
     assert device.storage.get(8) == b"\x42\x42\0\0\x17\0\0\0"
